@@ -1,0 +1,32 @@
+# Two commands set everything up: `make demo` and `make test`. Each works alone, in a fresh clone, with Python 3.11.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: help install demo test lint format clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+install: .venv/installed ## make .venv with mmvit, its tests and the emoji data, at the versions of constraints.txt
+
+demo: .venv/installed ## train a generator on emoji and draw captions that it has never seen (12 minutes on 2 cores)
+	$(BIN)/python pipelines/demo.py
+
+test: .venv/installed ## run the tests (under 6 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+lint: .venv/installed ## check style with ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed ## let ruff format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment and everything that was made; runs/ and data/ stay
+	rm -rf .venv .pytest_cache .ruff_cache *.egg-info build dist

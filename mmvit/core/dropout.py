@@ -1,0 +1,34 @@
+"""Dropout that is cheap on a CPU: one random byte an element, drawn eight at a time, instead of one Bernoulli variable each."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BYTES = 8  # random bytes in one int64
+
+
+class Dropout(nn.Module):
+    """Zeroes elements with probability `p` and scales the rest by 1 / (1 - p) (Srivastava et al., 2014).
+
+    On a CPU `p` is rounded to a multiple of 1/256, and the scale is that of the rounded value, so the expectation is exact.
+    Bytes come from torch's default generator: `torch.manual_seed` and its saved state reproduce them.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"dropout {p} is outside [0, 1)")
+        self.p = p
+        self.threshold = min(255, max(1, round(256 * p)))  # bytes below it are dropped
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
+        words = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // BYTES),))
+        kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= self.threshold
+        return x * (kept.to(x.dtype) * (256 / (256 - self.threshold)))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"

@@ -1,0 +1,118 @@
+"""Where a token stands: a 1-D prefix (caption tokens, [CLS]) followed by a 2-D grid (patches or image codes) in raster order.
+
+Additive kinds are added to the token vectors once, in front of the core. Rotary ones turn queries and keys in every layer.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+PositionKind = Literal["none", "learned_1d", "learned_2d", "sincos_2d", "rotary_2d"]
+
+
+class Positions(nn.Module):
+    """Position information for `prefix_length` tokens in a row, then `grid` = (rows, columns) tokens.
+
+    - `none`: nothing; attention sees a set.
+    - `learned_1d`: one vector per place in the sequence (ViT, 2010.11929).
+    - `learned_2d`: one vector per prefix place; row vector + column vector on the grid (DALL·E, 2102.12092).
+    - `sincos_2d`: fixed sines and cosines; on the grid half of the width for rows, half for columns (MoCo v3, big_vision).
+    - `rotary_2d`: rotary embedding (RoFormer, 2104.09864) of (row, column), half of each head's pairs for either; a prefix
+      token at place i has row = column = i, which is the usual 1-D rotary embedding, and the grid goes on from there.
+    """
+
+    def __init__(
+        self,
+        kind: PositionKind,
+        width: int,
+        head_dim: int,
+        prefix_length: int,
+        grid: tuple[int, int],
+        rotary_base: float = 10000.0,
+    ):
+        super().__init__()
+        self.kind, self.prefix_length, self.grid = kind, prefix_length, tuple(grid)
+        rows, columns = grid
+        self.length = prefix_length + rows * columns
+        if kind == "learned_1d":
+            self.table = nn.Parameter(torch.empty(self.length, width))
+        elif kind == "learned_2d":
+            self.prefix_table = nn.Parameter(torch.empty(prefix_length, width))
+            self.row_table = nn.Parameter(torch.empty(rows, width))
+            self.column_table = nn.Parameter(torch.empty(columns, width))
+        elif kind == "sincos_2d":
+            if width % 4:
+                raise ValueError(f"sincos_2d positions need a width divisible by 4, got {width}")
+            places = self._coordinates(prefix_length, rows, columns, offset=0)
+            self.register_buffer("table", sincos(places, width), persistent=False)
+        elif kind == "rotary_2d":
+            if head_dim % 4:
+                raise ValueError(f"rotary_2d positions need a head size divisible by 4, got {head_dim}")
+            places = self._coordinates(prefix_length, rows, columns, offset=prefix_length)
+            self.register_buffer("angles", rotary_angles(places, head_dim, rotary_base), persistent=False)
+        elif kind != "none":
+            raise ValueError(f"unknown position kind {kind!r}")
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.02)
+
+    @staticmethod
+    def _coordinates(prefix_length: int, rows: int, columns: int, offset: int) -> Tensor:
+        """(prefix + rows·columns, 2): row and column of every place."""
+        line = torch.arange(prefix_length).unsqueeze(1).expand(-1, 2)
+        square = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(-1, 2) + offset
+        return torch.cat([line, square])
+
+    def add(self, x: Tensor, start: int = 0) -> Tensor:
+        """Adds the vectors of places `start`... to x (batch, tokens, width)."""
+        if self.kind in ("none", "rotary_2d"):
+            return x
+        table = self._learned_2d_table() if self.kind == "learned_2d" else self.table
+        return x + table[start : start + x.shape[1]].to(x.dtype)
+
+    def rotations(self, start: int, length: int) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines, each (length, head_dim / 2), of places `start`...; None where the kind is not rotary."""
+        if self.kind != "rotary_2d":
+            return None
+        angles = self.angles[start : start + length]
+        return angles.cos(), angles.sin()
+
+    def _learned_2d_table(self) -> Tensor:
+        square = self.row_table[:, None] + self.column_table[None, :]  # (rows, columns, width)
+        return torch.cat([self.prefix_table, square.flatten(0, 1)])
+
+
+def sincos(coordinates: Tensor, width: int, base: float = 10000.0) -> Tensor:
+    """Fixed embedding (places, width) of (row, column): [sin row, cos row, sin column, cos column], a quarter each."""
+    frequencies = base ** (-torch.arange(width // 4, dtype=torch.float32) / (width // 4))
+    angles = coordinates.float().unsqueeze(-1) * frequencies  # (places, 2, width / 4)
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
+
+
+def rotary_angles(coordinates: Tensor, head_dim: int, base: float) -> Tensor:
+    """Angles (places, head_dim / 2): the first half turns with the row, the second with the column."""
+    frequencies = base ** (-torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim // 4))
+    return (coordinates.float().unsqueeze(-1) * frequencies).flatten(1)
+
+
+def rotate(x: Tensor, rotations: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns the pairs (x[i], x[i + head_dim / 2]) of x (batch, heads, tokens, head_dim) by their angles."""
+    cosines, sines = (table.to(x.dtype) for table in rotations)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cosines - second * sines, first * sines + second * cosines], dim=-1)
+
+
+def default_head_dim(width: int, num_heads: int) -> int:
+    """Width of one attention head. Raises ValueError where the heads do not divide the width."""
+    if width % num_heads:
+        raise ValueError(f"num_heads {num_heads} does not divide width {width}")
+    return width // num_heads
+
+
+def grid_side(tokens: int) -> int:
+    """The side of a square grid of `tokens` places. Raises ValueError where they are no square."""
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(f"{tokens} tokens are no square grid")
+    return side

@@ -1,0 +1,146 @@
+"""Models as folders: `save_pretrained` / `from_pretrained` with safetensors and config.json, local or from the Hugging Face Hub."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Self
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mmvit.config import Config, build_config
+from mmvit.errors import UserError
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class Pretrained:
+    """Mixin of an `nn.Module` whose only constructor argument is its `Config`.
+
+    A subclass names its `config_class` and its `kind`, the word that config.json carries so that a folder of another
+    model is recognised.
+    """
+
+    config_class: type[Config]
+    kind: str
+    config: Config
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Writes `folder/model.safetensors` and `folder/config.json`; `dtype` casts the floating-point weights."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+        if dtype is not None:
+            weights = {name: t.to(dtype) if t.is_floating_point() else t for name, t in weights.items()}
+        write_weights(weights, folder / WEIGHTS)
+        description = {"kind": self.kind, "config": self.config.model_dump(mode="json")}
+        write_json(description, folder / CONFIG)
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> Self:
+        """Builds the model from a folder, a run folder (its best model) or a Hub repository, in evaluation mode.
+
+        Raises:
+            UserError: when nothing is there, the folder holds another kind of model, or a weight is missing, unexpected or of
+                another shape (all are named).
+        """
+        folder = find_model_folder(path)
+        description = read_description(folder)
+        if description["kind"] != cls.kind:
+            raise UserError(f"{folder} holds a {description['kind']}, not a {cls.kind}")
+        model = cls(build_config(cls.config_class, description["config"], source=str(folder / CONFIG)))
+        load_weights(model, read_weights(folder / WEIGHTS), source=str(folder / WEIGHTS))
+        return model.to(device).eval()
+
+
+def find_model_folder(path: str | Path) -> Path:
+    """The folder with config.json that `path` means: itself, a run's `best/` or `last/`, or a download from the Hub."""
+    folder = Path(path)
+    for candidate in (folder, folder / "best", folder / "last"):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    if folder.exists():
+        raise UserError(f"{folder} holds no model: neither {CONFIG} nor best/{CONFIG} nor last/{CONFIG} is in it")
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"no model at {path}: there is no such folder, nor could it be had from the Hugging Face Hub "
+            f"({type(error).__name__})"
+        ) from None
+
+
+def read_description(folder: Path) -> dict:
+    """The parsed config.json of a model folder: `{"kind": ..., "config": {...}}`."""
+    try:
+        description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return {"kind": description["kind"], "config": description["config"]}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise UserError(f"{folder / CONFIG} is not an mmvit model description (JSON with 'kind' and 'config')") from None
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise UserError(f"no weights at {path}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
+
+
+def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
+    os.replace(partial, path)
+
+
+def write_json(value: dict, path: Path) -> None:
+    """Writes a JSON file, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
+    """Copies `weights` into `model`; every name and shape must match.
+
+    Raises:
+        UserError: names the missing, unexpected and misshapen weights.
+    """
+    own = model.state_dict()
+    problems = []
+    if missing := sorted(own.keys() - weights.keys()):
+        problems.append(f"missing: {shorten(missing)}")
+    if unexpected := sorted(weights.keys() - own.keys()):
+        problems.append(f"unexpected: {shorten(unexpected)}")
+    misshapen = [
+        f"{name} is {list(weights[name].shape)}, wanted {list(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if misshapen:
+        problems.append(shorten(misshapen))
+    if problems:
+        raise UserError(f"{source} does not fit this {type(model).__name__}: " + "; ".join(problems))
+    model.load_state_dict(weights)
+
+
+def shorten(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hexadecimal digits that name a model's weights: equal weights, equal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

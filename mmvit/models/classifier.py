@@ -1,0 +1,92 @@
+"""ViT classifier: a stem cuts the image into tokens, the shared core reads them all, a linear head names the class (2010.11929)."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mmvit.config import Config
+from mmvit.core.dropout import Dropout
+from mmvit.core.positions import PositionKind, Positions
+from mmvit.core.transformer import Transformer, TransformerConfig
+from mmvit.hub import Pretrained
+from mmvit.models.stems import StemKind, build_stem
+
+
+class ClassifierConfig(Config):
+    """A classifier of `image_size` (pixels, or (height, width)) images into `num_classes`."""
+
+    image_size: int | tuple[int, int] = 224
+    patch_size: int = Field(16, gt=0)
+    channels: int = Field(3, gt=0)
+    num_classes: int = Field(1000, gt=1)
+    stem: StemKind = "patch"
+    pooling: Literal["cls", "mean"] = "cls"
+    positions: PositionKind = "learned_1d"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    core: TransformerConfig = TransformerConfig()
+
+    @model_validator(mode="after")
+    def _patches_tile_the_image(self):
+        if any(side % self.patch_size for side in self.height_width):
+            raise ValueError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
+        return self
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches as (rows, columns)."""
+        return self.height_width[0] // self.patch_size, self.height_width[1] // self.patch_size
+
+
+class Classifier(Pretrained, nn.Module):
+    """pixels → logits. `core` can be exchanged with a generator's of the same `TransformerConfig`."""
+
+    config_class, kind = ClassifierConfig, "classifier"
+
+    def __init__(self, config: ClassifierConfig):
+        super().__init__()
+        self.config = config
+        width = config.core.width
+        self.stem = build_stem(config.stem, config.patch_size, config.channels, width)
+        self.num_prefix = 1 if config.pooling == "cls" else 0
+        if self.num_prefix:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = Positions(config.positions, width, config.core.head_dim, self.num_prefix, config.grid)
+        self.dropout = Dropout(config.core.dropout)
+        self.core = Transformer(config.core)
+        self.head = nn.Linear(width, config.num_classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """pixels (batch, channels, height, width) in [-1, 1] → the vector that the head reads, (batch, width).
+
+        Raises:
+            ValueError: for pixels of another size than the configuration's.
+        """
+        expected = (self.config.channels, *self.config.height_width)
+        if tuple(pixels.shape[1:]) != expected:
+            raise ValueError(f"pixels are {tuple(pixels.shape[1:])}, this classifier reads {expected}")
+        x = self.stem(pixels)
+        if self.num_prefix:
+            x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
+        x = self.dropout(self.positions.add(x))
+        x = self.core(x, rotations=self.positions.rotations(0, x.shape[1]))
+        return x[:, 0] if self.num_prefix else x.mean(1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (batch, channels, height, width) in [-1, 1] → logits (batch, num_classes)."""
+        return self.head(self.features(pixels))
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of `batch["pixels"]` against `batch["labels"]` (batch,); the metrics hold loss and accuracy."""
+        logits, labels = self(batch["pixels"]).float(), batch["labels"]
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        accuracy = (logits.argmax(-1) == labels).float().mean()
+        return loss, {"loss": loss.detach(), "accuracy": accuracy}

@@ -1,0 +1,180 @@
+"""DALL·E-style generator: caption tokens and image codes in one sequence, each token predicted from those before it (2102.12092)."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mmvit.config import Config
+from mmvit.core.attention import KeyValueCache
+from mmvit.core.dropout import Dropout
+from mmvit.core.masks import prefix
+from mmvit.core.positions import PositionKind, Positions
+from mmvit.core.transformer import Transformer, TransformerConfig
+from mmvit.hub import Pretrained
+
+PAD = 0  # the text tokenizer's padding id; a caption of nothing but padding is the unconditional one
+
+
+class GeneratorConfig(Config):
+    """A generator of `grid` = (rows, columns) image codes from captions of up to `text_length` tokens.
+
+    `attention` is `causal` over the whole sequence (DALL·E), or `prefix`: the caption's tokens see each other in both
+    directions, and then cannot be predicted, so `text_loss_weight` must be 0. The two losses are weighted 1 : 7 by default.
+    """
+
+    vocab_size: int = Field(4096, gt=1)
+    text_length: int = Field(32, gt=0)
+    codebook_size: int = Field(1024, gt=1)
+    grid: tuple[int, int] = (8, 8)
+    attention: Literal["causal", "prefix"] = "causal"
+    positions: PositionKind = "rotary_2d"
+    text_loss_weight: float = Field(1.0, ge=0)
+    image_loss_weight: float = Field(7.0, gt=0)
+    caption_dropout: float = Field(0.1, ge=0, lt=1)
+    code_noise: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    core: TransformerConfig = TransformerConfig()
+
+    @model_validator(mode="after")
+    def _prefix_captions_are_not_predicted(self):
+        if self.attention == "prefix" and self.text_loss_weight > 0:
+            raise ValueError("with attention = 'prefix' the caption sees itself, so set text_loss_weight = 0")
+        return self
+
+    @property
+    def num_codes(self) -> int:
+        """Image codes in one image."""
+        return self.grid[0] * self.grid[1]
+
+
+class GeneratorTransformer(Pretrained, nn.Module):
+    """Caption ids and image codes → logits of the next ones. `mmvit.Generator` adds the tokenizers and draws pictures.
+
+    The sequence is a start vector, `text_length` caption tokens, the image codes. Padding has an embedding of its own at every
+    place, as in DALL·E, so captions need no mask. Logits of the first image code come from the caption's last place.
+    """
+
+    config_class, kind = GeneratorConfig, "generator"
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__()
+        self.config = config
+        width = config.core.width
+        self.prefix_length = 1 + config.text_length
+        self.start = nn.Parameter(torch.empty(1, 1, width))
+        self.text_embedding = nn.Embedding(config.vocab_size, width)
+        self.padding = nn.Parameter(torch.empty(config.text_length, width))
+        self.code_embedding = nn.Embedding(config.codebook_size, width)
+        self.positions = Positions(config.positions, width, config.core.head_dim, self.prefix_length, config.grid)
+        self.dropout = Dropout(config.core.dropout)
+        self.core = Transformer(config.core)
+        self.image_head = nn.Linear(width, config.codebook_size)
+        self.text_head = nn.Linear(width, config.vocab_size) if config.text_loss_weight else None
+        for table in (self.start, self.padding, self.text_embedding.weight, self.code_embedding.weight):
+            nn.init.normal_(table, std=0.02)
+        for head in (self.image_head, self.text_head):
+            if head is not None:
+                nn.init.zeros_(head.weight)
+                nn.init.zeros_(head.bias)
+
+    def embed_captions(self, caption_ids: Tensor) -> Tensor:
+        """caption_ids (batch, text_length) → (batch, 1 + text_length, width), without positions.
+
+        Raises:
+            ValueError: for captions of another length.
+        """
+        if caption_ids.shape[1] != self.config.text_length:
+            raise ValueError(f"captions have {caption_ids.shape[1]} places, this generator reads {self.config.text_length}")
+        is_padding = (caption_ids == PAD).unsqueeze(-1)
+        tokens = torch.where(is_padding, self.padding, self.text_embedding(caption_ids))
+        return torch.cat([self.start.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+
+    def run_core(self, x: Tensor, start: int = 0, cache: KeyValueCache | None = None) -> Tensor:
+        """The core over embedded tokens x (batch, tokens, width) that stand at places `start`... of the sequence."""
+        length = x.shape[1]
+        x = self.dropout(self.positions.add(x, start))
+        rotations = self.positions.rotations(start, length)
+        if start:  # one token after another: each sees all that is in the cache
+            return self.core(x, rotations=rotations, cache=cache)
+        if self.config.attention == "causal":
+            return self.core(x, is_causal=True, rotations=rotations, cache=cache)
+        mask = prefix(length, self.prefix_length, x.device)
+        return self.core(x, mask, rotations=rotations, cache=cache)
+
+    def forward(self, caption_ids: Tensor, codes: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Logits of every token given those before it.
+
+        Args:
+            caption_ids: (batch, text_length).
+            codes: (batch, rows · columns) in raster order; the last one is not read.
+
+        Returns:
+            Text logits (batch, text_length, vocab_size), None without a text loss; image logits (batch, codes, codebook_size).
+        """
+        x = torch.cat([self.embed_captions(caption_ids), self.code_embedding(codes[:, :-1])], dim=1)
+        x = self.run_core(x)
+        text, image = x[:, : self.prefix_length - 1], x[:, self.prefix_length - 1 :]
+        return (self.text_head(text) if self.text_head is not None else None), self.image_head(image)
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted cross-entropy, in nats per token, of `caption_ids` (batch, text_length) and `codes` (batch, rows · columns).
+
+        Text counts up to its first padding, which ends a caption. In training mode captions are dropped (and then not
+        predicted) with probability `caption_dropout`, so that guidance is learnt, and the codes that the model reads, not
+        those that it predicts, are replaced by random ones with probability `code_noise`.
+        """
+        config = self.config
+        caption_ids, codes = batch["caption_ids"], batch["codes"]
+        seen_captions, seen_codes = caption_ids, codes
+        is_dropped = torch.zeros(len(codes), 1, dtype=torch.bool, device=codes.device)
+        if self.training and config.caption_dropout > 0:
+            is_dropped = torch.rand(len(codes), 1, device=codes.device) < config.caption_dropout
+            seen_captions = caption_ids.masked_fill(is_dropped, PAD)
+        if self.training and config.code_noise > 0:
+            is_noise = torch.rand(codes.shape, device=codes.device) < config.code_noise
+            seen_codes = torch.where(is_noise, torch.randint_like(codes, config.codebook_size), codes)
+        text_logits, image_logits = self(seen_captions, seen_codes)
+        smoothing = config.label_smoothing if self.training else 0.0
+        image_loss = F.cross_entropy(image_logits.float().flatten(0, 1), codes.flatten(), label_smoothing=smoothing)
+        metrics = {"image_loss": image_loss.detach()}
+        loss = image_loss
+        if text_logits is not None:
+            text_loss = caption_loss(text_logits, caption_ids, is_dropped)
+            metrics["text_loss"] = text_loss.detach()
+            total = config.text_loss_weight + config.image_loss_weight
+            loss = (config.text_loss_weight * text_loss + config.image_loss_weight * image_loss) / total
+        return loss, {"loss": loss.detach(), **metrics}
+
+    def prefill(self, caption_ids: Tensor, cache: KeyValueCache) -> Tensor:
+        """Reads the captions into an empty cache; returns logits (batch, codebook_size) of the first image code."""
+        x = self.run_core(self.embed_captions(caption_ids), cache=cache)
+        return self.image_head(x[:, -1])
+
+    def step(self, codes: Tensor, cache: KeyValueCache) -> Tensor:
+        """Reads one more code of each image, codes (batch,); returns logits (batch, codebook_size) of the next."""
+        x = self.run_core(self.code_embedding(codes).unsqueeze(1), cache.length, cache)
+        return self.image_head(x[:, -1])
+
+    def new_cache(self, batch: int) -> KeyValueCache:
+        """An empty cache for `batch` whole images, in the weights' precision."""
+        weight = self.image_head.weight
+        capacity = self.prefix_length + self.config.num_codes - 1
+        return self.core.new_cache(batch, capacity, weight.dtype, weight.device)
+
+
+def caption_loss(logits: Tensor, caption_ids: Tensor, is_dropped: Tensor) -> Tensor:
+    """Mean cross-entropy over the captions' tokens and the padding that ends each; dropped captions do not count.
+
+    Args:
+        logits: (batch, text_length, vocab_size), place i predicting caption_ids[:, i].
+        is_dropped: boolean (batch, 1).
+    """
+    is_padding = caption_ids == PAD
+    later_padding = is_padding & is_padding.roll(1, dims=1)
+    later_padding[:, 0] = False
+    ignored = later_padding | is_dropped
+    losses = F.cross_entropy(logits.float().flatten(0, 1), caption_ids.flatten(), reduction="none").view_as(caption_ids)
+    return losses.masked_fill(ignored, 0).sum() / (~ignored).sum().clamp(min=1)

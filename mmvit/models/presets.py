@@ -1,0 +1,64 @@
+"""Named sizes: `preset("vit-b16")`, from `tiny`, which trains on two cores, to the published ones."""
+
+import difflib
+
+from mmvit.core.transformer import TransformerConfig
+from mmvit.errors import UserError
+from mmvit.models.classifier import ClassifierConfig
+from mmvit.models.generator import GeneratorConfig
+
+
+def core(width: int, depth: int, num_heads: int, **parts) -> TransformerConfig:
+    return TransformerConfig(width=width, depth=depth, num_heads=num_heads, **parts)
+
+
+def vit(patch_size: int, shape: TransformerConfig) -> ClassifierConfig:
+    """A published ViT: 224 pixels, 1000 classes, [CLS] (2010.11929, Table 1)."""
+    return ClassifierConfig(patch_size=patch_size, core=shape)
+
+
+TINY, SMALL, BASE = core(192, 12, 3), core(384, 12, 6), core(768, 12, 12)
+LARGE, HUGE = core(1024, 24, 16), core(1280, 32, 16)
+
+CLASSIFIERS = {
+    "vit-tiny": ClassifierConfig(
+        image_size=28, patch_size=4, num_classes=10, stem="conv", pooling="mean", positions="rotary_2d", core=core(192, 6, 3)
+    ),
+    "vit-ti16": vit(16, TINY),
+    "vit-s16": vit(16, SMALL),
+    "vit-b16": vit(16, BASE),
+    "vit-b32": vit(32, BASE),
+    "vit-l16": vit(16, LARGE),
+    "vit-l32": vit(32, LARGE),
+    "vit-h14": vit(14, HUGE),
+}
+
+GENERATORS = {
+    "generator-tiny": GeneratorConfig(core=core(256, 6, 4)),
+    "generator-small": GeneratorConfig(core=core(384, 12, 6)),
+    # the sizes of LlamaGen (2406.06525, Table 1), 256 pixels at factor 16, captions of up to 120 tokens
+    "generator-b": GeneratorConfig(
+        vocab_size=16384, text_length=120, codebook_size=16384, grid=(16, 16),
+        core=core(768, 12, 12, norm="rmsnorm", mlp="swiglu", bias=False),
+    ),
+    "generator-xl": GeneratorConfig(
+        vocab_size=16384, text_length=120, codebook_size=16384, grid=(16, 16),
+        core=core(1280, 36, 20, norm="rmsnorm", mlp="swiglu", bias=False),
+    ),
+    # DALL·E (2102.12092, appendix B): 64 layers of 62 heads, 32 × 32 codes; here with dense causal attention
+    "dalle-12b": GeneratorConfig(
+        vocab_size=16384, text_length=256, codebook_size=8192, grid=(32, 32), positions="learned_2d",
+        core=core(3968, 64, 62, mlp="gelu"),
+    ),
+}  # fmt: skip
+
+PRESETS = {**CLASSIFIERS, **GENERATORS}
+
+
+def preset(name: str) -> ClassifierConfig | GeneratorConfig:
+    """The configuration called `name`. Raises UserError, with the nearest name, where there is none."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(PRESETS)}"
+        raise UserError(f"no preset {name!r}: {advice}")
+    return PRESETS[name]
