@@ -1,0 +1,19 @@
+"""mmvit: one Transformer core that reads image patches, text tokens and image codes."""
+
+from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
+from mmvit.models.presets import preset
+from mmvit.models.vq import VQConfig, VQModel
+from mmvit.sampling.generator import Generator
+
+__all__ = [
+    "Classifier",
+    "ClassifierConfig",
+    "Generator",
+    "GeneratorConfig",
+    "GeneratorTransformer",
+    "VQConfig",
+    "VQModel",
+    "preset",
+]
+__version__ = "0.1.0"

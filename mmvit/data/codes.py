@@ -1,0 +1,73 @@
+"""Image codes in shards: `codes.npy` per sample, and `dataset.json` that names their image tokenizer."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from mmvit.data.shards import BadSample
+from mmvit.data.writing import read_dataset_card
+from mmvit.errors import UserError
+
+ENCODE_AGAIN = "encode the shards with the image tokenizer in use (pipelines/encode_images.py)"
+
+
+def pack_codes(codes: np.ndarray) -> bytes:
+    """Codes (rows, cols) below 65,536 → the bytes of an .npy file of uint16."""
+    if codes.ndim != 2 or codes.min() < 0 or codes.max() > 65535:
+        raise ValueError(
+            f"codes of shape {codes.shape} from {codes.min()} to {codes.max()} are not (rows, cols) of uint16"
+        )
+    buffer = io.BytesIO()
+    np.save(buffer, codes.astype("<u2"), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def unpack_codes(data: bytes, grid: tuple[int, int], codebook_size: int) -> np.ndarray:
+    """The inverse: int64 (rows, cols).
+
+    Raises:
+        BadSample: the bytes are no array of integers.
+        UserError: the array does not have the shape `grid`, or has codes of `codebook_size` or more.
+    """
+    try:
+        codes = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise BadSample("unreadable codes", str(error)) from None
+    if codes.dtype.kind not in "iu":
+        raise BadSample("unreadable codes", f"an array of {codes.dtype}, not of integers")
+    if codes.shape != tuple(grid):
+        raise UserError(
+            f"the codes are {describe(codes.shape)}, the model expects {describe(grid)}; {ENCODE_AGAIN}"
+        )
+    if codes.min() < 0 or codes.max() >= codebook_size:
+        raise UserError(
+            f"there is a code {codes.max()}, the codebook ends at {codebook_size - 1}; {ENCODE_AGAIN}"
+        )
+    return codes.astype(np.int64)
+
+
+def check_codes_fit(folder: Path, grid: tuple[int, int], codebook_size: int, fingerprint: str) -> None:
+    """Compares what `dataset.json` says of the codes in `folder` with the image tokenizer in use.
+
+    Expects `{"image_tokenizer": {"grid": [rows, cols], "codebook_size": ..., "fingerprint": ...}}`.
+
+    Raises:
+        UserError: on a difference, or if the file does not say.
+    """
+    made = read_dataset_card(folder).get("image_tokenizer")
+    if made is None:
+        raise UserError(
+            f"{folder}/dataset.json does not say which image tokenizer made the codes; {ENCODE_AGAIN}"
+        )
+    wanted = {"grid": list(grid), "codebook_size": codebook_size, "fingerprint": fingerprint}
+    for name, value in wanted.items():
+        if made.get(name) != value:
+            raise UserError(
+                f"the codes in {folder} are of {name} {made.get(name)}, the tokenizer in use has {value}; "
+                f"{ENCODE_AGAIN}"
+            )
+
+
+def describe(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

@@ -1,0 +1,82 @@
+"""Images: bytes of any common format → RGB pixels of one size, safely."""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mmvit.data.shards import BadSample
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # nothing that starts another program, as EPS does
+MAX_PIXELS = 64_000_000
+
+
+def decode_image(
+    data: bytes, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """Decodes an image to uint8 RGB (height, width, 3): upright by its EXIF tag, alpha over white, 16 bits
+    scaled to 8.
+
+    Args:
+        size: (height, width) to resize (bicubic, antialiased) and centre-crop to; None keeps the size.
+        max_pixels: images of more are refused before they are decompressed.
+
+    Raises:
+        BadSample: undecodable, truncated or oversize.
+    """
+    return np.asarray(open_image(data, size, max_pixels))
+
+
+def open_image(data: bytes, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """As `decode_image`, but a Pillow image of mode RGB."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap is below
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise BadSample("oversize image", f"{width}x{height} pixels, the cap is {max_pixels:,} in all")
+        if size is not None:
+            image.draft(
+                None, (2 * size[1], 2 * size[0])
+            )  # a JPEG far larger than needed decodes at 1/2, 1/4 or 1/8
+        image = to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:
+        raise BadSample("oversize image", str(error)) from None
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        MemoryError,
+    ) as error:  # what Pillow raises on damaged files
+        raise BadSample("undecodable image", f"{error} ({len(data)} bytes)") from None
+    if size is not None and image.size != (size[1], size[0]):
+        image = ImageOps.fit(image, (size[1], size[0]), method=Image.Resampling.BICUBIC)
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode → RGB."""
+    if image.mode.startswith("I"):  # 16-bit greyscale; convert("RGB") would clip it at 255
+        levels = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(((levels.clip(0, 65535) * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("pixels are floating-point numbers of unknown range")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def to_unit_range(pixels: np.ndarray) -> np.ndarray:
+    """uint8 (height, width, 3) → float32 (3, height, width) in [-1, 1]."""
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / 127.5 - 1.0
+
+
+def encode_png(image: Image.Image | np.ndarray) -> bytes:
+    """A Pillow image or uint8 array → PNG bytes."""
+    buffer = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,148 @@
+"""The reader: one of ranks x workers, from its part of the shards to decoded batches with their position."""
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmvit.data.plan import Part, plan_epoch, random_from, shuffled
+from mmvit.data.shards import BadSample, BadShard, Sample, read_shard
+from mmvit.data.tally import Tally
+from mmvit.errors import UserError
+
+Batch = dict[str, Any]
+Decode = Callable[[Sample, random.Random], dict[str, Any] | None]
+
+
+@dataclass
+class Position:
+    """How far one worker is: samples drawn from the shuffled order of its epoch, and its counts so far."""
+
+    epoch: int = 0
+    drawn: int = 0
+    done: bool = False  # only without `repeat`: this worker has no more
+    tally: Tally = field(default_factory=Tally)
+
+
+@dataclass
+class Delivery:
+    """What a worker sends: a batch, and where it stands after it. `error` is a UserError's message."""
+
+    worker: int
+    position: Position
+    batch: Batch | None
+    error: str | None = None
+
+
+@dataclass
+class Reader:
+    """One of the `num_readers` = ranks x workers that share the shards."""
+
+    shards: list[Path]
+    decode: Decode
+    batch_size: int
+    seed: int
+    number: int
+    num_readers: int
+    shuffle_buffer: int
+    repeat: bool
+    max_bad: float
+
+    def deliver(self, worker: int, start: Position) -> Iterator[Delivery]:
+        """Yields batches from `start` on. A UserError goes as text: the loader would add a traceback."""
+        position = copy.deepcopy(start)
+        try:
+            for samples in self.batches(position):
+                yield Delivery(worker, copy.deepcopy(position), collate(samples) if samples else None)
+        except UserError as error:
+            yield Delivery(worker, position, None, error=str(error))
+
+    def batches(self, position: Position) -> Iterator[list[dict[str, Any]]]:
+        """Yields lists of decoded samples and keeps `position` current; the last may be short or empty."""
+        batch: list[dict[str, Any]] = []
+        while not position.done:
+            already_drawn, number = position.drawn, 0
+            for number, found in enumerate(self.draw(position.epoch), start=1):
+                if number <= already_drawn:
+                    continue
+                position.drawn = number
+                sample = self.try_decode(found, position)
+                if sample is not None:
+                    batch.append(sample)
+                if len(batch) == self.batch_size:
+                    yield batch
+                    batch = []
+            if number == 0 and self.repeat:
+                raise UserError(
+                    f"reader {self.number + 1} of {self.num_readers} (ranks x workers) finds no sample in "
+                    f"its part of {self.shards[0].parent}; use fewer workers, or more and fuller shards"
+                )
+            position.epoch, position.drawn, position.done = position.epoch + 1, 0, not self.repeat
+        yield batch
+
+    def draw(self, epoch: int) -> Iterator[Sample | BadShard]:
+        """This reader's undecoded samples in the order of `epoch`. A broken shard takes one place in it."""
+        shuffle = self.shuffle_buffer > 0
+        plan = plan_epoch(self.shards, self.seed, epoch, self.number, self.num_readers, shuffle)
+        found = (sample for part in plan for sample in self.read_part(part))
+        return shuffled(found, self.shuffle_buffer, random_from(self.seed, epoch, "buffer", self.number))
+
+    def read_part(self, part: Part) -> Iterator[Sample | BadShard]:
+        """Reads a part of a shard; raises UserError if none of its samples has the files needed."""
+        num_read, lack = 0, ""
+        try:
+            for number, sample in enumerate(read_shard(part.shard)):
+                if number % part.step == part.first:
+                    num_read += 1
+                    lack = self.what_lacks(sample) if lack or num_read == 1 else ""
+                    yield sample
+        except BadShard as error:
+            yield error
+        if lack:
+            raise UserError(f"no sample of {part.shard} has the files that are needed here: {lack}")
+
+    def what_lacks(self, sample: Sample) -> str:
+        """Says which needed extensions `sample` lacks, "" if none."""
+        groups = getattr(self.decode, "needs", [])
+        lacking = [" or ".join(group) for group in groups if not any(name in sample.files for name in group)]
+        return f"needs {' and '.join(lacking)}, has {', '.join(sorted(sample.files))}" if lacking else ""
+
+    def try_decode(self, found: Sample | BadShard, position: Position) -> dict[str, Any] | None:
+        """Decodes a sample; counts it in `position.tally` and gives None where that is not possible."""
+        tally = position.tally
+        try:
+            if isinstance(found, BadShard):
+                raise BadSample("broken shard", str(found))
+            tally.read += 1
+            lack = self.what_lacks(found)
+            if lack:
+                raise BadSample("missing file", lack)
+            sample = self.decode(found, random_from(self.seed, position.epoch, found.key))
+        except BadSample as bad:
+            where = "" if isinstance(found, BadShard) else f"{found.key} in {found.shard}: "
+            tally.skip(bad.reason, where + bad.detail)
+            tally.check(self.max_bad)
+            return None
+        if sample is None:
+            return None
+        tally.count(sample.pop("counts", {}))
+        return {**sample, "keys": found.key}
+
+
+def collate(samples: list[dict[str, Any]]) -> Batch:
+    """Stacks the samples' entries: arrays and numbers become tensors, strings a list."""
+    batch: Batch = {}
+    for name, first in samples[0].items():
+        values = [sample[name] for sample in samples]
+        if isinstance(first, str):
+            batch[name] = values
+        elif isinstance(first, torch.Tensor):
+            batch[name] = torch.stack(values)
+        else:
+            batch[name] = torch.from_numpy(np.stack(values))
+    return batch

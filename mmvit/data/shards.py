@@ -1,0 +1,165 @@
+"""Shards: which tar files a pattern means, and reading one as a stream of samples grouped by key."""
+
+import glob
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmvit.errors import UserError
+
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+
+class BadSample(Exception):
+    """A sample that cannot be used. `reason` is a category to count by, `detail` says what was found."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class BadShard(Exception):
+    """A shard that ends or breaks before its end; the samples before that point are good."""
+
+
+@dataclass(slots=True)
+class Sample:
+    """One sample as stored: `files` maps an extension (`png`, `txt`, `codes.npy`) to its bytes."""
+
+    key: str
+    shard: Path
+    files: dict[str, bytes]
+
+
+def expand_shards(pattern: str | Path | list[str | Path]) -> list[Path]:
+    """The shards that `pattern` means, sorted.
+
+    Args:
+        pattern: `dir/train-{000000..000003}.tar`, a glob `dir/train-*.tar`, a tar file, a folder (all of its
+            shards), or a list of these.
+
+    Raises:
+        UserError: if nothing matches, a file of a brace range is missing, or the pattern is a URL or a
+            `pipe:`.
+    """
+    if isinstance(pattern, list):
+        return [shard for part in pattern for shard in expand_shards(part)]
+    text = str(pattern)
+    if text.startswith("pipe:") or "://" in text:
+        raise UserError(
+            f"{text}: shards are read from files only (a pipe: would run a shell command); copy or mount them"
+        )
+    if not text:
+        raise UserError("the shard pattern is empty; give a folder, a glob or dir/train-{000000..000003}.tar")
+    path = Path(text)
+    if path.is_dir():
+        shards = sorted(
+            file for file in path.iterdir() if file.name.endswith(SHARD_SUFFIXES) and file.name[0] != "."
+        )
+    elif "{" in text:
+        shards = [Path(name) for name in expand_braces(text)]
+        if missing := [shard for shard in shards if not shard.is_file()]:
+            found = f"{len(missing)} of {len(shards)} shards do not exist, the first is {missing[0]}"
+            raise UserError(f"{text}: {found}; {what_exists(path)}")
+    else:
+        shards = sorted(Path(name) for name in ([text] if path.is_file() else glob.glob(text)))
+    if not shards:
+        raise UserError(f"no shards match {text}; {what_exists(path)}")
+    return shards
+
+
+def expand_braces(text: str) -> list[str]:
+    """`a-{08..10}.tar` → `a-08.tar, a-09.tar, a-10.tar`; `{a,b}` → both. Several braces multiply."""
+    found = re.search(r"\{([^{}]*)\}", text)
+    if not found:
+        return [text]
+    inner = found.group(1)
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", inner)
+    if span:
+        first, last = span.groups()
+        if int(first) > int(last):
+            raise UserError(f"{text}: the range {inner} runs backwards; write {{{last}..{first}}}")
+        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    elif "," in inner:
+        choices = inner.split(",")
+    else:
+        raise UserError(f"{text}: {{{inner}}} is neither a range {{000000..000003}} nor a list {{a,b}}")
+    head, tail = text[: found.start()], text[found.end() :]
+    return [head + choice + rest for rest in expand_braces(tail) for choice in choices]
+
+
+def what_exists(path: Path) -> str:
+    """What is at or above `path`, for an error message: the nearest existing folder and the shards in it."""
+    folder = path if path.is_dir() else path.parent
+    while not folder.is_dir():
+        folder = folder.parent
+    names = sorted(file.name for file in folder.iterdir() if file.name.endswith(SHARD_SUFFIXES))
+    if not names:
+        return f"{folder} exists and holds no .tar files"
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{folder} holds {', '.join(names[:4])}{more}"
+
+
+class StrictTarInfo(tarfile.TarInfo):
+    """A header that tells a truncated or damaged archive from a finished one, which `tarfile` does not."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error) or "the archive has no end mark") from None
+
+
+def read_shard(path: Path) -> Iterator[Sample]:
+    """Yields the samples of a tar, reading it once from front to back.
+
+    Files that follow each other and share the name up to the first dot of the basename make a sample.
+
+    Raises:
+        BadShard: after the last whole sample, if the archive is truncated or damaged.
+        UserError: if the file cannot be opened.
+    """
+    try:
+        stream = open(path, "rb", buffering=1 << 20)  # noqa: SIM115 (closed below; an error of opening is another matter)
+    except OSError as error:
+        raise UserError(f"cannot open shard {path}: {error.strerror}") from None
+    mode = "r:" if path.suffix == ".tar" else "r|*"  # the second is for compressed shards and twice as slow
+    current: Sample | None = None
+    with stream:
+        try:
+            with tarfile.open(fileobj=stream, mode=mode, tarinfo=StrictTarInfo) as archive:
+                for member in archive:
+                    archive.members = []  # tarfile remembers every header otherwise
+                    if not member.isfile():
+                        continue
+                    key, extension = split_name(member.name)
+                    if not extension:
+                        continue
+                    data = archive.extractfile(member).read()
+                    if len(data) != member.size:
+                        raise tarfile.ReadError(
+                            f"{member.name} ends after {len(data)} of {member.size} bytes"
+                        )
+                    if current is None or key != current.key or extension in current.files:
+                        if current is not None:
+                            yield current
+                        current = Sample(key, path, {})
+                    current.files[extension] = data
+        except (tarfile.TarError, EOFError, OSError) as error:
+            # The last sample may lack files, so it is dropped with the rest.
+            raise BadShard(f"{path} is truncated or damaged: {error}") from None
+    if current is not None:
+        yield current
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """`dir/0001.codes.npy` → (`dir/0001`, `codes.npy`); the extension is in lower case."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()

@@ -1,0 +1,176 @@
+"""The data stream: shards → shuffled, decoded batches, over ranks and workers, with an exact position."""
+
+import signal
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from mmvit.data.reader import Batch, Decode, Delivery, Position, Reader
+from mmvit.data.shards import expand_shards
+from mmvit.data.tally import Tally
+from mmvit.errors import UserError
+
+
+class ShardStream:
+    """Iterates over the batches of this rank.
+
+    Args:
+        shards: a pattern, folder or list as `expand_shards` takes it.
+        decode: makes the arrays of a sample from its bytes; a picklable callable (sample, rng) -> dict of
+            numpy arrays, numbers or strings, or None to leave the sample out silently. `rng` is seeded by
+            (seed, epoch, sample key), so augmentation depends on neither worker nor rank. An entry `counts`
+            (str → int) is added up in `report()` and does not enter the batch. It raises BadSample for a
+            sample that cannot be used. Its attribute `needs`, if it has one, lists groups of extensions of
+            which a sample must have one each, such as `[("png", "jpg"), ("cls",)]`.
+        batch_size: samples per batch of this rank.
+        seed: of the shard order, the shuffling and the samples' generators.
+        num_workers: processes that read and decode; 0 does it in this process.
+        shuffle_buffer: samples held back (per worker, undecoded) to draw from at random; 0 reads everything
+            in order.
+        repeat: True goes on forever, each worker beginning its next epoch on its own, all batches full. False
+            is one epoch: every sample once over all ranks and workers, each worker's last batch may be short,
+            ranks may differ in their number of batches; iterating once more gives the same epoch again.
+        max_bad: share of bad samples (beyond ten in all) at which the stream stops.
+
+    Iterating raises UserError for a shard without the needed extensions and for too many bad samples. Batches
+    are dicts of stacked tensors, plus `keys`, the samples' keys.
+    """
+
+    def __init__(
+        self,
+        shards: str | Path | list[str | Path],
+        decode: Decode,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        shuffle_buffer: int = 1000,
+        repeat: bool = True,
+        max_bad: float = 0.01,
+    ):
+        self.shards = expand_shards(shards)
+        self.num_workers = num_workers
+        self.max_bad = max_bad
+        lanes = max(1, num_workers)  # readers of this rank
+        self.readers = [
+            Reader(
+                shards=self.shards,
+                decode=decode,
+                batch_size=batch_size,
+                seed=seed,
+                number=rank * lanes + lane,
+                num_readers=world_size * lanes,
+                shuffle_buffer=shuffle_buffer,
+                repeat=repeat,
+                max_bad=max_bad,
+            )
+            for lane in range(lanes)
+        ]
+        self.layout = {
+            "shards": [shard.name for shard in self.shards],
+            "seed": seed,
+            "rank": rank,
+            "world_size": world_size,
+            "num_workers": lanes,
+            "shuffle_buffer": shuffle_buffer,
+        }
+        self.positions = [Position() for _ in self.readers]
+        self.next_worker = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Continues from the current position."""
+        for delivery in self.deliveries():
+            self.positions[delivery.worker] = delivery.position
+            self.next_worker = (delivery.worker + 1) % len(self.readers)
+            if delivery.error:
+                raise UserError(delivery.error)
+            self.tally.check(self.max_bad)
+            if delivery.batch is not None:
+                yield delivery.batch
+        self.positions = [Position(tally=position.tally) for position in self.positions]
+        self.next_worker = 0
+
+    def deliveries(self) -> Iterator[Delivery]:
+        if self.num_workers == 0:
+            return self.readers[0].deliver(0, self.positions[0])
+        # The loader asks its processes in turn, beginning with the first; it has to be lane `next_worker`.
+        order = [(self.next_worker + place) % self.num_workers for place in range(self.num_workers)]
+        loader = DataLoader(
+            Lanes([(lane, self.readers[lane], self.positions[lane]) for lane in order]),
+            batch_size=None,
+            num_workers=self.num_workers,
+            worker_init_fn=leave_signals_to_parent,
+            generator=torch.Generator(),  # drawing from the global one would change a model's dropout
+        )
+        return iter(loader)
+
+    @property
+    def tally(self) -> Tally:
+        """The counts of all workers of this rank."""
+        return reduce(Tally.plus, (position.tally for position in self.positions))
+
+    def report(self) -> dict[str, Any]:
+        """`read`, `skipped` (reason → count), `examples` (reason → first case), and the decoder's counts."""
+        tally = self.tally
+        return {
+            "read": tally.read,
+            "skipped": dict(tally.skipped),
+            "examples": dict(tally.examples),
+            **tally.counts,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the batch that was yielded last, as plain numbers, strings, lists and dicts."""
+        return {
+            "layout": self.layout,
+            "positions": [asdict(position) for position in self.positions],
+            "next_worker": self.next_worker,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken: the batches that follow are those of an uninterrupted run, bit
+        for bit.
+
+        With other shards, seed, ranks, workers or shuffle buffer that is not possible; then the stream warns
+        and goes on with the next epoch.
+        """
+        positions = [
+            Position(**{**position, "tally": Tally(**position["tally"])}) for position in state["positions"]
+        ]
+        changed = [name for name, value in self.layout.items() if state["layout"].get(name) != value]
+        if changed:
+            epoch = 1 + max(position.epoch for position in positions)
+            warnings.warn(
+                f"the data position was saved with other {', '.join(changed)}: going on with epoch {epoch}",
+                stacklevel=2,
+            )
+            tally = reduce(Tally.plus, (position.tally for position in positions))
+            positions = [Position(epoch) for _ in self.readers]
+            positions[0].tally = tally
+        self.positions = positions
+        self.next_worker = 0 if changed else state["next_worker"]
+
+
+class Lanes(IterableDataset):
+    """Gives each process of the loader its reader and where to begin."""
+
+    def __init__(self, lanes: list[tuple[int, "Reader", Position]]):
+        self.lanes = lanes
+
+    def __iter__(self) -> Iterator[Delivery]:
+        lane, reader, position = self.lanes[get_worker_info().id]
+        return reader.deliver(lane, position)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the main process saves a checkpoint, then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,155 @@
+"""Writing shards: whole or not at all, the same bytes for the same input, with progress and a table."""
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from webdataset.writer import TarWriter
+
+from mmvit.errors import UserError
+from mmvit.hub import write_json
+
+Item = TypeVar("Item")
+
+
+class ShardWriter:
+    """Writes one split as `folder/split-000000.tar`, ... A context manager.
+
+    The shards appear under their names when the block ends without an exception, in place of earlier ones of
+    this split; otherwise nothing changes. The same samples give the same bytes.
+    """
+
+    def __init__(self, folder: Path, split: str, samples_per_shard: int = 500):
+        self.folder = Path(folder)
+        self.split = split
+        self.samples_per_shard = samples_per_shard
+        self.num_samples = 0
+        self.keys: set[str] = set()
+        self.partial: list[Path] = []
+        self.tar: TarWriter | None = None
+
+    def __enter__(self) -> "ShardWriter":
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {self.folder}: {error.strerror}") from None
+        return self
+
+    def write(self, key: str, files: dict[str, bytes]) -> None:
+        """Adds a sample: `files` maps an extension to its bytes.
+
+        Raises:
+            ValueError: for a key that was written before, has a dot in its basename (readers would cut it
+                there), or no files.
+        """
+        if not key or "." in key.rpartition("/")[2]:
+            raise ValueError(f"sample key {key!r} is empty or has a dot")
+        if key in self.keys:
+            raise ValueError(f"sample key {key!r} is already in {self.split}")
+        if not files:
+            raise ValueError(f"sample {key!r} has no files")
+        if self.num_samples % self.samples_per_shard == 0:
+            self.next_shard()
+        self.tar.write({"__key__": key, **files})
+        self.keys.add(key)
+        self.num_samples += 1
+
+    def next_shard(self) -> None:
+        if self.tar is not None:
+            self.tar.close()
+        path = self.folder / f".{self.split}-{len(self.partial):06d}.tar.partial"
+        self.partial.append(path)
+        # A fixed time and owner, and no encoder: bytes in, the same bytes out.
+        self.tar = TarWriter(str(path), encoder=False, mtime=0, user="", group="", compress=False)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if self.tar is not None:
+            self.tar.close()
+        if kind is not None:
+            for path in self.partial:
+                path.unlink(missing_ok=True)
+            return
+        for old in self.folder.glob(f"{self.split}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"):
+            old.unlink()
+        for path in self.partial:
+            path.rename(path.with_name(path.name.removeprefix(".").removesuffix(".partial")))
+
+
+class Outcome:
+    """What a preparing script has written and skipped, and why."""
+
+    def __init__(self) -> None:
+        self.written: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+
+    def wrote(self, split: str) -> None:
+        self.written[split] += 1
+
+    def skip(self, reason: str, example: str) -> None:
+        """Counts a skipped sample; the first three examples of a reason are shown."""
+        self.skipped[reason] += 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < 3:
+            examples.append(example)
+
+    def print(self, folder: Path) -> None:
+        """Prints the closing table."""
+        table = Table(title=f"samples in {folder}", title_justify="left")
+        table.add_column("")
+        table.add_column("samples", justify="right")
+        table.add_column("examples", overflow="fold")
+        for split, count in self.written.items():
+            table.add_row(f"written: {split}", f"{count:,}", "")
+        for reason, count in self.skipped.most_common():
+            table.add_row(f"skipped: {reason}", f"{count:,}", ", ".join(self.examples[reason]))
+        if not self.skipped:
+            table.add_row("skipped", "0", "")
+        Console(width=None if sys.stdout.isatty() else 110).print(table)
+
+
+def with_progress(items: Iterable[Item], total: int | None, what: str) -> Iterator[Item]:
+    """Yields `items` and shows how far it is: a bar on a terminal, a line every ten seconds elsewhere.
+
+    `total` is their number, None if unknown.
+    """
+    if sys.stdout.isatty():
+        yield from track(items, description=what, total=total)
+        return
+    start = shown = time.monotonic()
+    number = 0
+    for item in items:
+        yield item
+        number += 1
+        if time.monotonic() - shown >= 10:
+            shown = time.monotonic()
+            print(progress_line(what, number, total, shown - start), flush=True)
+    print(progress_line(what, number, total, time.monotonic() - start), flush=True)
+
+
+def progress_line(what: str, number: int, total: int | None, seconds: float) -> str:
+    of_total = f" of {total:,}" if total is not None else ""
+    return f"{what}: {number:,}{of_total}, {number / max(seconds, 1e-9):,.0f}/s"
+
+
+def write_dataset_card(folder: Path, outcome: Outcome, **facts: Any) -> None:
+    """Writes `dataset.json` beside the shards: samples per split, and facts such as source and licence."""
+    write_json({"samples": dict(outcome.written), **facts}, Path(folder) / "dataset.json")
+
+
+def read_dataset_card(folder: Path) -> dict[str, Any]:
+    """Reads `dataset.json` of a folder of shards; {} if there is none."""
+    path = Path(folder) / "dataset.json"
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); prepare the data again or delete it") from None

@@ -1,0 +1,34 @@
+"""Held-out loss of a model: the mean of its own `loss` over every sample once."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Iterable[dict[str, Any]], count: str) -> dict[str, float]:
+    """Averages the metrics of `model.loss` over `batches`, each weighted by its number of samples.
+
+    Args:
+        model: in evaluation mode, with `loss(batch) -> (scalar, metrics)`.
+        batches: one epoch.
+        count: the entry of a batch whose length is its number of samples.
+
+    Raises:
+        ValueError: where there is no sample at all.
+    """
+    sums: dict[str, float] = {}
+    samples = 0
+    device = next(model.parameters()).device
+    for batch in batches:
+        tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        size = len(tensors[count])
+        _, metrics = model.loss(tensors)
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * size
+        samples += size
+    if not samples:
+        raise ValueError("no samples to evaluate on")
+    return {name: total / samples for name, total in sums.items()}

@@ -1,0 +1,1 @@
+"""Sampling: from a caption to codes to a picture."""

@@ -1,0 +1,55 @@
+"""Pictures side by side with their captions, as one picture."""
+
+import textwrap
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont
+
+GAP, TEXT_SIZE = 4, 12
+
+
+@lru_cache
+def font(size: int = TEXT_SIZE) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib brings along: Latin, Greek, Cyrillic, Arabic."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
+def labelled_grid(
+    rows: Sequence[Sequence[Image.Image]],
+    labels: Sequence[str],
+    headings: Sequence[str] = (),
+    cell: int = 96,
+    label_width: int = 200,
+) -> Image.Image:
+    """One row a label: the label on the left, its pictures to the right, each scaled to fit `cell` pixels.
+
+    Args:
+        rows: pictures; rows may differ in length.
+        labels: one a row, wrapped to `label_width` pixels and cut after as many lines as fit.
+        headings: words above the columns, the first above the labels.
+    """
+    top = TEXT_SIZE + 3 * GAP if headings else GAP
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (label_width + columns * (cell + GAP) + GAP, top + len(rows) * (cell + GAP)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, heading in enumerate(headings):
+        x = GAP if column == 0 else label_width + (column - 1) * (cell + GAP)
+        pen.text((x, GAP), heading, fill="#555555", font=font())
+    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        y = top + i * (cell + GAP)
+        lines = textwrap.wrap(label or "(no caption)", width=int(label_width / (0.58 * TEXT_SIZE)))
+        pen.multiline_text((GAP, y + GAP), "\n".join(lines[: cell // (TEXT_SIZE + 4)]), fill="black", font=font())
+        for j, picture in enumerate(row):
+            sheet.paste(fit(picture, cell), (label_width + j * (cell + GAP), y))
+    return sheet
+
+
+def fit(picture: Image.Image, cell: int) -> Image.Image:
+    """The picture scaled to lie within cell × cell pixels; small ones grow by whole factors, so codes stay crisp."""
+    scale = cell / max(picture.size)
+    scale = int(scale) if scale >= 1 else scale
+    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    return picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)

@@ -1,0 +1,161 @@
+"""Checkpoints: folders `step-00001000/` that are written whole or not at all, of which the last few are kept."""
+
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from mmvit.errors import UserError
+from mmvit.hub import write_json
+from mmvit.training.distributed import Processes
+
+MANIFEST = "manifest.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `root`."""
+
+    def __init__(self, root: Path, keep: int, processes: Processes):
+        self.root, self.keep, self.processes = root, keep, processes
+
+    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Calls `write(folder)` on every process with a folder on the side, then puts that folder in place at once.
+
+        A process killed half way leaves the earlier checkpoints as they were.
+        """
+        final, partial = self.root / f"step-{step:08d}", self.root / f".writing-step-{step:08d}"
+        if self.processes.is_main:
+            self.remove_partial()
+            partial.mkdir(parents=True)
+        self.processes.barrier()
+        write(partial)
+        self.processes.barrier()
+        if self.processes.is_main:
+            write_json({"step": step, "bytes": sizes_of(partial)}, partial / MANIFEST)
+            flush_to_disk(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            flush_folder(self.root)
+            for old in self.complete()[: -self.keep]:
+                shutil.rmtree(old)
+        self.processes.barrier()
+        return final
+
+    def complete(self) -> list[Path]:
+        """The checkpoints that were written to the end, oldest first."""
+        if not self.root.is_dir():
+            return []
+        return sorted(folder for folder in self.root.iterdir() if re.fullmatch(r"step-\d+", folder.name))
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint, its files checked against its manifest; None if there is none.
+
+        Raises:
+            UserError: when a file of it is missing or was cut.
+        """
+        folders = self.complete()
+        if not folders:
+            return None
+        expected = read_json(folders[-1] / MANIFEST)["bytes"]
+        found = sizes_of(folders[-1])
+        for name, size in expected.items():
+            if found.get(name) != size:
+                problem = "is missing" if name not in found else f"has {found[name]} bytes, not {size}"
+                raise damaged(folders[-1], f"{name} {problem}")
+        return folders[-1]
+
+    def remove_partial(self) -> None:
+        for folder in self.root.glob(".writing-step-*"):
+            shutil.rmtree(folder)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise damaged(path.parent, f"{path.name} is missing or unreadable") from None
+
+
+def write_state(state: dict[str, Any], path: Path) -> None:
+    torch.save(state, path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `write_state` wrote: tensors, numbers, texts and containers of them. No other object is ever unpickled."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise damaged(path.parent, f"{path.name} is missing") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise damaged(path.parent, f"{path.name} cannot be read ({str(error).splitlines()[0]})") from None
+
+
+def damaged(folder: Path, problem: str) -> UserError:
+    return UserError(
+        f"the checkpoint {folder} is damaged: {problem}; delete that folder to resume from an earlier one"
+    )
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    """Bytes of every file under `folder` by its relative name, but for the manifest."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def flush_to_disk(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    flush_folder(folder)
+
+
+def flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of every random generator that a model may draw from, in types that `read_state` accepts."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = numpy.random.get_state()
+    state = {
+        "python": [version, list(words), gauss],
+        "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextmanager
+def undisturbed_randomness(device: torch.device) -> Iterator[None]:
+    """What happens inside, an evaluation for one, leaves the random generators as it found them."""
+    state = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(state, device)

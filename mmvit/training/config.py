@@ -1,0 +1,56 @@
+"""Settings of a training run: how long, how large, how precise, how often; and of its optimizer."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from mmvit.config import Config
+
+
+class TrainConfig(Config):
+    """The run. Every count of steps is in optimizer steps, whatever the accumulation."""
+
+    steps: int = Field(1000, ge=1)
+    batch_size: int = Field(
+        64, ge=1, description="samples per optimizer step, over all processes and accumulation"
+    )
+    accumulation: int = Field(1, ge=1, description="forward and backward passes per optimizer step")
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: bool = False
+    clip_norm: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="of the averaged weights that are evaluated and exported; 0 is off"
+    )
+    evaluate_every: int = Field(500, ge=1)
+    checkpoint_every: int = Field(500, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    log_every: int = Field(20, ge=1)
+    num_workers: int = Field(1, ge=0, description="processes that read and decode, per training process")
+    tensorboard: bool = False
+    wandb: bool = False
+
+    @model_validator(mode="after")
+    def _accumulation_divides_batch(self):
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"train.batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}"
+            )
+        return self
+
+
+class OptimizerConfig(Config):
+    """The optimizer and the course of its learning rate: linear warm-up, then `schedule` down to `final_lr_ratio` of the peak."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    muon_lr: float | None = Field(
+        None, gt=0, description="of the core's matrices; scaled to suit AdamW's rate, which is the default"
+    )
+    warmup_steps: int = Field(100, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_lr_ratio: float = Field(0.01, ge=0, le=1)

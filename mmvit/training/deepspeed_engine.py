@@ -1,0 +1,216 @@
+"""The DeepSpeed engine: ZeRO stages 0 to 3 from a JSON file. The only file that imports deepspeed, and only when it is used."""
+
+import copy
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmvit.errors import UserError
+from mmvit.hub import WEIGHTS, write_weights
+from mmvit.training.config import OptimizerConfig, TrainConfig
+from mmvit.training.distributed import Processes, choose_precision
+from mmvit.training.engine import (
+    AVERAGE,
+    LossModule,
+    WeightAverage,
+    cpu_weights,
+    read_average,
+    tensors_of,
+    tensors_to,
+)
+from mmvit.training.optim import Optimizer
+
+TAG = "deepspeed"  # folder of the sharded state inside a checkpoint
+OURS = {  # keys of DeepSpeed's JSON that the recipe decides
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.batch_size",
+    "gradient_accumulation_steps": "train.accumulation",
+    "gradient_clipping": "train.clip_norm",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "torch_autocast": "train.precision",
+    "optimizer": "[optimizer]",
+    "scheduler": "optimizer.schedule",
+}
+
+
+class DeepSpeedEngine:
+    """A model under DeepSpeed with our own AdamW. Weights stay fp32, autocast to bf16 as in plain torch.
+
+    From stage 3 on no process holds the whole model while it trains; evaluation and export gather it into a copy.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: TrainConfig,
+        optimizer: OptimizerConfig,
+        processes: Processes,
+        settings_path: Path,
+    ):
+        deepspeed = import_deepspeed(processes.device)
+        settings = read_settings(settings_path)
+        self.stage = settings.get("zero_optimization", {}).get("stage", 0)
+        check_supported(self.stage, train, optimizer, processes.device)
+        self.train, self.processes, self.path = train, processes, settings_path
+        self.precision = choose_precision(train.precision, processes.device)
+        model = model.to(processes.device).train()
+        self.average = WeightAverage(model, train.ema_decay) if train.ema_decay else None
+        self.gathered = copy.deepcopy(model).eval().requires_grad_(False) if self.stage == 3 else None
+        self.optimizer = Optimizer(model, optimizer, train.steps)
+        self.zero_parameters = deepspeed.zero.GatheredParameters
+        micro_batch_size = train.batch_size // (train.accumulation * processes.world_size)
+        self.engine, *_ = deepspeed.initialize(
+            model=LossModule(model),
+            optimizer=self.optimizer.parts[0],
+            config={
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "steps_per_print": 10**9,
+                **settings,
+                "train_micro_batch_size_per_gpu": micro_batch_size,
+                "gradient_accumulation_steps": train.accumulation,
+                "gradient_clipping": train.clip_norm,
+                "torch_autocast": {"enabled": self.precision != torch.float32, "dtype": "bfloat16"},
+            },
+        )
+        self.model = model
+        self.passes = 0
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        self.passes += 1
+        return self.engine(tensors_to(batch, self.processes.device))
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+        if self.passes < self.train.accumulation:
+            self.engine.step()  # only counts the pass
+
+    def step(self, number: int) -> float:
+        self.passes = 0
+        self.optimizer.set_rate(number)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]  # stage 0 reports no norm
+        norm = nn.utils.get_total_norm(gradients) if self.stage == 0 else None
+        self.engine.step()
+        if self.average is not None:
+            self.average.update(self.model, number)
+        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def rate(self) -> float:
+        return self.optimizer.rate
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        model = self.whole_model() if self.average is None else self.average.model
+        autocast = self.precision != torch.float32
+        model.eval()
+        try:
+            with (
+                torch.no_grad(),
+                torch.autocast(self.processes.device.type, self.precision, enabled=autocast),
+            ):
+                yield model
+        finally:
+            self.model.train()
+
+    def whole_model(self) -> nn.Module:
+        """The model with all its weights in this process; every process calls it."""
+        if self.gathered is None:
+            return self.model
+        with torch.no_grad():
+            for whole, part in zip(tensors_of(self.gathered), tensors_of(self.model), strict=True):
+                gathering = self.zero_parameters(part) if hasattr(part, "ds_id") else nullcontext()
+                with gathering:
+                    whole.copy_(part)
+        return self.gathered
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        model = self.whole_model()
+        if self.processes.is_main:
+            write_weights(cpu_weights(model), folder / WEIGHTS)
+            if self.average is not None:
+                write_weights(cpu_weights(self.average.model), folder / AVERAGE)
+
+    def load(self, folder: Path) -> None:
+        advice = f"resume with the same --deepspeed file and number of processes as before (now {self.path})"
+        if not (folder / TAG).is_dir():
+            raise UserError(f"{folder} was written without DeepSpeed: resume without --deepspeed")
+        try:
+            path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
+        except (AssertionError, KeyError, RuntimeError, ValueError, OSError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{folder} does not fit this ZeRO stage or number of processes ({reason}); {advice}"
+            ) from None
+        if path is None:
+            raise UserError(f"DeepSpeed finds no state for this process in {folder / TAG}; {advice}")
+        if self.average is not None:
+            read_average(self.average.model, folder)
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """Imports deepspeed for the accelerator that `device` is, and quiets it to warnings."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+        from deepspeed.utils import logger
+    except ImportError as error:
+        raise UserError(
+            f"--deepspeed needs DeepSpeed, which cannot be imported ({error}); it runs on Linux: pip install deepspeed. "
+            "Without --deepspeed the same script trains in plain torch, under torchrun in several processes"
+        ) from None
+    logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
+    if device.type == "cpu":  # or it compiles a shared-memory all-reduce at start-up; gloo needs no compiler
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """DeepSpeed's JSON, without the keys that the recipe decides.
+
+    Raises:
+        UserError: for an unreadable file, or names the keys that belong into the recipe.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(
+            f"no DeepSpeed settings at {path}; the ready ones are configs/deepspeed/zero0.json to zero3.json"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
+        raise UserError(
+            f"{path} must be a JSON object with an object zero_optimization, see configs/deepspeed/zero2.json"
+        )
+    if clashes := [f"{key} (set {OURS[key]} instead)" for key in settings if key in OURS]:
+        raise UserError(f"{path} contradicts the recipe; remove {', '.join(clashes)}")
+    return settings
+
+
+def check_supported(stage: Any, train: TrainConfig, optimizer: OptimizerConfig, device: torch.device) -> None:
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"zero_optimization.stage is {stage!r}; use 0, 1, 2 or 3")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"DeepSpeed trains on cpu or cuda here, not on {device.type}; leave --deepspeed out")
+    if optimizer.name == "muon":
+        raise UserError(
+            "optimizer.name = muon works without --deepspeed only: ZeRO cuts the matrices that Muon needs whole; use adamw"
+        )
+    if train.compile:
+        raise UserError("train.compile works without --deepspeed only; set it to false")
+    if stage == 3 and train.ema_decay:
+        raise UserError(
+            "train.ema_decay needs the whole weights in every step, which ZeRO stage 3 spreads; set it to 0, or use stage 2"
+        )

@@ -1,0 +1,145 @@
+"""Processes that train together: who this one is, and the few messages they exchange outside the gradient."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mmvit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among `world_size`, as `torchrun` or `deepspeed` started it; alone otherwise."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that prints and writes."""
+        return self.rank == 0
+
+    def mean(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics averaged over the processes; all must call it with the same names."""
+        if self.world_size == 1 or not metrics:
+            return dict(metrics)
+        values = torch.tensor(list(metrics.values()), dtype=torch.float32, device=self.device)
+        dist.all_reduce(values)
+        return dict(zip(metrics, (values / self.world_size).tolist(), strict=True))
+
+    def largest(self, *values: int) -> list[int]:
+        """Each value's maximum over the processes, so that all of them take the same decision."""
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's `value`, by rank, on the main process; an empty list on the others."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values)
+        return values or []
+
+    def on_main(self, action: Callable[[], Any]) -> None:
+        """Runs `action` on the main process while the others wait; where it fails with a `UserError` they leave too."""
+        problem = None
+        if self.is_main:
+            try:
+                action()
+            except UserError as error:
+                problem = error
+        [failed] = self.largest(int(problem is not None))
+        if problem:
+            raise problem
+        if failed:
+            raise SystemExit(2)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def open_processes(device: str = "auto", needs_group: bool = False) -> Iterator[Processes]:
+    """Joins the process group that the launcher's environment describes, and leaves it at the end.
+
+    Args:
+        device: "auto", or a torch device; on CUDA each process takes the card of its local rank.
+        needs_group: a process without a launcher makes a group of one (DeepSpeed wants one).
+    """
+    rank, world_size = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
+    own_device = choose_device(device, environment_number("LOCAL_RANK", 0))
+    if own_device.type == "cuda":
+        torch.cuda.set_device(own_device)
+    grouped = world_size > 1 or needs_group
+    if grouped:
+        for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
+            os.environ.setdefault(name, str(value))
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
+        dist.init_process_group("nccl" if own_device.type == "cuda" else "gloo")
+    try:
+        yield Processes(rank, world_size, own_device)
+    finally:
+        if grouped:
+            dist.destroy_process_group()
+
+
+def environment_number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise UserError(
+            f"the environment variable {name} is {text!r}; torchrun and deepspeed set it to a number, unset it to run alone"
+        )
+    return int(text)
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """The torch device that `name` means; "auto" is CUDA, else Apple's MPS, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"train.device = {name!r} is no torch device; use auto, cpu, cuda or mps") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"train.device = {name!r}, but torch {torch.__version__} finds no CUDA device; use auto or cpu"
+            )
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} wants cuda:{index}, but there are {torch.cuda.device_count()} cards; start fewer processes"
+            )
+        return torch.device("cuda", index)
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of autocast that `train.precision` means; "auto" is bf16 where the hardware multiplies it."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        abilities = torch.cpu.get_capabilities()
+        fast = abilities.get("amx_bf16", False) or abilities.get("avx512_bf16", False)
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

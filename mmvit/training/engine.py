@@ -1,0 +1,183 @@
+"""Engines hold a model and its optimizer and do one training step; this one is plain torch, alone or data-parallel (DDP)."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from mmvit.errors import UserError
+from mmvit.hub import WEIGHTS, load_weights, read_weights, write_weights
+from mmvit.training.checkpoint import read_state, write_state
+from mmvit.training.config import OptimizerConfig, TrainConfig
+from mmvit.training.distributed import Processes, choose_precision
+from mmvit.training.optim import Optimizer
+
+AVERAGE, OPTIMIZER = "average.safetensors", "optimizer.pt"
+
+
+class Engine(Protocol):
+    """What the loop asks of an engine. `train.accumulation` times `loss` and `backward`, then `step`, is one optimizer step."""
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The model's loss and metrics for a batch; tensors are moved to the device, everything else is left out."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of `loss / accumulation`; processes exchange it in the last pass of a step."""
+
+    def step(self, number: int) -> float:
+        """Optimizer step `number`, from 1, which sets the learning rate. Returns the norm of the gradient before clipping."""
+
+    def rate(self) -> float:
+        """The learning rate of the last step."""
+
+    def evaluating(self) -> Iterator[nn.Module]:
+        """A context with the model to evaluate and export: averaged weights if there are any, evaluation mode, no gradients."""
+
+    def save(self, folder: Path) -> None:
+        """Writes weights, average and optimizer into `folder`; every process calls it."""
+
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote; every process calls it."""
+
+
+class LossModule(nn.Module):
+    """Calls `model.loss` as a forward pass, which is what DDP, DeepSpeed and torch.compile wrap."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.model.loss(batch)
+
+
+class WeightAverage:
+    """An exponential moving average of a model's parameters and buffers.
+
+    The decay warms up as min(decay, (1 + n) / (10 + n)) over the steps n, so that a short run is averaged over its own end.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, number: int) -> None:
+        """Moves towards `model` after its optimizer step `number`."""
+        decay = min(self.decay, (1 + number) / (10 + number))
+        pairs = zip(tensors_of(self.model), tensors_of(model), strict=True)
+        moving, fixed = [], []
+        for average, current in pairs:
+            (moving if average.is_floating_point() else fixed).append((average, current.detach()))
+        if moving:
+            averages, currents = zip(*moving, strict=True)
+            get_ema_multi_avg_fn(decay)(list(averages), list(currents), number)
+        for average, current in fixed:
+            average.copy_(current)
+
+
+class TorchEngine:
+    """Plain torch: autocast, accumulation, clipping, AdamW or Muon, averaged weights; DDP when there are several processes."""
+
+    def __init__(
+        self, model: nn.Module, train: TrainConfig, optimizer: OptimizerConfig, processes: Processes
+    ):
+        self.train, self.processes = train, processes
+        self.model = model.to(processes.device).train()
+        self.precision = choose_precision(train.precision, processes.device)
+        self.average = WeightAverage(self.model, train.ema_decay) if train.ema_decay else None
+        self.optimizer = Optimizer(self.model, optimizer, train.steps)
+        self.wrapped: nn.Module = LossModule(self.model)
+        if train.compile:
+            self.wrapped.compile()
+        if processes.world_size > 1:
+            self.wrapped = DistributedDataParallel(self.wrapped, gradient_as_bucket_view=True)
+        self.passes = 0
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        self.passes += 1
+        if isinstance(self.wrapped, DistributedDataParallel):  # what DDP.no_sync does
+            self.wrapped.require_backward_grad_sync = self.passes == self.train.accumulation
+        with self.autocast():
+            return self.wrapped(tensors_to(batch, self.processes.device))
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.train.accumulation).backward()
+
+    def step(self, number: int) -> float:
+        self.passes = 0
+        self.optimizer.set_rate(number)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip_norm or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(self.model, number)
+        return norm.item()
+
+    def rate(self) -> float:
+        return self.optimizer.rate
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.processes.device.type, self.precision, enabled=self.precision != torch.float32
+        )
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        model = self.model if self.average is None else self.average.model
+        model.eval()
+        try:
+            with torch.no_grad(), self.autocast():
+                yield model
+        finally:
+            self.model.train()
+
+    def save(self, folder: Path) -> None:
+        if not self.processes.is_main:
+            return
+        write_weights(cpu_weights(self.model), folder / WEIGHTS)
+        if self.average is not None:
+            write_weights(cpu_weights(self.average.model), folder / AVERAGE)
+        write_state({"optimizer": self.optimizer.state_dict()}, folder / OPTIMIZER)
+
+    def load(self, folder: Path) -> None:
+        if not (folder / OPTIMIZER).is_file():
+            raise UserError(
+                f"{folder} was written under DeepSpeed: resume with the same --deepspeed file as before"
+            )
+        load_weights(self.model, read_weights(folder / WEIGHTS), source=str(folder / WEIGHTS))
+        if self.average is not None:
+            read_average(self.average.model, folder)
+        self.optimizer.load_state_dict(read_state(folder / OPTIMIZER)["optimizer"])
+
+
+def tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def read_average(average: nn.Module, folder: Path) -> None:
+    if not (folder / AVERAGE).is_file():
+        raise UserError(
+            f"{folder} has no averaged weights: the run began with train.ema_decay = 0; set it back to 0"
+        )
+    load_weights(average, read_weights(folder / AVERAGE), source=str(folder / AVERAGE))
+
+
+def tensors_to(batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """The batch's tensors on `device`, without its bookkeeping."""
+    return {
+        name: value.to(device, non_blocking=True)
+        for name, value in batch.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def cpu_weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}

@@ -1,0 +1,176 @@
+"""The training loop: one for every model with `loss(batch) -> (scalar, metrics)`, on any engine, resumable bit for bit."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from mmvit.errors import UserError
+from mmvit.training.checkpoint import Checkpoints, undisturbed_randomness
+from mmvit.training.display import Display
+from mmvit.training.engine import Engine, TorchEngine
+from mmvit.training.interruption import Interruption
+from mmvit.training.resume import Progress, Stream, resume, save
+from mmvit.training.session import Session, seed_everything
+
+
+def train(
+    session: Session,
+    model: nn.Module,
+    stream: Stream,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    select: str = "loss",
+    mode: Literal["min", "max"] = "min",
+    after_evaluation: Callable[[nn.Module, int], None] | None = None,
+    export: Callable[[nn.Module, Path], Any] | None = None,
+) -> Progress:
+    """Trains `model` for `train.steps` optimizer steps, and leaves its traces in the run folder.
+
+    Args:
+        model: an `nn.Module` with `loss(batch) -> (scalar, metrics)`, and `save_pretrained(folder)` unless `export` is given.
+        stream: batches of `session.micro_batch_size` samples for this process, without end.
+        evaluate: held-out metrics of a model; called by every process, and averaged over them.
+        select: the metric of `evaluate` that chooses `best/`, the lowest or highest by `mode`.
+        after_evaluation: called with the evaluated model and the step, by the main process; draws samples, for one.
+        export: writes a model into a folder, for `best/` and `last/`.
+
+    Raises:
+        UserError: when the loss or the gradient is not finite, or the checkpoint to resume from does not fit.
+        SystemExit: with 130 after Ctrl-C and 143 after SIGTERM, when the checkpoint has been written.
+    """
+    config, processes, run = session.recipe.train, session.processes, session.run
+    engine = build_engine(session, model)
+    checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints, processes)
+    progress = Progress()
+    seed_everything(config.seed + 1 + processes.rank)  # dropout differs between processes
+    if session.resume and (folder := checkpoints.latest()):
+        progress = resume(session, folder, engine, stream)
+        processes.on_main(lambda: run.rewind(progress.step))
+    export = export or (lambda model, folder: model.save_pretrained(folder))
+    batches = iter(stream)
+
+    with Interruption() as interruption, Display(session, progress.step) as display:
+        if session.resume:
+            display.say(f"resuming at step {progress.step} of {config.steps}")
+        shown = (progress.examples, progress.seconds)  # at the last log line
+        while progress.step < config.steps:
+            started = time.perf_counter()
+            norm, stop = train_step(session, engine, batches, progress, interruption)
+            progress.seconds += time.perf_counter() - started
+            display.advance(progress.step)
+            is_last = progress.step == config.steps
+
+            if progress.step % config.log_every == 0 or is_last:
+                speed = (progress.examples - shown[0]) / (progress.seconds - shown[1])
+                report(session, display, training_record(session, engine, progress, norm, speed))
+                shown = (progress.examples, progress.seconds)
+            if evaluate and (progress.step % config.evaluate_every == 0 or is_last):
+                with engine.evaluating() as averaged, undisturbed_randomness(processes.device):
+                    metrics = processes.mean(evaluate(averaged))
+                    if select not in metrics:
+                        raise UserError(
+                            f"the best model is chosen by {select!r}, but evaluation gives {sorted(metrics)}"
+                        )
+                    report(session, display, {"kind": "held_out", **counts(progress), **metrics})
+                    if progress.best is None or (
+                        metrics[select] < progress.best if mode == "min" else metrics[select] > progress.best
+                    ):
+                        progress.best = metrics[select]
+                        processes.on_main(
+                            lambda: run.export(run.best, lambda folder: export(averaged, folder))
+                        )
+                    if after_evaluation and processes.is_main:
+                        after_evaluation(averaged, progress.step)
+            if progress.step % config.checkpoint_every == 0 or is_last or stop:
+                save(session, checkpoints, engine, stream, progress)
+                with engine.evaluating() as averaged:
+                    processes.on_main(lambda: run.export(run.last, lambda folder: export(averaged, folder)))
+            if stop and not is_last:
+                display.say(
+                    f"{signal.Signals(stop).name}: saved at step {progress.step}; the same command with --resume continues"
+                )
+                raise SystemExit(128 + stop)
+    return progress
+
+
+def build_engine(session: Session, model: nn.Module) -> Engine:
+    recipe = session.recipe
+    if session.deepspeed is None:
+        return TorchEngine(model, recipe.train, recipe.optimizer, session.processes)
+    from mmvit.training.deepspeed_engine import DeepSpeedEngine  # DeepSpeed exists on Linux only
+
+    return DeepSpeedEngine(model, recipe.train, recipe.optimizer, session.processes, session.deepspeed)
+
+
+def train_step(
+    session: Session,
+    engine: Engine,
+    batches: Iterator[dict[str, Any]],
+    progress: Progress,
+    interruption: Interruption,
+) -> tuple[float, int]:
+    """One optimizer step. Returns the gradient's norm, and the signal that asks to stop (0 for none), alike in all processes."""
+    config, processes = session.recipe.train, session.processes
+    broken = None
+    for _ in range(config.accumulation):
+        batch = next(batches)
+        loss, metrics = engine.loss(batch)
+        value = loss.item()
+        if not math.isfinite(value):
+            broken = not_finite(f"the loss is {value}", progress, batch)
+        progress.add({**metrics, "loss": value})
+        engine.backward(loss)
+    any_broken, stop = processes.largest(int(broken is not None), interruption.signal)
+    if broken:
+        raise broken
+    if any_broken:
+        raise SystemExit(2)  # the process with the broken loss says why
+    norm = engine.step(progress.step + 1)
+    if not math.isfinite(norm):
+        raise not_finite(f"the gradient's norm is {norm}", progress, batch)
+    progress.step += 1
+    progress.examples += config.batch_size
+    return norm, stop
+
+
+def not_finite(problem: str, progress: Progress, batch: dict[str, Any]) -> UserError:
+    keys = [str(key) for key in batch.get("keys", [])]
+    samples = f" in the batch of {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}" if keys else ""
+    return UserError(
+        f"step {progress.step + 1}: {problem}{samples}. The last checkpoint is kept: look at these samples, "
+        "lower optimizer.lr or set train.precision to fp32, then add --resume"
+    )
+
+
+def training_record(
+    session: Session, engine: Engine, progress: Progress, norm: float, speed: float
+) -> dict[str, Any]:
+    """Metrics averaged since the last record, over passes and processes; the sums start anew."""
+    means = session.processes.mean(
+        {name: float(total) / progress.summed for name, total in progress.sums.items()}
+    )
+    progress.sums, progress.summed = {}, 0
+    return {
+        "kind": "train",
+        **counts(progress),
+        "lr": engine.rate(),
+        "grad_norm": norm,
+        "images_per_s": round(speed, 1),
+        **means,
+    }
+
+
+def counts(progress: Progress) -> dict[str, Any]:
+    return {"step": progress.step, "examples": progress.examples, "seconds": round(progress.seconds, 3)}
+
+
+def report(session: Session, display: Display, record: dict[str, Any]) -> None:
+    display.show(record)
+    if session.processes.is_main:
+        session.run.write_metrics(record)
+        if record["kind"] == "held_out" or record["step"] == session.recipe.train.steps:
+            session.run.draw_curves()

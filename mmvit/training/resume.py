@@ -1,0 +1,110 @@
+"""What a checkpoint holds besides the engine's weights, and how a run continues from it exactly where it stopped."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from mmvit.errors import UserError
+from mmvit.hub import write_json
+from mmvit.training.checkpoint import (
+    Checkpoints,
+    damaged,
+    random_state,
+    read_json,
+    read_state,
+    set_random_state,
+    write_state,
+)
+from mmvit.training.engine import Engine
+from mmvit.training.session import Session
+
+STATE, RECIPE = "training.pt", "recipe.json"
+
+
+class Stream(Protocol):
+    """Endless batches with a position; `mmvit.data` has one."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Progress:
+    """How far a run is. It is part of every checkpoint."""
+
+    step: int = 0
+    examples: int = 0
+    seconds: float = 0.0
+    best: float | None = None  # value of the metric that chooses best/
+    sums: dict[str, float | Tensor] = field(default_factory=dict)  # of the metrics since the last log line
+    summed: int = 0  # passes in `sums`
+
+    def add(self, metrics: dict[str, float | Tensor]) -> None:
+        """Adds the metrics of one pass; tensors stay where they are, so that nothing waits for the device."""
+        for name, value in metrics.items():
+            value = value.detach().float() if isinstance(value, Tensor) else value
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.summed += 1
+
+
+def save(
+    session: Session, checkpoints: Checkpoints, engine: Engine, stream: Stream, progress: Progress
+) -> None:
+    """Writes a checkpoint; every process calls it."""
+    processes = session.processes
+    own = {"stream": stream.state_dict(), "random": random_state(processes.device)}
+    everyone = processes.gather(own)
+    progress.sums = {name: float(total) for name, total in progress.sums.items()}
+
+    def write(folder: Path) -> None:
+        engine.save(folder)
+        if processes.is_main:
+            write_state({"progress": asdict(progress), "processes": everyone}, folder / STATE)
+            write_json(session.recipe.model_dump(mode="json"), folder / RECIPE)
+
+    checkpoints.save(progress.step, write)
+
+
+def resume(session: Session, folder: Path, engine: Engine, stream: Stream) -> Progress:
+    """Puts engine, stream and random generators back to where they were when `folder` was written.
+
+    Raises:
+        UserError: when the checkpoint is damaged, or names the settings of `[model]` that differ from its own.
+    """
+    processes = session.processes
+    check_same_model(folder, session.recipe.model_dump(mode="json"))
+    state = read_state(folder / STATE)
+    engine.load(folder)
+    saved = state["processes"]
+    if len(saved) == processes.world_size:
+        stream.load_state_dict(saved[processes.rank]["stream"])
+        set_random_state(saved[processes.rank]["random"], processes.device)
+    else:  # no process has a place of its own: the stream warns, and all go on with the same next epoch
+        stream.load_state_dict(saved[0]["stream"])
+    return Progress(**state["progress"])
+
+
+def check_same_model(folder: Path, now: dict[str, Any]) -> None:
+    """Refuses to resume with another `[model]`."""
+    then = read_json(folder / RECIPE)
+    if not isinstance(then, dict):
+        raise damaged(folder, f"{RECIPE} holds no recipe")
+    before, after = flatten(then.get("model", {}), "model."), flatten(now.get("model", {}), "model.")
+    changed = [key for key in {**after, **before} if before.get(key) != after.get(key)]
+    if changed:
+        shown = ", ".join(f"{key} was {before.get(key)} and is now {after.get(key)}" for key in changed[:5])
+        raise UserError(
+            f"{folder} holds another model: {shown}; set them back, or start a new run with another --output"
+        )
+
+
+def flatten(values: dict[str, Any], path: str) -> dict[str, Any]:
+    """`{"core": {"depth": 6}}` → `{"model.core.depth": 6}`."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return flat

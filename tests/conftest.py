@@ -1,0 +1,95 @@
+"""Tiny shards that the tests of several rooms read, and a way to run the scripts of the checkout."""
+
+import contextlib
+import io
+import json
+import random
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmvit.data.captions import TextTokenizer
+from mmvit.data.codes import pack_codes
+from mmvit.data.writing import ShardWriter
+
+ROOT = Path(__file__).resolve().parent.parent
+COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads():
+    torch.set_num_threads(1)  # the shared test machine has two cores
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> TextTokenizer:
+    """The text tokenizer that is shipped."""
+    return TextTokenizer.from_file(ROOT / "tokenizers" / "emoji-text")
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory) -> Path:
+    """A folder with `train` (5 shards, 48 samples) and `heldout` (1 shard, 8).
+
+    Samples have png (16x16), cls (0 to 3), txt, json and codes.npy (2x2). The class is the picture's colour,
+    and the codes are the class, so that a tiny model can learn both.
+    """
+    folder = tmp_path_factory.mktemp("tiny")
+    rng = random.Random(0)
+    for split, count in (("train", 48), ("heldout", 8)):
+        with ShardWriter(folder, split, samples_per_shard=10) as writer:
+            for number in range(count):
+                writer.write(f"{split}-{number:03d}", tiny_sample(number % 4, rng))
+    return folder
+
+
+def tiny_sample(label: int, rng: random.Random) -> dict[str, bytes]:
+    name, colour = list(COLOURS.items())[label]
+    noise = np.frombuffer(rng.randbytes(16 * 16 * 3), np.uint8).reshape(16, 16, 3) // 8
+    buffer = io.BytesIO()
+    Image.fromarray((np.array(colour) * 7 // 8 + noise).astype(np.uint8)).save(buffer, "PNG")
+    captions = {"en": f"{name} square", "de": f"Quadrat {name}"}
+    return {
+        "png": buffer.getvalue(),
+        "cls": str(label).encode(),
+        "txt": captions["en"].encode(),
+        "json": json.dumps({"captions": captions}).encode(),
+        "codes.npy": pack_codes(np.full((2, 2), label)),
+    }
+
+
+@dataclass
+class Ran:
+    """How a script ended and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def run_script() -> Callable[..., Ran]:
+    """Runs `python SCRIPT ARGUMENTS...` in this process, which spares a second of importing torch."""
+
+    def run(script: str, *arguments: object) -> Ran:
+        stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+        with (
+            contextlib.redirect_stdout(stdout),
+            contextlib.redirect_stderr(stderr),
+            mock.patch.object(sys, "argv", [script, *map(str, arguments)]),
+        ):
+            try:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            except SystemExit as end:
+                code = end.code or 0
+        return Ran(code, stdout.getvalue(), stderr.getvalue())
+
+    return run

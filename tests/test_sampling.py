@@ -1,0 +1,159 @@
+"""Sampling: filters by hand, guidance, seeds, and captions to pictures in one folder."""
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from mmvit.core.transformer import TransformerConfig
+from mmvit.data.captions import TextTokenizer
+from mmvit.errors import UserError
+from mmvit.evaluation.retrieval import pixel_ranks, recall
+from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
+from mmvit.models.vq import VQConfig, VQModel
+from mmvit.sampling.decoding import sample_codes
+from mmvit.sampling.filters import draw, filter_logits, uniforms
+from mmvit.sampling.generator import Generator
+from mmvit.sampling.grids import labelled_grid
+
+CAPTIONS = torch.tensor([[3, 4, 0, 0], [5, 6, 7, 8]])
+
+
+@pytest.fixture
+def transformer() -> GeneratorTransformer:
+    torch.manual_seed(0)
+    core = TransformerConfig(width=32, depth=2, num_heads=2)
+    config = GeneratorConfig(vocab_size=20, text_length=4, codebook_size=15, grid=(2, 3), core=core)
+    model = GeneratorTransformer(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def test_filters_by_hand():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    torch.testing.assert_close(filter_logits(logits), logits.exp())
+    torch.testing.assert_close(filter_logits(logits, top_k=2), torch.tensor([[0.625, 0.375, 0, 0]]))
+    torch.testing.assert_close(filter_logits(logits, top_p=0.5), torch.tensor([[1.0, 0, 0, 0]]))
+    torch.testing.assert_close(filter_logits(logits, top_p=0.6), torch.tensor([[0.625, 0.375, 0, 0]]))
+    torch.testing.assert_close(filter_logits(logits, temperature=0), torch.tensor([[1.0, 0, 0, 0]]))
+    squared = logits.exp().square()
+    torch.testing.assert_close(filter_logits(logits, temperature=0.5), squared / squared.sum())
+
+
+def test_draws_follow_the_probabilities():
+    probabilities = torch.tensor([[0.5, 0.0, 0.3, 0.2]])
+    codes = draw(probabilities.expand(10_000, -1), (torch.arange(10_000) + 0.5) / 10_000)
+    assert torch.bincount(codes, minlength=4).tolist() == [5000, 0, 3000, 2000]
+    assert draw(torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([0.0])).item() == 1
+
+
+def test_guidance_one_is_plain_conditional_sampling(transformer):
+    """Drawn here without cache, batch or guidance, one code at a time."""
+    codes = sample_codes(transformer, CAPTIONS, [7, 8], guidance_scale=1.0)
+    for row, seed in enumerate((7, 8)):
+        numbers, so_far = uniforms([seed], 6), torch.zeros(1, 6, dtype=torch.long)
+        for place in range(6):
+            logits = transformer(CAPTIONS[row : row + 1], so_far)[1][:, place]
+            so_far[:, place] = draw(filter_logits(logits), numbers[:, place])
+        assert torch.equal(codes[row], so_far[0])
+
+
+def test_both_branches_of_guidance_equal_their_uncached_selves(transformer):
+    scale, codes = 3.0, sample_codes(transformer, CAPTIONS, [1, 2], guidance_scale=3.0)
+    conditional = transformer(CAPTIONS, codes)[1]
+    unconditional = transformer(torch.zeros_like(CAPTIONS), codes)[1]
+    logits = unconditional + scale * (conditional - unconditional)
+    numbers = uniforms([1, 2], 6)
+    again = torch.stack([draw(filter_logits(logits[:, i]), numbers[:, i]) for i in range(6)], 1)
+    assert torch.equal(codes, again)
+    assert not torch.equal(codes, sample_codes(transformer, CAPTIONS, [1, 2]))
+
+
+def test_inputs_are_never_changed(transformer):
+    before = CAPTIONS.clone()
+    sample_codes(transformer, CAPTIONS, [0, 0], guidance_scale=2.0, top_k=3, top_p=0.9)
+    assert torch.equal(CAPTIONS, before)
+
+
+def test_a_seed_gives_its_picture_in_any_batch(transformer):
+    together = sample_codes(transformer, CAPTIONS, [5, 6])
+    assert torch.equal(together[1:], sample_codes(transformer, CAPTIONS[1:], [6]))
+    assert not torch.equal(together[1:], sample_codes(transformer, CAPTIONS[1:], [7]))
+
+
+def test_each_step_reads_one_token_whatever_came_before(transformer):
+    lengths = []
+    transformer.core.register_forward_pre_hook(lambda core, inputs: lengths.append(inputs[0].shape[1]))
+    sample_codes(transformer, CAPTIONS, [0, 1])
+    assert lengths == [5, 1, 1, 1, 1, 1]
+
+
+@pytest.fixture
+def generator(tokenizer: TextTokenizer) -> Generator:
+    torch.manual_seed(0)
+    core = TransformerConfig(width=32, depth=1, num_heads=2)
+    image_tokenizer = VQModel(VQConfig(codebook_size=16))
+    config = GeneratorConfig(
+        vocab_size=tokenizer.vocab_size, text_length=6, codebook_size=16, grid=(2, 3), core=core
+    )
+    return Generator(GeneratorTransformer(config), tokenizer, image_tokenizer)
+
+
+def test_one_folder_is_all_that_sampling_needs(generator, tmp_path):
+    pictures = generator.generate(["red apple", ""], num_images=2, seed=3)
+    assert [picture.size for picture in pictures] == [(24, 16)] * 4
+    again = Generator.from_pretrained(generator.save_pretrained(tmp_path / "model"))
+    same = again.generate(["red apple", ""], num_images=2, seed=3)
+    assert [picture.tobytes() for picture in pictures] == [picture.tobytes() for picture in same]
+    codes = generator.generate_codes(["red apple", ""], num_images=2, seed=3)
+    assert torch.equal(codes, again.generate_codes(["red apple", ""], num_images=2, seed=3, batch_size=3))
+    assert torch.equal(codes[1:2], again.generate_codes("red apple", seed=4))
+
+
+@pytest.mark.parametrize(
+    ("captions", "settings", "message"),
+    [
+        ([], {}, "no captions"),
+        (["a"], {"num_images": 0}, "num_images is 0"),
+        (["a"], {"temperature": -1.0}, "temperature is -1"),
+        (["a"], {"top_k": 0}, "top_k is 0"),
+        (["a"], {"top_p": 0.0}, "top_p is 0"),
+    ],
+)
+def test_bad_settings_are_refused(generator, captions, settings, message):
+    with pytest.raises(UserError, match=message):
+        generator.generate(captions, **settings)
+
+
+def test_guidance_needs_a_model_that_learnt_it(generator):
+    config = generator.transformer.config.model_copy(update={"caption_dropout": 0.0})
+    unguided = Generator(GeneratorTransformer(config), generator.text_tokenizer, generator.image_tokenizer)
+    with pytest.raises(UserError, match="trained without caption dropout"):
+        unguided.generate("a", guidance_scale=2.0)
+
+
+def test_tokenizers_that_do_not_fit_are_refused(generator):
+    other = VQModel(VQConfig(codebook_size=32))
+    with pytest.raises(UserError, match="has 32 codes, the generator was built for 16"):
+        Generator(generator.transformer, generator.text_tokenizer, other)
+
+
+def test_long_and_strange_captions_are_drawn(generator):
+    assert len(generator.generate(["apple " * 10_000, "🍎🍏", "赤リンゴ", "\x00"])) == 4
+
+
+def test_retrieval_by_hand():
+    references = torch.tensor([[0.0], [1.0], [1.0], [5.0]]).view(4, 1, 1, 1)
+    generated = torch.tensor([[0.9], [2.9], [-3.0]]).view(3, 1, 1, 1)
+    ranks = pixel_ranks(generated, references, torch.tensor([2, 3, 1]))
+    assert ranks.tolist() == [0, 2, 1]  # equal pictures do not outrank each other; 2.9 is nearer to both ones than to 5
+    assert recall(ranks, 1) == pytest.approx(1 / 3)
+    assert recall(ranks, 2) == pytest.approx(2 / 3)
+
+
+def test_grid_has_a_row_for_each_caption():
+    picture = Image.new("RGB", (8, 8), "red")
+    sheet = labelled_grid([[picture, picture], [picture]], ["one", "two " * 50], ["caption", "a", "b"], cell=32)
+    assert sheet.width == 200 + 2 * 36 + 4
+    assert sheet.getpixel((200 + 16, sheet.height - 20)) == (255, 0, 0)

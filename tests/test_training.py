@@ -1,0 +1,418 @@
+"""Training: resuming, accumulation, checkpoints, signals and the messages for the user's mistakes."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mmvit.config import Config, load_config
+from mmvit.core.transformer import TransformerConfig
+from mmvit.data.samples import ClassifierSample
+from mmvit.data.stream import ShardStream
+from mmvit.errors import UserError
+from mmvit.evaluation.accuracy import classification_metrics
+from mmvit.hub import read_weights
+from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.training import OptimizerConfig, Processes, Recipe, RunFolder, Session, TrainConfig, open_session, train
+from mmvit.training.checkpoint import Checkpoints, read_state
+from mmvit.training.distributed import choose_device
+from mmvit.training.engine import TorchEngine
+from mmvit.training.optim import Optimizer, rate_scale, split_parameters
+
+ALONE = Processes(rank=0, world_size=1, device=torch.device("cpu"))
+MODEL = ClassifierConfig(
+    image_size=16, patch_size=8, num_classes=4, core=TransformerConfig(width=16, depth=2, num_heads=2, dropout=0.2)
+)
+SETTINGS = {
+    "steps": 12,
+    "batch_size": 8,
+    "log_every": 5,
+    "evaluate_every": 4,
+    "checkpoint_every": 100,
+    "ema_decay": 0.9,
+    "precision": "fp32",
+    "num_workers": 1,
+}
+
+
+class ClassifierRecipe(Recipe):
+    model: ClassifierConfig = MODEL
+
+
+def new_session(output: Path, resume: bool = False, model: ClassifierConfig = MODEL, **settings) -> Session:
+    optimizer = OptimizerConfig(lr=1e-2, warmup_steps=2)
+    recipe = ClassifierRecipe(
+        output=output, model=model, train=TrainConfig(**SETTINGS | settings), optimizer=optimizer
+    )
+    run = RunFolder(output)
+    run.open(recipe, resume)
+    torch.manual_seed(recipe.train.seed)
+    return Session(recipe, ALONE, run, resume)
+
+
+def train_on_shards(session: Session, shards: Path, at_batch: Callable[[int, dict], None] = lambda n, batch: None) -> None:
+    """Trains on real shards; `at_batch(number, batch)` may meddle with every batch."""
+    decode = ClassifierSample((16, 16), 4)
+    train_config = session.recipe.train
+
+    class Meddled(ShardStream):
+        def __iter__(self):
+            for number, batch in enumerate(super().__iter__(), start=1):
+                at_batch(number, batch)
+                yield batch
+
+    stream = Meddled(
+        f"{shards}/train-*.tar", decode, session.micro_batch_size, num_workers=train_config.num_workers, shuffle_buffer=20
+    )
+    held_out = ShardStream(f"{shards}/heldout-*.tar", decode, 8, repeat=False, shuffle_buffer=0)
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        torch.rand(3)  # what an evaluation draws must not show in training
+        return classification_metrics(model, held_out)
+
+    train(session, Classifier(session.recipe.model), stream, evaluate, select="accuracy", mode="max")
+
+
+def terminate_at(batch_number: int, number: int = signal.SIGTERM) -> Callable[[int, dict], None]:
+    return lambda n, batch: os.kill(os.getpid(), number) if n == batch_number else None
+
+
+def comparable_metrics(run: RunFolder) -> list[dict]:
+    timing = ("seconds", "images_per_s")
+    return [{key: value for key, value in record.items() if key not in timing} for record in run.read_metrics()]
+
+
+def assert_same_state(left, right) -> None:
+    if isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same_state(left[key], right[key])
+    elif isinstance(left, list):
+        assert len(left) == len(right)
+        for one, other in zip(left, right, strict=True):
+            assert_same_state(one, other)
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right)
+    else:
+        assert left == right
+
+
+def test_terminated_and_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny_shards):
+    whole = new_session(tmp_path / "whole")
+    train_on_shards(whole, tiny_shards)
+
+    first = new_session(tmp_path / "cut")
+    with pytest.raises(SystemExit) as stopped:
+        train_on_shards(first, tiny_shards, terminate_at(7))
+    assert stopped.value.code == 143
+    assert [folder.name for folder in first.run.checkpoints.iterdir()] == ["step-00000007"]
+    again = new_session(tmp_path / "cut", resume=True)
+    train_on_shards(again, tiny_shards)
+
+    final = "checkpoints/step-00000012"
+    for name in ("model.safetensors", "average.safetensors"):
+        assert_same_state(read_weights(whole.run.path / final / name), read_weights(again.run.path / final / name))
+    for name in ("optimizer.pt", "training.pt"):
+        left, right = read_state(whole.run.path / final / name), read_state(again.run.path / final / name)
+        for state in (left, right):
+            state.get("progress", {}).pop("seconds", None)
+        assert_same_state(left, right)
+    assert comparable_metrics(whole.run) == comparable_metrics(again.run)
+    for name in ("best/model.safetensors", "last/model.safetensors"):
+        assert_same_state(read_weights(whole.run.path / name), read_weights(again.run.path / name))
+
+
+def test_a_dropped_tail_of_metrics_is_not_logged_twice(tmp_path, tiny_shards):
+    session = new_session(tmp_path / "run", checkpoint_every=6, log_every=1)
+    with pytest.raises(ZeroDivisionError):  # dies two steps after the checkpoint
+        train_on_shards(session, tiny_shards, lambda n, batch: 1 // (n - 9))
+    with session.run.metrics.open("a") as file:
+        file.write('{"kind": "train", "step": 8, "lo')  # killed while it wrote a line
+    train_on_shards(new_session(tmp_path / "run", resume=True, checkpoint_every=6, log_every=1), tiny_shards)
+    steps = [record["step"] for record in session.run.read_metrics() if record["kind"] == "train"]
+    assert steps == list(range(1, 13))
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, tiny_shards, capsys):
+    session = new_session(tmp_path / "run")
+    with pytest.raises(SystemExit) as stopped:
+        train_on_shards(session, tiny_shards, terminate_at(3, signal.SIGINT))
+    assert stopped.value.code == 130
+    assert "SIGINT: saved at step 3; the same command with --resume continues" in capsys.readouterr().out
+    assert (session.run.last / "model.safetensors").is_file()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was before
+
+
+def test_run_folder_is_complete_and_its_models_load(tmp_path, tiny_shards):
+    session = new_session(tmp_path / "run", checkpoint_every=5, keep_checkpoints=2)
+    train_on_shards(session, tiny_shards)
+    run = session.run
+    assert sorted(folder.name for folder in run.checkpoints.iterdir()) == ["step-00000010", "step-00000012"]
+    assert load_config(ClassifierRecipe, run.path / "config.toml") == session.recipe
+    assert run.curves.read_bytes().startswith(b"\x89PNG")
+    held_out = [record for record in run.read_metrics() if record["kind"] == "held_out"]
+    assert [record["step"] for record in held_out] == [4, 8, 12]
+    best = Classifier.from_pretrained(run.path)
+    decode = ClassifierSample((16, 16), 4)
+    found = classification_metrics(best, ShardStream(f"{tiny_shards}/heldout-*.tar", decode, 8, repeat=False))
+    assert found["accuracy"] == max(record["accuracy"] for record in held_out)
+
+
+def test_four_small_passes_equal_one_large(tmp_path):
+    batch = {"pixels": torch.randn(8, 3, 16, 16), "labels": torch.arange(8) % 4}
+    model = MODEL.model_copy(update={"core": MODEL.core.model_copy(update={"dropout": 0.0})})
+    weights = []
+    for accumulation in (1, 4):
+        torch.manual_seed(0)
+        settings = TrainConfig(batch_size=8, accumulation=accumulation, precision="fp32", clip_norm=0.5)
+        engine = TorchEngine(Classifier(model), settings, OptimizerConfig(warmup_steps=1), ALONE)
+        for number in (1, 2, 3):
+            for part in range(accumulation):
+                size = 8 // accumulation
+                rows = slice(part * size, (part + 1) * size)
+                loss, _ = engine.loss({name: tensor[rows] for name, tensor in batch.items()})
+                engine.backward(loss)
+            norm = engine.step(number)
+        weights.append((norm, engine.model.state_dict()))
+    (norm, large), (small_norm, small) = weights
+    assert small_norm == pytest.approx(norm, rel=1e-4)
+    for name in large:
+        torch.testing.assert_close(small[name], large[name], rtol=1e-3, atol=1e-5)
+
+
+def test_average_follows_the_weights_with_warm_up():
+    torch.manual_seed(0)
+    engine = TorchEngine(Classifier(MODEL), TrainConfig(ema_decay=0.5, precision="fp32"), OptimizerConfig(lr=0.1), ALONE)
+    expected = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    batch = {"pixels": torch.randn(8, 3, 16, 16), "labels": torch.arange(8) % 4, "keys": ["a"] * 8}
+    for number in range(1, 12):
+        loss, _ = engine.loss(batch)
+        engine.backward(loss)
+        engine.step(number)
+        decay = min(0.5, (1 + number) / (10 + number))
+        for name, tensor in engine.model.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * tensor
+    with engine.evaluating() as model:
+        assert not model.training
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(tensor, expected[name])
+    assert engine.model.training
+
+
+def test_weights_that_should_not_decay_do_not():
+    model = Classifier(MODEL)
+    decayed, plain, matrices = split_parameters(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)] for p in matrices} == {
+        name for name, p in model.named_parameters() if name.startswith("core.") and p.ndim == 2
+    }
+    assert all(p.ndim == 1 or names[id(p)].startswith(("cls_token", "positions.")) for p in plain)
+    assert "head.weight" in {names[id(p)] for p in decayed}
+    assert len(decayed) + len(plain) + len(matrices) == len(names)
+    tied = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "head": nn.Linear(4, 5)})
+    tied["head"].weight = tied["embedding"].weight
+    assert [len(part) for part in split_parameters(tied)] == [0, 2, 0]
+
+
+def test_muon_trains_the_core_and_resumes():
+    torch.manual_seed(0)
+    config = OptimizerConfig(name="muon", lr=0.01, warmup_steps=0, weight_decay=0.0)
+    model = Classifier(MODEL)
+    optimizer = Optimizer(model, config, total_steps=10)
+    batch = {"pixels": torch.randn(8, 3, 16, 16), "labels": torch.arange(8) % 4}
+
+    def step(model: Classifier, optimizer: Optimizer, number: int) -> float:
+        model.eval()  # without dropout
+        loss, _ = model.loss(batch)
+        loss.backward()
+        optimizer.set_rate(number)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    losses = [step(model, optimizer, number) for number in range(1, 6)]
+    assert losses[-1] < losses[0]
+    twin = Classifier(MODEL)
+    twin.load_state_dict(model.state_dict())
+    other = Optimizer(twin, config, total_steps=10)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert step(twin, other, 6) == step(model, optimizer, 6)
+    assert_same_state(dict(twin.state_dict()), dict(model.state_dict()))
+    with pytest.raises(UserError, match=r"trained by muon, optimizer\.name is now adamw"):
+        Optimizer(twin, OptimizerConfig(), total_steps=10).load_state_dict(optimizer.state_dict())
+    with pytest.raises(UserError, match="needs a model with a Transformer core"):
+        Optimizer(nn.Linear(2, 2), config, total_steps=10)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("cosine", [0.25, 0.5, 0.75, 0.55, 0.1]), ("linear", [0.25, 0.5, 0.75, 0.55, 0.1]), ("constant", [0.25, 0.5, 0.75, 1, 1])],
+)
+def test_rate_warms_up_and_ends_at_its_final_ratio(schedule, expected):
+    config = OptimizerConfig(warmup_steps=3, schedule=schedule, final_lr_ratio=0.1)
+    assert [rate_scale(step, 13, config) for step in (1, 2, 3, 8, 13)] == pytest.approx(expected)
+
+
+def test_process_killed_while_writing_leaves_the_old_checkpoint(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 2, ALONE)
+    checkpoints.save(1, lambda folder: (folder / "weights").write_bytes(b"good") and None)
+    killed = """
+import os, sys, torch
+from pathlib import Path
+from mmvit.training.checkpoint import Checkpoints
+from mmvit.training.distributed import Processes
+def write(folder):
+    (folder / "weights").write_bytes(b"ha")
+    os.kill(os.getpid(), 9)
+Checkpoints(Path(sys.argv[1]), 2, Processes(0, 1, torch.device("cpu"))).save(2, write)
+"""
+    ended = subprocess.run([sys.executable, "-c", killed, str(tmp_path)], cwd=Path(__file__).parent.parent)
+    assert ended.returncode == -9
+    assert (tmp_path / ".writing-step-00000002" / "weights").is_file()
+    assert checkpoints.latest() == tmp_path / "step-00000001"
+    checkpoints.save(3, lambda folder: (folder / "weights").write_bytes(b"new") and None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
+
+
+def test_damaged_checkpoint_is_named(tmp_path, tiny_shards):
+    train_on_shards(new_session(tmp_path / "run", steps=2), tiny_shards)
+    folder = tmp_path / "run/checkpoints/step-00000002"
+    whole = (folder / "optimizer.pt").read_bytes()
+    (folder / "optimizer.pt").write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=r"step-00000002 is damaged: optimizer\.pt has \d+ bytes, not \d+; delete that folder"):
+        train_on_shards(new_session(tmp_path / "run", resume=True), tiny_shards)
+    (folder / "optimizer.pt").write_bytes(b"\0" * len(whole))
+    with pytest.raises(UserError, match=r"optimizer\.pt cannot be read"):
+        train_on_shards(new_session(tmp_path / "run", resume=True), tiny_shards)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"manifest\.json is missing"):
+        train_on_shards(new_session(tmp_path / "run", resume=True), tiny_shards)
+
+
+def test_state_files_cannot_run_code(tmp_path):
+    torch.save({"optimizer": subprocess.Popen}, tmp_path / "optimizer.pt")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_state(tmp_path / "optimizer.pt")
+
+
+def test_changed_architecture_is_refused_by_key(tmp_path, tiny_shards):
+    train_on_shards(new_session(tmp_path / "run", steps=2), tiny_shards)
+    deeper = MODEL.model_copy(update={"core": MODEL.core.model_copy(update={"depth": 3})})
+    with pytest.raises(UserError, match=r"holds another model: model\.core\.depth was 2 and is now 3"):
+        train_on_shards(new_session(tmp_path / "run", resume=True, model=deeper), tiny_shards)
+
+
+def test_average_cannot_be_added_on_resume(tmp_path, tiny_shards):
+    train_on_shards(new_session(tmp_path / "run", steps=2, ema_decay=0), tiny_shards)
+    with pytest.raises(UserError, match=r"no averaged weights: the run began with train\.ema_decay = 0"):
+        train_on_shards(new_session(tmp_path / "run", resume=True), tiny_shards)
+
+
+def test_broken_loss_stops_and_names_the_batch(tmp_path, tiny_shards):
+    def spoil(number: int, batch: dict) -> None:
+        if number == 5:
+            batch["pixels"][0] = float("nan")
+
+    session = new_session(tmp_path / "run", checkpoint_every=3)
+    with pytest.raises(UserError, match=r"step 5: the loss is nan in the batch of train-\d+, "):
+        train_on_shards(session, tiny_shards, spoil)
+    assert [folder.name for folder in session.run.checkpoints.iterdir()] == ["step-00000003"]
+    weights = read_weights(session.run.checkpoints / "step-00000003" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_new_run_does_not_overwrite_and_resume_wants_a_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"run is not empty; add --resume .* --output"):
+        new_session(tmp_path / "run")
+    with pytest.raises(UserError, match="nothing to resume: there is no run folder"):
+        new_session(tmp_path / "nowhere", resume=True)
+
+
+def test_missing_metric_of_choice_is_named(tmp_path):
+    session = new_session(tmp_path / "run", steps=1)
+    batch = {"pixels": torch.randn(8, 3, 16, 16), "labels": torch.arange(8) % 4}
+
+    class Repeat:
+        def __iter__(self):
+            while True:
+                yield batch
+
+    with pytest.raises(UserError, match=r"chosen by 'retrieval', but evaluation gives \['loss'\]"):
+        train(session, Classifier(MODEL), Repeat(), lambda model: {"loss": 1.0}, select="retrieval")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "one CONFIG.toml is wanted"),
+        (["{config}", "--train.step", "3"], r"unknown key train\.step: did you mean train\.steps\?"),
+        (["{config}", "--train.steps", "many"], r"train\.steps = \"many\""),
+        (["{config}", "--train.batch_size", "9", "--train.accumulation", "2"], "batch_size 9 is not a multiple of accumulation 2"),
+        (["{config}", "--train.device", "abacus"], "'abacus' is no torch device"),
+        (["{config}", "--optimizer.schedule", "cosin"], r"optimizer\.schedule"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_explained(tmp_path, arguments, message):
+    config = tmp_path / "config.toml"
+    config.write_text(f'output = "{tmp_path}/run"\n')
+    arguments = [argument.format(config=config) for argument in arguments]
+    with pytest.raises(UserError, match=message), open_session(ClassifierRecipe, "usage", arguments):
+        pass
+    assert not (tmp_path / "run").exists()
+
+
+def test_cuda_without_a_card_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a card")
+    with pytest.raises(UserError, match="finds no CUDA device"):
+        choose_device("cuda", local_rank=0)
+
+
+def test_config_toml_holds_every_kind_of_value(tmp_path):
+    class Inner(Config):
+        names: dict[str, int] = {"plain": 1, "not plain": 2}
+        pairs: tuple[tuple[int, int], ...] = ((1, 2), (3, 4))
+        text: str = 'a "quoted" \\ line\nand é'
+        nothing: int | None = None
+        small: float = 1e-30
+
+    class Outer(Recipe):
+        inner: Inner = Inner()
+
+    recipe = Outer(output=tmp_path / "run")
+    RunFolder(recipe.output).open(recipe, resume=False)
+    assert load_config(Outer, recipe.output / "config.toml") == recipe
+
+
+def test_classifier_script_trains_resumes_and_reports_mistakes(tmp_path, tiny_shards, run_script):
+    config = tmp_path / "config.toml"
+    config.write_text(
+        f"""
+output = "{tmp_path}/run"
+data = {{train = "{tiny_shards}/train-*.tar", held_out = "{tiny_shards}/heldout-*.tar"}}
+model = {{image_size = 16, patch_size = 8, num_classes = 4, core = {{width = 16, depth = 1, num_heads = 2}}}}
+train = {{steps = 3, batch_size = 8, log_every = 1}}
+"""
+    )
+    script = "pipelines/train_classifier.py"
+    first = run_script(script, config)
+    assert first.returncode == 0, first.stderr
+    assert "step 3/3  held-out  loss" in first.stdout
+    more = run_script(script, tmp_path / "run" / "config.toml", "--resume", "--train.steps", 4)
+    assert more.returncode == 0, more.stderr
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 3, 4, 4]
+    again = run_script(script, config)
+    assert again.returncode == 2
+    assert "is not empty; add --resume" in again.stderr
+    assert "Traceback" not in again.stderr
