@@ -123,8 +123,10 @@ def entries_of_list(source: Path, outcome: Outcome) -> list[Entry]:
             outcome.skip("line is not a JSON object", where)
             continue
         path, caption, captions, label = (row.get(name) for name in ("path", "caption", "captions", "class"))
-        if not path:
+        if not isinstance(path, str) or not path:
             outcome.skip("no path", where)
+        elif not isinstance(caption, str | None):
+            outcome.skip("caption is not text", where)
         elif caption is None and not captions and label in (None, ""):
             outcome.skip("neither caption nor class", where)
         elif captions is not None and not isinstance(captions, dict):

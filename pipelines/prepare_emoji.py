@@ -1,5 +1,4 @@
-"""Makes the emoji data set: 72x72 Twemoji pictures with captions in 14 languages, split so that composition
-can be tested.
+"""Makes the emoji data set: 72x72 pictures, captions in 14 languages, a split that tests composition.
 
     python pipelines/prepare_emoji.py data/emoji
 

@@ -104,6 +104,21 @@ def test_rotary_logits_depend_on_relative_place_alone():
     assert logit((0, 1), (2, 4)) != pytest.approx(logit((0, 1), (4, 2)), abs=1e-3)
 
 
+def test_rotation_and_dropout_have_the_gradients_of_their_formulas():
+    torch.manual_seed(0)
+    angles = torch.rand(5, 4, dtype=torch.float64)
+    tables = (angles.cos(), angles.sin())
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda x: rotate(x, tables), x)
+    dropout = Dropout(0.3)
+
+    def same_mask_every_time(x):
+        torch.manual_seed(1)
+        return dropout(x)
+
+    torch.autograd.gradcheck(same_mask_every_time, x)
+
+
 def test_sincos_by_hand():
     row, column = 2.0, 3.0
     table = sincos(torch.tensor([[row, column]]), width=8)[0]

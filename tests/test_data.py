@@ -91,6 +91,20 @@ def test_plan_gives_every_sample_to_exactly_one_reader(num_readers, shuffle):
         assert taken == {(shard, number): 1 for shard in shards for number in range(20)}
 
 
+def test_plan_permutes_the_shards_anew_in_every_epoch():
+    shards = [Path(f"{number}.tar") for number in range(20)]
+    orders = [[part.shard for part in plan_epoch(shards, 0, epoch, 0, 1, True)] for epoch in range(2)]
+    assert orders[0] != orders[1]
+    assert [part.shard for part in plan_epoch(shards, 0, 0, 0, 1, False)] == shards
+
+
+def test_one_shard_is_mixed_differently_in_every_epoch(tiny_shards):
+    stream = ShardStream(tiny_shards / "train-000000.tar", KeyOnly(), 10, shuffle_buffer=20)
+    first, second = take(stream, 2)
+    assert sorted(first["keys"]) == sorted(second["keys"])
+    assert first["keys"] != second["keys"]
+
+
 def test_orders_differ_between_epochs_and_seeds_and_repeat_for_the_same_seed(tiny_shards):
     def two_epochs(seed):
         keys = keys_of(take(stream_of(tiny_shards, KeyOnly(), seed=seed), 24))
@@ -184,7 +198,7 @@ def test_bad_samples_are_skipped_counted_and_named(tiny_shards, tmp_path):
     samples[3] = {**good, "png": good["png"][:60]}
     samples[5] = {**good, "cls": b"4"}
     samples[8] = {**good, "cls": b"cat"}
-    samples[9] = {"txt": b"no picture", "cls": b"1"}
+    samples[199] = {"txt": b"no picture", "cls": b"1"}
     write(tmp_path, samples)
     for num_workers in (0, 1):
         decode = ClassifierSample((16, 16), 4)

@@ -27,7 +27,7 @@ MODES: dict[str, Path | None] = {"ddp": None, **ZERO}
 MODEL = ClassifierConfig(
     image_size=8, patch_size=4, num_classes=4, core=TransformerConfig(width=16, depth=2, num_heads=2)
 )
-STEPS = 6
+STEPS = 8
 
 
 class ClassifierRecipe(Recipe):
@@ -57,8 +57,13 @@ class Pictures:
 
 
 def pictures(numbers: range) -> dict[str, torch.Tensor]:
+    """Noise with one bright quarter, which is the class."""
     pixels = torch.stack([torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(n)) for n in numbers])
-    return {"pixels": pixels, "labels": torch.tensor([n % 4 for n in numbers])}
+    labels = torch.tensor([n * 7 % 4 for n in numbers])
+    for picture, label in zip(pixels, labels.tolist(), strict=True):
+        row, column = divmod(label, 2)
+        picture[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 2
+    return {"pixels": pixels, "labels": labels}
 
 
 def new_session(
@@ -70,7 +75,7 @@ def new_session(
     recipe = ClassifierRecipe(
         output=output,
         train=TrainConfig(**defaults | settings),
-        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2),
+        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2),
     )
     run = RunFolder(output)
     processes.on_main(lambda: run.open(recipe, resume))
@@ -131,7 +136,7 @@ def test_two_processes_reach_the_loss_of_one(two_processes, one_process, mode):
     run, reference = two_processes / mode, one_process / ("plain" if mode == "zero3" else "averaged")
     expected = losses(reference, "train")
     assert len(expected) == STEPS
-    assert expected[-1] < expected[0]
+    assert expected[-1] < 0.8 * expected[0]
     assert losses(run, "train") == pytest.approx(expected, rel=1e-4)
     assert losses(run, "held_out") == pytest.approx(losses(reference, "held_out"), rel=1e-4)
 
@@ -148,9 +153,9 @@ def test_exported_weights_are_whole_and_load_in_plain_torch(two_processes, one_p
 def test_one_process_told_to_stop_stops_both_and_they_resume(two_processes, mode):
     whole, cut = two_processes / mode, two_processes / f"{mode}-cut"
     steps = sorted(folder.name for folder in (cut / "checkpoints").iterdir())
-    assert steps == ["step-00000004", "step-00000006"]
+    assert steps == ["step-00000004", "step-00000008"]
     assert losses(cut, "train") == losses(whole, "train")
-    final = "checkpoints/step-00000006/model.safetensors"
+    final = "checkpoints/step-00000008/model.safetensors"
     left, right = read_weights(whole / final), read_weights(cut / final)
     assert all(torch.equal(left[name], right[name]) for name in left)
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import runpy
 import struct
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from mmvit.data.captions import TextTokenizer
 from mmvit.data.images import decode_image
 from mmvit.data.shards import Sample, expand_shards, read_shard
 
+ROOT = Path(__file__).resolve().parent.parent
 CODE_POINTS_OF_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 
 
@@ -75,6 +77,22 @@ def test_heldout_emoji_share_neither_base_nor_picture_with_train(emoji):
         assert picture(sample) not in pictures
     for sample in read_split(emoji, "combinations").values():
         assert picture(sample) not in pictures
+
+
+def test_combination_with_an_unseen_part_goes_to_train():
+    script = runpy.run_path(str(ROOT / "pipelines" / "prepare_emoji.py"))
+
+    def toned(base: str, tone: int, caption: str):
+        key = f"{base}-{script['SKIN_TONES'][tone]}"
+        return script["Emoji"](key, base, (tone,), {"en": caption}, "", b"", picture=key)
+
+    whole = [toned("1f590", tone, f"hand tone{tone}") for tone in range(5)]
+    lone = toned("1f44b", 0, "wave tone0")  # base 0, so (0 + 0) % 5 == 0, but no other tone of it is in train
+    odd_word = toned("1f596", 3, "salute tone3")  # base 2, so (2 + 3) % 5 == 0, but its word is in no other
+    more = [toned("1f596", tone, f"spock tone{tone}") for tone in (0, 1, 2, 4)]
+    splits = script["split_emoji"]([*whole, lone, odd_word, *more])
+    assert [one.key for one in splits["combinations"]] == ["1f590-1f3ff"]
+    assert {lone.key, odd_word.key} <= {one.key for one in splits["train"]}
 
 
 def test_emoji_samples_have_captions_in_all_languages(emoji):
@@ -230,6 +248,7 @@ def test_csv_and_json_lines(run_script, tmp_path):
         {"path": "images/0.png", "captions": {"en": "red", "de": "rot"}},
         {"path": "images/1.png", "caption": "red", "class": "warm"},
         {"path": "images/2.png"},
+        {"path": 7, "caption": "x"},
         ["images/2.png"],
     ]
     (tmp_path / "list.jsonl").write_text("\n".join([*map(json.dumps, lines), "{broken"]))

@@ -1,5 +1,4 @@
-"""Learns a text tokenizer (byte-level BPE, lower case, NFKC) from the captions in shards, or from a text
-file.
+"""Learns a text tokenizer (byte-level BPE, lower case, NFKC) from captions in shards or in a text file.
 
     python tokenizers/train_text_tokenizer.py "data/emoji/train-*.tar" tokenizers/emoji-text
     python tokenizers/train_text_tokenizer.py captions.txt my-text --vocab-size 4096

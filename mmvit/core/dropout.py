@@ -26,9 +26,25 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
-        words = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // BYTES),))
-        kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= self.threshold
-        return x * (kept.to(x.dtype) * (256 / (256 - self.threshold)))
+        return ByteDropout.apply(x, self.threshold)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+class ByteDropout(torch.autograd.Function):
+    """x · mask, where the mask is made in x's own type in two passes over memory."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, threshold: int) -> Tensor:
+        words = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // BYTES),))
+        mask = torch.empty_like(x, memory_format=torch.contiguous_format)
+        torch.ge(words.view(torch.uint8)[: x.numel()].view(x.shape), threshold, out=mask)
+        mask.mul_(256 / (256 - threshold))
+        ctx.save_for_backward(mask)
+        return x * mask
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        return gradient * mask, None

@@ -101,10 +101,10 @@ class TextTokenizer:
         ]
 
     def merge(self, word: str, dropout: float, rng: random.Random) -> list[str]:
-        """Joins the characters of a word by the learnt merges, best first, each left out of a round with p =
-        `dropout`.
+        """Joins the characters of a word by the learnt merges, best first.
 
-        Own code because the library's dropout cannot be seeded.
+        In every round each possible merge is left out with probability `dropout`. Own code because the
+        library's dropout cannot be seeded.
         """
         tokens = list(word)
         while len(tokens) > 1:
@@ -126,8 +126,7 @@ class TextTokenizer:
 
 
 def read_caption(sample: Sample, languages: Sequence[str], rng: random.Random) -> str:
-    """The caption of a sample: in one of `languages` (drawn evenly from those that its `json` has), otherwise
-    its `txt`.
+    """The caption of a sample: in one of `languages`, drawn evenly from those in its `json`, else its `txt`.
 
     Raises:
         BadSample: not UTF-8, not JSON, or neither a `txt` nor any of the languages.

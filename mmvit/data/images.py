@@ -15,8 +15,9 @@ MAX_PIXELS = 64_000_000
 def decode_image(
     data: bytes, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-    """Decodes an image to uint8 RGB (height, width, 3): upright by its EXIF tag, alpha over white, 16 bits
-    scaled to 8.
+    """Decodes an image to uint8 RGB (height, width, 3).
+
+    It is turned upright by its EXIF tag, transparency is laid over white, and 16 bits are scaled to 8.
 
     Args:
         size: (height, width) to resize (bicubic, antialiased) and centre-crop to; None keeps the size.

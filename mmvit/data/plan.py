@@ -19,8 +19,7 @@ class Part(NamedTuple):
 def plan_epoch(
     shards: Sequence[Path], seed: int, epoch: int, reader: int, num_readers: int, shuffle: bool
 ) -> list[Part]:
-    """The parts that one reader reads in one epoch. Over all readers, every sample of every shard occurs
-    once.
+    """The parts that one reader reads in one epoch; over all readers, every sample occurs once.
 
     With at least as many shards as readers, each reader gets whole shards; otherwise readers share a
     shard and each takes every k-th sample of it. `shuffle` permutes the shards anew in every epoch.

@@ -136,8 +136,7 @@ class ShardStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken: the batches that follow are those of an uninterrupted run, bit
-        for bit.
+        """Continues where `state` was taken: bit for bit the batches of an uninterrupted run follow.
 
         With other shards, seed, ranks, workers or shuffle buffer that is not possible; then the stream warns
         and goes on with the next epoch.

@@ -27,6 +27,8 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, split: str, samples_per_shard: int = 500):
+        if samples_per_shard < 1:
+            raise UserError(f"{samples_per_shard} samples per shard make no shards; give 1 or more")
         self.folder = Path(folder)
         self.split = split
         self.samples_per_shard = samples_per_shard

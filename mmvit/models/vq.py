@@ -1,15 +1,17 @@
-"""Image tokenizer: pixels to a small grid of discrete codes and back (VQ-VAE, van den Oord et al. 2017).
+"""VQ image tokenizer: pixels to a small grid of discrete codes and back (VQ-VAE, 1711.00937).
 
-The encoder looks at one patch (and, by choice, a margin around it) at a time, so that equal patches get equal codes wherever
-they occur and whatever surrounds them: a generator then learns "the same picture with another skin tone" from a few codes.
-The decoder looks far, since it has to resolve what the codes leave open.
+The encoder sees one patch at a time, with a margin of a few pixels around it, so that equal patches get equal
+codes wherever they are and whatever surrounds them: what two pictures have in common, a generator has to learn
+once. The decoder sees far, because it has to settle what single codes leave open.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -17,168 +19,46 @@ from mmvit.config import Config
 from mmvit.errors import UserError
 from mmvit.hub import Pretrained
 
+REVIVED_USE = 0.1  # of a code when it is revived, where 1 is the average: its time to be chosen
+
 
 class VQConfig(Config):
-    """Shape of a `VQModel` and the weights of its losses."""
+    """Shape of a `VQModel`, and how its codebook learns."""
 
-    kind_note: str = Field(default="", exclude=True)
-    factor: int = Field(default=8, description="pixels per code, along each side")
-    margin: int = Field(default=0, ge=0, description="pixels around its patch that a code's encoder sees")
-    codebook_size: int = Field(default=1024, ge=2)
-    code_width: int = Field(default=16, ge=2, description="dimensions of a code; few, so that none is left unused")
-    encoder_width: int = 512
-    encoder_depth: int = 2
-    decoder_widths: tuple[int, ...] = (384, 256)
-    decoder_depths: tuple[int, ...] = (3, 1)
-    commitment_weight: float = 0.25
-    codebook_decay: float = 0.99
-    revive_below: float = 0.01
+    factor: int = Field(8, ge=1, description="pixels per code, along each side")
+    margin: int = Field(2, ge=0, description="pixels around its patch that a code depends on, too")
+    codebook_size: int = Field(1024, ge=2)
+    code_width: int = Field(16, ge=2, description="dimensions of a code; few keep all in use")
+    encoder_width: int = Field(256, ge=1)
+    encoder_depth: int = Field(2, ge=0)
+    decoder_widths: tuple[int, ...] = Field(
+        (256, 128), min_length=1, description="of its stages; each has twice the resolution of the one before"
+    )
+    decoder_depths: tuple[int, ...] = Field((2, 3), description="residual blocks of each stage")
+    commitment_weight: float = Field(0.25, ge=0)
+    codebook_decay: float = Field(0.99, ge=0, lt=1, description="of the averages that codes are made of")
+    revive_below: float = Field(
+        0.01, ge=0, lt=REVIVED_USE, description="a code is dead below this share of the average code's use"
+    )
 
     @model_validator(mode="after")
-    def check_shape(self):
-        if len(self.decoder_widths) != len(self.decoder_depths):
+    def _stages_fit(self):
+        stages, depths = len(self.decoder_widths), len(self.decoder_depths)
+        if stages != depths:
             raise ValueError(
-                f"decoder_widths has {len(self.decoder_widths)} stages and decoder_depths {len(self.decoder_depths)}; "
-                "give one depth for each width"
+                f"decoder_widths has {stages} stages, decoder_depths {depths}; give each stage a depth"
             )
-        if self.factor % 2 ** (len(self.decoder_widths) - 1):
-            raise ValueError(f"factor {self.factor} cannot be doubled {len(self.decoder_widths) - 1} times by the decoder")
+        if self.factor % 2 ** (stages - 1):
+            raise ValueError(
+                f"factor {self.factor} is no multiple of {2 ** (stages - 1)}, as {stages} decoder stages need"
+            )
         return self
 
 
-class Codebook(nn.Module):
-    def __init__(self, config: VQConfig):
-        super().__init__()
-        self.config = config
-        self.register_buffer("sums", F.normalize(torch.randn(config.codebook_size, config.code_width), dim=-1))
-        self.register_buffer("use", torch.zeros(config.codebook_size))
-
-    def vectors(self) -> Tensor:
-        return F.normalize(self.sums, dim=-1)
-
-    def lookup(self, codes: Tensor) -> Tensor:
-        return F.embedding(codes, self.vectors())
-
-    def nearest(self, vectors: Tensor) -> Tensor:
-        return (vectors @ self.vectors().T).argmax(-1)
-
-    @torch.no_grad()
-    def update(self, vectors: Tensor, codes: Tensor) -> Tensor:
-        size = self.config.codebook_size
-        counts = torch.bincount(codes, minlength=size).to(vectors.dtype)
-        sums = torch.zeros_like(self.sums).index_add_(0, codes, vectors)
-        num = torch.tensor(float(len(codes)), device=vectors.device)
-        if dist.is_initialized():
-            for t in (counts, sums, num):
-                dist.all_reduce(t)
-        scale = size / num
-        rate = 1 - self.config.codebook_decay
-        self.use.lerp_(counts * scale, rate)
-        self.sums.lerp_(sums * scale, rate)
-        dead = self.use < self.config.revive_below
-        error = 1 - (vectors * self.lookup(codes)).sum(-1)
-        chosen = vectors[torch.multinomial(error.clamp_min(1e-6), size, replacement=True)]
-        if dist.is_initialized():
-            dist.broadcast(chosen, src=0)
-        self.sums.copy_(torch.where(dead[:, None], chosen * 0.1, self.sums))
-        self.use.copy_(torch.where(dead, 0.1, self.use))
-        return dead.float().mean()
-
-
-class MLPBlock(nn.Module):
-    def __init__(self, width: int, expansion: int = 2):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, expansion * width)
-        self.contract = nn.Linear(expansion * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.contract(F.silu(self.expand(self.norm(x))))
-
-
-class ConvBlock(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.spread = nn.Conv2d(width, width, 3, padding=1)
-        self.mix = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:  # (batch, rows, columns, width)
-        y = self.spread(self.norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return x + self.mix(F.silu(y))
-
-
-def conv(inputs, outputs, x):
-    pass
-
-
-class Conv3x3(nn.Conv2d):
-    """3x3 on channels-last."""
-
-    def __init__(self, i, o):
-        super().__init__(i, o, 3, padding=1)
-
-    def forward(self, x):
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-def fold(x: Tensor, r: int) -> Tensor:
-    B, H, W, C = x.shape
-    c = C // (r * r)
-    return x.reshape(B, H, W, r, r, c).permute(0, 1, 3, 2, 4, 5).reshape(B, H * r, W * r, c)
-
-
-class Encoder(nn.Module):
-    def __init__(self, config: VQConfig):
-        super().__init__()
-        self.config = config
-        window = config.factor + 2 * config.margin
-        self.patch = nn.Linear(3 * window**2, config.encoder_width)
-        self.blocks = nn.Sequential(*[MLPBlock(config.encoder_width) for _ in range(config.encoder_depth)])
-        self.norm = nn.LayerNorm(config.encoder_width)
-        self.head = nn.Linear(config.encoder_width, config.code_width)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        f, m = self.config.factor, self.config.margin
-        if m:
-            pixels = F.pad(pixels, (m, m, m, m), mode="replicate")
-        x = pixels.unfold(2, f + 2 * m, f).unfold(3, f + 2 * m, f)  # B C h w k k
-        x = x.permute(0, 2, 3, 1, 4, 5).flatten(3)
-        x = self.patch(x)
-        x = self.head(self.norm(self.blocks(x)))
-        return F.normalize(x.float(), dim=-1)
-
-
-class Decoder(nn.Module):
-    def __init__(self, config: VQConfig):
-        super().__init__()
-        layers = [Conv3x3(config.code_width, config.decoder_widths[0])]
-        self.stages = nn.ModuleList()
-        self.ups = nn.ModuleList()
-        w = config.decoder_widths
-        self.first = layers[0]
-        for i, (width, depth) in enumerate(zip(w, config.decoder_depths)):
-            self.stages.append(nn.Sequential(*[ConvBlock(width) for _ in range(depth)]))
-            if i + 1 < len(w):
-                self.ups.append(nn.Linear(width, 4 * w[i + 1]))
-        self.rest = config.factor // 2 ** (len(w) - 1)
-        self.norm = nn.LayerNorm(w[-1])
-        self.head = Conv3x3(w[-1], 3 * self.rest**2)
-        self.scale = math.sqrt(config.code_width)
-
-    def forward(self, vectors: Tensor) -> Tensor:
-        x = self.first(vectors * self.scale)
-        for i, stage in enumerate(self.stages):
-            x = stage(x)
-            if i < len(self.ups):
-                x = fold(self.ups[i](x), 2)
-        x = fold(self.head(self.norm(x)), self.rest)
-        return x.permute(0, 3, 1, 2)
-
-
 class VQModel(Pretrained, nn.Module):
-    config_class = VQConfig
-    kind = "vq"
+    """pixels ↔ codes. Any image whose sides are multiples of `factor` will do, whatever the training size."""
+
+    config_class, kind = VQConfig, "vq"
 
     def __init__(self, config: VQConfig):
         super().__init__()
@@ -196,41 +76,205 @@ class VQModel(Pretrained, nn.Module):
         return self.config.codebook_size
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of the codes of a `height` x `width` image.
+
+        Raises:
+            UserError: when a side is no multiple of the factor, or smaller.
+        """
         factor = self.config.factor
         if height < factor or width < factor or height % factor or width % factor:
             raise UserError(
-                f"an image of {height}x{width} pixels has no grid of codes: the image tokenizer needs each side to be a "
-                f"multiple of {factor}; resize it, or choose an image tokenizer with a smaller factor"
+                f"an image of {height}x{width} pixels cannot be cut into patches of {factor}x{factor}, one for "
+                f"each code: resize it so that both sides are multiples of {factor}, or use an image tokenizer of "
+                "another factor"
             )
         return height // factor, width // factor
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
+        """pixels (batch, 3, height, width) in [-1, 1] → codes (batch, rows, columns), int64.
+
+        Always computed in float32, so that the codes do not depend on autocast.
+
+        Raises:
+            UserError: as `grid` does.
+        """
         self.grid(*pixels.shape[-2:])
         with torch.autocast(pixels.device.type, enabled=False):
             return self.codebook.nearest(self.encoder(pixels.float()))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
+        """codes (batch, rows, columns) → pixels (batch, 3, height, width) in [-1, 1], float32.
+
+        Raises:
+            UserError: when a code is not in the codebook.
+        """
         if codes.numel() and (codes.min() < 0 or codes.max() >= self.config.codebook_size):
             raise UserError(
-                f"image codes run from {codes.min()} to {codes.max()}, but this image tokenizer has codes 0 to "
-                f"{self.config.codebook_size - 1}; the codes were made by another tokenizer"
+                f"image codes from {codes.min()} to {codes.max()} do not fit this image tokenizer, whose codes "
+                f"are 0 to {self.config.codebook_size - 1}: decode them with the one that made them"
             )
-        return self.decoder(self.codebook.lookup(codes)).float().clamp(-1, 1)
+        return self.decoder(self.codebook.vectors()[codes]).float().clamp(-1, 1)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """L1 + L2 of the reconstruction of `batch["pixels"]`, plus commitment (1711.00937, equation 3).
+
+        In training mode the codebook takes its step here, too.
+
+        Raises:
+            UserError: as `grid` does.
+        """
         pixels = batch["pixels"]
         self.grid(*pixels.shape[-2:])
-        z = self.encoder(pixels)
-        codes = self.codebook.nearest(z.detach())
-        e = self.codebook.lookup(codes)
-        recon = self.decoder(z + (e - z).detach()).float()
-        commit = (z - e).square().sum(-1).mean()
-        error = recon - pixels
+        encoded = self.encoder(pixels)  # (batch, rows, columns, code_width)
+        codes = self.codebook.nearest(encoded.detach())
+        quantized = self.codebook.vectors()[codes]
+        straight_through = encoded + (quantized - encoded).detach()
+        error = self.decoder(straight_through).float() - pixels
         l1, l2 = error.abs().mean(), error.square().mean()
-        loss = l1 + l2 + self.config.commitment_weight * commit
-        metrics = {"l1": l1.detach(), "l2": l2.detach(), "commitment": commit.detach()}
+        commitment = (encoded - quantized).square().sum(-1).mean()
+        loss = l1 + l2 + self.config.commitment_weight * commitment
+        metrics = {"l1": l1, "l2": l2, "commitment": commitment}
         if self.training:
-            metrics["revived"] = self.codebook.update(z.detach().flatten(0, -2), codes.flatten())
-        return loss, metrics
+            metrics |= self.codebook.update(encoded.detach().flatten(0, 2), codes.flatten())
+        return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+class Codebook(nn.Module):
+    """Unit vectors in few dimensions, compared by cosine (ViT-VQGAN, 2110.04627, section 3.2).
+
+    A code is the direction of the moving average of the encoder's vectors that chose it (1711.00937, appendix A.1,
+    on the sphere). One that hardly any vector chooses is dead, and is revived at a vector of the current batch,
+    drawn in proportion to its distance from its code, as k-means++ draws its centres. At the first batch all
+    that no vector chooses are dead: that is the start.
+    """
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        self.decay, self.revive_below = config.codebook_decay, config.revive_below
+        self.register_buffer(
+            "sums", torch.randn(config.codebook_size, config.code_width)
+        )  # of a code's vectors
+        self.register_buffer("use", torch.zeros(config.codebook_size))  # 1 is the average code's
+
+    def vectors(self) -> Tensor:
+        """The codes, (codebook_size, code_width), each of length 1."""
+        return F.normalize(self.sums, dim=-1)
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """vectors (..., code_width) of length 1 → each one's nearest code, (...), compared in float32."""
+        with torch.autocast(vectors.device.type, enabled=False):
+            return (vectors.float() @ self.vectors().float().T).argmax(-1)
+
+    @torch.no_grad()
+    def update(self, vectors: Tensor, codes: Tensor) -> dict[str, Tensor]:
+        """Moves `codes` (number,) towards the `vectors` (number, code_width) that chose them; revives dead ones.
+
+        Under torch.distributed the vectors of all processes count, and their codebooks stay alike.
+
+        Returns:
+            metrics: the share of `dead_codes`, and the `perplexity` of the codes' moving use.
+        """
+        counts = torch.bincount(codes, minlength=len(self.use)).to(self.use.dtype)
+        sums = torch.zeros_like(self.sums).index_add_(0, codes, vectors.to(self.sums.dtype))
+        distances = 1 - (vectors * self.vectors()[codes]).sum(-1)
+        drawn = vectors[torch.multinomial(distances.clamp_min(1e-6), len(self.use), replacement=True)]
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+            dist.broadcast(drawn, src=0)
+        scale = len(self.use) / counts.sum()
+        self.use.lerp_(counts * scale, 1 - self.decay)
+        self.sums.lerp_(sums * scale, 1 - self.decay)
+        dead = self.use < self.revive_below
+        self.use.copy_(torch.where(dead, REVIVED_USE, self.use))
+        self.sums.copy_(torch.where(dead[:, None], REVIVED_USE * drawn, self.sums))
+        share = self.use / self.use.sum()
+        return {"dead_codes": dead.float().mean(), "perplexity": torch.special.entr(share).sum().exp()}
+
+
+class Encoder(nn.Module):
+    """An MLP over each patch with its margin: pixels → unit vectors (batch, rows, columns, code_width)."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        width = config.encoder_width
+        self.factor, self.margin = config.factor, config.margin
+        self.patch = nn.Linear(3 * (config.factor + 2 * config.margin) ** 2, width)
+        self.blocks = nn.Sequential(*(MLPBlock(width) for _ in range(config.encoder_depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, config.code_width)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        window = self.factor + 2 * self.margin
+        pixels = F.pad(pixels, [self.margin] * 4, mode="replicate")
+        patches = pixels.unfold(2, window, self.factor).unfold(3, window, self.factor)
+        x = self.patch(rearrange(patches, "b c rows cols y x -> b rows cols (c y x)"))
+        x = self.head(self.norm(self.blocks(x)))
+        return F.normalize(x.float(), dim=-1)
+
+
+class Decoder(nn.Module):
+    """Residual convolutions at low resolution: vectors (batch, rows, columns, code_width) → pixels."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        widths = config.decoder_widths
+        self.scale = math.sqrt(config.code_width)  # unit vectors have entries of 1 / scale
+        self.rest = config.factor // 2 ** (len(widths) - 1)  # what the stages leave of the factor
+        self.stem = Convolution(config.code_width, widths[0])
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(ConvBlock(width) for _ in range(depth)))
+            for width, depth in zip(widths, config.decoder_depths, strict=True)
+        )
+        self.doubles = nn.ModuleList(nn.Linear(width, 4 * following) for width, following in pairwise(widths))
+        self.norm = nn.LayerNorm(widths[-1])
+        self.head = Convolution(widths[-1], 3 * self.rest**2)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        x = self.stages[0](self.stem(vectors * self.scale))
+        for double, stage in zip(self.doubles, self.stages[1:], strict=True):
+            x = stage(pixel_shuffle(double(x), 2))
+        return rearrange(pixel_shuffle(self.head(self.norm(x)), self.rest), "b y x c -> b c y x")
+
+
+class MLPBlock(nn.Module):
+    """x + MLP(norm(x)), at every position by itself."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 2 * width)
+        self.contract = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.contract(F.silu(self.expand(self.norm(x))))
+
+
+class ConvBlock(nn.Module):
+    """x + Linear(SiLU(Conv3x3(norm(x)))); a CPU's matrix unit does this faster than a depthwise convolution."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.spread = Convolution(width, width)
+        self.mix = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mix(F.silu(self.spread(self.norm(x))))
+
+
+class Convolution(nn.Conv2d):
+    """3x3 over (batch, rows, columns, channels): channels_last in memory, so that nothing is copied."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
+    """(batch, rows, columns, factor² · channels) → (batch, factor · rows, factor · columns, channels)."""
+    return rearrange(x, "b r c (y x k) -> b (r y) (c x) k", y=factor, x=factor)

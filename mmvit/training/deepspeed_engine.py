@@ -84,6 +84,9 @@ class DeepSpeedEngine:
         )
         self.model = model
         self.passes = 0
+        if self.stage == 3:
+            for parameter in loose_parameters(model):
+                deepspeed.zero.register_external_parameter(self.engine.module, parameter)
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         self.passes += 1
@@ -155,6 +158,17 @@ class DeepSpeedEngine:
             raise UserError(f"DeepSpeed finds no state for this process in {folder / TAG}; {advice}")
         if self.average is not None:
             read_average(self.average.model, folder)
+
+
+def loose_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters that belong to no layer of torch.nn: positions, [CLS] and the like.
+
+    A model may read them outside the forward pass of the module that owns them, where stage 3 would not gather them
+    in time; it gathers them for the whole pass instead.
+    """
+    for module in model.modules():
+        if not type(module).__module__.startswith("torch.nn."):
+            yield from module.parameters(recurse=False)
 
 
 def import_deepspeed(device: torch.device) -> Any:

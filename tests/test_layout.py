@@ -1,0 +1,130 @@
+"""The house keeps its shape: imports point downwards, `tokenizers/` shadows nothing, the wheel is mmvit alone, configs load."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from setuptools import find_packages
+
+from mmvit.config import load_config
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {  # a room may import from rooms on lower floors, and from its own
+    "core": 0,
+    "models": 1,
+    "data": 1,
+    "training": 2,
+    "sampling": 2,
+    "evaluation": 2,
+    "interop": 2,
+}
+ANYWHERE = {"errors", "config", "hub"}
+
+
+def imported_names(path: Path) -> set[str]:
+    """Dotted names of all modules that a file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+    return names
+
+
+def rooms() -> list[tuple[Path, str]]:
+    files = sorted((ROOT / "mmvit").glob("*/*.py"))
+    assert len(files) > 20
+    return [(path, path.parent.name) for path in files]
+
+
+def test_imports_point_downwards():
+    for path, room in rooms():
+        for name in imported_names(path):
+            package, _, rest = name.partition(".")
+            other = rest.split(".")[0]
+            if package != "mmvit" or other in ANYWHERE or other == room:
+                continue
+            assert FLOORS[other] < FLOORS[room], f"{path} imports {name}, which is not on a lower floor"
+    for path in (ROOT / "mmvit").glob("*.py"):
+        if path.stem in ANYWHERE:
+            rooms_used = {name.split(".")[1] for name in imported_names(path) if name.startswith("mmvit.")}
+            assert rooms_used <= ANYWHERE, f"{path} may be imported from anywhere, so it imports no room"
+
+
+def test_core_and_models_do_no_input_or_output():
+    for path, room in rooms():
+        packages = {name.split(".")[0] for name in imported_names(path)}
+        if room in ("core", "models"):
+            assert not packages & {"deepspeed", "webdataset", "PIL"}, path
+        if path.name != "deepspeed_engine.py":
+            assert "deepspeed" not in packages, path
+
+
+def test_importing_mmvit_does_not_import_deepspeed():
+    code = "import sys, mmvit; assert 'deepspeed' not in sys.modules, 'deepspeed was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_folder_tokenizers_does_not_shadow_the_package():
+    for folder in ("tokenizers", "pipelines", "tests"):
+        assert not (ROOT / folder / "__init__.py").exists(), folder
+    code = "import sys; sys.path.insert(0, ''); from tokenizers import Tokenizer; import tokenizers; print(tokenizers.__file__)"
+    found = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True).stdout
+    assert "site-packages" in found
+
+
+def test_scripts_are_never_imported():
+    for path in ROOT.glob("*/**/*.py"):
+        if not path.is_relative_to(ROOT / ".venv"):
+            assert not {name.split(".")[0] for name in imported_names(path)} & {"pipelines", "benchmarks"}, path
+
+
+def test_the_wheel_holds_mmvit_alone():
+    packages = find_packages(str(ROOT), include=["mmvit*"])
+    assert {name.split(".")[0] for name in packages} == {"mmvit"}
+    assert {f"mmvit.{room.name}" for room in (ROOT / "mmvit").iterdir() if any(room.glob("*.py"))} <= set(packages)
+
+
+def test_nothing_is_unpickled():
+    for path in [*ROOT.glob("mmvit/**/*.py"), *ROOT.glob("pipelines/*.py"), *ROOT.glob("tokenizers/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert arguments.get("weights_only") == "True", f"{path}:{node.lineno}"
+            assert not (isinstance(node, ast.Attribute) and ast.unparse(node) in ("pickle.load", "pickle.loads")), path
+
+
+def recipes() -> dict[str, str]:
+    """Every config and the script in its header that it is for."""
+    found = {}
+    for config in sorted((ROOT / "configs").glob("*.toml")):
+        lines = config.read_text(encoding="utf-8").splitlines()
+        commands = [line for line in lines if line.startswith("#") and "/train_" in line]
+        assert commands, f"{config} does not say its command on top"
+        found[config.name] = next(word for word in commands[0].split() if word.endswith(".py"))
+    return found
+
+
+@pytest.mark.parametrize(("config", "script"), recipes().items())
+def test_every_config_loads_and_builds(config, script):
+    recipe_class, model_class = load_script(ROOT / script)
+    recipe = load_config(recipe_class, ROOT / "configs" / config)
+    with torch.device("meta"):
+        model = model_class(recipe.model)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 0
+
+
+def load_script(path: Path):
+    """A script's recipe and model classes, without running it."""
+    import runpy
+
+    names = runpy.run_path(str(path), run_name="recipe")
+    recipe = next(value for name, value in names.items() if name.endswith("Recipe") and name != "Recipe")
+    model = next(names[name] for name in ("Classifier", "GeneratorTransformer", "VQModel") if name in names and
+                 names[name].config_class is recipe.model_fields["model"].annotation)  # fmt: skip
+    return recipe, model
