@@ -48,9 +48,10 @@ def reconstruction_metrics(model: VQModel, batches: Iterable[dict[str, Any]]) ->
 
 @torch.no_grad()
 def codebook_metrics(model: VQModel, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """`codes_in_use`, the share of the codebook that occurs in `batches`, and `perplexity` of the codes' distribution.
+    """How much of the codebook `batches` (as for `reconstruction_metrics`) use.
 
-    Args: as of `reconstruction_metrics`.
+    Returns:
+        `codes_in_use`, the share that occurs at all; `perplexity` of the distribution of the codes.
     """
     device = next(model.parameters()).device
     counts = torch.zeros(model.codebook_size, dtype=torch.float64, device=device)

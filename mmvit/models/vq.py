@@ -1,8 +1,8 @@
 """VQ image tokenizer: pixels to a small grid of discrete codes and back (VQ-VAE, 1711.00937).
 
 The encoder sees one patch at a time, with a margin of a few pixels around it, so that equal patches get equal
-codes wherever they are and whatever surrounds them: what two pictures have in common, a generator has to learn
-once. The decoder sees far, because it has to settle what single codes leave open.
+codes wherever they are and whatever surrounds them: what two pictures have in common, a generator has to
+learn once. The decoder sees far, because it has to settle what single codes leave open.
 """
 
 import math
@@ -85,8 +85,8 @@ class VQModel(Pretrained, nn.Module):
         if height < factor or width < factor or height % factor or width % factor:
             raise UserError(
                 f"an image of {height}x{width} pixels cannot be cut into patches of {factor}x{factor}, one for "
-                f"each code: resize it so that both sides are multiples of {factor}, or use an image tokenizer of "
-                "another factor"
+                f"each code: resize it so that both sides are multiples of {factor}, or use an image tokenizer "
+                "of another factor"
             )
         return height // factor, width // factor
 
@@ -112,8 +112,8 @@ class VQModel(Pretrained, nn.Module):
         """
         if codes.numel() and (codes.min() < 0 or codes.max() >= self.config.codebook_size):
             raise UserError(
-                f"image codes from {codes.min()} to {codes.max()} do not fit this image tokenizer, whose codes "
-                f"are 0 to {self.config.codebook_size - 1}: decode them with the one that made them"
+                f"image codes from {codes.min()} to {codes.max()} do not fit this image tokenizer, which has "
+                f"codes 0 to {self.config.codebook_size - 1}: decode them with the one that made them"
             )
         return self.decoder(self.codebook.vectors()[codes]).float().clamp(-1, 1)
 
@@ -144,10 +144,10 @@ class VQModel(Pretrained, nn.Module):
 class Codebook(nn.Module):
     """Unit vectors in few dimensions, compared by cosine (ViT-VQGAN, 2110.04627, section 3.2).
 
-    A code is the direction of the moving average of the encoder's vectors that chose it (1711.00937, appendix A.1,
-    on the sphere). One that hardly any vector chooses is dead, and is revived at a vector of the current batch,
-    drawn in proportion to its distance from its code, as k-means++ draws its centres. At the first batch all
-    that no vector chooses are dead: that is the start.
+    A code is the direction of the moving average of the encoder's vectors that chose it (1711.00937, appendix
+    A.1, on the sphere). One that hardly any vector chooses is dead, and is revived at a vector of the current
+    batch, drawn in proportion to its distance from its code, as k-means++ draws its centres. In the first batch
+    nearly all are dead: that is the start.
     """
 
     def __init__(self, config: VQConfig):
@@ -169,7 +169,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update(self, vectors: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Moves `codes` (number,) towards the `vectors` (number, code_width) that chose them; revives dead ones.
+        """Moves `codes` (number,) towards the `vectors` (number, code_width) that chose them; revives the dead.
 
         Under torch.distributed the vectors of all processes count, and their codebooks stay alike.
 
@@ -253,7 +253,7 @@ class MLPBlock(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """x + Linear(SiLU(Conv3x3(norm(x)))); a CPU's matrix unit does this faster than a depthwise convolution."""
+    """x + Linear(SiLU(Conv3x3(norm(x)))); on a CPU with matrix units, faster than a depthwise convolution."""
 
     def __init__(self, width: int):
         super().__init__()
