@@ -1,13 +1,13 @@
 """Trains a VQ image tokenizer on shards of pictures.
 
     python tokenizers/train_image_tokenizer.py configs/image_tokenizer_emoji.toml
-    python tokenizers/train_image_tokenizer.py configs/image_tokenizer_emoji.toml --train.steps 100 --output runs/x
+    python tokenizers/train_image_tokenizer.py configs/image_tokenizer_emoji.toml --train.steps 500
     python tokenizers/train_image_tokenizer.py configs/image_tokenizer_emoji.toml --resume
     torchrun --nproc_per_node 2 tokenizers/train_image_tokenizer.py configs/image_tokenizer_emoji.toml
 
 Every evaluation reports the PSNR of held-out pictures, and the share of the codes that the training pictures
-use. The run folder (`output` in the recipe) gets config.toml, metrics.jsonl, curves.png, checkpoints/, and the
-exported models best/ (by held-out PSNR) and last/, which pipelines/encode_images.py takes.
+use. The run folder (`output` in the recipe) gets config.toml, metrics.jsonl, curves.png, checkpoints/, and
+the exported models best/ (by held-out PSNR) and last/, which pipelines/encode_images.py takes.
 """
 
 from pydantic import Field
@@ -24,7 +24,7 @@ from mmvit.training import Recipe, Session, open_session, train
 
 
 class DataConfig(Config):
-    """Shards with `png|jpg|webp`, the size that their pictures get, and what is done to those for training."""
+    """Shards with `png|jpg|webp`, the size that their pictures get, and what is done to the training ones."""
 
     train: str
     held_out: list[str]

@@ -84,9 +84,9 @@ class VQModel(Pretrained, nn.Module):
         factor = self.config.factor
         if height < factor or width < factor or height % factor or width % factor:
             raise UserError(
-                f"an image of {height}x{width} pixels cannot be cut into patches of {factor}x{factor}, one for "
-                f"each code: resize it so that both sides are multiples of {factor}, or use an image tokenizer "
-                "of another factor"
+                f"an image of {height}x{width} pixels cannot be cut into patches of {factor}x{factor}, one "
+                f"for each code: resize it so that both sides are multiples of {factor}, or use an image "
+                "tokenizer of another factor"
             )
         return height // factor, width // factor
 
@@ -146,8 +146,8 @@ class Codebook(nn.Module):
 
     A code is the direction of the moving average of the encoder's vectors that chose it (1711.00937, appendix
     A.1, on the sphere). One that hardly any vector chooses is dead, and is revived at a vector of the current
-    batch, drawn in proportion to its distance from its code, as k-means++ draws its centres. In the first batch
-    nearly all are dead: that is the start.
+    batch, drawn in proportion to its distance from its code, as k-means++ draws its centres. At first
+    most are dead: that is the start.
     """
 
     def __init__(self, config: VQConfig):
@@ -169,7 +169,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update(self, vectors: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Moves `codes` (number,) towards the `vectors` (number, code_width) that chose them; revives the dead.
+        """Moves `codes` (number,) to the `vectors` (number, code_width) that chose them; revives the dead.
 
         Under torch.distributed the vectors of all processes count, and their codebooks stay alike.
 

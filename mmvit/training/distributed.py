@@ -1,5 +1,6 @@
 """Processes that train together: who this one is, and the few messages they exchange outside the gradient."""
 
+import gc
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -89,8 +90,11 @@ def open_processes(device: str = "auto", needs_group: bool = False) -> Iterator[
         dist.init_process_group("nccl" if own_device.type == "cuda" else "gloo")
     try:
         yield Processes(rank, world_size, own_device)
+        if grouped:
+            dist.barrier()  # a process that leaves early would break what the others still exchange
     finally:
         if grouped:
+            gc.collect()  # engines hold on to the group in cycles
             dist.destroy_process_group()
 
 

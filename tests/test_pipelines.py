@@ -1,0 +1,150 @@
+"""The generator's scripts from shards to pictures on tiny data, and what they say to the user's mistakes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmvit.models.vq import VQConfig, VQModel
+
+SMALL = (
+    "--model.text_length 8 --model.grid [2,2] --model.core.width 32 --model.core.depth 1 --model.core.num_heads 2 "
+    "--train.steps 4 --train.batch_size 8 --train.num_workers 0 --train.evaluate_every 2 --train.checkpoint_every 2"
+).split()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_shards, run_script) -> Path:
+    """A folder with an image tokenizer, codes made by it, and a config for them."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    tokenizer = VQModel(VQConfig(codebook_size=16, encoder_width=32, decoder_widths=(32, 16)))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    ran = run_script(
+        "pipelines/encode_images.py", tiny_shards, folder / "codes", "--tokenizer", folder / "tokenizer", "--size", 16
+    )
+    assert ran.returncode == 0, ran.stderr
+    root = Path(__file__).resolve().parent.parent
+    (folder / "config.toml").write_text(
+        f"""
+        output = "{folder / "run"}"
+        [data]
+        train = "{folder}/codes/train-*.tar"
+        held_out = "{folder}/codes/heldout-*.tar"
+        image_tokenizer = "{folder}/tokenizer"
+        text_tokenizer = "{root}/tokenizers/emoji-text"
+        [samples]
+        captions = ["red square"]
+        """
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(place, run_script) -> Path:
+    """A trained generator's run folder."""
+    ran = run_script("pipelines/train_caption_to_image.py", place / "config.toml", *SMALL)
+    assert ran.returncode == 0, ran.stderr
+    return place / "run"
+
+
+def refused(ran, *words: str) -> None:
+    """The script ended with code 2 and a message of these words, without a traceback."""
+    assert ran.returncode == 2, ran.stdout + ran.stderr
+    assert "Traceback" not in ran.stderr
+    for word in words:
+        assert word in ran.stderr
+
+
+def test_code_shards_say_which_tokenizer_made_them(place):
+    made = json.loads((place / "codes" / "dataset.json").read_text())["image_tokenizer"]
+    assert made["grid"] == [2, 2]
+    assert made["codebook_size"] == 16
+    assert len(made["fingerprint"]) == 16
+
+
+def test_a_run_leaves_models_curves_and_samples(run):
+    for name in ("config.toml", "metrics.jsonl", "curves.png", "samples/step-000004.png"):
+        assert (run / name).is_file(), name
+    for part in ("model.safetensors", "text_tokenizer/tokenizer.json", "image_tokenizer/model.safetensors"):
+        assert (run / "best" / part).is_file(), part
+        assert (run / "last" / part).is_file(), part
+    held_out = [line for line in map(json.loads, (run / "metrics.jsonl").open()) if line["kind"] == "held_out"]
+    assert [line["step"] for line in held_out] == [2, 4]
+    assert held_out[1]["image_loss"] < held_out[0]["image_loss"]
+
+
+def test_evaluation_writes_figures_and_a_picture(run, tiny_shards, run_script, tmp_path):
+    out = tmp_path / "sheet.png"
+    ran = run_script("pipelines/evaluate.py", run, tiny_shards, "--split", "heldout", "--out", out)
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads((run / "evaluation-heldout.json").read_text())
+    assert figures["captions"] == 8
+    assert figures["candidates"] == 56
+    assert 0 <= figures["retrieval@1"] <= figures["retrieval@5"] <= 1
+    assert out.is_file()
+
+
+def test_sampling_writes_a_grid_and_single_pictures(run, run_script, tmp_path):
+    captions = tmp_path / "captions.txt"
+    captions.write_text("blue square\n\n赤リンゴ\n", encoding="utf-8")
+    ran = run_script(
+        "pipelines/sample_images.py", run, "red square", "--captions-file", captions, "--num", 2, "--guidance-scale", 2,
+        "--temperature", 0.9, "--top-k", 10, "--top-p", 0.95, "--seed", 5, "--out", tmp_path / "grid.png",
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(path.name for path in (tmp_path / "grid").iterdir()) == [
+        f"{i:03d}-{name}-seed{seed}.png"
+        for i, name in enumerate(["red-square", "blue-square", "赤リンゴ"])
+        for seed in (5, 6)
+    ]
+
+
+def test_codes_of_another_tokenizer_are_refused(place, run_script, tmp_path):
+    VQModel(VQConfig(codebook_size=16, encoder_width=32, decoder_widths=(32, 16))).save_pretrained(tmp_path / "other")
+    ran = run_script(
+        "pipelines/train_caption_to_image.py", place / "config.toml", *SMALL,
+        "--data.image_tokenizer", tmp_path / "other", "--output", tmp_path / "run",
+    )  # fmt: skip
+    refused(ran, "fingerprint", "encode_images.py")
+
+
+def test_a_changed_architecture_cannot_resume(run, place, run_script):
+    ran = run_script(
+        "pipelines/train_caption_to_image.py", place / "config.toml", *SMALL, "--model.core.width", 64, "--resume"
+    )
+    refused(ran, "model.core.width")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--train.stepz", "3"], ["unknown key train.stepz", "did you mean train.steps"]),
+        (["--model.vocab_size", "77"], ["model.vocab_size is 77", "4096"]),
+        (["--data.train", "nowhere/train-*.tar"], ["nowhere"]),
+        (["--model.attention", "prefix"], ["text_loss_weight = 0"]),
+        (["--model.grid", "[4,4]"], ["grid", "encode"]),
+        (["--data.text_tokenizer", "nowhere"], ["no text tokenizer at nowhere"]),
+    ],
+)
+def test_mistakes_in_a_config_are_named(place, run_script, tmp_path, overrides, words):
+    ran = run_script(
+        "pipelines/train_caption_to_image.py", place / "config.toml", *SMALL, "--output", tmp_path / "run", *overrides
+    )
+    refused(ran, *words)
+
+
+def test_mistakes_in_sampling_are_named(run, run_script, tmp_path):
+    refused(run_script("pipelines/sample_images.py", run), "no captions")
+    refused(run_script("pipelines/sample_images.py", tmp_path, "a"), "holds no model")
+    refused(run_script("pipelines/sample_images.py", run / "best" / "image_tokenizer", "a"), "holds a", "not a generator")
+    refused(run_script("pipelines/sample_images.py", run, "a", "--out", tmp_path / "a.txt"), ".png")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    refused(run_script("pipelines/sample_images.py", run, "--captions-file", tmp_path / "latin.txt"), "not UTF-8")
+
+
+def test_encoding_refuses_what_it_cannot_do(place, tiny_shards, run_script, tmp_path):
+    tokenizer = place / "tokenizer"
+    script = "pipelines/encode_images.py"
+    refused(run_script(script, tiny_shards, tiny_shards, "--tokenizer", tokenizer), "is the source itself")
+    refused(run_script(script, tiny_shards, tmp_path, "--tokenizer", tokenizer, "--size", 20), "multiples of 8")
+    refused(run_script(script, tmp_path / "none", tmp_path, "--tokenizer", tokenizer), "none")
