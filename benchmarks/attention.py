@@ -2,7 +2,8 @@
 
     python benchmarks/attention.py
 
-`mmvit.core.attention.PLAIN_UP_TO` comes from it. Kernels alternate within each repetition; medians of forward and backward.
+`mmvit.core.attention.PLAIN_UP_TO` comes from it. Kernels alternate within each repetition; medians of forward
+and backward.
 """
 
 import argparse
@@ -19,12 +20,16 @@ LENGTHS, HEADS, HEAD_DIM, TOKENS = (64, 128, 256, 512, 1024), 6, 64, 16384
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repetitions", type=int, default=7)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    table = Table(title=f"attention, forward + backward, bfloat16, {TOKENS} tokens, {HEADS} heads of {HEAD_DIM}, {name}")
+    table = Table(
+        title=f"attention, forward + backward, bfloat16, {TOKENS} tokens, {HEADS} heads of {HEAD_DIM}, {name}"
+    )
     for column in ("tokens in a sequence", "plain, ms", "fused, ms", "fused / plain"):
         table.add_column(column, justify="right")
     for length in LENGTHS:
@@ -38,7 +43,9 @@ def measure(length: int, device: str, repetitions: int) -> dict[str, list[float]
     """Seconds of each repetition, by kernel; a first one warms up and is left out."""
     torch.manual_seed(0)
     shape = (TOKENS // length, HEADS, length, HEAD_DIM)
-    query, key, value = (torch.randn(shape, dtype=torch.bfloat16, device=device, requires_grad=True) for _ in range(3))
+    query, key, value = (
+        torch.randn(shape, dtype=torch.bfloat16, device=device, requires_grad=True) for _ in range(3)
+    )
     gradient = torch.randn(shape, dtype=torch.bfloat16, device=device)
     times: dict[str, list[float]] = {"plain": [], "sdpa": []}
     for repetition in range(repetitions + 1):

@@ -1,9 +1,11 @@
-"""How fast training and sampling are: images a second, and the share of this machine's matrix-product ceiling.
+"""How fast training and sampling are: images a second, and the share of this machine's matrix-product
+ceiling.
 
     python benchmarks/speed.py
 
-Training: a whole optimizer step (loss, backward, clipping, AdamW) in bfloat16 on random batches. The share counts 6 FLOPs a
-parameter and token. Sampling: one image after another, and 64 at once, from the demo's generator with cached decoding.
+Training: a whole optimizer step (loss, backward, clipping, AdamW) in bfloat16 on random batches. The share
+counts 6 FLOPs a parameter and token. Sampling: one image after another, and 64 at once, from the demo's
+generator with cached decoding.
 """
 
 import statistics
@@ -31,11 +33,15 @@ def main() -> None:
     torch.manual_seed(0)
     ceiling = matrix_product_ceiling()
     console = Console()
-    console.print(f"{torch.get_num_threads()} threads; matrix products in bfloat16 reach {ceiling / 1e12:.2f} TFLOP/s")
+    console.print(
+        f"{torch.get_num_threads()} threads; matrix products in bfloat16 reach {ceiling / 1e12:.2f} TFLOP/s"
+    )
     table = Table(title="training step")
     for column in ("model", "parameters", "batch", "images/s", "TFLOP/s", "share of the ceiling"):
         table.add_column(column, justify="right")
-    classifier = Classifier(ClassifierConfig(**tomllib.loads((CONFIGS / "fashion_mnist.toml").read_text())["model"]))
+    classifier = Classifier(
+        ClassifierConfig(**tomllib.loads((CONFIGS / "fashion_mnist.toml").read_text())["model"])
+    )
     generator = GeneratorTransformer(demo_config())
     for name, model, batch, tokens in (
         ("fashion_mnist.toml", classifier, classifier_batch(classifier, 128), classifier.positions.length),
@@ -46,7 +52,14 @@ def main() -> None:
         in_core = sum(p.numel() for p in model.core.parameters())
         seconds = median_seconds(training_step(model, batch))
         flops = 6 * in_core * tokens * size / seconds
-        row = (name, f"{parameters:,}", str(size), f"{size / seconds:.0f}", f"{flops / 1e12:.2f}", f"{flops / ceiling:.0%}")
+        row = (
+            name,
+            f"{parameters:,}",
+            str(size),
+            f"{size / seconds:.0f}",
+            f"{flops / 1e12:.2f}",
+            f"{flops / ceiling:.0%}",
+        )
         table.add_row(*row)
     console.print(table)
 
@@ -56,7 +69,9 @@ def main() -> None:
     generator.eval()
     for batch, guidance in ((1, 1.0), (1, 2.0), (64, 1.0)):
         captions = torch.randint(1, generator.config.vocab_size, (batch, generator.config.text_length))
-        seconds = median_seconds(lambda c=captions, g=guidance: sample_codes(generator, c, list(range(len(c))), g))
+        seconds = median_seconds(
+            lambda c=captions, g=guidance: sample_codes(generator, c, list(range(len(c))), g)
+        )
         table.add_row(str(batch), str(guidance), f"{seconds:.2f}", f"{batch / seconds:.1f}")
     console.print(table)
 

@@ -1,4 +1,5 @@
-"""Configurations: pydantic models read from TOML and `--section.key value`, where an unknown key is an error by name."""
+"""Configurations: pydantic models read from TOML and `--section.key value`, where an unknown key is an error
+by name."""
 
 import difflib
 import json
@@ -25,10 +26,12 @@ def load_config(cls: type[Settings], path: Path | None, overrides: list[str] = (
 
     Args:
         path: the TOML file; None starts from the defaults.
-        overrides: `["--train.steps", "100", "--optimizer.lr=1e-3"]`; a later one wins over an earlier one and over the file.
+        overrides: `["--train.steps", "100", "--optimizer.lr=1e-3"]`; a later one wins over an earlier one and
+            over the file.
 
     Raises:
-        UserError: for a missing or unreadable file, an unknown key (with the nearest valid one) or an ill-typed value.
+        UserError: for a missing or unreadable file, an unknown key (with the nearest valid one) or an
+        ill-typed value.
     """
     values = read_toml(path) if path is not None else {}
     for key, text in parse_overrides(overrides):
@@ -89,13 +92,16 @@ def set_by_path(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def describe_problem(cls: type[Config], problem: dict[str, Any]) -> str:
-    """One pydantic error in the words of the configuration: the dotted key, what was found, the nearest valid key."""
+    """One pydantic error in the words of the configuration: the dotted key, what was found, the nearest valid
+    key."""
     where = [str(part) for part in problem["loc"]]
     key = ".".join(where)
     if problem["type"] == "extra_forbidden":
         valid = section_fields(cls, where[:-1])
         near = difflib.get_close_matches(where[-1], valid, n=1, cutoff=0.5)
-        advice = f"did you mean {'.'.join([*where[:-1], near[0]])}?" if near else f"valid keys: {', '.join(valid)}"
+        advice = (
+            f"did you mean {'.'.join([*where[:-1], near[0]])}?" if near else f"valid keys: {', '.join(valid)}"
+        )
         return f"unknown key {key}: {advice}"
     if problem["type"] == "missing":
         return f"{key} is required"
@@ -116,7 +122,9 @@ def section_fields(cls: type[Config], path: list[str]) -> list[str]:
     return list(cls.model_fields)
 
 
-def split_command_line(arguments: list[str], flags: set[str], options: set[str]) -> tuple[list[str], dict[str, Any], list[str]]:
+def split_command_line(
+    arguments: list[str], flags: set[str], options: set[str]
+) -> tuple[list[str], dict[str, Any], list[str]]:
     """Splits a script's arguments into positionals, its own flags and options, and configuration overrides.
 
     `flags` take no value, `options` take one. `--local_rank`, which DeepSpeed's launcher appends, is dropped.

@@ -1,4 +1,5 @@
-"""The user's mistakes: one exception for them, and how a script reports it (a message and exit code 2, no traceback)."""
+"""The user's mistakes: one exception for them, and how a script reports it (a message and exit code 2, no
+traceback)."""
 
 import os
 import sys

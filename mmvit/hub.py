@@ -1,4 +1,5 @@
-"""Models as folders: `save_pretrained` / `from_pretrained` with safetensors and config.json, local or from the Hugging Face Hub."""
+"""Models as folders: `save_pretrained` / `from_pretrained` with safetensors and config.json, local or from
+the Hugging Face Hub."""
 
 import hashlib
 import json
@@ -22,8 +23,8 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 class Pretrained:
     """Mixin of an `nn.Module` whose only constructor argument is its `Config`.
 
-    A subclass names its `config_class` and its `kind`, the word that config.json carries so that a folder of another
-    model is recognised.
+    A subclass names its `config_class` and its `kind`, the word that config.json carries so that a folder of
+    another model is recognised.
     """
 
     config_class: type[Config]
@@ -31,7 +32,8 @@ class Pretrained:
     config: Config
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Writes `folder/model.safetensors` and `folder/config.json`; `dtype` casts the floating-point weights."""
+        """Writes `folder/model.safetensors` and `folder/config.json`; `dtype` casts the floating-point
+        weights."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
@@ -44,10 +46,12 @@ class Pretrained:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> Self:
-        """Builds the model from a folder, a run folder (its best model) or a Hub repository, in evaluation mode.
+        """Builds the model from a folder, a run folder (its best model) or a Hub repository, in evaluation
+        mode.
 
         Raises:
-            UserError: when nothing is there, the folder holds another kind of model, or a weight is missing, unexpected or of
+            UserError: when nothing is there, the folder holds another kind of model, or a weight is missing,
+            unexpected or of
                 another shape (all are named).
         """
         folder = find_model_folder(path)
@@ -60,13 +64,16 @@ class Pretrained:
 
 
 def find_model_folder(path: str | Path) -> Path:
-    """The folder with config.json that `path` means: itself, a run's `best/` or `last/`, or a download from the Hub."""
+    """The folder with config.json that `path` means: itself, a run's `best/` or `last/`, or a download from
+    the Hub."""
     folder = Path(path)
     for candidate in (folder, folder / "best", folder / "last"):
         if (candidate / CONFIG).is_file():
             return candidate
     if folder.exists():
-        raise UserError(f"{folder} holds no model: neither {CONFIG} nor best/{CONFIG} nor last/{CONFIG} is in it")
+        raise UserError(
+            f"{folder} holds no model: neither {CONFIG} nor best/{CONFIG} nor last/{CONFIG} is in it"
+        )
     try:
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -82,7 +89,9 @@ def read_description(folder: Path) -> dict:
         description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         return {"kind": description["kind"], "config": description["config"]}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise UserError(f"{folder / CONFIG} is not an mmvit model description (JSON with 'kind' and 'config')") from None
+        raise UserError(
+            f"{folder / CONFIG} is not an mmvit model description (JSON with 'kind' and 'config')"
+        ) from None
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -1,10 +1,11 @@
-"""The whole way, from pictures to a generator that draws captions it has never seen, in 12 minutes on 2 cores.
+"""The whole way, from pictures to a generator that draws captions it has never seen, in 12 minutes on 2
+cores.
 
     python pipelines/demo.py        (or: make demo, which makes the environment first)
 
-Each step is a command of its own, printed as you would type it: emoji become shards, the shipped image tokenizer turns them
-into codes, a generator learns codes from captions, and the held-out combinations are drawn beside the real ones. Steps that
-are done are not done again.
+Each step is a command of its own, printed as you would type it: emoji become shards, the shipped image
+tokenizer turns them into codes, a generator learns codes from captions, and the held-out combinations are
+drawn beside the real ones. Steps that are done are not done again.
 """
 
 import shlex
@@ -25,11 +26,12 @@ def main() -> None:
     step(root, "train_caption_to_image.py", "configs/emoji_demo.toml", *resume)
     step(root, "evaluate.py", RUN, PIXELS, "--split", "combinations", "--out", "demo.png")
     print(f"done in {(time.perf_counter() - start) / 60:.1f} minutes; draw your own captions with")
-    print(f'  {sys.executable} pipelines/sample_images.py {RUN} "woman astronaut dark skin tone" --num 4 --temperature 0.5')
+    print(f'  .venv/bin/python pipelines/sample_images.py {RUN} "woman astronaut dark skin tone" --num 4')
 
 
 def step(root: Path, script: str, *arguments: object, done: Path | None = None) -> None:
-    """Runs a pipeline in the checkout's root, unless the file `done` is there; a failing step ends the demo."""
+    """Runs a pipeline in the checkout's root, unless the file `done` is there; a failing step ends the
+    demo."""
     command = [sys.executable, f"pipelines/{script}", *map(str, arguments)]
     shown = shlex.join(["python", *command[1:]])
     if done is not None and (root / done).exists():

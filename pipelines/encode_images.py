@@ -1,9 +1,11 @@
-"""Turns shards of pictures into shards of image codes, once, so that training a generator never touches pixels.
+"""Turns shards of pictures into shards of image codes, once, so that training a generator never touches
+pixels.
 
     python pipelines/encode_images.py data/emoji data/emoji-codes --tokenizer tokenizers/emoji-image
 
-takes 20 s for 3953 emoji on 2 cores. Every split of the source is encoded; a sample keeps its captions and class, loses its
-picture and gains `codes.npy` (rows, columns). dataset.json says which tokenizer made the codes, and training checks it.
+takes 20 s for 3953 emoji on 2 cores. Every split of the source is encoded; a sample keeps its captions and
+class, loses its picture and gains `codes.npy` (rows, columns). dataset.json says which tokenizer made the
+codes, and training checks it.
 """
 
 import argparse
@@ -34,7 +36,9 @@ def main() -> None:
     grid = tokenizer.grid(*size)
     card, outcome = read_dataset_card(options.source), Outcome()
     for split, shards in find_splits(options.source).items():
-        samples = with_progress(read_pictures(shards, size, outcome), card.get("samples", {}).get(split), f"encoding {split}")
+        samples = with_progress(
+            read_pictures(shards, size, outcome), card.get("samples", {}).get(split), f"encoding {split}"
+        )
         with ShardWriter(options.out, split) as writer:
             for sample, codes in encode(tokenizer, samples):
                 files = {name: data for name, data in sample.files.items() if name not in IMAGE_EXTENSIONS}
@@ -53,11 +57,15 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path, help="folder of shards with pictures")
     parser.add_argument("out", type=Path, help="folder to write shards of codes to")
     parser.add_argument("--tokenizer", default="tokenizers/emoji-image", help="image tokenizer (%(default)s)")
-    parser.add_argument("--size", type=int, default=64, help="side in pixels that pictures are brought to (%(default)s)")
+    parser.add_argument(
+        "--size", type=int, default=64, help="side in pixels that pictures are brought to (%(default)s)"
+    )
     return parser.parse_args()
 
 
@@ -69,8 +77,11 @@ def find_splits(folder: Path) -> dict[str, list[Path]]:
     return splits
 
 
-def read_pictures(shards: list[Path], size: tuple[int, int], outcome: Outcome) -> Iterator[tuple[Sample, np.ndarray]]:
-    """Samples with their pixels (3, height, width) in [-1, 1]; those without a readable picture are counted."""
+def read_pictures(
+    shards: list[Path], size: tuple[int, int], outcome: Outcome
+) -> Iterator[tuple[Sample, np.ndarray]]:
+    """Samples with their pixels (3, height, width) in [-1, 1]; those without a readable picture are
+    counted."""
     for shard in shards:
         try:
             for sample in read_shard(shard):
@@ -85,7 +96,9 @@ def read_pictures(shards: list[Path], size: tuple[int, int], outcome: Outcome) -
             outcome.skip("truncated or damaged shard", str(error))
 
 
-def encode(tokenizer: VQModel, samples: Iterator[tuple[Sample, np.ndarray]]) -> Iterator[tuple[Sample, np.ndarray]]:
+def encode(
+    tokenizer: VQModel, samples: Iterator[tuple[Sample, np.ndarray]]
+) -> Iterator[tuple[Sample, np.ndarray]]:
     """The samples with their codes (rows, columns)."""
     device = next(tokenizer.parameters()).device
     group: list[tuple[Sample, np.ndarray]] = []

@@ -2,10 +2,11 @@
 
     python pipelines/evaluate.py runs/emoji-demo data/emoji --split combinations --out demo.png
 
-Held-out loss in nats per image code; retrieval@1 and @5: the share of captions whose generated picture has its own true
-picture as the nearest, or among the five nearest, in pixels, of all pictures of the data set. The same for the image
-tokenizer's reconstructions of the true pictures is the most that any generator on these codes can reach. The picture shows
-caption · real · reconstruction · generated; RUN/evaluation-SPLIT.json keeps the figures. 40 s for 405 captions on 2 cores.
+Held-out loss in nats per image code; retrieval@1 and @5: the share of captions whose generated picture has
+its own true picture as the nearest, or among the five nearest, in pixels, of all pictures of the data set.
+The same for the image tokenizer's reconstructions of the true pictures is the most that any generator on
+these codes can reach. The picture shows caption · real · reconstruction · generated;
+RUN/evaluation-SPLIT.json keeps the figures. 40 s for 405 captions on 2 cores.
 """
 
 import argparse
@@ -53,20 +54,25 @@ def main() -> None:
     for name, pixels in (("retrieval", generated), ("reconstruction_retrieval", reconstructed)):
         ranks = pixel_ranks(pixels, real["pixels"], own)
         figures |= {f"{name}@1": recall(ranks, 1), f"{name}@5": recall(ranks, 5)}
-    settings = {name: getattr(options, name) for name in ("guidance_scale", "temperature", "top_k", "top_p", "seed")}
+    settings = {
+        name: getattr(options, name) for name in ("guidance_scale", "temperature", "top_k", "top_p", "seed")
+    }
     if options.model.is_dir():
         write_json({**figures, **settings}, options.model / f"evaluation-{options.split}.json")
     draw_sheet(unseen, reconstructed, generated, options.rows).save(options.out)
     print(
-        f"{options.split}: held-out loss {figures['held_out_loss']:.3f} nats per code, retrieval@1 {figures['retrieval@1']:.1%}, "
-        f"@5 {figures['retrieval@5']:.1%} ({len(own)} unseen captions, {len(place)} candidates; reconstructions "
-        f"@1 {figures['reconstruction_retrieval@1']:.1%})"
+        f"{options.split}: held-out loss {figures['held_out_loss']:.3f} nats per code, "
+        f"retrieval@1 {figures['retrieval@1']:.1%}, @5 {figures['retrieval@5']:.1%} "
+        f"({len(own)} unseen captions, {len(place)} candidates; "
+        f"the image tokenizer alone: @1 {figures['reconstruction_retrieval@1']:.1%})"
     )
     print(f"picture: {options.out.resolve()}")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path, help="a run folder or a generator's folder")
     parser.add_argument("data", type=Path, help="folder of shards with pictures and captions")
     parser.add_argument("--split", default="combinations", help="the unseen split (%(default)s)")
@@ -82,9 +88,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_split(folder: Path, split: str, size: tuple[int, int], language: str) -> dict[str, Any]:
-    """All samples of a split, `*` for all splits: {"keys": [...], "captions": [...], "pixels": (samples, 3, height, width)}."""
+    """All samples of a split, `*` for all splits: {"keys": [...], "captions": [...], "pixels": (samples, 3,
+    height, width)}."""
     stream = ShardStream(
-        f"{folder}/{split}-*.tar", CaptionPixelsSample(size, [language]), batch_size=256, shuffle_buffer=0, repeat=False
+        f"{folder}/{split}-*.tar",
+        CaptionPixelsSample(size, [language]),
+        batch_size=256,
+        shuffle_buffer=0,
+        repeat=False,
     )
     batches = list(stream)
     if not batches:
@@ -118,10 +129,15 @@ def draw_sheet(unseen: dict[str, Any], reconstructed: Tensor, generated: Tensor,
     """The picture: `num_rows` captions spread evenly over the split."""
     step = max(1, len(unseen["keys"]) // num_rows)
     chosen = list(range(0, len(unseen["keys"]), step))[:num_rows]
-    columns = [pictures_from_pixels(pixels[chosen]) for pixels in (unseen["pixels"], reconstructed, generated)]
+    columns = [
+        pictures_from_pixels(pixels[chosen]) for pixels in (unseen["pixels"], reconstructed, generated)
+    ]
     captions = [unseen["captions"][i] for i in chosen]
     return labelled_grid(
-        list(zip(*columns, strict=True)), captions, ["caption, never seen", "real", "tokenizer", "generated"], cell=128
+        list(zip(*columns, strict=True)),
+        captions,
+        ["caption, never seen", "real", "tokenizer", "generated"],
+        cell=128,
     )
 
 

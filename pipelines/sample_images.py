@@ -3,8 +3,8 @@
     python pipelines/sample_images.py runs/emoji "red apple" "woman astronaut dark skin tone" --num 4 \\
         --guidance-scale 2 --temperature 0.9 --top-k 100 --top-p 0.95 --seed 0 --out samples.png
 
-writes samples.png, a labelled grid, and each picture alone in the folder samples/. A 64-code picture of the demo's generator
-takes about SECONDS s on 2 cores.
+writes samples.png, a labelled grid, and each picture alone in the folder samples/. A 64-code picture of the
+demo's generator takes about SECONDS s on 2 cores.
 """
 
 import argparse
@@ -50,11 +50,25 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("captions", nargs="*", help="what to draw; '' draws unconditionally")
     parser.add_argument("--captions-file", type=Path, help="a UTF-8 text file with a caption on each line")
     parser.add_argument("--num", type=int, default=1, help="pictures of each caption (%(default)s)")
-    parser.add_argument("--guidance-scale", type=float, default=1.0, help="above 1 follows the caption more closely (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest code (%(default)s)")
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=1.0,
+        help="above 1 follows the caption more closely (%(default)s)",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="0 takes the likeliest code (%(default)s)"
+    )
     parser.add_argument("--top-k", type=int, help="draw among the k likeliest codes (all)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest codes of this total probability (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="picture j of a caption has seed + j (%(default)s)")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw among the likeliest codes of this total probability (%(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="picture j of a caption has seed + j (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="the grid (%(default)s)")
     return parser.parse_args()
 

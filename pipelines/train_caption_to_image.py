@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 2 pipelines/train_caption_to_image.py configs/emoji_demo.toml
     deepspeed pipelines/train_caption_to_image.py configs/emoji_demo.toml --deepspeed configs/deepspeed/zero2.json
 
-The same command with --resume continues. The run folder then holds the model with both tokenizers (best/, last/), ready for
-pipelines/sample_images.py, and a grid of samples at every evaluation (samples/).
+The same command with --resume continues. The run folder then holds the model with both tokenizers (best/,
+last/), ready for pipelines/sample_images.py, and a grid of samples at every evaluation (samples/).
 """
 
 from collections.abc import Callable
@@ -37,7 +37,9 @@ class DataConfig(Config):
     held_out: str
     image_tokenizer: str = "tokenizers/emoji-image"
     text_tokenizer: str = "tokenizers/emoji-text"
-    languages: tuple[str, ...] = Field(("en",), description="a caption's language is drawn among these, sample by sample")
+    languages: tuple[str, ...] = Field(
+        ("en",), description="a caption's language is drawn among these, sample by sample"
+    )
     bpe_dropout: float = Field(0.0, ge=0, lt=1)
     shuffle_buffer: int = Field(4000, ge=0)
 
@@ -70,23 +72,31 @@ def main() -> None:
         stream = build_stream(session, data.train, config, text_tokenizer)
         held_out = build_stream(session, data.held_out, config, text_tokenizer, is_training=False)
 
+        model = GeneratorTransformer(config)
+        model.start_from_codebook(image_tokenizer.codebook.vectors())
+
         train(
             session,
-            GeneratorTransformer(config),
+            model,
             stream,
             evaluate=lambda model: mean_loss(model, held_out, count="codes"),
             select="image_loss",
             after_evaluation=grid_drawer(session, text_tokenizer, image_tokenizer),
-            export=lambda model, folder: Generator(model, text_tokenizer, image_tokenizer).save_pretrained(folder),
+            export=lambda model, folder: Generator(model, text_tokenizer, image_tokenizer).save_pretrained(
+                folder
+            ),
         )
 
 
 def fit_to_tokenizers(model: GeneratorConfig, text: TextTokenizer, image: VQModel) -> GeneratorConfig:
-    """The model's configuration with the tokenizers' vocabularies; one that was set to something else is an error."""
+    """The model's configuration with the tokenizers' vocabularies; one that was set to something else is an
+    error."""
     facts = {"vocab_size": text.vocab_size, "codebook_size": image.config.codebook_size}
     for name, fact in facts.items():
         if name in model.model_fields_set and getattr(model, name) != fact:
-            raise UserError(f"model.{name} is {getattr(model, name)}, but the tokenizer has {fact}; leave it out")
+            raise UserError(
+                f"model.{name} is {getattr(model, name)}, but the tokenizer has {fact}; leave it out"
+            )
     return model.model_copy(update=facts)
 
 
@@ -108,7 +118,9 @@ def build_stream(
     dropout = data.bpe_dropout if is_training else 0.0
     return ShardStream(
         shards,
-        CaptionCodesSample(text_tokenizer, config.text_length, config.grid, config.codebook_size, languages, dropout),
+        CaptionCodesSample(
+            text_tokenizer, config.text_length, config.grid, config.codebook_size, languages, dropout
+        ),
         session.micro_batch_size,
         seed=session.recipe.train.seed,
         rank=processes.rank,

@@ -97,7 +97,9 @@ def test_rotary_logits_depend_on_relative_place_alone():
 
     def logit(a: tuple[int, int], b: tuple[int, int]) -> float:
         at = [6 * row + column for row, column in (a, b)]
-        turned = [rotate(v, (cosines[i : i + 1], sines[i : i + 1])) for v, i in zip((query, key), at, strict=True)]
+        turned = [
+            rotate(v, (cosines[i : i + 1], sines[i : i + 1])) for v, i in zip((query, key), at, strict=True)
+        ]
         return (turned[0] * turned[1]).sum().item()
 
     assert logit((0, 1), (2, 4)) == pytest.approx(logit((3, 2), (5, 5)), abs=1e-5)

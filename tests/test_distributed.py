@@ -1,4 +1,4 @@
-"""Two processes on gloo train to the same result as one, in plain DDP and under ZeRO 0 to 3, and resume there.
+"""Two processes on gloo train to the same result as one, in DDP and under ZeRO 0 to 3, and resume there.
 
 The test starts this very file under torchrun: each process goes through all the modes (see `main`).
 """
@@ -57,19 +57,24 @@ class Pictures:
 
 
 def pictures(numbers: range) -> dict[str, torch.Tensor]:
-    """Noise with one bright quarter, which is the class."""
+    """Noise with one bright channel, which is the class; the fourth class has none."""
     pixels = torch.stack([torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(n)) for n in numbers])
     labels = torch.tensor([n * 7 % 4 for n in numbers])
-    for picture, label in zip(pixels, labels.tolist(), strict=True):
-        row, column = divmod(label, 2)
-        picture[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 2
+    pixels += 2 * torch.eye(4)[labels][:, :3, None, None]
     return {"pixels": pixels, "labels": labels}
 
 
 def new_session(
     output: Path, processes: Processes, deepspeed: Path | None = None, resume: bool = False, **settings
 ) -> Session:
-    defaults = {"steps": STEPS, "batch_size": 8, "precision": "fp32", "log_every": 1, "evaluate_every": 3, "ema_decay": 0.8}
+    defaults = {
+        "steps": STEPS,
+        "batch_size": 8,
+        "precision": "fp32",
+        "log_every": 1,
+        "evaluate_every": 3,
+        "ema_decay": 0.8,
+    }
     if deepspeed == MODES["zero3"]:
         settings["ema_decay"] = 0.0
     recipe = ClassifierRecipe(
@@ -93,7 +98,7 @@ def run_training(session: Session, stop_before: int | None = None) -> None:
 
 
 def main(folder: Path) -> None:
-    """What each of the two processes does: every mode to the end, once straight and once with a stop and a resume."""
+    """What each of the two processes does: every mode to the end, straight and with a stop and a resume."""
     with open_processes("cpu", needs_group=True) as processes:
         for mode, deepspeed in MODES.items():
             run_training(new_session(folder / mode, processes, deepspeed, accumulation=2))
@@ -110,7 +115,16 @@ def two_processes(tmp_path_factory) -> Path:
     """The folder with the runs of two processes in every mode."""
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        __file__,
+        str(folder),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment)
     assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-8000:]
@@ -136,14 +150,16 @@ def test_two_processes_reach_the_loss_of_one(two_processes, one_process, mode):
     run, reference = two_processes / mode, one_process / ("plain" if mode == "zero3" else "averaged")
     expected = losses(reference, "train")
     assert len(expected) == STEPS
-    assert expected[-1] < 0.8 * expected[0]
+    assert expected[-1] < 0.85 * expected[0]
     assert losses(run, "train") == pytest.approx(expected, rel=1e-4)
     assert losses(run, "held_out") == pytest.approx(losses(reference, "held_out"), rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_exported_weights_are_whole_and_load_in_plain_torch(two_processes, one_process, mode):
-    reference = Classifier.from_pretrained(one_process / ("plain" if mode == "zero3" else "averaged") / "last")
+    reference = Classifier.from_pretrained(
+        one_process / ("plain" if mode == "zero3" else "averaged") / "last"
+    )
     model = Classifier.from_pretrained(two_processes / mode / "last")
     for name, tensor in reference.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-3, atol=2e-4)
@@ -164,7 +180,9 @@ def test_one_process_told_to_stop_stops_both_and_they_resume(two_processes, mode
 def test_bf16_autocast_keeps_fp32_weights(two_processes, one_process, mode):
     weights = read_weights(two_processes / mode / "last/model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    assert losses(two_processes / mode, "train") == pytest.approx(losses(one_process / "plain", "train"), rel=0.02)
+    assert losses(two_processes / mode, "train") == pytest.approx(
+        losses(one_process / "plain", "train"), rel=0.02
+    )
 
 
 def test_checkpoint_of_two_processes_resumes_in_one_with_new_data(two_processes, tmp_path):
@@ -186,15 +204,25 @@ def test_checkpoints_of_other_engines_are_refused(two_processes, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "overrides", "message"),
     [
-        ('{"train_batch_size": 8, "bf16": {"enabled": true}}', [], r"remove train_batch_size \(set train\.batch_size instead\), bf16"),
+        (
+            '{"train_batch_size": 8, "bf16": {"enabled": true}}',
+            [],
+            r"remove train_batch_size \(set train\.batch_size instead\), bf16",
+        ),
         ('{"zero_optimization": {"stage": 5}}', [], r"zero_optimization\.stage is 5; use 0, 1, 2 or 3"),
-        ('{"zero_optimization": {"stage": 3}}', ["--train.ema_decay", "0.9"], r"ema_decay needs the whole weights"),
+        (
+            '{"zero_optimization": {"stage": 3}}',
+            ["--train.ema_decay", "0.9"],
+            r"ema_decay needs the whole weights",
+        ),
         ("{}", ["--optimizer.name", "muon"], r"muon works without --deepspeed only"),
         ("{", [], "is not valid JSON"),
         (None, [], r"no DeepSpeed settings at .*settings\.json"),
     ],
 )
-def test_settings_that_cannot_work_are_explained(tmp_path, tiny_shards, run_script, settings, overrides, message):
+def test_settings_that_cannot_work_are_explained(
+    tmp_path, tiny_shards, run_script, settings, overrides, message
+):
     import re
 
     config, path = tmp_path / "config.toml", tmp_path / "settings.json"

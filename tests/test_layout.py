@@ -1,4 +1,5 @@
-"""The house keeps its shape: imports point downwards, `tokenizers/` shadows nothing, the wheel is mmvit alone, configs load."""
+"""The house keeps its shape: imports point downwards, `tokenizers/` shadows nothing, the wheel is mmvit
+alone, configs load."""
 
 import ast
 import subprocess
@@ -73,21 +74,27 @@ def test_importing_mmvit_does_not_import_deepspeed():
 def test_the_folder_tokenizers_does_not_shadow_the_package():
     for folder in ("tokenizers", "pipelines", "tests"):
         assert not (ROOT / folder / "__init__.py").exists(), folder
-    code = "import sys; sys.path.insert(0, ''); from tokenizers import Tokenizer; import tokenizers; print(tokenizers.__file__)"
-    found = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True).stdout
+    code = "import sys; sys.path.insert(0, ''); import tokenizers; tokenizers.Tokenizer; print(tokenizers.__file__)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True
+    ).stdout
     assert "site-packages" in found
 
 
 def test_scripts_are_never_imported():
     for path in ROOT.glob("*/**/*.py"):
         if not path.is_relative_to(ROOT / ".venv"):
-            assert not {name.split(".")[0] for name in imported_names(path)} & {"pipelines", "benchmarks"}, path
+            assert not {name.split(".")[0] for name in imported_names(path)} & {"pipelines", "benchmarks"}, (
+                path
+            )
 
 
 def test_the_wheel_holds_mmvit_alone():
     packages = find_packages(str(ROOT), include=["mmvit*"])
     assert {name.split(".")[0] for name in packages} == {"mmvit"}
-    assert {f"mmvit.{room.name}" for room in (ROOT / "mmvit").iterdir() if any(room.glob("*.py"))} <= set(packages)
+    assert {f"mmvit.{room.name}" for room in (ROOT / "mmvit").iterdir() if any(room.glob("*.py"))} <= set(
+        packages
+    )
 
 
 def test_nothing_is_unpickled():
@@ -96,7 +103,9 @@ def test_nothing_is_unpickled():
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert arguments.get("weights_only") == "True", f"{path}:{node.lineno}"
-            assert not (isinstance(node, ast.Attribute) and ast.unparse(node) in ("pickle.load", "pickle.loads")), path
+            assert not (
+                isinstance(node, ast.Attribute) and ast.unparse(node) in ("pickle.load", "pickle.loads")
+            ), path
 
 
 def recipes() -> dict[str, str]:
@@ -125,6 +134,6 @@ def load_script(path: Path):
 
     names = runpy.run_path(str(path), run_name="recipe")
     recipe = next(value for name, value in names.items() if name.endswith("Recipe") and name != "Recipe")
-    model = next(names[name] for name in ("Classifier", "GeneratorTransformer", "VQModel") if name in names and
-                 names[name].config_class is recipe.model_fields["model"].annotation)  # fmt: skip
-    return recipe, model
+    config = recipe.model_fields["model"].annotation
+    models = [value for value in names.values() if getattr(value, "config_class", None) is config]
+    return recipe, models[0]

@@ -26,7 +26,14 @@ def randomise(model: nn.Module) -> nn.Module:
 
 
 def small_generator(**parts) -> GeneratorTransformer:
-    settings = {"vocab_size": 50, "text_length": 5, "codebook_size": 30, "grid": (3, 4), "core": CORE, **parts}
+    settings = {
+        "vocab_size": 50,
+        "text_length": 5,
+        "codebook_size": 30,
+        "grid": (3, 4),
+        "core": CORE,
+        **parts,
+    }
     return randomise(GeneratorTransformer(GeneratorConfig(**settings)))
 
 
@@ -39,8 +46,14 @@ def captions_and_codes(batch: int = 2):
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("vit-b16", 86_567_656), ("vit-b32", 88_224_232), ("vit-l16", 304_326_632), ("vit-l32", 306_535_400), ("vit-h14", 632_045_800)],
-)  # fmt: skip
+    [
+        ("vit-b16", 86_567_656),
+        ("vit-b32", 88_224_232),
+        ("vit-l16", 304_326_632),
+        ("vit-l32", 306_535_400),
+        ("vit-h14", 632_045_800),
+    ],
+)
 def test_published_vits_have_the_published_number_of_parameters(name, parameters):
     with torch.device("meta"):
         model = Classifier(preset(name))
@@ -72,7 +85,13 @@ def test_patch_stem_equals_a_strided_convolution():
 def test_classifier_learns_one_batch(stem, pooling, positions):
     torch.manual_seed(0)
     config = ClassifierConfig(
-        image_size=(8, 12), patch_size=4, num_classes=3, stem=stem, pooling=pooling, positions=positions, core=CORE
+        image_size=(8, 12),
+        patch_size=4,
+        num_classes=3,
+        stem=stem,
+        pooling=pooling,
+        positions=positions,
+        core=CORE,
     )
     model = Classifier(config)
     batch = {"pixels": torch.randn(6, 3, 8, 12), "labels": torch.tensor([0, 1, 2, 0, 1, 2])}
@@ -97,7 +116,9 @@ def test_classifier_refuses_other_sizes():
 @pytest.mark.parametrize("attention", ["causal", "prefix"])
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_cached_decoding_equals_uncached_logits_at_every_step(attention, positions):
-    model = small_generator(attention=attention, positions=positions, text_loss_weight=float(attention == "causal"))
+    model = small_generator(
+        attention=attention, positions=positions, text_loss_weight=float(attention == "causal")
+    )
     captions, codes = captions_and_codes()
     with torch.inference_mode():
         expected = model(captions, codes)[1]
@@ -132,7 +153,9 @@ def test_losses_are_weighted_one_to_seven():
     model = small_generator(caption_dropout=0.0)
     captions, codes = captions_and_codes()
     loss, metrics = model.loss({"caption_ids": captions, "codes": codes})
-    assert loss.item() == pytest.approx((metrics["text_loss"] + 7 * metrics["image_loss"]).item() / 8, rel=1e-6)
+    assert loss.item() == pytest.approx(
+        (metrics["text_loss"] + 7 * metrics["image_loss"]).item() / 8, rel=1e-6
+    )
     image_logits = model(captions, codes)[1]
     assert metrics["image_loss"].item() == pytest.approx(
         nn.functional.cross_entropy(image_logits.flatten(0, 1), codes.flatten()).item()
@@ -159,6 +182,17 @@ def test_a_dropped_caption_is_the_empty_one():
     assert full.item() != pytest.approx(empty.item(), rel=1e-4)
 
 
+def test_codes_that_look_alike_start_alike():
+    model = small_generator()
+    vectors = torch.randn(30, 8)
+    vectors[7] = vectors[3] + 0.01
+    model.start_from_codebook(vectors)
+    for table in (model.code_embedding.weight, model.image_head.weight):
+        distances = torch.cdist(table[3:4], table)[0]
+        assert distances.argsort()[:2].tolist() == [3, 7]
+        assert table.std().item() == pytest.approx(0.02, rel=0.3)
+
+
 def test_prefix_captions_cannot_be_predicted():
     with pytest.raises(ValueError, match="text_loss_weight = 0"):
         GeneratorConfig(attention="prefix")
@@ -172,7 +206,13 @@ def test_classifier_and_generator_exchange_core_weights():
     torch.testing.assert_close(generator.core(x), classifier.eval().core(x))
 
 
-@pytest.mark.parametrize("build", [small_generator, lambda: randomise(Classifier(ClassifierConfig(image_size=16, num_classes=4, core=CORE)))])
+@pytest.mark.parametrize(
+    "build",
+    [
+        small_generator,
+        lambda: randomise(Classifier(ClassifierConfig(image_size=16, num_classes=4, core=CORE))),
+    ],
+)
 def test_a_saved_model_comes_back_the_same(build, tmp_path):
     model = build()
     again = type(model).from_pretrained(model.save_pretrained(tmp_path))
@@ -190,7 +230,9 @@ def test_folders_that_do_not_fit_are_refused_by_name(tmp_path):
     weights["core.norm.weighty"] = weights.pop("core.norm.weight")
     weights["start"] = torch.zeros(1, 1, 7)
     write_weights(weights, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"missing: core.norm.weight; unexpected: core.norm.weighty; start is \[1, 1, 7\]"):
+    with pytest.raises(
+        UserError, match=r"missing: core.norm.weight; unexpected: core.norm.weighty; start is \[1, 1, 7\]"
+    ):
         GeneratorTransformer.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(UserError, match="damaged"):

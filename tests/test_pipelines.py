@@ -7,10 +7,9 @@ import pytest
 
 from mmvit.models.vq import VQConfig, VQModel
 
-SMALL = (
-    "--model.text_length 8 --model.grid [2,2] --model.core.width 32 --model.core.depth 1 --model.core.num_heads 2 "
-    "--train.steps 4 --train.batch_size 8 --train.num_workers 0 --train.evaluate_every 2 --train.checkpoint_every 2"
-).split()
+SMALL_MODEL = "--model.text_length 8 --model.grid [2,2] --model.core.width 32 --model.core.depth 1"
+SHORT_RUN = "--train.steps 4 --train.batch_size 8 --train.num_workers 0 --train.evaluate_every 2"
+SMALL = [*SMALL_MODEL.split(), "--model.core.num_heads=2", *SHORT_RUN.split(), "--train.checkpoint_every=2"]
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +19,13 @@ def place(tmp_path_factory, tiny_shards, run_script) -> Path:
     tokenizer = VQModel(VQConfig(codebook_size=16, encoder_width=32, decoder_widths=(32, 16)))
     tokenizer.save_pretrained(folder / "tokenizer")
     ran = run_script(
-        "pipelines/encode_images.py", tiny_shards, folder / "codes", "--tokenizer", folder / "tokenizer", "--size", 16
+        "pipelines/encode_images.py",
+        tiny_shards,
+        folder / "codes",
+        "--tokenizer",
+        folder / "tokenizer",
+        "--size",
+        16,
     )
     assert ran.returncode == 0, ran.stderr
     root = Path(__file__).resolve().parent.parent
@@ -68,7 +73,9 @@ def test_a_run_leaves_models_curves_and_samples(run):
     for part in ("model.safetensors", "text_tokenizer/tokenizer.json", "image_tokenizer/model.safetensors"):
         assert (run / "best" / part).is_file(), part
         assert (run / "last" / part).is_file(), part
-    held_out = [line for line in map(json.loads, (run / "metrics.jsonl").open()) if line["kind"] == "held_out"]
+    held_out = [
+        line for line in map(json.loads, (run / "metrics.jsonl").open()) if line["kind"] == "held_out"
+    ]
     assert [line["step"] for line in held_out] == [2, 4]
     assert held_out[1]["image_loss"] < held_out[0]["image_loss"]
 
@@ -88,8 +95,8 @@ def test_sampling_writes_a_grid_and_single_pictures(run, run_script, tmp_path):
     captions = tmp_path / "captions.txt"
     captions.write_text("blue square\n\n赤リンゴ\n", encoding="utf-8")
     ran = run_script(
-        "pipelines/sample_images.py", run, "red square", "--captions-file", captions, "--num", 2, "--guidance-scale", 2,
-        "--temperature", 0.9, "--top-k", 10, "--top-p", 0.95, "--seed", 5, "--out", tmp_path / "grid.png",
+        "pipelines/sample_images.py", run, "red square", "--captions-file", captions, "--num", 2,
+        "--guidance-scale", 2, "--temperature", 0.9, "--top-k", 10, "--top-p", 0.95, "--seed", 5, "--out", tmp_path / "grid.png",
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert sorted(path.name for path in (tmp_path / "grid").iterdir()) == [
@@ -100,7 +107,9 @@ def test_sampling_writes_a_grid_and_single_pictures(run, run_script, tmp_path):
 
 
 def test_codes_of_another_tokenizer_are_refused(place, run_script, tmp_path):
-    VQModel(VQConfig(codebook_size=16, encoder_width=32, decoder_widths=(32, 16))).save_pretrained(tmp_path / "other")
+    VQModel(VQConfig(codebook_size=16, encoder_width=32, decoder_widths=(32, 16))).save_pretrained(
+        tmp_path / "other"
+    )
     ran = run_script(
         "pipelines/train_caption_to_image.py", place / "config.toml", *SMALL,
         "--data.image_tokenizer", tmp_path / "other", "--output", tmp_path / "run",
@@ -110,7 +119,12 @@ def test_codes_of_another_tokenizer_are_refused(place, run_script, tmp_path):
 
 def test_a_changed_architecture_cannot_resume(run, place, run_script):
     ran = run_script(
-        "pipelines/train_caption_to_image.py", place / "config.toml", *SMALL, "--model.core.width", 64, "--resume"
+        "pipelines/train_caption_to_image.py",
+        place / "config.toml",
+        *SMALL,
+        "--model.core.width",
+        64,
+        "--resume",
     )
     refused(ran, "model.core.width")
 
@@ -128,7 +142,12 @@ def test_a_changed_architecture_cannot_resume(run, place, run_script):
 )
 def test_mistakes_in_a_config_are_named(place, run_script, tmp_path, overrides, words):
     ran = run_script(
-        "pipelines/train_caption_to_image.py", place / "config.toml", *SMALL, "--output", tmp_path / "run", *overrides
+        "pipelines/train_caption_to_image.py",
+        place / "config.toml",
+        *SMALL,
+        "--output",
+        tmp_path / "run",
+        *overrides,
     )
     refused(ran, *words)
 
@@ -136,15 +155,23 @@ def test_mistakes_in_a_config_are_named(place, run_script, tmp_path, overrides, 
 def test_mistakes_in_sampling_are_named(run, run_script, tmp_path):
     refused(run_script("pipelines/sample_images.py", run), "no captions")
     refused(run_script("pipelines/sample_images.py", tmp_path, "a"), "holds no model")
-    refused(run_script("pipelines/sample_images.py", run / "best" / "image_tokenizer", "a"), "holds a", "not a generator")
+    refused(
+        run_script("pipelines/sample_images.py", run / "best" / "image_tokenizer", "a"),
+        "holds a",
+        "not a generator",
+    )
     refused(run_script("pipelines/sample_images.py", run, "a", "--out", tmp_path / "a.txt"), ".png")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    refused(run_script("pipelines/sample_images.py", run, "--captions-file", tmp_path / "latin.txt"), "not UTF-8")
+    refused(
+        run_script("pipelines/sample_images.py", run, "--captions-file", tmp_path / "latin.txt"), "not UTF-8"
+    )
 
 
 def test_encoding_refuses_what_it_cannot_do(place, tiny_shards, run_script, tmp_path):
     tokenizer = place / "tokenizer"
     script = "pipelines/encode_images.py"
     refused(run_script(script, tiny_shards, tiny_shards, "--tokenizer", tokenizer), "is the source itself")
-    refused(run_script(script, tiny_shards, tmp_path, "--tokenizer", tokenizer, "--size", 20), "multiples of 8")
+    refused(
+        run_script(script, tiny_shards, tmp_path, "--tokenizer", tokenizer, "--size", 20), "multiples of 8"
+    )
     refused(run_script(script, tmp_path / "none", tmp_path, "--tokenizer", tokenizer), "none")

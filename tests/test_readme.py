@@ -13,7 +13,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-SHORT = "--train.steps 2 --train.batch_size 8 --train.num_workers 0 --train.precision fp32 --optimizer.warmup_steps 1"
+SHORT = "--train.steps 2 --train.batch_size 8 --train.num_workers 0 --train.precision fp32"
 SMALL_CORE = "--model.core.width 32 --model.core.depth 1 --model.core.num_heads 2"
 SHORTER = {  # what makes a command small enough for a test; nothing else of it is changed
     "train_classifier.py": f"{SHORT} {SMALL_CORE}",
@@ -32,7 +32,8 @@ def commands() -> list[list[str]]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
-    """An empty checkout: scripts, configs and learnt tokenizers, Fashion-MNIST in small, and a folder of photos."""
+    """An empty checkout: scripts, configs and learnt tokenizers, Fashion-MNIST in small, and a folder of
+    photos."""
     for name in ("pipelines", "tokenizers", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     write_tiny_idx(tmp_path / "idx")
@@ -81,7 +82,9 @@ def test_the_file_tree_is_true():
     named = {line.split()[0] for line in tree.splitlines()}
     top = {f"{path.name}/" for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
     generated = {"data/", "runs/", "samples/", "build/", "dist/", "mmvit.egg-info/"}
-    rooms = {f"{path.name}/" for path in (ROOT / "mmvit").iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    rooms = {
+        f"{path.name}/" for path in (ROOT / "mmvit").iterdir() if path.is_dir() and any(path.glob("*.py"))
+    }
     modules = {path.name for path in (ROOT / "mmvit").glob("*.py")} - {"__init__.py"}
     assert named == (top - generated) | rooms | modules
 

@@ -147,13 +147,19 @@ def test_retrieval_by_hand():
     references = torch.tensor([[0.0], [1.0], [1.0], [5.0]]).view(4, 1, 1, 1)
     generated = torch.tensor([[0.9], [2.9], [-3.0]]).view(3, 1, 1, 1)
     ranks = pixel_ranks(generated, references, torch.tensor([2, 3, 1]))
-    assert ranks.tolist() == [0, 2, 1]  # equal pictures do not outrank each other; 2.9 is nearer to both ones than to 5
+    assert ranks.tolist() == [
+        0,
+        2,
+        1,
+    ]  # equal pictures do not outrank each other; 2.9 is nearer to both ones than to 5
     assert recall(ranks, 1) == pytest.approx(1 / 3)
     assert recall(ranks, 2) == pytest.approx(2 / 3)
 
 
 def test_grid_has_a_row_for_each_caption():
     picture = Image.new("RGB", (8, 8), "red")
-    sheet = labelled_grid([[picture, picture], [picture]], ["one", "two " * 50], ["caption", "a", "b"], cell=32)
+    sheet = labelled_grid(
+        [[picture, picture], [picture]], ["one", "two " * 50], ["caption", "a", "b"], cell=32
+    )
     assert sheet.width == 200 + 2 * 36 + 4
     assert sheet.getpixel((200 + 16, sheet.height - 20)) == (255, 0, 0)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import Field
 from torch import nn
 
 from mmvit.config import Config, load_config
@@ -21,7 +22,16 @@ from mmvit.errors import UserError
 from mmvit.evaluation.accuracy import classification_metrics
 from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.training import OptimizerConfig, Processes, Recipe, RunFolder, Session, TrainConfig, open_session, train
+from mmvit.training import (
+    OptimizerConfig,
+    Processes,
+    Recipe,
+    RunFolder,
+    Session,
+    TrainConfig,
+    open_session,
+    train,
+)
 from mmvit.training.checkpoint import Checkpoints, read_state
 from mmvit.training.distributed import choose_device
 from mmvit.training.engine import TorchEngine
@@ -29,7 +39,10 @@ from mmvit.training.optim import Optimizer, rate_scale, split_parameters
 
 ALONE = Processes(rank=0, world_size=1, device=torch.device("cpu"))
 MODEL = ClassifierConfig(
-    image_size=16, patch_size=8, num_classes=4, core=TransformerConfig(width=16, depth=2, num_heads=2, dropout=0.2)
+    image_size=16,
+    patch_size=8,
+    num_classes=4,
+    core=TransformerConfig(width=16, depth=2, num_heads=2, dropout=0.2),
 )
 SETTINGS = {
     "steps": 12,
@@ -58,7 +71,9 @@ def new_session(output: Path, resume: bool = False, model: ClassifierConfig = MO
     return Session(recipe, ALONE, run, resume)
 
 
-def train_on_shards(session: Session, shards: Path, at_batch: Callable[[int, dict], None] = lambda n, batch: None) -> None:
+def train_on_shards(
+    session: Session, shards: Path, at_batch: Callable[[int, dict], None] = lambda n, batch: None
+) -> None:
     """Trains on real shards; `at_batch(number, batch)` may meddle with every batch."""
     decode = ClassifierSample((16, 16), 4)
     train_config = session.recipe.train
@@ -70,7 +85,11 @@ def train_on_shards(session: Session, shards: Path, at_batch: Callable[[int, dic
                 yield batch
 
     stream = Meddled(
-        f"{shards}/train-*.tar", decode, session.micro_batch_size, num_workers=train_config.num_workers, shuffle_buffer=20
+        f"{shards}/train-*.tar",
+        decode,
+        session.micro_batch_size,
+        num_workers=train_config.num_workers,
+        shuffle_buffer=20,
     )
     held_out = ShardStream(f"{shards}/heldout-*.tar", decode, 8, repeat=False, shuffle_buffer=0)
 
@@ -87,7 +106,9 @@ def terminate_at(batch_number: int, number: int = signal.SIGTERM) -> Callable[[i
 
 def comparable_metrics(run: RunFolder) -> list[dict]:
     timing = ("seconds", "images_per_s")
-    return [{key: value for key, value in record.items() if key not in timing} for record in run.read_metrics()]
+    return [
+        {key: value for key, value in record.items() if key not in timing} for record in run.read_metrics()
+    ]
 
 
 def assert_same_state(left, right) -> None:
@@ -119,7 +140,9 @@ def test_terminated_and_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny_s
 
     final = "checkpoints/step-00000012"
     for name in ("model.safetensors", "average.safetensors"):
-        assert_same_state(read_weights(whole.run.path / final / name), read_weights(again.run.path / final / name))
+        assert_same_state(
+            read_weights(whole.run.path / final / name), read_weights(again.run.path / final / name)
+        )
     for name in ("optimizer.pt", "training.pt"):
         left, right = read_state(whole.run.path / final / name), read_state(again.run.path / final / name)
         for state in (left, right):
@@ -190,7 +213,9 @@ def test_four_small_passes_equal_one_large(tmp_path):
 
 def test_average_follows_the_weights_with_warm_up():
     torch.manual_seed(0)
-    engine = TorchEngine(Classifier(MODEL), TrainConfig(ema_decay=0.5, precision="fp32"), OptimizerConfig(lr=0.1), ALONE)
+    engine = TorchEngine(
+        Classifier(MODEL), TrainConfig(ema_decay=0.5, precision="fp32"), OptimizerConfig(lr=0.1), ALONE
+    )
     expected = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
     batch = {"pixels": torch.randn(8, 3, 16, 16), "labels": torch.arange(8) % 4, "keys": ["a"] * 8}
     for number in range(1, 12):
@@ -254,7 +279,11 @@ def test_muon_trains_the_core_and_resumes():
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
-    [("cosine", [0.25, 0.5, 0.75, 0.55, 0.1]), ("linear", [0.25, 0.5, 0.75, 0.55, 0.1]), ("constant", [0.25, 0.5, 0.75, 1, 1])],
+    [
+        ("cosine", [0.25, 0.5, 0.75, 0.55, 0.1]),
+        ("linear", [0.25, 0.5, 0.75, 0.55, 0.1]),
+        ("constant", [0.25, 0.5, 0.75, 1, 1]),
+    ],
 )
 def test_rate_warms_up_and_ends_at_its_final_ratio(schedule, expected):
     config = OptimizerConfig(warmup_steps=3, schedule=schedule, final_lr_ratio=0.1)
@@ -287,7 +316,9 @@ def test_damaged_checkpoint_is_named(tmp_path, tiny_shards):
     folder = tmp_path / "run/checkpoints/step-00000002"
     whole = (folder / "optimizer.pt").read_bytes()
     (folder / "optimizer.pt").write_bytes(whole[:-100])
-    with pytest.raises(UserError, match=r"step-00000002 is damaged: optimizer\.pt has \d+ bytes, not \d+; delete that folder"):
+    with pytest.raises(
+        UserError, match=r"step-00000002 is damaged: optimizer\.pt has \d+ bytes, not \d+; delete that folder"
+    ):
         train_on_shards(new_session(tmp_path / "run", resume=True), tiny_shards)
     (folder / "optimizer.pt").write_bytes(b"\0" * len(whole))
     with pytest.raises(UserError, match=r"optimizer\.pt cannot be read"):
@@ -357,7 +388,10 @@ def test_missing_metric_of_choice_is_named(tmp_path):
         ([], "one CONFIG.toml is wanted"),
         (["{config}", "--train.step", "3"], r"unknown key train\.step: did you mean train\.steps\?"),
         (["{config}", "--train.steps", "many"], r"train\.steps = \"many\""),
-        (["{config}", "--train.batch_size", "9", "--train.accumulation", "2"], "batch_size 9 is not a multiple of accumulation 2"),
+        (
+            ["{config}", "--train.batch_size", "9", "--train.accumulation", "2"],
+            "batch_size 9 is not a multiple of accumulation 2",
+        ),
         (["{config}", "--train.device", "abacus"], "'abacus' is no torch device"),
         (["{config}", "--optimizer.schedule", "cosin"], r"optimizer\.schedule"),
     ],
@@ -380,7 +414,7 @@ def test_cuda_without_a_card_is_refused():
 
 def test_config_toml_holds_every_kind_of_value(tmp_path):
     class Inner(Config):
-        names: dict[str, int] = {"plain": 1, "not plain": 2}
+        names: dict[str, int] = Field({"plain": 1, "not plain": 2})
         pairs: tuple[tuple[int, int], ...] = ((1, 2), (3, 4))
         text: str = 'a "quoted" \\ line\nand é'
         nothing: int | None = None

@@ -1,10 +1,13 @@
 """VQ image tokenizer: what its codes promise, and a codebook that stays alive."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.multiprocessing import start_processes
 
 from mmvit.config import build_config
 from mmvit.errors import UserError
@@ -116,6 +119,24 @@ def test_revival_keeps_a_codebook_in_use_that_would_collapse():
 
     assert codes_in_use(revive_below=0.0) == 1
     assert codes_in_use(revive_below=0.01) == 16
+
+
+def update_on_rank(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    codebook = small_model().codebook
+    torch.manual_seed(rank)  # ranks draw different vectors to revive codes at
+    for step in range(3):
+        vectors = F.normalize(noise(64, 4, seed=10 * step + rank), dim=-1)
+        codebook.update(vectors, codebook.nearest(vectors))
+    torch.save(codebook.state_dict(), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_processes_keep_one_codebook(tmp_path):
+    start_processes(update_on_rank, (tmp_path,), nprocs=2, start_method="fork")
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(one["sums"], two["sums"])
+    assert torch.equal(one["use"], two["use"])
 
 
 def test_evaluation_leaves_the_codebook_alone():

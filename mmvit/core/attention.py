@@ -1,4 +1,5 @@
-"""Multi-head self-attention: the kernel chosen by device, rotary positions, QK-norm, and a static key/value cache."""
+"""Multi-head self-attention: the kernel chosen by device, rotary positions, QK-norm, and a static key/value
+cache."""
 
 from typing import Literal
 
@@ -12,7 +13,8 @@ from mmvit.core.norm import RMSNorm
 from mmvit.core.positions import rotate
 
 Kernel = Literal["auto", "plain", "sdpa"]
-PLAIN_UP_TO = 512  # on a CPU, training: the longest sequence for which plain products beat the fused kernel (benchmarks/attention.py)
+# On a CPU, in training, plain products beat the fused kernel up to this length (benchmarks/attention.py).
+PLAIN_UP_TO = 512
 
 
 class KeyValueCache:
@@ -37,7 +39,8 @@ class KeyValueCache:
         self.capacity, self.length = capacity, 0
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes (batch, heads, tokens, head_dim) behind the filled part; returns views of all keys and values so far."""
+        """Writes (batch, heads, tokens, head_dim) behind the filled part; returns views of all keys and
+        values so far."""
         end = self.length + keys.shape[2]
         if end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens, {end} were given")
@@ -49,7 +52,9 @@ class KeyValueCache:
 class Attention(nn.Module):
     """softmax(QKᵀ / √d + mask) V over heads ("Attention Is All You Need", 1706.03762)."""
 
-    def __init__(self, width: int, num_heads: int, bias: bool = True, qk_norm: bool = False, kernel: Kernel = "auto"):
+    def __init__(
+        self, width: int, num_heads: int, bias: bool = True, qk_norm: bool = False, kernel: Kernel = "auto"
+    ):
         super().__init__()
         self.num_heads, self.head_dim, self.kernel = num_heads, width // num_heads, kernel
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
@@ -68,13 +73,19 @@ class Attention(nn.Module):
         """x (batch, tokens, width) → the same shape.
 
         Args:
-            mask: additive bias, broadcastable to (batch, heads, queries, keys); None lets every query see every key.
-            is_causal: causal attention among x's own tokens, without a mask (the fused kernel then needs none in memory).
+            mask: additive bias, broadcastable to (batch, heads, queries, keys); None lets every query see
+                every key.
+            is_causal: causal attention among x's own tokens, without a mask (the fused kernel then needs none
+                in memory).
             rotations: cosines and sines of the tokens' places (see `Positions.rotations`).
-            cache: the cache and this layer's number; keys and values of earlier tokens are then taken from it.
+            cache: the cache and this layer's number; keys and values of earlier tokens are then taken from
+                it.
         """
         query, key, value = rearrange(
-            self.qkv(x), "batch tokens (three heads dim) -> three batch heads tokens dim", three=3, heads=self.num_heads
+            self.qkv(x),
+            "batch tokens (three heads dim) -> three batch heads tokens dim",
+            three=3,
+            heads=self.num_heads,
         )
         query, key = self.query_norm(query), self.key_norm(key)
         if rotations is not None:
@@ -87,9 +98,15 @@ class Attention(nn.Module):
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool = False, kernel: Kernel = "auto"
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool = False,
+    kernel: Kernel = "auto",
 ) -> Tensor:
-    """Attention over (batch, heads, tokens, head_dim) by the fused kernel or by plain products, which agree up to rounding."""
+    """Attention over (batch, heads, tokens, head_dim) by the fused kernel or by plain products, which agree
+    up to rounding."""
     if kernel == "auto":
         short = key.shape[2] <= PLAIN_UP_TO
         kernel = "plain" if query.device.type == "cpu" and short and torch.is_grad_enabled() else "sdpa"

@@ -1,4 +1,5 @@
-"""Dropout that is cheap on a CPU: one random byte an element, drawn eight at a time, instead of one Bernoulli variable each."""
+"""Dropout that is cheap on a CPU: one random byte an element, drawn eight at a time, instead of one Bernoulli
+variable each."""
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,9 @@ BYTES = 8  # random bytes in one int64
 class Dropout(nn.Module):
     """Zeroes elements with probability `p` and scales the rest by 1 / (1 - p) (Srivastava et al., 2014).
 
-    On a CPU `p` is rounded to a multiple of 1/256, and the scale is that of the rounded value, so the expectation is exact.
-    Bytes come from torch's default generator: `torch.manual_seed` and its saved state reproduce them.
+    On a CPU `p` is rounded to a multiple of 1/256, and the scale is that of the rounded value, so the
+    expectation is exact. Bytes come from torch's default generator: `torch.manual_seed` and its saved state
+    reproduce them.
     """
 
     def __init__(self, p: float):

@@ -1,4 +1,5 @@
-"""RMSNorm with float32 statistics, written out on a CPU, where torch's own takes twice the time in bfloat16."""
+"""RMSNorm with float32 statistics, written out on a CPU, where torch's own takes twice the time in
+bfloat16."""
 
 import torch
 import torch.nn.functional as F

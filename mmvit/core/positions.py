@@ -1,6 +1,8 @@
-"""Where a token stands: a 1-D prefix (caption tokens, [CLS]) followed by a 2-D grid (patches or image codes) in raster order.
+"""Where a token stands: a 1-D prefix (caption tokens, [CLS]) followed by a 2-D grid (patches or image codes)
+in raster order.
 
-Additive kinds are added to the token vectors once, in front of the core. Rotary ones turn queries and keys in every layer.
+Additive kinds are added to the token vectors once, in front of the core. Rotary ones turn queries and keys in
+every layer.
 """
 
 from typing import Literal
@@ -17,9 +19,11 @@ class Positions(nn.Module):
     - `none`: nothing; attention sees a set.
     - `learned_1d`: one vector per place in the sequence (ViT, 2010.11929).
     - `learned_2d`: one vector per prefix place; row vector + column vector on the grid (DALL·E, 2102.12092).
-    - `sincos_2d`: fixed sines and cosines; on the grid half of the width for rows, half for columns (MoCo v3, big_vision).
-    - `rotary_2d`: rotary embedding (RoFormer, 2104.09864) of (row, column), half of each head's pairs for either; a prefix
-      token at place i has row = column = i, which is the usual 1-D rotary embedding, and the grid goes on from there.
+    - `sincos_2d`: fixed sines and cosines; on the grid half of the width for rows, half for columns (MoCo v3,
+      big_vision).
+    - `rotary_2d`: rotary embedding (RoFormer, 2104.09864) of (row, column), half of each head's pairs for
+      either; a prefix token at place i has row = column = i, which is the usual 1-D rotary embedding, and the
+      grid goes on from there.
     """
 
     def __init__(
@@ -71,7 +75,8 @@ class Positions(nn.Module):
         return x + table[start : start + x.shape[1]].to(x.dtype)
 
     def rotations(self, start: int, length: int) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines, each (length, head_dim / 2), of places `start`...; None where the kind is not rotary."""
+        """Cosines and sines, each (length, head_dim / 2), of places `start`...; None where the kind is not
+        rotary."""
         if self.kind != "rotary_2d":
             return None
         angles = self.angles[start : start + length]
@@ -83,7 +88,8 @@ class Positions(nn.Module):
 
 
 def sincos(coordinates: Tensor, width: int, base: float = 10000.0) -> Tensor:
-    """Fixed embedding (places, width) of (row, column): [sin row, cos row, sin column, cos column], a quarter each."""
+    """Fixed embedding (places, width) of (row, column): [sin row, cos row, sin column, cos column], a quarter
+    each."""
     frequencies = base ** (-torch.arange(width // 4, dtype=torch.float32) / (width // 4))
     angles = coordinates.float().unsqueeze(-1) * frequencies  # (places, 2, width / 4)
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
@@ -102,7 +108,8 @@ def rotate(x: Tensor, rotations: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Rotation(torch.autograd.Function):
-    """Written into one new tensor, in half the passes over memory that products, sums and a concatenation take."""
+    """Written into one new tensor, in half the passes over memory that products, sums and a concatenation
+    take."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

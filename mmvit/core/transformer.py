@@ -1,4 +1,5 @@
-"""The shared core: a pre-norm Transformer over vectors. It knows no pixels, captions or devices; masks are arguments."""
+"""The shared core: a pre-norm Transformer over vectors. It knows no pixels, captions or devices; masks are
+arguments."""
 
 from typing import Literal
 
@@ -45,7 +46,8 @@ class TransformerConfig(Config):
 
     @property
     def mlp_width(self) -> int:
-        """Hidden units of the MLP. SwiGLU has three matrices, so it gets two thirds, rounded to a multiple of 64."""
+        """Hidden units of the MLP. SwiGLU has three matrices, so it gets two thirds, rounded to a multiple of
+        64."""
         if self.mlp == "swiglu":
             return max(64, round(self.width * self.mlp_ratio * 2 / 3 / 64) * 64)
         return round(self.width * self.mlp_ratio)
@@ -73,12 +75,17 @@ class Mlp(nn.Module):
 
 
 class Branch(nn.Module):
-    """What happens to a residual branch before it is added: dropout, LayerScale (2103.17239), stochastic depth (1603.09382)."""
+    """What happens to a residual branch before it is added: dropout, LayerScale (2103.17239), stochastic
+    depth (1603.09382)."""
 
     def __init__(self, config: TransformerConfig, drop_probability: float):
         super().__init__()
         self.dropout = Dropout(config.dropout)
-        self.scale = None if config.layer_scale is None else nn.Parameter(torch.full((config.width,), config.layer_scale))
+        self.scale = (
+            None
+            if config.layer_scale is None
+            else nn.Parameter(torch.full((config.width,), config.layer_scale))
+        )
         self.drop_probability = drop_probability
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,7 +104,9 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, drop_probability: float):
         super().__init__()
         self.norm1, self.norm2 = build_norm(config), build_norm(config)
-        self.attention = Attention(config.width, config.num_heads, config.bias, config.qk_norm, config.attention_kernel)
+        self.attention = Attention(
+            config.width, config.num_heads, config.bias, config.qk_norm, config.attention_kernel
+        )
         self.mlp = Mlp(config)
         self.branch1, self.branch2 = Branch(config, drop_probability), Branch(config, drop_probability)
 
@@ -107,18 +116,22 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`depth` blocks and a last norm. Stochastic depth grows linearly from 0 at the first block to its value at the last."""
+    """`depth` blocks and a last norm. Stochastic depth grows linearly from 0 at the first block to its value
+    at the last."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
         last = max(1, config.depth - 1)
-        self.blocks = nn.ModuleList(Block(config, config.stochastic_depth * i / last) for i in range(config.depth))
+        self.blocks = nn.ModuleList(
+            Block(config, config.stochastic_depth * i / last) for i in range(config.depth)
+        )
         self.norm = build_norm(config)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Linear weights N(0, .02) with zero biases; the ones that write into the residual stream shrunk by √(2·depth) (GPT-2)."""
+        """Linear weights N(0, .02) with zero biases; the ones that write into the residual stream shrunk by
+        √(2·depth) (GPT-2)."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 writes_residual = name.endswith((".out", ".down"))
@@ -138,8 +151,9 @@ class Transformer(nn.Module):
         """x (batch, tokens, width) → the same shape, normalised.
 
         Args:
-            mask: boolean (queries, keys) or broadcastable to (batch, heads, queries, keys), True where a query sees a key;
-                None for full attention. With a cache, keys are the cached tokens followed by x's own.
+            mask: boolean (queries, keys) or broadcastable to (batch, heads, queries, keys), True where a
+                query sees a key; None for full attention. With a cache, keys are the cached tokens followed
+                by x's own.
             is_causal: causal attention without a mask of one's own.
             rotations: `Positions.rotations` of x's places.
             cache: earlier tokens' keys and values; x's are appended.
@@ -160,7 +174,9 @@ class Transformer(nn.Module):
             cache.length += x.shape[1]
         return self.norm(x)
 
-    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str) -> KeyValueCache:
+    def new_cache(
+        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str
+    ) -> KeyValueCache:
         """An empty cache for `capacity` tokens of this core."""
         config = self.config
         return KeyValueCache(config.depth, batch, config.num_heads, capacity, config.head_dim, dtype, device)

@@ -12,12 +12,12 @@ from mmvit.models.classifier import Classifier
 
 @torch.no_grad()
 def classification_metrics(model: Classifier, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Mean `loss` (cross-entropy, without label smoothing), `accuracy` and, from six classes on, `top5_accuracy`.
+    """Mean `loss` (cross-entropy without label smoothing), `accuracy`, and `top5_accuracy` for 6 or more.
 
     Args:
         model: in evaluation mode.
-        batches: this process's part of one epoch, with `pixels` and `labels`. Where a process group exists, every
-            process calls this and gets the figures of the whole.
+        batches: this process's part of one epoch, with `pixels` and `labels`. Where a process group exists,
+            every process calls this and gets the figures of the whole.
 
     Raises:
         ValueError: where there is no sample at all.

@@ -1,4 +1,5 @@
-"""Does a generated picture find the one that its caption names? Nearest neighbours in pixels among all real pictures."""
+"""Does a generated picture find the one that its caption names? Nearest neighbours in pixels among all real
+pictures."""
 
 import torch
 from torch import Tensor
@@ -18,13 +19,17 @@ def pixel_ranks(generated: Tensor, references: Tensor, own: Tensor, chunk: int =
         For each picture, how many candidates are strictly nearer than the true one, int64 (pictures,).
     """
     if generated.shape[1:] != references.shape[1:]:
-        raise ValueError(f"generated pictures are {tuple(generated.shape[1:])}, references {tuple(references.shape[1:])}")
+        raise ValueError(
+            f"generated pictures are {tuple(generated.shape[1:])}, references {tuple(references.shape[1:])}"
+        )
     candidates = references.flatten(1).double()
     sizes = candidates.square().sum(1)
     ranks = []
     for part, places in zip(generated.split(chunk), own.split(chunk), strict=True):
         pictures = part.flatten(1).double()
-        squares = pictures.square().sum(1, keepdim=True) + sizes - 2 * pictures @ candidates.T  # (pictures, candidates)
+        squares = (
+            pictures.square().sum(1, keepdim=True) + sizes - 2 * pictures @ candidates.T
+        )  # (pictures, candidates)
         true = squares.gather(1, places.unsqueeze(1))
         ranks.append((squares < true - TIE * sizes.mean()).sum(1))
     return torch.cat(ranks)

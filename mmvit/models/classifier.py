@@ -1,4 +1,5 @@
-"""ViT classifier: a stem cuts the image into tokens, the shared core reads them all, a linear head names the class (2010.11929)."""
+"""ViT classifier: a stem cuts the image into tokens, the shared core reads them all, a linear head names the
+class (2010.11929)."""
 
 from typing import Any, Literal
 
@@ -57,7 +58,9 @@ class Classifier(Pretrained, nn.Module):
         self.num_prefix = 1 if config.pooling == "cls" else 0
         if self.num_prefix:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.positions = Positions(config.positions, width, config.core.head_dim, self.num_prefix, config.grid)
+        self.positions = Positions(
+            config.positions, width, config.core.head_dim, self.num_prefix, config.grid
+        )
         self.dropout = Dropout(config.core.dropout)
         self.core = Transformer(config.core)
         self.head = nn.Linear(width, config.num_classes)
@@ -65,7 +68,8 @@ class Classifier(Pretrained, nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """pixels (batch, channels, height, width) in [-1, 1] → the vector that the head reads, (batch, width).
+        """pixels (batch, channels, height, width) in [-1, 1] → the vector that the head reads, (batch,
+        width).
 
         Raises:
             ValueError: for pixels of another size than the configuration's.
@@ -85,7 +89,8 @@ class Classifier(Pretrained, nn.Module):
         return self.head(self.features(pixels))
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of `batch["pixels"]` against `batch["labels"]` (batch,); the metrics hold loss and accuracy."""
+        """Cross-entropy of `batch["pixels"]` against `batch["labels"]` (batch,); the metrics hold loss and
+        accuracy."""
         logits, labels = self(batch["pixels"]).float(), batch["labels"]
         loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         accuracy = (logits.argmax(-1) == labels).float().mean()

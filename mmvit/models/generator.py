@@ -1,4 +1,5 @@
-"""DALL·E-style generator: caption tokens and image codes in one sequence, each token predicted from those before it (2102.12092)."""
+"""DALL·E-style generator: caption tokens and image codes in one sequence, each token predicted from those
+before it (2102.12092)."""
 
 from typing import Any, Literal
 
@@ -21,8 +22,9 @@ PAD = 0  # the text tokenizer's padding id; a caption of nothing but padding is 
 class GeneratorConfig(Config):
     """A generator of `grid` = (rows, columns) image codes from captions of up to `text_length` tokens.
 
-    `attention` is `causal` over the whole sequence (DALL·E), or `prefix`: the caption's tokens see each other in both
-    directions, and then cannot be predicted, so `text_loss_weight` must be 0. The two losses are weighted 1 : 7 by default.
+    `attention` is `causal` over the whole sequence (DALL·E), or `prefix`: the caption's tokens see each other
+    in both directions, and then cannot be predicted, so `text_loss_weight` must be 0. The two losses are
+    weighted 1 : 7 by default.
     """
 
     vocab_size: int = Field(4096, gt=1)
@@ -51,10 +53,12 @@ class GeneratorConfig(Config):
 
 
 class GeneratorTransformer(Pretrained, nn.Module):
-    """Caption ids and image codes → logits of the next ones. `mmvit.Generator` adds the tokenizers and draws pictures.
+    """Caption ids and image codes → logits of the next ones. `mmvit.Generator` adds the tokenizers and draws
+    pictures.
 
-    The sequence is a start vector, `text_length` caption tokens, the image codes. Padding has an embedding of its own at every
-    place, as in DALL·E, so captions need no mask. Logits of the first image code come from the caption's last place.
+    The sequence is a start vector, `text_length` caption tokens, the image codes. Padding has an embedding of
+    its own at every place, as in DALL·E, so captions need no mask. Logits of the first image code come from
+    the caption's last place.
     """
 
     config_class, kind = GeneratorConfig, "generator"
@@ -68,7 +72,9 @@ class GeneratorTransformer(Pretrained, nn.Module):
         self.text_embedding = nn.Embedding(config.vocab_size, width)
         self.padding = nn.Parameter(torch.empty(config.text_length, width))
         self.code_embedding = nn.Embedding(config.codebook_size, width)
-        self.positions = Positions(config.positions, width, config.core.head_dim, self.prefix_length, config.grid)
+        self.positions = Positions(
+            config.positions, width, config.core.head_dim, self.prefix_length, config.grid
+        )
         self.dropout = Dropout(config.core.dropout)
         self.core = Transformer(config.core)
         self.image_head = nn.Linear(width, config.codebook_size)
@@ -80,6 +86,21 @@ class GeneratorTransformer(Pretrained, nn.Module):
                 nn.init.zeros_(head.weight)
                 nn.init.zeros_(head.bias)
 
+    @torch.no_grad()
+    def start_from_codebook(self, vectors: Tensor) -> None:
+        """Starts the codes' embeddings and the image head from what the codes look like, before training.
+
+        Codes that stand for similar patches then begin with similar embeddings and logits. On few images that
+        is worth a lot: the model need not learn each code by itself (figures: benchmarks/README.md).
+
+        Args:
+            vectors: (codebook_size, code_width), the image tokenizer's codebook.
+        """
+        likeness = (vectors - vectors.mean(0)) / vectors.std()
+        mixing = torch.randn(vectors.shape[1], self.config.core.width) / vectors.shape[1] ** 0.5
+        for table in (self.code_embedding.weight, self.image_head.weight):
+            table.copy_(0.02 * likeness.to(table.device) @ mixing.to(table.device))
+
     def embed_captions(self, caption_ids: Tensor) -> Tensor:
         """caption_ids (batch, text_length) → (batch, 1 + text_length, width), without positions.
 
@@ -87,13 +108,16 @@ class GeneratorTransformer(Pretrained, nn.Module):
             ValueError: for captions of another length.
         """
         if caption_ids.shape[1] != self.config.text_length:
-            raise ValueError(f"captions have {caption_ids.shape[1]} places, this generator reads {self.config.text_length}")
+            raise ValueError(
+                f"captions have {caption_ids.shape[1]} places, this generator reads {self.config.text_length}"
+            )
         is_padding = (caption_ids == PAD).unsqueeze(-1)
         tokens = torch.where(is_padding, self.padding, self.text_embedding(caption_ids))
         return torch.cat([self.start.expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
     def run_core(self, x: Tensor, start: int = 0, cache: KeyValueCache | None = None) -> Tensor:
-        """The core over embedded tokens x (batch, tokens, width) that stand at places `start`... of the sequence."""
+        """The core over embedded tokens x (batch, tokens, width) that stand at places `start`... of the
+        sequence."""
         length = x.shape[1]
         x = self.dropout(self.positions.add(x, start))
         rotations = self.positions.rotations(start, length)
@@ -112,7 +136,8 @@ class GeneratorTransformer(Pretrained, nn.Module):
             codes: (batch, rows · columns) in raster order; the last one is not read.
 
         Returns:
-            Text logits (batch, text_length, vocab_size), None without a text loss; image logits (batch, codes, codebook_size).
+            Text logits (batch, text_length, vocab_size), None without a text loss; image logits (batch,
+            codes, codebook_size).
         """
         x = torch.cat([self.embed_captions(caption_ids), self.code_embedding(codes[:, :-1])], dim=1)
         x = self.run_core(x)
@@ -120,11 +145,13 @@ class GeneratorTransformer(Pretrained, nn.Module):
         return (self.text_head(text) if self.text_head is not None else None), self.image_head(image)
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted cross-entropy, in nats per token, of `caption_ids` (batch, text_length) and `codes` (batch, rows · columns).
+        """Weighted cross-entropy, in nats per token, of `caption_ids` (batch, text_length) and `codes`
+        (batch, rows · columns).
 
-        Text counts up to its first padding, which ends a caption. In training mode captions are dropped (and then not
-        predicted) with probability `caption_dropout`, so that guidance is learnt, and the codes that the model reads, not
-        those that it predicts, are replaced by random ones with probability `code_noise`.
+        Text counts up to its first padding, which ends a caption. In training mode captions are dropped (and
+        then not predicted) with probability `caption_dropout`, so that guidance is learnt, and the codes that
+        the model reads, not those that it predicts, are replaced by random ones with probability
+        `code_noise`.
         """
         config = self.config
         caption_ids, codes = batch["caption_ids"], batch["codes"]
@@ -138,7 +165,9 @@ class GeneratorTransformer(Pretrained, nn.Module):
             seen_codes = torch.where(is_noise, torch.randint_like(codes, config.codebook_size), codes)
         text_logits, image_logits = self(seen_captions, seen_codes)
         smoothing = config.label_smoothing if self.training else 0.0
-        image_loss = F.cross_entropy(image_logits.float().flatten(0, 1), codes.flatten(), label_smoothing=smoothing)
+        image_loss = F.cross_entropy(
+            image_logits.float().flatten(0, 1), codes.flatten(), label_smoothing=smoothing
+        )
         metrics = {"image_loss": image_loss.detach()}
         loss = image_loss
         if text_logits is not None:
@@ -149,12 +178,14 @@ class GeneratorTransformer(Pretrained, nn.Module):
         return loss, {"loss": loss.detach(), **metrics}
 
     def prefill(self, caption_ids: Tensor, cache: KeyValueCache) -> Tensor:
-        """Reads the captions into an empty cache; returns logits (batch, codebook_size) of the first image code."""
+        """Reads the captions into an empty cache; returns logits (batch, codebook_size) of the first image
+        code."""
         x = self.run_core(self.embed_captions(caption_ids), cache=cache)
         return self.image_head(x[:, -1])
 
     def step(self, codes: Tensor, cache: KeyValueCache) -> Tensor:
-        """Reads one more code of each image, codes (batch,); returns logits (batch, codebook_size) of the next."""
+        """Reads one more code of each image, codes (batch,); returns logits (batch, codebook_size) of the
+        next."""
         x = self.run_core(self.code_embedding(codes).unsqueeze(1), cache.length, cache)
         return self.image_head(x[:, -1])
 
@@ -166,7 +197,8 @@ class GeneratorTransformer(Pretrained, nn.Module):
 
 
 def caption_loss(logits: Tensor, caption_ids: Tensor, is_dropped: Tensor) -> Tensor:
-    """Mean cross-entropy over the captions' tokens and the padding that ends each; dropped captions do not count.
+    """Mean cross-entropy over the captions' tokens and the padding that ends each; dropped captions do not
+    count.
 
     Args:
         logits: (batch, text_length, vocab_size), place i predicting caption_ids[:, i].
@@ -176,5 +208,7 @@ def caption_loss(logits: Tensor, caption_ids: Tensor, is_dropped: Tensor) -> Ten
     later_padding = is_padding & is_padding.roll(1, dims=1)
     later_padding[:, 0] = False
     ignored = later_padding | is_dropped
-    losses = F.cross_entropy(logits.float().flatten(0, 1), caption_ids.flatten(), reduction="none").view_as(caption_ids)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), caption_ids.flatten(), reduction="none").view_as(
+        caption_ids
+    )
     return losses.masked_fill(ignored, 0).sum() / (~ignored).sum().clamp(min=1)

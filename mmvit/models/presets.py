@@ -22,7 +22,13 @@ LARGE, HUGE = core(1024, 24, 16), core(1280, 32, 16)
 
 CLASSIFIERS = {
     "vit-tiny": ClassifierConfig(
-        image_size=28, patch_size=4, num_classes=10, stem="conv", pooling="mean", positions="rotary_2d", core=core(192, 6, 3)
+        image_size=28,
+        patch_size=4,
+        num_classes=10,
+        stem="conv",
+        pooling="mean",
+        positions="rotary_2d",
+        core=core(192, 6, 3),
     ),
     "vit-ti16": vit(16, TINY),
     "vit-s16": vit(16, SMALL),

@@ -1,5 +1,6 @@
 """From pixels to tokens: flat patches as in ViT, or a short stack of convolutions."""
 
+from itertools import pairwise
 from typing import Literal
 
 from einops import rearrange
@@ -32,18 +33,20 @@ class PatchStem(nn.Module):
 class ConvStem(nn.Module):
     """3×3 convolutions of stride 2 down to one vector a patch, then a 1×1 (Xiao et al., 2106.14881).
 
-    Widths double from layer to layer and end at `width` / 2; batch normalisation is replaced by a per-position LayerNorm, so a
-    token does not depend on the other images of the batch.
+    Widths double from layer to layer and end at `width` / 2; batch normalisation is replaced by a
+    per-position LayerNorm, so a token does not depend on the other images of the batch.
     """
 
     def __init__(self, patch_size: int, channels: int, width: int):
         super().__init__()
         halvings = patch_size.bit_length() - 1
         if patch_size < 2 or 2**halvings != patch_size:
-            raise ValueError(f"a convolutional stem needs a patch size that is a power of two, got {patch_size}")
+            raise ValueError(
+                f"a convolutional stem needs a patch size that is a power of two, got {patch_size}"
+            )
         widths = [channels] + [width // 2 ** (halvings - i) for i in range(halvings)]
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in zip(widths, widths[1:], strict=False)
+            nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(after, eps=1e-6) for after in widths[1:])
         self.activation = nn.GELU()

@@ -25,8 +25,9 @@ def sample_codes(
         model: in evaluation mode.
         caption_ids: (batch, text_length); never changed.
         seeds: one an image; the same seed, caption and settings give the same codes in any batch.
-        guidance_scale: 1 samples from the caption alone. Another scale reads the empty caption beside it, as more rows of the
-            same batch, and samples from logits unconditional + scale · (conditional − unconditional) (2207.12598).
+        guidance_scale: 1 samples from the caption alone. Another scale reads the empty caption beside it, as
+            more rows of the same batch, and samples from logits unconditional + scale · (conditional −
+            unconditional) (2207.12598).
         temperature, top_k, top_p: see `filter_logits`.
         on_step: called with the codes so far, (batch, n), after each one.
 

@@ -1,10 +1,13 @@
-"""From logits to one code: temperature, top-k, top-p, and a draw that depends on the image's own seed alone."""
+"""From logits to one code: temperature, top-k, top-p, and a draw that depends on the image's own seed
+alone."""
 
 import torch
 from torch import Tensor
 
 
-def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
+def filter_logits(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
+) -> Tensor:
     """Probabilities (batch, codes) after temperature, then top-k, then nucleus filtering (1904.09751).
 
     Args:
@@ -14,7 +17,9 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int | None = 
         top_p: keep the fewest likeliest codes whose probabilities reach top_p; the likeliest always stays.
     """
     if temperature == 0:
-        return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        return torch.zeros_like(logits, dtype=torch.float32).scatter_(
+            -1, logits.argmax(-1, keepdim=True), 1.0
+        )
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[:, -1:]
@@ -31,7 +36,8 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int | None = 
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse-transform sampling: probabilities (batch, codes), uniform numbers (batch,) in [0, 1) → codes (batch,)."""
+    """Inverse-transform sampling: probabilities (batch, codes), uniform numbers (batch,) in [0, 1) → codes
+    (batch,)."""
     cumulative = probabilities.double().cumsum(-1)
     threshold = uniform.double().unsqueeze(-1) * cumulative[:, -1:]
     codes = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
@@ -39,6 +45,10 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
 
 
 def uniforms(seeds: list[int], num_codes: int) -> Tensor:
-    """Uniform numbers (len(seeds), num_codes), each row from a generator of its own: a seed gives its image in any batch."""
-    rows = [torch.rand(num_codes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
+    """Uniform numbers (len(seeds), num_codes), each row from a generator of its own: a seed gives its image
+    in any batch."""
+    rows = [
+        torch.rand(num_codes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for seed in seeds
+    ]
     return torch.stack(rows)

@@ -1,4 +1,5 @@
-"""Captions to pictures: a generator transformer with the two tokenizers that it was trained on, kept in one folder."""
+"""Captions to pictures: a generator transformer with the two tokenizers that it was trained on, kept in one
+folder."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +27,9 @@ class Generator:
     `transformer` predicts codes, `text_tokenizer` reads captions, `image_tokenizer` turns codes into pixels.
     """
 
-    def __init__(self, transformer: GeneratorTransformer, text_tokenizer: TextTokenizer, image_tokenizer: VQModel):
+    def __init__(
+        self, transformer: GeneratorTransformer, text_tokenizer: TextTokenizer, image_tokenizer: VQModel
+    ):
         check_fit(transformer, text_tokenizer, image_tokenizer)
         self.transformer = transformer.eval()
         self.text_tokenizer = text_tokenizer
@@ -77,7 +80,8 @@ class Generator:
 
         Args:
             captions: one or several; an empty one is drawn unconditionally, one that is too long is cut.
-            guidance_scale: above 1 follows the caption more closely (2207.12598); needs a model trained with caption dropout.
+            guidance_scale: above 1 follows the caption more closely (2207.12598); needs a model trained with
+                caption dropout.
             temperature: below 1 is more cautious; 0 always takes the likeliest code.
             top_k: draw among the k likeliest codes alone.
             top_p: draw among the likeliest codes that together have this probability.
@@ -126,7 +130,9 @@ class Generator:
     @torch.inference_mode()
     def pictures(self, codes: Tensor, batch_size: int = 64) -> list[Image.Image]:
         """Codes (pictures, rows, columns) as RGB pictures."""
-        pixels = torch.cat([self.image_tokenizer.decode(part) for part in codes.to(self.device).split(batch_size)])
+        pixels = torch.cat(
+            [self.image_tokenizer.decode(part) for part in codes.to(self.device).split(batch_size)]
+        )
         return pictures_from_pixels(pixels)
 
 
@@ -136,12 +142,15 @@ def pictures_from_pixels(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()) for picture in levels]
 
 
-def check_fit(transformer: GeneratorTransformer, text_tokenizer: TextTokenizer, image_tokenizer: VQModel) -> None:
+def check_fit(
+    transformer: GeneratorTransformer, text_tokenizer: TextTokenizer, image_tokenizer: VQModel
+) -> None:
     """Raises UserError where the tokenizers speak another vocabulary than the transformer."""
     config = transformer.config
     if text_tokenizer.vocab_size != config.vocab_size:
         raise UserError(
-            f"the text tokenizer has {text_tokenizer.vocab_size} tokens, the generator was built for {config.vocab_size}"
+            f"the text tokenizer has {text_tokenizer.vocab_size} tokens, "
+            f"the generator was built for {config.vocab_size}"
         )
     if image_tokenizer.config.codebook_size != config.codebook_size:
         raise UserError(
@@ -172,6 +181,6 @@ def check_settings(
         raise UserError(f"top_p is {top_p}; it is above 0 and at most 1")
     if guidance_scale != 1 and transformer.config.caption_dropout == 0:
         raise UserError(
-            f"guidance_scale is {guidance_scale}, but this model was trained without caption dropout and knows no "
-            "unconditional pictures; use 1, or train with model.caption_dropout = 0.1"
+            f"guidance_scale is {guidance_scale}, but this model was trained without caption dropout and "
+            "knows no unconditional pictures; use 1, or train with model.caption_dropout = 0.1"
         )

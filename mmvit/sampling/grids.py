@@ -33,7 +33,9 @@ def labelled_grid(
     """
     top = TEXT_SIZE + 3 * GAP if headings else GAP
     columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (label_width + columns * (cell + GAP) + GAP, top + len(rows) * (cell + GAP)), "white")
+    sheet = Image.new(
+        "RGB", (label_width + columns * (cell + GAP) + GAP, top + len(rows) * (cell + GAP)), "white"
+    )
     pen = ImageDraw.Draw(sheet)
     for column, heading in enumerate(headings):
         x = GAP if column == 0 else label_width + (column - 1) * (cell + GAP)
@@ -41,14 +43,17 @@ def labelled_grid(
     for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
         y = top + i * (cell + GAP)
         lines = textwrap.wrap(label or "(no caption)", width=int(label_width / (0.58 * TEXT_SIZE)))
-        pen.multiline_text((GAP, y + GAP), "\n".join(lines[: cell // (TEXT_SIZE + 4)]), fill="black", font=font())
+        pen.multiline_text(
+            (GAP, y + GAP), "\n".join(lines[: cell // (TEXT_SIZE + 4)]), fill="black", font=font()
+        )
         for j, picture in enumerate(row):
             sheet.paste(fit(picture, cell), (label_width + j * (cell + GAP), y))
     return sheet
 
 
 def fit(picture: Image.Image, cell: int) -> Image.Image:
-    """The picture scaled to lie within cell × cell pixels; small ones grow by whole factors, so codes stay crisp."""
+    """The picture scaled to lie within cell × cell pixels; small ones grow by whole factors, so codes stay
+    crisp."""
     scale = cell / max(picture.size)
     scale = int(scale) if scale >= 1 else scale
     size = tuple(max(1, round(side * scale)) for side in picture.size)

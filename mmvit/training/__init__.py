@@ -8,8 +8,8 @@ A training script is a recipe and a call:
 
     def main() -> None:
         with open_session(MyRecipe, __doc__) as session:      # command line, processes, seeds, run folder
-            recipe, processes = session.recipe, session.processes
-            stream = ...                   # batches of session.micro_batch_size for processes.rank of processes.world_size
+            recipe, processes = session.recipe, session.processes      # rank, world_size, device
+            stream = ...                   # of batches of session.micro_batch_size, for this process's rank
             train(session, MyModel(recipe.model), stream, evaluate, select="loss")
 
     if __name__ == "__main__":

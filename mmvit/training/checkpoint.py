@@ -1,4 +1,4 @@
-"""Checkpoints: folders `step-00001000/` that are written whole or not at all, of which the last few are kept."""
+"""Checkpoints: folders `step-00001000/`, written whole or not at all, of which the last few are kept."""
 
 import json
 import os
@@ -28,7 +28,7 @@ class Checkpoints:
         self.root, self.keep, self.processes = root, keep, processes
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Calls `write(folder)` on every process with a folder on the side, then puts that folder in place at once.
+        """Calls `write(folder)` on every process with a folder on the side, then puts it in place at once.
 
         A process killed half way leaves the earlier checkpoints as they were.
         """
@@ -90,7 +90,7 @@ def write_state(state: dict[str, Any], path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `write_state` wrote: tensors, numbers, texts and containers of them. No other object is ever unpickled."""
+    """What `write_state` wrote: tensors, numbers, texts and containers of them; nothing else is unpickled."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

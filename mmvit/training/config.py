@@ -41,7 +41,7 @@ class TrainConfig(Config):
 
 
 class OptimizerConfig(Config):
-    """The optimizer and the course of its learning rate: linear warm-up, then `schedule` down to `final_lr_ratio` of the peak."""
+    """The optimizer and its rate: linear warm-up to `lr`, then `schedule` down to `final_lr_ratio` of it."""
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(1e-3, gt=0)

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: ZeRO stages 0 to 3 from a JSON file. The only file that imports deepspeed, and only when it is used."""
+"""The DeepSpeed engine: ZeRO 0 to 3 from a JSON file. Only this file imports deepspeed, and only on use."""
 
 import copy
 import json
@@ -45,7 +45,7 @@ OURS = {  # keys of DeepSpeed's JSON that the recipe decides
 class DeepSpeedEngine:
     """A model under DeepSpeed with our own AdamW. Weights stay fp32, autocast to bf16 as in plain torch.
 
-    From stage 3 on no process holds the whole model while it trains; evaluation and export gather it into a copy.
+    In stage 3 no process holds the whole model while it trains; evaluation and export gather it into a copy.
     """
 
     def __init__(
@@ -163,8 +163,8 @@ class DeepSpeedEngine:
 def loose_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Parameters that belong to no layer of torch.nn: positions, [CLS] and the like.
 
-    A model may read them outside the forward pass of the module that owns them, where stage 3 would not gather them
-    in time; it gathers them for the whole pass instead.
+    A model may read them outside the forward pass of the module that owns them, where stage 3 would not
+    gather them in time; so it gathers them for the whole pass.
     """
     for module in model.modules():
         if not type(module).__module__.startswith("torch.nn."):
@@ -180,7 +180,8 @@ def import_deepspeed(device: torch.device) -> Any:
         from deepspeed.utils import logger
     except ImportError as error:
         raise UserError(
-            f"--deepspeed needs DeepSpeed, which cannot be imported ({error}); it runs on Linux: pip install deepspeed. "
+            f"--deepspeed needs DeepSpeed, which cannot be imported ({error}); it runs on Linux: pip "
+            "install deepspeed. "
             "Without --deepspeed the same script trains in plain torch, under torchrun in several processes"
         ) from None
     logger.setLevel(logging.WARNING)
@@ -220,11 +221,13 @@ def check_supported(stage: Any, train: TrainConfig, optimizer: OptimizerConfig, 
         raise UserError(f"DeepSpeed trains on cpu or cuda here, not on {device.type}; leave --deepspeed out")
     if optimizer.name == "muon":
         raise UserError(
-            "optimizer.name = muon works without --deepspeed only: ZeRO cuts the matrices that Muon needs whole; use adamw"
+            "optimizer.name = muon works without --deepspeed only: ZeRO cuts the matrices that Muon "
+            "needs whole; use adamw"
         )
     if train.compile:
         raise UserError("train.compile works without --deepspeed only; set it to false")
     if stage == 3 and train.ema_decay:
         raise UserError(
-            "train.ema_decay needs the whole weights in every step, which ZeRO stage 3 spreads; set it to 0, or use stage 2"
+            "train.ema_decay needs the whole weights in every step, which ZeRO stage 3 spreads; set it "
+            "to 0, or use stage 2"
         )

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a live bar on a terminal, plain lines elsewhere, TensorBoard and W&B by choice."""
+"""What a run shows: a live bar on a terminal, plain lines elsewhere, TensorBoard and W&B by choice."""
 
 import sys
 from typing import Any, Self

@@ -52,7 +52,7 @@ class Processes:
         return values or []
 
     def on_main(self, action: Callable[[], Any]) -> None:
-        """Runs `action` on the main process while the others wait; where it fails with a `UserError` they leave too."""
+        """Runs `action` on the main process; the others wait, and leave too if it raises a `UserError`."""
         problem = None
         if self.is_main:
             try:
@@ -102,7 +102,8 @@ def environment_number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdigit():
         raise UserError(
-            f"the environment variable {name} is {text!r}; torchrun and deepspeed set it to a number, unset it to run alone"
+            f"the environment variable {name} is {text!r}; torchrun and deepspeed set it to a number, "
+            "unset it to run alone"
         )
     return int(text)
 
@@ -118,12 +119,14 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(
-                f"train.device = {name!r}, but torch {torch.__version__} finds no CUDA device; use auto or cpu"
+                f"train.device = {name!r}, but torch {torch.__version__} finds no CUDA device; use "
+                "auto or cpu"
             )
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise UserError(
-                f"process {local_rank} wants cuda:{index}, but there are {torch.cuda.device_count()} cards; start fewer processes"
+                f"process {local_rank} wants cuda:{index}, but there are {torch.cuda.device_count()} "
+                "cards; start fewer processes"
             )
         return torch.device("cuda", index)
     return device

@@ -1,4 +1,4 @@
-"""Engines hold a model and its optimizer and do one training step; this one is plain torch, alone or data-parallel (DDP)."""
+"""Engines hold a model and its optimizer and take training steps; here is the interface, and plain torch."""
 
 import copy
 from collections.abc import Iterator
@@ -22,22 +22,22 @@ AVERAGE, OPTIMIZER = "average.safetensors", "optimizer.pt"
 
 
 class Engine(Protocol):
-    """What the loop asks of an engine. `train.accumulation` times `loss` and `backward`, then `step`, is one optimizer step."""
+    """What the loop asks of an engine: `train.accumulation` times `loss` and `backward`, then one `step`."""
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The model's loss and metrics for a batch; tensors are moved to the device, everything else is left out."""
+        """The model's loss and metrics for a batch, whose tensors go to the device and the rest nowhere."""
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of `loss / accumulation`; processes exchange it in the last pass of a step."""
 
     def step(self, number: int) -> float:
-        """Optimizer step `number`, from 1, which sets the learning rate. Returns the norm of the gradient before clipping."""
+        """Takes optimizer step `number`, from 1, at its rate. Returns the gradient's norm before clipping."""
 
     def rate(self) -> float:
         """The learning rate of the last step."""
 
     def evaluating(self) -> Iterator[nn.Module]:
-        """A context with the model to evaluate and export: averaged weights if there are any, evaluation mode, no gradients."""
+        """A context with the model to evaluate and export, in evaluation mode; averaged, if that is on."""
 
     def save(self, folder: Path) -> None:
         """Writes weights, average and optimizer into `folder`; every process calls it."""
@@ -60,7 +60,7 @@ class LossModule(nn.Module):
 class WeightAverage:
     """An exponential moving average of a model's parameters and buffers.
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)) over the steps n, so that a short run is averaged over its own end.
+    The decay warms up as min(decay, (1 + n) / (10 + n)) over the steps n, so that a short run keeps its end.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -83,7 +83,7 @@ class WeightAverage:
 
 
 class TorchEngine:
-    """Plain torch: autocast, accumulation, clipping, AdamW or Muon, averaged weights; DDP when there are several processes."""
+    """Plain torch: autocast, clipping, AdamW or Muon, averaged weights; DDP where processes are several."""
 
     def __init__(
         self, model: nn.Module, train: TrainConfig, optimizer: OptimizerConfig, processes: Processes

@@ -8,7 +8,7 @@ CAUGHT = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """While open, the first SIGINT or SIGTERM is kept in `signal` (0 before) instead of ending the process."""
+    """While open, the first SIGINT or SIGTERM is kept in `signal` (0 before) and does not end the process."""
 
     def __init__(self):
         self.signal = 0

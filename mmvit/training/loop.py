@@ -1,9 +1,10 @@
-"""The training loop: one for every model with `loss(batch) -> (scalar, metrics)`, on any engine, resumable bit for bit."""
+"""The training loop: one for every model with `loss(batch)`, on any engine, resumed bit for bit."""
 
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,11 +32,11 @@ def train(
     """Trains `model` for `train.steps` optimizer steps, and leaves its traces in the run folder.
 
     Args:
-        model: an `nn.Module` with `loss(batch) -> (scalar, metrics)`, and `save_pretrained(folder)` unless `export` is given.
+        model: has `loss(batch) -> (scalar, metrics)`, and `save_pretrained(folder)` unless `export` is given.
         stream: batches of `session.micro_batch_size` samples for this process, without end.
         evaluate: held-out metrics of a model; called by every process, and averaged over them.
         select: the metric of `evaluate` that chooses `best/`, the lowest or highest by `mode`.
-        after_evaluation: called with the evaluated model and the step, by the main process; draws samples, for one.
+        after_evaluation: called with the evaluated model and the step, by the main process; may draw samples.
         export: writes a model into a folder, for `best/` and `last/`.
 
     Raises:
@@ -47,11 +48,25 @@ def train(
     checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints, processes)
     progress = Progress()
     seed_everything(config.seed + 1 + processes.rank)  # dropout differs between processes
-    if session.resume and (folder := checkpoints.latest()):
-        progress = resume(session, folder, engine, stream)
+    if session.resume:
+        if folder := checkpoints.latest():
+            progress = resume(session, folder, engine, stream)
         processes.on_main(lambda: run.rewind(progress.step))
-    export = export or (lambda model, folder: model.save_pretrained(folder))
     batches = iter(stream)
+
+    def export_to(folder: Path, trained: nn.Module) -> None:
+        write = trained.save_pretrained if export is None else partial(export, trained)
+        processes.on_main(lambda: run.export(folder, write))
+
+    def hold_out(trained: nn.Module) -> None:
+        metrics = processes.mean(evaluate(trained))
+        if select not in metrics:
+            raise UserError(f"the best model is chosen by {select!r}, but evaluation gives {sorted(metrics)}")
+        report(session, display, {"kind": "held_out", **counts(progress), **metrics})
+        if progress.improves(metrics[select], mode):
+            export_to(run.best, trained)
+        if after_evaluation and processes.is_main:
+            after_evaluation(trained, progress.step)
 
     with Interruption() as interruption, Display(session, progress.step) as display:
         if session.resume:
@@ -69,29 +84,16 @@ def train(
                 report(session, display, training_record(session, engine, progress, norm, speed))
                 shown = (progress.examples, progress.seconds)
             if evaluate and (progress.step % config.evaluate_every == 0 or is_last):
-                with engine.evaluating() as averaged, undisturbed_randomness(processes.device):
-                    metrics = processes.mean(evaluate(averaged))
-                    if select not in metrics:
-                        raise UserError(
-                            f"the best model is chosen by {select!r}, but evaluation gives {sorted(metrics)}"
-                        )
-                    report(session, display, {"kind": "held_out", **counts(progress), **metrics})
-                    if progress.best is None or (
-                        metrics[select] < progress.best if mode == "min" else metrics[select] > progress.best
-                    ):
-                        progress.best = metrics[select]
-                        processes.on_main(
-                            lambda: run.export(run.best, lambda folder: export(averaged, folder))
-                        )
-                    if after_evaluation and processes.is_main:
-                        after_evaluation(averaged, progress.step)
+                with engine.evaluating() as trained, undisturbed_randomness(processes.device):
+                    hold_out(trained)
             if progress.step % config.checkpoint_every == 0 or is_last or stop:
                 save(session, checkpoints, engine, stream, progress)
-                with engine.evaluating() as averaged:
-                    processes.on_main(lambda: run.export(run.last, lambda folder: export(averaged, folder)))
+                with engine.evaluating() as trained:
+                    export_to(run.last, trained)
             if stop and not is_last:
+                name = signal.Signals(stop).name
                 display.say(
-                    f"{signal.Signals(stop).name}: saved at step {progress.step}; the same command with --resume continues"
+                    f"{name}: saved at step {progress.step}; the same command with --resume continues"
                 )
                 raise SystemExit(128 + stop)
     return progress
@@ -113,7 +115,7 @@ def train_step(
     progress: Progress,
     interruption: Interruption,
 ) -> tuple[float, int]:
-    """One optimizer step. Returns the gradient's norm, and the signal that asks to stop (0 for none), alike in all processes."""
+    """One optimizer step. Returns the gradient's norm, and the signal to stop for, or 0, alike everywhere."""
     config, processes = session.recipe.train, session.processes
     broken = None
     for _ in range(config.accumulation):

@@ -1,4 +1,4 @@
-"""The optimizer: parameter groups, AdamW or Muon beside AdamW, and the learning rate as a function of the step."""
+"""The optimizer: parameter groups, AdamW or Muon beside AdamW, and the learning rate at each step."""
 
 import math
 from typing import Any
@@ -22,7 +22,7 @@ DECAYED = (
 
 
 class Optimizer:
-    """One or two torch optimizers behind one face. The rate is a function of the step alone, so resuming needs no scheduler."""
+    """One or two torch optimizers behind one face. The rate depends on the step alone: no scheduler."""
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, total_steps: int):
         self.config, self.total_steps = config, total_steps
@@ -53,7 +53,8 @@ class Optimizer:
         """Takes the moments from `state`; rates, decay and betas stay as they are configured now."""
         if state["name"] != self.config.name:
             raise UserError(
-                f"the checkpoint was trained by {state['name']}, optimizer.name is now {self.config.name}; set it back"
+                f"the checkpoint was trained by {state['name']}, optimizer.name is now "
+                f"{self.config.name}; set it back"
             )
         for part, saved in zip(self.parts, state["parts"], strict=True):
             settings = [
@@ -71,7 +72,8 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
         decayed, matrices = [*decayed, *matrices], []
     elif not matrices:
         raise UserError(
-            f"optimizer.name = muon needs a model with a Transformer core; {type(model).__name__} has none; use adamw"
+            f"optimizer.name = muon needs a model with a Transformer core; {type(model).__name__} has "
+            "none; use adamw"
         )
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
@@ -103,8 +105,9 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     """The trainable parameters in three lists, each in the model's order, none twice.
 
     Returns:
-        matrices outside the core that decay (weights of linear layers and convolutions); those that do not decay (biases,
-        norms, embeddings, positions); matrices of linear layers inside a Transformer core, which decay and suit Muon.
+        those outside the core that decay: weights of linear layers and convolutions;
+        those that do not: biases, norms, embeddings, positions;
+        the linear layers' matrices inside a Transformer core, which decay and suit Muon.
     """
     in_core = {
         id(layer.weight)

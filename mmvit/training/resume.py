@@ -1,9 +1,9 @@
-"""What a checkpoint holds besides the engine's weights, and how a run continues from it exactly where it stopped."""
+"""What a checkpoint holds besides weights, and how a run continues from it exactly where it stopped."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -50,6 +50,13 @@ class Progress:
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.summed += 1
 
+    def improves(self, value: float, mode: Literal["min", "max"]) -> bool:
+        """Whether `value` is the best so far; if so, it is from now on."""
+        better = self.best is None or (value < self.best if mode == "min" else value > self.best)
+        if better:
+            self.best = value
+        return better
+
 
 def save(
     session: Session, checkpoints: Checkpoints, engine: Engine, stream: Stream, progress: Progress
@@ -73,7 +80,7 @@ def resume(session: Session, folder: Path, engine: Engine, stream: Stream) -> Pr
     """Puts engine, stream and random generators back to where they were when `folder` was written.
 
     Raises:
-        UserError: when the checkpoint is damaged, or names the settings of `[model]` that differ from its own.
+        UserError: when the checkpoint is damaged, or of another model (names the settings that differ).
     """
     processes = session.processes
     check_same_model(folder, session.recipe.model_dump(mode="json"))

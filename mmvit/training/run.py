@@ -1,4 +1,4 @@
-"""The run folder: config.toml, metrics.jsonl, curves.png, checkpoints/, best/ and last/ (exported models), samples/."""
+"""The run folder: config.toml, metrics.jsonl, curves.png, checkpoints/, samples/, best/ and last/ models."""
 
 import json
 import re
@@ -33,7 +33,8 @@ class RunFolder:
             )
         if not resume and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(
-                f"{self.path} is not empty; add --resume to continue the run in it, or choose another place with --output"
+                f"{self.path} is not empty; add --resume to continue the run in it, or choose another "
+                "place with --output"
             )
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.toml").write_text(to_toml(recipe.model_dump(mode="json")), encoding="utf-8")

@@ -50,8 +50,9 @@ class Session(Generic[OwnRecipe]):
 def open_session(
     recipe_class: type[OwnRecipe], usage: str, arguments: list[str] | None = None
 ) -> Iterator[Session[OwnRecipe]]:
-    """Reads `CONFIG.toml [--resume] [--deepspeed JSON] [--section.key value ...]`, joins the other processes, opens the run folder.
+    """Reads the command line, joins the other processes and opens the run folder.
 
+    The command line is `CONFIG.toml [--resume] [--deepspeed JSON] [--section.key value ...]`.
     The random generators are seeded alike everywhere, so that every process builds the same model.
 
     Args:
@@ -69,7 +70,8 @@ def open_session(
         raise SystemExit(0)
     if len(positional) != 1:
         raise UserError(
-            f"one CONFIG.toml is wanted, found {positional or 'none'}; the ready ones are in configs/, --help shows the commands"
+            f"one CONFIG.toml is wanted, found {positional or 'none'}; the ready ones are in configs/, "
+            "--help shows the commands"
         )
     recipe = load_config(recipe_class, Path(positional[0]), overrides)
     deepspeed = Path(own["deepspeed"]) if "deepspeed" in own else None
@@ -86,7 +88,8 @@ def check_batch_divides(train: TrainConfig, world_size: int) -> None:
     passes = train.accumulation * world_size
     if train.batch_size % passes:
         raise UserError(
-            f"train.batch_size {train.batch_size} cannot be shared by {world_size} processes x accumulation {train.accumulation}; "
+            f"train.batch_size {train.batch_size} cannot be shared by {world_size} processes x "
+            f"accumulation {train.accumulation}; "
             f"use a multiple of {passes}"
         )
 
