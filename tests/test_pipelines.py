@@ -96,7 +96,8 @@ def test_sampling_writes_a_grid_and_single_pictures(run, run_script, tmp_path):
     captions.write_text("blue square\n\n赤リンゴ\n", encoding="utf-8")
     ran = run_script(
         "pipelines/sample_images.py", run, "red square", "--captions-file", captions, "--num", 2,
-        "--guidance-scale", 2, "--temperature", 0.9, "--top-k", 10, "--top-p", 0.95, "--seed", 5, "--out", tmp_path / "grid.png",
+        "--guidance-scale", 2, "--temperature", 0.9, "--top-k", 10, "--top-p", 0.95, "--seed", 5,
+        "--out", tmp_path / "grid.png",
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert sorted(path.name for path in (tmp_path / "grid").iterdir()) == [

@@ -164,6 +164,15 @@ def test_a_dropped_tail_of_metrics_is_not_logged_twice(tmp_path, tiny_shards):
     assert steps == list(range(1, 13))
 
 
+def test_run_that_died_before_its_first_checkpoint_starts_over(tmp_path, tiny_shards):
+    session = new_session(tmp_path / "run", log_every=1)
+    with pytest.raises(ZeroDivisionError):
+        train_on_shards(session, tiny_shards, lambda n, batch: 1 // (n - 3))
+    train_on_shards(new_session(tmp_path / "run", resume=True, log_every=1), tiny_shards)
+    steps = [record["step"] for record in session.run.read_metrics() if record["kind"] == "train"]
+    assert steps == list(range(1, 13))
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, tiny_shards, capsys):
     session = new_session(tmp_path / "run")
     with pytest.raises(SystemExit) as stopped:
