@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from mmvit.core.transformer import TransformerConfig
-from mmvit.errors import UserError
+from mmvit.errors import UserError, run_script
 from mmvit.evaluation.accuracy import classification_metrics
 from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
@@ -30,6 +30,7 @@ MODEL = ClassifierConfig(
     image_size=8, patch_size=4, num_classes=4, core=TransformerConfig(width=16, depth=2, num_heads=2)
 )
 STEPS = 8
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 class ClassifierRecipe(Recipe):
@@ -99,9 +100,15 @@ def run_training(session: Session, stop_before: int | None = None) -> None:
     train(session, Classifier(MODEL), stream, evaluate)
 
 
-def main(folder: Path) -> None:
-    """What each of the two processes does: every mode to the end, straight and with a stop and a resume."""
+def main() -> None:
+    """`FOLDER` is what each of the two processes does: every mode to the end, straight and resumed.
+    `FOLDER MODE` resumes the run in that folder.
+    """
+    folder, *mode = Path(sys.argv[1]), *sys.argv[2:]
     with open_processes("cpu", needs_group=True) as processes:
+        if mode:
+            run_training(new_session(folder, processes, MODES[mode[0]], resume=True))
+            return
         for mode, deepspeed in MODES.items():
             run_training(new_session(folder / mode, processes, deepspeed, accumulation=2))
             cut = folder / f"{mode}-cut"
@@ -127,15 +134,14 @@ def two_processes(tmp_path_factory) -> Path:
         __file__,
         str(folder),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=ENVIRONMENT)
     assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-8000:]
     return folder
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory) -> Path:
-    """The same recipe in this process alone: with averaged weights (`averaged`), without (`plain`), in `bf16`."""
+    """The same recipe in this process alone: `averaged` weights or `plain` ones, and in `bf16`."""
     folder = tmp_path_factory.mktemp("one")
     alone = Processes(0, 1, torch.device("cpu"))
     run_training(new_session(folder / "averaged", alone))
@@ -204,6 +210,17 @@ def test_checkpoints_of_other_engines_are_refused(two_processes, tmp_path):
         run_training(new_session(tmp_path / "run", alone, resume=True))
 
 
+def test_sharded_checkpoint_is_refused_in_another_layout(two_processes, tmp_path):
+    shutil.copytree(two_processes / "zero2", tmp_path / "run")
+    command = [sys.executable, __file__, str(tmp_path / "run"), "zero1"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=ENVIRONMENT)
+    assert ended.returncode == 2
+    expected = (
+        "is cut up for {'zero_stage': 2, 'processes': 2}, and this run is {'zero_stage': 1, 'processes': 1}"
+    )
+    assert expected in ended.stderr
+
+
 @pytest.mark.parametrize(
     ("settings", "overrides", "message"),
     [
@@ -248,4 +265,4 @@ def test_ready_settings_differ_in_their_stage_alone():
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_script(main)

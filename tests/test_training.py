@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from mmvit.training import (
 from mmvit.training.checkpoint import Checkpoints, read_state
 from mmvit.training.distributed import choose_device
 from mmvit.training.engine import TorchEngine
+from mmvit.training.interruption import Interruption
 from mmvit.training.optim import Optimizer, rate_scale, split_parameters
 
 ALONE = Processes(rank=0, world_size=1, device=torch.device("cpu"))
@@ -153,6 +155,15 @@ def test_terminated_and_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny_s
         assert_same_state(read_weights(whole.run.path / name), read_weights(again.run.path / name))
 
 
+def test_evaluation_leaves_no_trace_in_training(tmp_path, tiny_shards):
+    records = []
+    for evaluate_every in (4, 100):
+        session = new_session(tmp_path / str(evaluate_every), evaluate_every=evaluate_every)
+        train_on_shards(session, tiny_shards)
+        records.append([record for record in comparable_metrics(session.run) if record["kind"] == "train"])
+    assert records[0] == records[1]
+
+
 def test_a_dropped_tail_of_metrics_is_not_logged_twice(tmp_path, tiny_shards):
     session = new_session(tmp_path / "run", checkpoint_every=6, log_every=1)
     with pytest.raises(ZeroDivisionError):  # dies two steps after the checkpoint
@@ -181,6 +192,17 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, tiny_shards, capsys):
     assert "SIGINT: saved at step 3; the same command with --resume continues" in capsys.readouterr().out
     assert (session.run.last / "model.safetensors").is_file()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was before
+
+
+def test_second_ctrl_c_leaves_at_once_but_a_launchers_echo_does_not(monkeypatch):
+    seconds = iter([100.0, 100.1, 104.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.signal == signal.SIGINT
+        with pytest.raises(SystemExit, match="130"):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_run_folder_is_complete_and_its_models_load(tmp_path, tiny_shards):
@@ -286,6 +308,18 @@ def test_muon_trains_the_core_and_resumes():
         Optimizer(nn.Linear(2, 2), config, total_steps=10)
 
 
+def test_settings_of_the_optimizer_may_change_on_resume():
+    model = Classifier(MODEL)
+    state = Optimizer(
+        model, OptimizerConfig(weight_decay=0.1, betas=(0.9, 0.95)), total_steps=10
+    ).state_dict()
+    resumed = Optimizer(model, OptimizerConfig(weight_decay=0.3, betas=(0.9, 0.99)), total_steps=10)
+    resumed.load_state_dict(state)
+    [adamw] = resumed.parts
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.3, 0.0]
+    assert adamw.param_groups[0]["betas"] == (0.9, 0.99)
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
@@ -374,6 +408,8 @@ def test_new_run_does_not_overwrite_and_resume_wants_a_run(tmp_path):
     (tmp_path / "run" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"run is not empty; add --resume .* --output"):
         new_session(tmp_path / "run")
+    new_session(tmp_path / "failed")  # left nothing but its config.toml
+    new_session(tmp_path / "failed")
     with pytest.raises(UserError, match="nothing to resume: there is no run folder"):
         new_session(tmp_path / "nowhere", resume=True)
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mmvit.errors import UserError
-from mmvit.hub import WEIGHTS, write_weights
+from mmvit.hub import WEIGHTS, write_json, write_weights
+from mmvit.training.checkpoint import damaged, read_json
 from mmvit.training.config import OptimizerConfig, TrainConfig
 from mmvit.training.distributed import Processes, choose_precision
 from mmvit.training.engine import (
@@ -29,6 +30,7 @@ from mmvit.training.engine import (
 from mmvit.training.optim import Optimizer
 
 TAG = "deepspeed"  # folder of the sharded state inside a checkpoint
+LAYOUT = "deepspeed.json"  # what it is sharded for
 OURS = {  # keys of DeepSpeed's JSON that the recipe decides
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.batch_size",
@@ -60,7 +62,8 @@ class DeepSpeedEngine:
         settings = read_settings(settings_path)
         self.stage = settings.get("zero_optimization", {}).get("stage", 0)
         check_supported(self.stage, train, optimizer, processes.device)
-        self.train, self.processes, self.path = train, processes, settings_path
+        self.train, self.processes = train, processes
+        self.layout = {"zero_stage": self.stage, "processes": processes.world_size}
         self.precision = choose_precision(train.precision, processes.device)
         model = model.to(processes.device).train()
         self.average = WeightAverage(model, train.ema_decay) if train.ema_decay else None
@@ -139,23 +142,23 @@ class DeepSpeedEngine:
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
         model = self.whole_model()
         if self.processes.is_main:
+            write_json(self.layout, folder / LAYOUT)
             write_weights(cpu_weights(model), folder / WEIGHTS)
             if self.average is not None:
                 write_weights(cpu_weights(self.average.model), folder / AVERAGE)
 
     def load(self, folder: Path) -> None:
-        advice = f"resume with the same --deepspeed file and number of processes as before (now {self.path})"
-        if not (folder / TAG).is_dir():
+        if not (folder / LAYOUT).is_file():
             raise UserError(f"{folder} was written without DeepSpeed: resume without --deepspeed")
-        try:
-            path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
-        except (AssertionError, KeyError, RuntimeError, ValueError, OSError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+        layout = read_json(folder / LAYOUT)
+        if layout != self.layout:
             raise UserError(
-                f"{folder} does not fit this ZeRO stage or number of processes ({reason}); {advice}"
-            ) from None
+                f"{folder} is cut up for {layout}, and this run is {self.layout}; resume with the same "
+                "stage and number of processes, or start a new run"
+            )
+        path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
-            raise UserError(f"DeepSpeed finds no state for this process in {folder / TAG}; {advice}")
+            raise damaged(folder, f"DeepSpeed finds no state in {TAG}/")
         if self.average is not None:
             read_average(self.average.model, folder)
 

@@ -2,16 +2,18 @@
 
 import os
 import signal
+import time
 from typing import Self
 
 CAUGHT = (signal.SIGINT, signal.SIGTERM)
+ECHO = 3.0  # seconds; a launcher (torchrun, deepspeed) repeats the terminal's Ctrl-C to its processes
 
 
 class Interruption:
     """While open, the first SIGINT or SIGTERM is kept in `signal` (0 before) and does not end the process."""
 
     def __init__(self):
-        self.signal = 0
+        self.signal, self.since = 0, 0.0
         self.owner = os.getpid()
 
     def __enter__(self) -> Self:
@@ -23,12 +25,10 @@ class Interruption:
             signal.signal(number, handler)
 
     def receive(self, number: int, frame: object) -> None:
-        if (
-            os.getpid() != self.owner
-        ):  # a forked data worker: its parent saves and ends it; SIGTERM is that end
+        if os.getpid() != self.owner:  # a forked data worker, which its parent ends by SIGTERM
             if number == signal.SIGTERM:
                 os._exit(128 + number)
-        elif self.signal:
+        elif not self.signal:
+            self.signal, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > ECHO:
             raise SystemExit(128 + number)
-        else:
-            self.signal = number

@@ -31,7 +31,8 @@ class RunFolder:
             raise UserError(
                 f"nothing to resume: there is no run folder {self.path}; leave --resume out to start one"
             )
-        if not resume and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        began = {self.path / "config.toml"}  # of a start that failed before it trained: nothing is lost
+        if not resume and self.path.exists() and (not self.path.is_dir() or {*self.path.iterdir()} - began):
             raise UserError(
                 f"{self.path} is not empty; add --resume to continue the run in it, or choose another "
                 "place with --output"
