@@ -94,7 +94,8 @@ def fit_to_tokenizers(model: GeneratorConfig, text: TextTokenizer, image: VQMode
     error."""
     facts = {"vocab_size": text.vocab_size, "codebook_size": image.config.codebook_size}
     for name, fact in facts.items():
-        if name in model.model_fields_set and getattr(model, name) != fact:
+        default = GeneratorConfig.model_fields[name].default
+        if getattr(model, name) not in (fact, default):
             raise UserError(
                 f"model.{name} is {getattr(model, name)}, but the tokenizer has {fact}; leave it out"
             )

@@ -58,6 +58,9 @@ class Pictures:
     def load_state_dict(self, state: dict) -> None:
         self.read = state["read"]
 
+    def summary(self) -> str:
+        return f"{self.read} batches read"
+
 
 def pictures(numbers: range) -> dict[str, torch.Tensor]:
     """Noise with one bright channel, which is the class; the fourth class has none."""

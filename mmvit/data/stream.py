@@ -127,6 +127,10 @@ class ShardStream:
             **tally.counts,
         }
 
+    def summary(self) -> str:
+        """The counts of this rank in a line."""
+        return self.tally.describe()
+
     def state_dict(self) -> dict[str, Any]:
         """The position after the batch that was yielded last, as plain numbers, strings, lists and dicts."""
         return {

@@ -37,14 +37,22 @@ class Tally:
         """Raises UserError if more samples were bad than `max_bad` of those read and than `MIN_BAD`."""
         num_bad = sum(self.skipped.values())
         if num_bad > max(MIN_BAD, max_bad * self.read):
-            reasons = "; ".join(
-                f"{number} x {reason}, the first: {self.examples[reason]}"
-                for reason, number in self.skipped.items()
-            )
             raise UserError(
-                f"{num_bad} bad samples among {self.read} read: {reasons}. Mend or remove them; a share of "
-                f"{max_bad:.0%} (and {MIN_BAD} in all) would be skipped"
+                f"{num_bad} bad samples among {self.read} read: {self.reasons()}. Mend or remove them; a share "
+                f"of {max_bad:.0%} (and {MIN_BAD} in all) would be skipped"
             )
+
+    def reasons(self) -> str:
+        """Why samples were skipped: counts, each with its first case."""
+        return "; ".join(
+            f"{number} x {reason}, the first: {self.examples[reason]}" for reason, number in self.skipped.items()
+        )
+
+    def describe(self) -> str:
+        """One line for the end of a run."""
+        counts = "".join(f", {number:,} {name}" for name, number in self.counts.items())
+        reasons = f" ({self.reasons()})" if self.skipped else ""
+        return f"{self.read:,} samples read{counts}, {sum(self.skipped.values()):,} skipped{reasons}"
 
 
 def add_counts(left: Mapping[str, int], right: Mapping[str, int]) -> dict[str, int]:

@@ -96,6 +96,7 @@ def train(
                     f"{name}: saved at step {progress.step}; the same command with --resume continues"
                 )
                 raise SystemExit(128 + stop)
+        display.say(f"{stream.summary()}; the run is in {run.path}")
     return progress
 
 

@@ -25,11 +25,12 @@ STATE, RECIPE = "training.pt", "recipe.json"
 
 
 class Stream(Protocol):
-    """Endless batches with a position; `mmvit.data` has one."""
+    """Endless batches with a position, and a line that says what was read; `mmvit.data` has one."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def summary(self) -> str: ...
 
 
 @dataclass
