@@ -1,5 +1,5 @@
 # Two commands set everything up: `make demo` and `make test`. Each works alone, in a fresh clone, with Python 3.11.
-PYTHON ?= python3.11
+PYTHON ?= $(or $(shell command -v python3.11),python3)
 BIN := .venv/bin
 
 .PHONY: help install demo test lint format clean

@@ -38,14 +38,15 @@ class Tally:
         num_bad = sum(self.skipped.values())
         if num_bad > max(MIN_BAD, max_bad * self.read):
             raise UserError(
-                f"{num_bad} bad samples among {self.read} read: {self.reasons()}. Mend or remove them; a share "
-                f"of {max_bad:.0%} (and {MIN_BAD} in all) would be skipped"
+                f"{num_bad} bad samples among {self.read} read: {self.reasons()}. Mend or remove them; "
+                f"a share of {max_bad:.0%} (and {MIN_BAD} in all) would be skipped"
             )
 
     def reasons(self) -> str:
         """Why samples were skipped: counts, each with its first case."""
         return "; ".join(
-            f"{number} x {reason}, the first: {self.examples[reason]}" for reason, number in self.skipped.items()
+            f"{number} x {reason}, the first: {self.examples[reason]}"
+            for reason, number in self.skipped.items()
         )
 
     def describe(self) -> str:

@@ -51,6 +51,18 @@ def labelled_grid(
     return sheet
 
 
+def side_by_side(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Several sheets as one, from left to right."""
+    both = Image.new(
+        "RGB", (sum(sheet.width for sheet in sheets), max(sheet.height for sheet in sheets)), "white"
+    )
+    x = 0
+    for sheet in sheets:
+        both.paste(sheet, (x, 0))
+        x += sheet.width
+    return both
+
+
 def fit(picture: Image.Image, cell: int) -> Image.Image:
     """The picture scaled to lie within cell × cell pixels; small ones grow by whole factors, so codes stay
     crisp."""
