@@ -4,7 +4,7 @@
     python pipelines/train_caption_to_image.py configs/emoji_demo.toml --train.steps 100 --output runs/short
     torchrun --nproc_per_node 2 pipelines/train_caption_to_image.py configs/emoji_demo.toml
     deepspeed pipelines/train_caption_to_image.py configs/emoji_demo.toml \\
-        --deepspeed configs/deepspeed/zero2.json
+        --deepspeed configs/deepspeed/zero2.json --optimizer.name adamw
 
 The same command with --resume continues. The run folder then holds the model with both tokenizers (best/,
 last/), ready for pipelines/sample_images.py, and a grid of samples at every evaluation (samples/).

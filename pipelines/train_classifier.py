@@ -4,8 +4,8 @@
     python pipelines/train_classifier.py configs/fashion_mnist.toml --train.steps 100 --output runs/short
     python pipelines/train_classifier.py configs/fashion_mnist.toml --resume
     torchrun --nproc_per_node 2 pipelines/train_classifier.py configs/fashion_mnist.toml
-    deepspeed pipelines/train_classifier.py configs/fashion_mnist.toml \
-        --deepspeed configs/deepspeed/zero2.json
+    deepspeed pipelines/train_classifier.py configs/fashion_mnist.toml \\
+        --deepspeed configs/deepspeed/zero2.json --optimizer.name adamw
 
 The run folder (`output` in the recipe) gets config.toml, metrics.jsonl, curves.png, checkpoints/, and the
 exported models best/ (by held-out accuracy) and last/. Ctrl-C saves first; --resume continues exactly there.
