@@ -33,7 +33,7 @@ class PatchStem(nn.Module):
 class ConvStem(nn.Module):
     """3×3 convolutions of stride 2 down to one vector a patch, then a 1×1 (Xiao et al., 2106.14881).
 
-    Widths double from layer to layer and end at `width` / 2; batch normalisation is replaced by a
+    Widths double from layer to layer and end at `width`; batch normalisation is replaced by a
     per-position LayerNorm, so a token does not depend on the other images of the batch.
     """
 
@@ -44,7 +44,7 @@ class ConvStem(nn.Module):
             raise ValueError(
                 f"a convolutional stem needs a patch size that is a power of two, got {patch_size}"
             )
-        widths = [channels] + [width // 2 ** (halvings - i) for i in range(halvings)]
+        widths = [channels] + [width // 2 ** (halvings - 1 - i) for i in range(halvings)]
         self.convolutions = nn.ModuleList(
             nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in pairwise(widths)
         )
