@@ -1,6 +1,6 @@
 """Prints the named models with their exact parameter counts, built on the meta device: nothing is allocated.
 
-    python pipelines/list_presets.py
+python pipelines/list_presets.py
 """
 
 import torch

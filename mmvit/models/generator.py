@@ -90,8 +90,8 @@ class GeneratorTransformer(Pretrained, nn.Module):
     def start_from_codebook(self, vectors: Tensor) -> None:
         """Starts the codes' embeddings and the image head from what the codes look like, before training.
 
-        Codes that stand for similar patches then begin with similar embeddings and logits. On few images that
-        is worth a lot: the model need not learn each code by itself (figures: benchmarks/README.md).
+        Codes that stand for similar patches then begin with similar embeddings and logits, so that few images
+        need not teach the model each code by itself.
 
         Args:
             vectors: (codebook_size, code_width), the image tokenizer's codebook.
