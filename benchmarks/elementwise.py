@@ -1,4 +1,4 @@
-"""What a block costs besides matrix products, in bfloat16: dropout, rotation, activation, norm. Prints a table.
+"""What a block costs besides matrix products, in bfloat16: dropout, rotation, activation, norm.
 
     python benchmarks/elementwise.py
 
