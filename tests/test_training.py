@@ -185,13 +185,13 @@ def test_run_that_died_before_its_first_checkpoint_starts_over(tmp_path, tiny_sh
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, tiny_shards, capsys):
-    session = new_session(tmp_path / "run")
+    session, before = new_session(tmp_path / "run"), signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as stopped:
         train_on_shards(session, tiny_shards, terminate_at(3, signal.SIGINT))
     assert stopped.value.code == 130
     assert "SIGINT: saved at step 3; the same command with --resume continues" in capsys.readouterr().out
     assert (session.run.last / "model.safetensors").is_file()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was before
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_second_ctrl_c_leaves_at_once_but_a_launchers_echo_does_not(monkeypatch):
