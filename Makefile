@@ -14,10 +14,10 @@ help: ## list the targets
 
 install: .venv/installed ## make .venv with mmvit, its tests and the emoji data, at the versions of constraints.txt
 
-demo: .venv/installed ## train a generator on emoji and draw captions that it has never seen (12 minutes on 2 cores)
+demo: .venv/installed ## train a generator on emoji and draw captions that it has never seen (9 minutes on 2 cores)
 	$(BIN)/python pipelines/demo.py
 
-test: .venv/installed ## run the tests (under 6 minutes on 2 cores)
+test: .venv/installed ## run the tests (2 minutes on 2 cores)
 	$(BIN)/python -m pytest
 
 lint: .venv/installed ## check style with ruff

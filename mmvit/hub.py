@@ -107,6 +107,7 @@ def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
     """Writes a safetensors file, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
+    partial.chmod(0o644)  # safetensors makes files that nobody else can read
     os.replace(partial, path)
 
 

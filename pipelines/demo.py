@@ -22,7 +22,7 @@ def main() -> None:
     start = time.perf_counter()
     step(root, "prepare_emoji.py", PIXELS, done=PIXELS / "dataset.json")
     step(root, "encode_images.py", PIXELS, CODES, done=CODES / "dataset.json")
-    resume = ["--resume"] if (root / RUN / "checkpoints").is_dir() else []
+    resume = ["--resume"] if (root / RUN).is_dir() else []
     step(root, "train_caption_to_image.py", "configs/emoji_demo.toml", *resume)
     step(root, "evaluate.py", RUN, PIXELS, "--split", "combinations", "--out", "demo.png")
     print(f"done in {(time.perf_counter() - start) / 60:.1f} minutes; draw your own captions with")
@@ -38,7 +38,11 @@ def step(root: Path, script: str, *arguments: object, done: Path | None = None) 
         print(f"$ {shown}   (done before: {done} exists)", flush=True)
         return
     print(f"$ {shown}", flush=True)
-    code = subprocess.run(command, cwd=root).returncode
+    process = subprocess.Popen(command, cwd=root)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # the step has seen Ctrl-C, too, and saves first
+        code = process.wait()
     if code:
         sys.exit(code)
 

@@ -44,6 +44,9 @@ def main() -> None:
                 files = {name: data for name, data in sample.files.items() if name not in IMAGE_EXTENSIONS}
                 writer.write(sample.key, {**files, "codes.npy": pack_codes(codes)})
                 outcome.wrote(split)
+    if not outcome.written:
+        outcome.print(options.out)
+        raise UserError(f"no picture in {options.source} could be encoded")
     made = {
         "path": str(options.tokenizer),
         "size": list(size),
