@@ -14,7 +14,7 @@ from mmvit.core.positions import rotate
 
 Kernel = Literal["auto", "plain", "sdpa"]
 # On a CPU, in training, plain products beat the fused kernel up to this length (benchmarks/attention.py).
-PLAIN_UP_TO = 512
+PLAIN_UP_TO = 192
 
 
 class KeyValueCache:
