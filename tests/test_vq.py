@@ -134,7 +134,7 @@ def update_on_rank(rank: int, folder: Path) -> None:
 
 def test_processes_keep_one_codebook(tmp_path):
     start_processes(update_on_rank, (tmp_path,), nprocs=2, start_method="fork")
-    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert torch.equal(one["sums"], two["sums"])
     assert torch.equal(one["use"], two["use"])
 
