@@ -22,6 +22,7 @@ from torch import nn
 
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
+from mmvit.sampling import decoding
 from mmvit.sampling.decoding import sample_codes
 from mmvit.training.config import OptimizerConfig
 from mmvit.training.optim import Optimizer
@@ -64,15 +65,18 @@ def main() -> None:
     console.print(table)
 
     table = Table(title=f"sampling {generator.config.num_codes} codes, emoji_demo.toml")
-    for column in ("images at once", "guidance", "seconds", "images/s"):
+    for column in ("images at once", "guidance", "threads", "seconds", "images/s"):
         table.add_column(column, justify="right")
     generator.eval()
-    for batch, guidance in ((1, 1.0), (1, 2.0), (64, 1.0)):
+    all_threads, decoding.ONE_THREAD_UP_TO = torch.get_num_threads(), 0
+    for batch, guidance in ((1, 1.0), (1, 2.0), (4, 2.0), (64, 1.0)):
         captions = torch.randint(1, generator.config.vocab_size, (batch, generator.config.text_length))
-        seconds = median_seconds(
-            lambda c=captions, g=guidance: sample_codes(generator, c, list(range(len(c))), g)
-        )
-        table.add_row(str(batch), str(guidance), f"{seconds:.2f}", f"{batch / seconds:.1f}")
+        for threads in (1, all_threads):
+            torch.set_num_threads(threads)
+            seconds = median_seconds(
+                lambda c=captions, g=guidance: sample_codes(generator, c, list(range(len(c))), g)
+            )
+            table.add_row(str(batch), str(guidance), str(threads), f"{seconds:.2f}", f"{batch / seconds:.1f}")
     console.print(table)
 
 

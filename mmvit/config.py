@@ -4,10 +4,12 @@ by name."""
 import difflib
 import json
 import tomllib
+from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from mmvit.errors import UserError
 
@@ -34,18 +36,28 @@ def load_config(cls: type[Settings], path: Path | None, overrides: list[str] = (
         ill-typed value.
     """
     values = read_toml(path) if path is not None else {}
-    for key, text in parse_overrides(overrides):
+    pairs = parse_overrides(overrides)
+    for key, text in pairs:
         set_by_path(values, key, parse_value(text))
-    return build_config(cls, values, source=str(path) if path is not None else "the command line")
+    source = "the command line" if path is None else str(path)
+    return build_config(cls, values, source, overridden={key for key, _ in pairs})
 
 
-def build_config(cls: type[Settings], values: dict[str, Any], source: str) -> Settings:
-    """Validates `values` as a `cls`; `source` names the file in errors."""
+def build_config(
+    cls: type[Settings], values: dict[str, Any], source: str, overridden: Container[str] = ()
+) -> Settings:
+    """Validates `values` as a `cls`; errors name the `source`, or the command line for keys that it has
+    `overridden`."""
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        problems = [describe_problem(cls, problem) for problem in error.errors()]
-        raise UserError(f"{source}: " + "; ".join(problems)) from None
+        problems: dict[str, list[str]] = {}
+        for problem in error.errors():
+            key = ".".join(find_setting(cls, problem["loc"])[0])
+            origin = "the command line" if key in overridden else source
+            problems.setdefault(origin, []).append(describe_problem(cls, problem))
+        lines = [f"{origin}: {'; '.join(texts)}" for origin, texts in problems.items()]
+        raise UserError("; ".join(lines)) from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -94,10 +106,10 @@ def set_by_path(values: dict[str, Any], key: str, value: Any) -> None:
 def describe_problem(cls: type[Config], problem: dict[str, Any]) -> str:
     """One pydantic error in the words of the configuration: the dotted key, what was found, the nearest valid
     key."""
-    where = [str(part) for part in problem["loc"]]
+    where, section = find_setting(cls, problem["loc"])
     key = ".".join(where)
     if problem["type"] == "extra_forbidden":
-        valid = section_fields(cls, where[:-1])
+        valid = list(section.model_fields)
         near = difflib.get_close_matches(where[-1], valid, n=1, cutoff=0.5)
         advice = (
             f"did you mean {'.'.join([*where[:-1], near[0]])}?" if near else f"valid keys: {', '.join(valid)}"
@@ -105,21 +117,58 @@ def describe_problem(cls: type[Config], problem: dict[str, Any]) -> str:
         return f"unknown key {key}: {advice}"
     if problem["type"] == "missing":
         return f"{key} is required"
-    found = json.dumps(problem["input"], default=str, ensure_ascii=False)
     reason = problem["msg"].removeprefix("Value error, ")
-    return f"{key} = {found[:80]}: {reason}" if key else reason
+    if isinstance(problem["input"], dict):  # a rule over several keys, which its reason names
+        return f"[{key}]: {reason}" if key else reason
+    found = json.dumps(problem["input"], default=str, ensure_ascii=False)
+    return f"{key} = {found if len(found) <= 80 else found[:77] + '...'}: {reason}"
 
 
-def section_fields(cls: type[Config], path: list[str]) -> list[str]:
-    """The valid keys of the section at `path` inside `cls`."""
-    for part in path:
-        field = cls.model_fields.get(part)
-        inner = [field.annotation, *get_args(field.annotation)] if field else []
-        sections = [kind for kind in inner if isinstance(kind, type) and issubclass(kind, Config)]
-        if not sections:
-            return []
-        cls = sections[0]
-    return list(cls.model_fields)
+def find_setting(cls: type[Config], place: Sequence[str | int]) -> tuple[list[str], type[Config]]:
+    """The keys of a pydantic error's place, without the tag of the section's kind, and the section that the
+    last key is in."""
+    keys: list[str] = []
+    section, kinds = cls, {}
+    for part in map(str, place):
+        if part in kinds:
+            section, kinds = kinds[part], {}
+            continue
+        keys.append(part)
+        field = section.model_fields.get(part)
+        sections = sections_of(field) if field else []
+        if len(sections) == 1 and part != place[-1]:
+            section = sections[0]
+        kinds = {kind_of(inner): inner for inner in sections} if len(sections) > 1 else {}
+    return keys, section
+
+
+def sections_of(field: FieldInfo) -> list[type[Config]]:
+    """The sections that a field may hold: one, several that differ in their `kind`, or none if it is a
+    value."""
+    kinds = [field.annotation, *get_args(field.annotation)]
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Config)]
+
+
+def kind_of(section: type[Config]) -> str:
+    """The value of a section's field `kind`, where it has one."""
+    return section.model_fields["kind"].default if "kind" in section.model_fields else ""
+
+
+def describe_settings(cls: type[Config], path: str = "") -> list[str]:
+    """Every setting of `cls` as a line: `train.steps = 1000`, and what it means where its name does not
+    say."""
+    lines = []
+    for name, field in cls.model_fields.items():
+        if sections := sections_of(field):
+            for section in sections:
+                lines += describe_settings(section, f"{path}{name}.")
+            continue
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        kind = " | ".join(map(str, choices)) or getattr(field.annotation, "__name__", str(field.annotation))
+        default = "(required)" if field.is_required() else f"= {field.get_default(call_default_factory=True)}"
+        note = f"; {field.description}" if field.description else ""
+        lines.append(f"  {path}{name} {default}    {kind}{note}")
+    return lines
 
 
 def split_command_line(

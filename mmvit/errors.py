@@ -3,6 +3,7 @@ traceback)."""
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 
@@ -11,13 +12,24 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main`. A `UserError` becomes one line on stderr and exit code 2."""
+    """Runs a script's `main`. A `UserError` becomes one line on stderr and exit code 2, a warning one line,
+    Ctrl-C exit code 130."""
+    warnings.showwarning = show_warning
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.stderr.flush()
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # the reader of our output, `head` for one, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def show_warning(message: Warning | str, category: type[Warning], *place: object, **more: object) -> None:
+    """A warning in one line; where in the code it was given is added only where that is for a programmer."""
+    name = "" if category is UserWarning else f" ({category.__name__} at {place[0]}:{place[1]})"
+    print(f"warning: {message}{name}", file=sys.stderr, flush=True)

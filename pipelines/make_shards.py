@@ -8,7 +8,7 @@
 A folder's captions are used where there are .txt files beside the images; otherwise the folder names are
 classes. Paths in a list are relative to it; `captions` in JSON lines may hold {language: caption}. Images
 keep their bytes, unless they are larger than --max-side or not JPEG, PNG or WebP. A share of them, chosen by
-a hash of the key, is held out as split `heldout`.
+a hash of the key, is held out as split `heldout`; of two or more, always at least one.
 """
 
 import argparse
@@ -66,11 +66,8 @@ def main() -> None:
     entries = drop_duplicates(find_entries(arguments.source, outcome), outcome)
     if not entries:
         raise UserError(f"nothing usable in {arguments.source}: {describe_skipped(outcome)}")
-    classes = name_classes(entries)
-    write(entries, classes, arguments.out, arguments, outcome)
+    write(entries, arguments, outcome)
     outcome.print(arguments.out)
-    if not outcome.written:
-        raise UserError(f"no image of {arguments.source} could be used: {describe_skipped(outcome)}")
 
 
 def find_entries(source: Path, outcome: Outcome) -> list[Entry]:
@@ -103,6 +100,8 @@ def entries_of_folder(folder: Path, outcome: Outcome) -> list[Entry]:
         if captioned:
             try:
                 entry.caption = text.read_bytes().decode("utf-8").strip()
+                if not entry.caption:
+                    outcome.note("the caption is empty, which stands for any picture", name)
             except UnicodeDecodeError:
                 outcome.skip("caption is not UTF-8", str(text.relative_to(folder)))
                 continue
@@ -181,13 +180,13 @@ def name_classes(entries: list[Entry]) -> list[str]:
     return sorted(names)
 
 
-def write(
-    entries: list[Entry], classes: list[str], out: Path, arguments: argparse.Namespace, outcome: Outcome
-) -> None:
+def write(entries: list[Entry], arguments: argparse.Namespace, outcome: Outcome) -> None:
     """Writes both splits in an order mixed by the hash of the key, and `dataset.json`."""
+    out, classes = arguments.out, name_classes(entries)
     numbers = {name: number for number, name in enumerate(classes)}
     hashes = {entry.key: hashlib.sha256(entry.key.encode()).digest() for entry in entries}
     entries = sorted(entries, key=lambda entry: hashes[entry.key])
+    held_out = choose_held_out(hashes, arguments.heldout_share)
     with (
         ShardWriter(out, "train", arguments.samples_per_shard) as train,
         ShardWriter(out, "heldout", arguments.samples_per_shard) as heldout,
@@ -198,12 +197,24 @@ def write(
             except BadSample as bad:
                 outcome.skip(bad.reason, str(entry.path))
                 continue
-            share = int.from_bytes(hashlib.sha256(hashes[entry.key]).digest()[:8]) / 2**64
-            writer = heldout if share < arguments.heldout_share else train
+            writer = heldout if entry.key in held_out else train
             writer.write(entry.key, files)
             outcome.wrote(writer.split)
+        if not outcome.written:  # nothing has been replaced yet
+            raise UserError(f"no image of {arguments.source} could be used: {describe_skipped(outcome)}")
     facts = {"classes": classes} if classes else {}
     write_dataset_card(out, outcome, source=str(arguments.source), **facts)
+
+
+def choose_held_out(hashes: dict[str, bytes], share: float) -> set[str]:
+    """The keys to hold out, by a rule of the key alone; where it would choose none or all of several, the
+    next one is held out or kept."""
+    places = {key: int.from_bytes(hashlib.sha256(hashes[key]).digest()[:8]) / 2**64 for key in hashes}
+    ranked = sorted(places, key=places.get)
+    number = sum(place < share for place in places.values())
+    if share > 0 and len(ranked) > 1:
+        number = min(max(number, 1), len(ranked) - 1)
+    return set(ranked[:number])
 
 
 def image_files(path: Path, max_side: int | None) -> dict[str, bytes]:

@@ -41,7 +41,8 @@ def main() -> None:
         for j, picture in enumerate(row):
             picture.save(folder / f"{i:03d}-{file_name(caption)}-seed{options.seed + j}.png")
     labelled_grid(rows, captions).save(options.out)
-    print(f"{len(pictures)} pictures in {seconds:.1f} s: {options.out}, and each alone in {folder}/")
+    number = "1 picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
+    print(f"{number} in {seconds:.1f} s: {options.out}, and each alone in {folder}/")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from mmvit.core.transformer import TransformerConfig
+from mmvit.data.tally import Tally
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.accuracy import classification_metrics
 from mmvit.hub import read_weights
@@ -58,8 +59,9 @@ class Pictures:
     def load_state_dict(self, state: dict) -> None:
         self.read = state["read"]
 
-    def summary(self) -> str:
-        return f"{self.read} batches read"
+    @property
+    def tally(self) -> Tally:
+        return Tally(read=self.read * self.batch_size)
 
 
 def pictures(numbers: range) -> dict[str, torch.Tensor]:
@@ -89,7 +91,7 @@ def new_session(
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2),
     )
     run = RunFolder(output)
-    processes.on_main(lambda: run.open(recipe, resume))
+    processes.on_main(lambda: run.open(resume))
     torch.manual_seed(recipe.train.seed)
     return Session(recipe, processes, run, resume, deepspeed)
 

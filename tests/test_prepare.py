@@ -275,6 +275,19 @@ def test_held_out_share_is_a_rule_of_the_key(run_script, tmp_path):
         assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "b" / shard).read_bytes()
 
 
+def test_of_few_images_one_is_held_out_and_empty_captions_are_told(run_script, tmp_path):
+    for number in range(3):
+        save_image(tmp_path / "source" / f"{number}.png", (1, 1))
+        (tmp_path / "source" / f"{number}.txt").write_text("a dot" if number else " \n")
+    for share, held_out in ((0.001, 1), (0.999, 2), (0, 0)):
+        out = tmp_path / str(share)
+        done = run_script("pipelines/make_shards.py", tmp_path / "source", out, "--heldout-share", share)
+        assert done.returncode == 0, done.stderr
+        assert len(read_split(out, "train")) == 3 - held_out
+        assert json.loads((out / "dataset.json").read_text())["samples"].get("heldout", 0) == held_out
+        assert "of these: the caption is empty" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -296,6 +309,7 @@ def test_unusable_source_is_an_error_with_exit_code_2(run_script, tmp_path, name
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert re.search(message, done.stderr)
+    assert not (tmp_path / "out" / "dataset.json").exists()
 
 
 # Text tokenizer

@@ -68,7 +68,7 @@ def new_session(output: Path, resume: bool = False, model: ClassifierConfig = MO
         output=output, model=model, train=TrainConfig(**SETTINGS | settings), optimizer=optimizer
     )
     run = RunFolder(output)
-    run.open(recipe, resume)
+    run.open(resume)
     torch.manual_seed(recipe.train.seed)
     return Session(recipe, ALONE, run, resume)
 
@@ -203,6 +203,34 @@ def test_second_ctrl_c_leaves_at_once_but_a_launchers_echo_does_not(monkeypatch)
         assert interruption.signal == signal.SIGINT
         with pytest.raises(SystemExit, match="130"):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_the_whole_process_group_saves(tmp_path, tiny_shards, number):
+    """As a scheduler ends a job, or a terminal: the data workers get the signal, too."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys; from pathlib import Path\n"
+        "sys.path.insert(0, sys.argv[1]); import test_training as tests\n"
+        "session = tests.new_session(Path(sys.argv[2]), steps=100_000, num_workers=2)\n"
+        "tests.train_on_shards(session, Path(sys.argv[3]), lambda n, batch: print(n, flush=True))\n"
+    )
+    folder = Path(__file__).parent
+    process = subprocess.Popen(
+        [sys.executable, script, folder, tmp_path / "run", tiny_shards],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    for line in process.stdout:
+        if line.strip() == "20":
+            os.killpg(process.pid, number)
+    assert process.wait(60) == 128 + number
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+    again = new_session(tmp_path / "run", resume=True, steps=30)
+    assert RunFolder(tmp_path / "run").read_metrics()[-1]["step"] >= 15
+    assert again.resume
 
 
 def test_run_folder_is_complete_and_its_models_load(tmp_path, tiny_shards):
@@ -408,7 +436,8 @@ def test_new_run_does_not_overwrite_and_resume_wants_a_run(tmp_path):
     (tmp_path / "run" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"run is not empty; add --resume .* --output"):
         new_session(tmp_path / "run")
-    new_session(tmp_path / "failed")  # left nothing but its config.toml
+    failed = new_session(tmp_path / "failed")
+    failed.run.write_config(failed.recipe)  # it left nothing but its config.toml
     new_session(tmp_path / "failed")
     with pytest.raises(UserError, match="nothing to resume: there is no run folder"):
         new_session(tmp_path / "nowhere", resume=True)
@@ -431,11 +460,14 @@ def test_missing_metric_of_choice_is_named(tmp_path):
     ("arguments", "message"),
     [
         ([], "one CONFIG.toml is wanted"),
-        (["{config}", "--train.step", "3"], r"unknown key train\.step: did you mean train\.steps\?"),
+        (
+            ["{config}", "--train.step", "3"],
+            r"^the command line: unknown key train\.step: did you mean train\.steps\?",
+        ),
         (["{config}", "--train.steps", "many"], r"train\.steps = \"many\""),
         (
             ["{config}", "--train.batch_size", "9", "--train.accumulation", "2"],
-            "batch_size 9 is not a multiple of accumulation 2",
+            r"config\.toml: \[train\]: train\.batch_size 9 is not a multiple of accumulation 2",
         ),
         (["{config}", "--train.device", "abacus"], "'abacus' is no torch device"),
         (["{config}", "--optimizer.schedule", "cosin"], r"optimizer\.schedule"),
@@ -469,7 +501,9 @@ def test_config_toml_holds_every_kind_of_value(tmp_path):
         inner: Inner = Inner()
 
     recipe = Outer(output=tmp_path / "run")
-    RunFolder(recipe.output).open(recipe, resume=False)
+    run = RunFolder(recipe.output)
+    run.open(resume=False)
+    run.write_config(recipe)
     assert load_config(Outer, recipe.output / "config.toml") == recipe
 
 
@@ -491,6 +525,12 @@ train = {{steps = 3, batch_size = 8, log_every = 1}}
     assert more.returncode == 0, more.stderr
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 3, 4, 4]
+    assert "resuming at step 3 of 4; train.steps was 3 and is now 4\n" in more.stdout
+    before = (tmp_path / "run" / "config.toml").read_text()
+    other = run_script(script, config, "--resume", "--model.patch_size", 4)
+    assert other.returncode == 2
+    assert "model.patch_size was 8 and is now 4" in other.stderr
+    assert (tmp_path / "run" / "config.toml").read_text() == before
     again = run_script(script, config)
     assert again.returncode == 2
     assert "is not empty; add --resume" in again.stderr

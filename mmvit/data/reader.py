@@ -115,17 +115,18 @@ class Reader:
     def try_decode(self, found: Sample | BadShard, position: Position) -> dict[str, Any] | None:
         """Decodes a sample; counts it in `position.tally` and gives None where that is not possible."""
         tally = position.tally
+        if isinstance(found, BadShard):
+            tally.broken_shards.setdefault(str(found.shard), str(found))
+            tally.check(self.max_bad)
+            return None
+        tally.read += 1
         try:
-            if isinstance(found, BadShard):
-                raise BadSample("broken shard", str(found))
-            tally.read += 1
             lack = self.what_lacks(found)
             if lack:
                 raise BadSample("missing file", lack)
             sample = self.decode(found, random_from(self.seed, position.epoch, found.key))
         except BadSample as bad:
-            where = "" if isinstance(found, BadShard) else f"{found.key} in {found.shard}: "
-            tally.skip(bad.reason, where + bad.detail)
+            tally.skip(bad.reason, f"{found.key} in {found.shard}: {bad.detail}")
             tally.check(self.max_bad)
             return None
         if sample is None:

@@ -24,6 +24,10 @@ class BadSample(Exception):
 class BadShard(Exception):
     """A shard that ends or breaks before its end; the samples before that point are good."""
 
+    def __init__(self, shard: Path, problem: object):
+        super().__init__(f"{shard} is truncated or damaged: {problem}")
+        self.shard = shard
+
 
 @dataclass(slots=True)
 class Sample:
@@ -153,7 +157,7 @@ def read_shard(path: Path) -> Iterator[Sample]:
                     current.files[extension] = data
         except (tarfile.TarError, EOFError, OSError) as error:
             # The last sample may lack files, so it is dropped with the rest.
-            raise BadShard(f"{path} is truncated or damaged: {error}") from None
+            raise BadShard(path, error) from None
     if current is not None:
         yield current
 

@@ -1,5 +1,6 @@
 """The data stream: shards → shuffled, decoded batches, over ranks and workers, with an exact position."""
 
+import os
 import signal
 import warnings
 from collections.abc import Iterator
@@ -88,6 +89,8 @@ class ShardStream:
     def __iter__(self) -> Iterator[Batch]:
         """Continues from the current position."""
         for delivery in self.deliveries():
+            for problem in delivery.position.tally.news(self.positions[delivery.worker].tally):
+                warnings.warn(problem, stacklevel=2)
             self.positions[delivery.worker] = delivery.position
             self.next_worker = (delivery.worker + 1) % len(self.readers)
             if delivery.error:
@@ -118,18 +121,16 @@ class ShardStream:
         return reduce(Tally.plus, (position.tally for position in self.positions))
 
     def report(self) -> dict[str, Any]:
-        """`read`, `skipped` (reason → count), `examples` (reason → first case), and the decoder's counts."""
+        """`read`, `skipped` (reason → count), `examples` (reason → first case), `broken_shards` (path → what
+        is wrong), and the decoder's counts."""
         tally = self.tally
         return {
             "read": tally.read,
             "skipped": dict(tally.skipped),
             "examples": dict(tally.examples),
+            "broken_shards": dict(tally.broken_shards),
             **tally.counts,
         }
-
-    def summary(self) -> str:
-        """The counts of this rank in a line."""
-        return self.tally.describe()
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the batch that was yielded last, as plain numbers, strings, lists and dicts."""
@@ -174,6 +175,12 @@ class Lanes(IterableDataset):
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the main process saves a checkpoint, then ends its workers."""
+    """Ctrl-C, and a scheduler's SIGTERM, reach the whole process group; the main process saves a checkpoint,
+    for which it may still want batches, and then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, bear_one_signal)
+
+
+def bear_one_signal(number: int, frame: object) -> None:
+    """The first SIGTERM is the group's. The second ends the process: a loader's, which has waited in vain."""
+    signal.signal(number, lambda *_: os._exit(0))

@@ -10,11 +10,13 @@ MIN_BAD = 10  # so many bad samples are borne however little has been read
 
 @dataclass
 class Tally:
-    """Samples read, samples skipped by reason (with the first case of each), and the decoder's own counts."""
+    """Samples read, samples skipped by reason (with the first case of each), shards that could not be read to
+    their end (path → what is wrong), and the decoder's own counts."""
 
     read: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
+    broken_shards: dict[str, str] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
     def skip(self, reason: str, example: str) -> None:
@@ -30,12 +32,24 @@ class Tally:
             self.read + other.read,
             add_counts(self.skipped, other.skipped),
             other.examples | self.examples,
+            other.broken_shards | self.broken_shards,
             add_counts(self.counts, other.counts),
         )
 
+    def news(self, before: "Tally") -> list[str]:
+        """What is bad in a way that `before` did not know, a line each."""
+        samples = [
+            f"skipped a sample, {reason}: {self.examples[reason]}"
+            for reason in self.skipped
+            if reason not in before.skipped
+        ]
+        shards = [text for path, text in self.broken_shards.items() if path not in before.broken_shards]
+        return samples + [f"{text}; its samples up to there are used" for text in shards]
+
     def check(self, max_bad: float) -> None:
-        """Raises UserError if more samples were bad than `max_bad` of those read and than `MIN_BAD`."""
-        num_bad = sum(self.skipped.values())
+        """Raises UserError if more samples (or broken shards, each counted once) were bad than `max_bad` of
+        those read and than `MIN_BAD`."""
+        num_bad = sum(self.skipped.values()) + len(self.broken_shards)
         if num_bad > max(MIN_BAD, max_bad * self.read):
             raise UserError(
                 f"{num_bad} bad samples among {self.read} read: {self.reasons()}. Mend or remove them; "
@@ -44,16 +58,27 @@ class Tally:
 
     def reasons(self) -> str:
         """Why samples were skipped: counts, each with its first case."""
-        return "; ".join(
+        reasons = [
             f"{number} x {reason}, the first: {self.examples[reason]}"
             for reason, number in self.skipped.items()
-        )
+        ]
+        if self.broken_shards:
+            first = next(iter(self.broken_shards.values()))
+            reasons.append(f"{plural(len(self.broken_shards), 'broken shard')}, the first: {first}")
+        return "; ".join(reasons)
 
     def describe(self) -> str:
         """One line for the end of a run."""
         counts = "".join(f", {number:,} {name}" for name, number in self.counts.items())
-        reasons = f" ({self.reasons()})" if self.skipped else ""
-        return f"{self.read:,} samples read{counts}, {sum(self.skipped.values()):,} skipped{reasons}"
+        shards = f", {plural(len(self.broken_shards), 'broken shard')}" if self.broken_shards else ""
+        reasons = f" ({self.reasons()})" if self.skipped or self.broken_shards else ""
+        read, skipped = plural(self.read, "sample"), sum(self.skipped.values())
+        return f"{read} read{counts}, {skipped:,} skipped{shards}{reasons}"
+
+
+def plural(number: int, thing: str) -> str:
+    """`1 sample`, `2,000 samples`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def add_counts(left: Mapping[str, int], right: Mapping[str, int]) -> dict[str, int]:

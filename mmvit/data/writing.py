@@ -90,6 +90,7 @@ class Outcome:
     def __init__(self) -> None:
         self.written: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
+        self.noted: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
 
     def wrote(self, split: str) -> None:
@@ -98,6 +99,14 @@ class Outcome:
     def skip(self, reason: str, example: str) -> None:
         """Counts a skipped sample; the first three examples of a reason are shown."""
         self.skipped[reason] += 1
+        self.show(reason, example)
+
+    def note(self, fact: str, example: str) -> None:
+        """Counts a sample that is used, but of which one should know; shown like the skipped ones."""
+        self.noted[fact] += 1
+        self.show(fact, example)
+
+    def show(self, reason: str, example: str) -> None:
         examples = self.examples.setdefault(reason, [])
         if len(examples) < 3:
             examples.append(example)
@@ -110,6 +119,8 @@ class Outcome:
         table.add_column("examples", overflow="fold")
         for split, count in self.written.items():
             table.add_row(f"written: {split}", f"{count:,}", "")
+        for fact, count in self.noted.most_common():
+            table.add_row(f"of these: {fact}", f"{count:,}", ", ".join(self.examples[fact]))
         for reason, count in self.skipped.most_common():
             table.add_row(f"skipped: {reason}", f"{count:,}", ", ".join(self.examples[reason]))
         if not self.skipped:

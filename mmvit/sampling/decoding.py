@@ -1,12 +1,15 @@
 """Code after code in raster order, with cached keys and values and classifier-free guidance."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from mmvit.models.generator import PAD, GeneratorTransformer
 from mmvit.sampling.filters import draw, filter_logits, uniforms
+
+ONE_THREAD_UP_TO = 2  # rows
 
 
 def sample_codes(
@@ -40,7 +43,7 @@ def sample_codes(
     is_guided = guidance_scale != 1
     rows = torch.cat([caption_ids, torch.full_like(caption_ids, PAD)]) if is_guided else caption_ids
     codes = torch.empty(batch, config.num_codes, dtype=torch.long, device=caption_ids.device)
-    with torch.inference_mode():
+    with torch.inference_mode(), few_threads(len(rows), caption_ids.device):
         cache = model.new_cache(len(rows))
         numbers = uniforms(seeds, config.num_codes).to(caption_ids.device)
         logits = model.prefill(rows, cache)
@@ -55,3 +58,16 @@ def sample_codes(
                 latest = codes[:, place]
                 logits = model.step(torch.cat([latest, latest]) if is_guided else latest, cache)
     return codes
+
+
+@contextmanager
+def few_threads(rows: int, device: torch.device) -> Iterator[None]:
+    """Reads few rows a step with one thread of a CPU: two are no faster (benchmarks/README.md), and wait for
+    each other at every layer, which beside other busy programs takes up to 100 times as long."""
+    before = torch.get_num_threads()
+    if device.type == "cpu" and rows <= ONE_THREAD_UP_TO:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -14,7 +14,7 @@ from rich.progress import (
 )
 
 from mmvit.errors import UserError
-from mmvit.training.run import RunFolder
+from mmvit.training.run import RunFolder, metrics_of
 from mmvit.training.session import Session
 
 
@@ -74,11 +74,7 @@ class Display:
 
 def describe(record: dict[str, Any], total: int) -> str:
     """A record as a line: `step 200/1000  held-out  loss 1.2345  accuracy 0.8100`."""
-    values = {
-        name: value
-        for name, value in record.items()
-        if name not in ("kind", "step", "examples", "seconds", "images_per_s")
-    }
+    values = metrics_of(record)
     shown = [
         f"{name} {value:.3e}" if name == "lr" else f"{name} {value:.4f}" for name, value in values.items()
     ]

@@ -25,10 +25,9 @@ class Interruption:
             signal.signal(number, handler)
 
     def receive(self, number: int, frame: object) -> None:
-        if os.getpid() != self.owner:  # a forked data worker, which its parent ends by SIGTERM
-            if number == signal.SIGTERM:
-                os._exit(128 + number)
-        elif not self.signal:
+        if os.getpid() != self.owner:
+            return  # a data worker that was forked just now; it leaves signals to its parent
+        if not self.signal:
             self.signal, self.since = number, time.monotonic()
         elif time.monotonic() - self.since > ECHO:
             raise SystemExit(128 + number)

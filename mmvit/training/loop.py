@@ -4,18 +4,19 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
+from mmvit.data.tally import Tally
 from mmvit.errors import UserError
 from mmvit.training.checkpoint import Checkpoints, undisturbed_randomness
 from mmvit.training.display import Display
 from mmvit.training.engine import Engine, TorchEngine
 from mmvit.training.interruption import Interruption
-from mmvit.training.resume import Progress, Stream, resume, save
+from mmvit.training.resume import Progress, Stream, changed_settings, resume, save
 from mmvit.training.session import Session, seed_everything
 
 
@@ -46,12 +47,14 @@ def train(
     config, processes, run = session.recipe.train, session.processes, session.run
     engine = build_engine(session, model)
     checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints, processes)
-    progress = Progress()
+    progress, changes = Progress(), {}
     seed_everything(config.seed + 1 + processes.rank)  # dropout differs between processes
     if session.resume:
         if folder := checkpoints.latest():
             progress = resume(session, folder, engine, stream)
+            changes = changed_settings(folder, session.recipe.model_dump(mode="json"))
         processes.on_main(lambda: run.rewind(progress.step))
+    processes.on_main(lambda: run.write_config(session.recipe))
     batches = iter(stream)
 
     def export_to(folder: Path, trained: nn.Module) -> None:
@@ -70,7 +73,7 @@ def train(
 
     with Interruption() as interruption, Display(session, progress.step) as display:
         if session.resume:
-            display.say(f"resuming at step {progress.step} of {config.steps}")
+            display.say("; ".join([f"resuming at step {progress.step} of {config.steps}", *changes.values()]))
         shown = (progress.examples, progress.seconds)  # at the last log line
         while progress.step < config.steps:
             started = time.perf_counter()
@@ -96,7 +99,8 @@ def train(
                     f"{name}: saved at step {progress.step}; the same command with --resume continues"
                 )
                 raise SystemExit(128 + stop)
-        display.say(f"{stream.summary()}; the run is in {run.path}")
+        tally = reduce(Tally.plus, processes.gather(stream.tally), Tally())
+        display.say(f"{tally.describe()}; the run is in {run.path}")
     return progress
 
 
@@ -144,8 +148,9 @@ def not_finite(problem: str, progress: Progress, batch: dict[str, Any]) -> UserE
     keys = [str(key) for key in batch.get("keys", [])]
     samples = f" in the batch of {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}" if keys else ""
     return UserError(
-        f"step {progress.step + 1}: {problem}{samples}. The last checkpoint is kept: look at these samples, "
-        "lower optimizer.lr or set train.precision to fp32, then add --resume"
+        f"step {progress.step + 1}: {problem}{samples}. Look at these samples, lower optimizer.lr or set "
+        "train.precision to fp32; --resume goes on from the last checkpoint, from the start if there is none "
+        "yet"
     )
 
 

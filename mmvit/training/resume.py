@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from mmvit.data.tally import Tally
 from mmvit.errors import UserError
 from mmvit.hub import write_json
 from mmvit.training.checkpoint import (
@@ -25,12 +26,13 @@ STATE, RECIPE = "training.pt", "recipe.json"
 
 
 class Stream(Protocol):
-    """Endless batches with a position, and a line that says what was read; `mmvit.data` has one."""
+    """Endless batches with a position, and a tally of what was read; `mmvit.data` has one."""
 
+    @property
+    def tally(self) -> Tally: ...
     def __iter__(self) -> Iterator[dict[str, Any]]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-    def summary(self) -> str: ...
 
 
 @dataclass
@@ -98,16 +100,26 @@ def resume(session: Session, folder: Path, engine: Engine, stream: Stream) -> Pr
 
 def check_same_model(folder: Path, now: dict[str, Any]) -> None:
     """Refuses to resume with another `[model]`."""
+    changes = changed_settings(folder, now)
+    if changed := [text for key, text in changes.items() if key.startswith("model.")]:
+        raise UserError(
+            f"{folder} holds another model: {', '.join(changed[:5])}; set them back, or start a new run "
+            "with another --output"
+        )
+
+
+def changed_settings(folder: Path, now: dict[str, Any]) -> dict[str, str]:
+    """The settings of `now` that the checkpoint in `folder` was not trained with: key → what it was and
+    is."""
     then = read_json(folder / RECIPE)
     if not isinstance(then, dict):
         raise damaged(folder, f"{RECIPE} holds no recipe")
-    before, after = flatten(then.get("model", {}), "model."), flatten(now.get("model", {}), "model.")
-    changed = [key for key in {**after, **before} if before.get(key) != after.get(key)]
-    if changed:
-        shown = ", ".join(f"{key} was {before.get(key)} and is now {after.get(key)}" for key in changed[:5])
-        raise UserError(
-            f"{folder} holds another model: {shown}; set them back, or start a new run with another --output"
-        )
+    before, after = flatten(then, ""), flatten(now, "")
+    return {
+        key: f"{key} was {before.get(key)} and is now {after.get(key)}"
+        for key in {**after, **before}
+        if before.get(key) != after.get(key)
+    }
 
 
 def flatten(values: dict[str, Any], path: str) -> dict[str, Any]:

@@ -21,8 +21,8 @@ class RunFolder:
             path / n for n in ("checkpoints", "best", "last", "samples")
         )
 
-    def open(self, recipe: Config, resume: bool) -> None:
-        """Makes the folder, or takes the existing one to resume in, and writes the resolved configuration.
+    def open(self, resume: bool) -> None:
+        """Makes the folder, or takes the existing one to resume in.
 
         Raises:
             UserError: when a new run would overwrite something, or there is nothing to resume.
@@ -38,6 +38,9 @@ class RunFolder:
                 "place with --output"
             )
         self.path.mkdir(parents=True, exist_ok=True)
+
+    def write_config(self, recipe: Config) -> None:
+        """Writes the resolved configuration, config.toml."""
         (self.path / "config.toml").write_text(to_toml(recipe.model_dump(mode="json")), encoding="utf-8")
 
     def rewind(self, step: int) -> None:
@@ -76,8 +79,7 @@ class RunFolder:
         from matplotlib.figure import Figure  # takes half a second to import
 
         records = [record for record in self.read_metrics() if record["kind"] in ("train", "held_out")]
-        bookkeeping = {"kind", "step", "examples", "seconds", "images_per_s"}
-        names = dict.fromkeys(name for record in records for name in record if name not in bookkeeping)
+        names = dict.fromkeys(name for record in records for name in metrics_of(record))
         if not names:
             return
         figure = Figure(figsize=(10, 3 * ((len(names) + 1) // 2)), layout="constrained")
@@ -98,6 +100,14 @@ class RunFolder:
             axes.grid(alpha=0.3)
             axes.legend(frameon=False)
         figure.savefig(self.curves, dpi=100)
+
+
+def metrics_of(record: dict[str, Any]) -> dict[str, float]:
+    """What a record says of the model. A loss of one part only is shown under that part's name alone."""
+    bookkeeping = {"kind", "step", "examples", "seconds", "images_per_s"}
+    if sum(name.endswith("_loss") for name in record) == 1:
+        bookkeeping.add("loss")
+    return {name: value for name, value in record.items() if name not in bookkeeping}
 
 
 def to_toml(values: dict[str, Any], path: str = "") -> str:

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 import numpy
 import torch
 
-from mmvit.config import Config, load_config, split_command_line
+from mmvit.config import Config, describe_settings, load_config, split_command_line
 from mmvit.errors import UserError
 from mmvit.training.config import OptimizerConfig, TrainConfig
 from mmvit.training.distributed import Processes, open_processes
@@ -56,7 +56,7 @@ def open_session(
     The random generators are seeded alike everywhere, so that every process builds the same model.
 
     Args:
-        usage: the script's docstring, which --help prints.
+        usage: the script's docstring, which --help prints, with the settings of `recipe_class`.
         arguments: the command line without the script's name; `sys.argv` by default.
 
     Raises:
@@ -66,7 +66,8 @@ def open_session(
         sys.argv[1:] if arguments is None else arguments, flags={"resume", "help"}, options={"deepspeed"}
     )
     if "help" in own:
-        print(usage.strip())
+        print(usage.strip(), "\n\nSettings, in CONFIG.toml or as --section.key value:")
+        print("\n".join(describe_settings(recipe_class)))
         raise SystemExit(0)
     if len(positional) != 1:
         raise UserError(
@@ -79,7 +80,7 @@ def open_session(
         check_batch_divides(recipe.train, processes.world_size)
         resume = own.get("resume", False)
         run = RunFolder(recipe.output)
-        processes.on_main(lambda: run.open(recipe, resume))
+        processes.on_main(lambda: run.open(resume))
         seed_everything(recipe.train.seed)
         yield Session(recipe, processes, run, resume, deepspeed)
 

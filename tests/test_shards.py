@@ -1,0 +1,100 @@
+"""Shards: which files a pattern means, and writing them whole or not at all."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from mmvit.data.shards import expand_shards, read_shard
+from mmvit.data.writing import ShardWriter
+from mmvit.errors import UserError
+
+TRAIN = "train-{000000..000004}.tar"
+
+
+def write(folder: Path, samples: list[dict[str, bytes]], split: str = "train") -> Path:
+    with ShardWriter(folder, split, samples_per_shard=1000) as writer:
+        for number, files in enumerate(samples):
+            writer.write(f"{number:04d}", files)
+    return folder / f"{split}-000000.tar"
+
+
+def test_patterns_expand_to_shards(tiny_shards):
+    train = [tiny_shards / f"train-{number:06d}.tar" for number in range(5)]
+    assert expand_shards(tiny_shards / TRAIN) == train
+    assert expand_shards(str(tiny_shards / "train-*.tar")) == train
+    assert expand_shards(tiny_shards) == [tiny_shards / "heldout-000000.tar", *train]
+    assert expand_shards([train[1], tiny_shards / "train-00000{0,3}.tar"]) == [train[1], train[0], train[3]]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (
+            "train-{000003..000006}.tar",
+            "2 of 4 shards do not exist, the first is .*train-000005.tar; .* holds heldout-0",
+        ),
+        (
+            "test-*.tar",
+            "no shards match .*test-.*; .* holds heldout-000000.tar, train-000000.tar, .* and 2 more",
+        ),
+        ("nowhere/train-*.tar", "no shards match .*nowhere"),
+        ("train-{5..2}.tar", "runs backwards"),
+        ("train-{a}.tar", "neither a range"),
+    ],
+)
+def test_pattern_without_shards_says_what_is_there(tiny_shards, pattern, message):
+    with pytest.raises(UserError, match=message):
+        expand_shards(tiny_shards / pattern)
+
+
+@pytest.mark.parametrize("pattern", ["pipe:cat x.tar", "https://example.org/x.tar", ""])
+def test_pipes_and_urls_are_refused(pattern):
+    with pytest.raises(UserError, match=r"from files only|is empty"):
+        expand_shards(pattern)
+
+
+def test_compressed_shard_reads_like_a_plain_one(tiny_shards, tmp_path):
+    plain = tiny_shards / "heldout-000000.tar"
+    packed = tmp_path / "heldout.tar.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert [(s.key, s.files) for s in read_shard(packed)] == [(s.key, s.files) for s in read_shard(plain)]
+
+
+def test_same_samples_give_the_same_bytes(tmp_path):
+    samples = [{"png": bytes(range(256)), "txt": str(number).encode()} for number in range(20)]
+    first, second = write(tmp_path / "a", samples), write(tmp_path / "b", samples)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_failed_writing_leaves_the_earlier_shards_alone(tmp_path):
+    before = write(tmp_path, [{"txt": b"old"}]).read_bytes()
+
+    def fail_half_way() -> None:
+        with ShardWriter(tmp_path, "train", samples_per_shard=1) as writer:
+            writer.write("0", {"txt": b"new"})
+            writer.write("1", {"txt": b"new"})
+            raise RuntimeError("interrupted")
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        fail_half_way()
+    assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]
+    assert (tmp_path / "train-000000.tar").read_bytes() == before
+
+
+def test_fewer_shards_replace_all_earlier_ones_of_the_split(tmp_path):
+    with ShardWriter(tmp_path, "train", samples_per_shard=1) as writer:
+        for number in range(3):
+            writer.write(str(number), {"txt": b""})
+    write(tmp_path, [{"txt": b"a"}])
+    assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]
+
+
+@pytest.mark.parametrize(
+    ("key", "files"), [("a.b", {"txt": b""}), ("", {"txt": b""}), ("a", {}), ("twice", {"txt": b""})]
+)
+def test_writer_refuses_keys_that_readers_would_misread(tmp_path, key, files):
+    with ShardWriter(tmp_path, "train") as writer:
+        writer.write("twice", {"txt": b""})
+        with pytest.raises(ValueError, match="sample"):
+            writer.write(key, files)

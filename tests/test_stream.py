@@ -1,0 +1,281 @@
+"""The data stream: it covers, mixes, resumes and reports what is bad."""
+
+import json
+import random
+import shutil
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmvit.data.augment import AugmentConfig
+from mmvit.data.plan import plan_epoch, shuffled
+from mmvit.data.samples import ClassifierSample
+from mmvit.data.shards import read_shard
+from mmvit.data.stream import ShardStream
+from mmvit.data.writing import ShardWriter
+from mmvit.errors import UserError
+
+TRAIN = "train-{000000..000004}.tar"
+AUGMENT = AugmentConfig(crop_padding=2, flip=0.5, erase=0.5)
+
+
+def stream_of(folder: Path, decode=None, batch_size=4, **settings) -> ShardStream:
+    decode = decode or ClassifierSample((16, 16), 4, AUGMENT)
+    return ShardStream(folder / TRAIN, decode, batch_size, **{"shuffle_buffer": 20, **settings})
+
+
+def keys_of(batches) -> list[str]:
+    return [key for batch in batches for key in batch["keys"]]
+
+
+def take(stream: ShardStream, count: int) -> list[dict]:
+    """The next `count` batches. (A for loop over zip would draw one too many.)"""
+    batches = iter(stream)
+    return [next(batches) for _ in range(count)]
+
+
+def write(folder: Path, samples: list[dict[str, bytes]], split: str = "train") -> Path:
+    with ShardWriter(folder, split, samples_per_shard=1000) as writer:
+        for number, files in enumerate(samples):
+            writer.write(f"{number:04d}", files)
+    return folder / f"{split}-000000.tar"
+
+
+class KeyOnly:
+    """Decodes nothing; makes tests of order fast."""
+
+    def __call__(self, sample, rng):
+        return {"draw": rng.random()}
+
+
+# Coverage and order
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_and_workers_cover_every_sample_once(tiny_shards, num_workers):
+    seen = Counter()
+    for rank in range(2):
+        stream = stream_of(
+            tiny_shards, KeyOnly(), rank=rank, world_size=2, num_workers=num_workers, repeat=False
+        )
+        seen.update(keys_of(stream))
+    assert seen == {f"train-{number:03d}": 1 for number in range(48)}
+
+
+@pytest.mark.parametrize("num_readers", [1, 2, 3, 5, 7, 12, 16])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_plan_gives_every_sample_to_exactly_one_reader(num_readers, shuffle):
+    shards = [Path(f"{number}.tar") for number in range(5)]
+    for epoch in range(3):
+        taken = Counter()
+        for reader in range(num_readers):
+            for part in plan_epoch(shards, 7, epoch, reader, num_readers, shuffle):
+                taken.update((part.shard, number) for number in range(20) if number % part.step == part.first)
+        assert taken == {(shard, number): 1 for shard in shards for number in range(20)}
+
+
+def test_plan_permutes_the_shards_anew_in_every_epoch():
+    shards = [Path(f"{number}.tar") for number in range(20)]
+    orders = [[part.shard for part in plan_epoch(shards, 0, epoch, 0, 1, True)] for epoch in range(2)]
+    assert orders[0] != orders[1]
+    assert [part.shard for part in plan_epoch(shards, 0, 0, 0, 1, False)] == shards
+
+
+def test_one_shard_is_mixed_differently_in_every_epoch(tiny_shards):
+    stream = ShardStream(tiny_shards / "train-000000.tar", KeyOnly(), 10, shuffle_buffer=20)
+    first, second = take(stream, 2)
+    assert sorted(first["keys"]) == sorted(second["keys"])
+    assert first["keys"] != second["keys"]
+
+
+def test_orders_differ_between_epochs_and_seeds_and_repeat_for_the_same_seed(tiny_shards):
+    def two_epochs(seed):
+        keys = keys_of(take(stream_of(tiny_shards, KeyOnly(), seed=seed), 24))
+        return keys[:48], keys[48:]
+
+    first, second = two_epochs(seed=0)
+    assert sorted(first) == sorted(second) == sorted(set(first))
+    assert first != second
+    assert (first, second) == two_epochs(seed=0)
+    assert first != two_epochs(seed=1)[0]
+
+
+def test_no_shuffle_buffer_keeps_the_order_of_the_shards(tiny_shards):
+    stream = stream_of(tiny_shards, KeyOnly(), shuffle_buffer=0, repeat=False)
+    assert keys_of(stream) == [f"train-{number:03d}" for number in range(48)]
+    assert keys_of(stream) == [f"train-{number:03d}" for number in range(48)]  # once more from the beginning
+
+
+def test_shuffle_buffer_mixes_and_loses_nothing():
+    mixed = list(shuffled(iter(range(1000)), 100, random.Random(0)))
+    assert sorted(mixed) == list(range(1000))
+    moved = [abs(place - item) for place, item in enumerate(mixed)]
+    assert np.mean(moved) > 50
+
+
+def test_randomness_of_a_sample_depends_on_neither_rank_nor_worker(tiny_shards):
+    def draws(**settings):
+        batches = list(stream_of(tiny_shards, KeyOnly(), repeat=False, seed=3, **settings))
+        return {
+            key: draw.item()
+            for batch in batches
+            for key, draw in zip(batch["keys"], batch["draw"], strict=True)
+        }
+
+    alone = draws()
+    assert len(set(alone.values())) == 48
+    assert draws(rank=0, world_size=2) | draws(rank=1, world_size=2) == alone
+
+
+# Position
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.parametrize("done", [0, 3, 13, 24])
+def test_resumed_stream_gives_the_batches_of_an_uninterrupted_one(tiny_shards, num_workers, done):
+    whole = take(stream_of(tiny_shards, batch_size=5, num_workers=num_workers), done + 12)
+    first = stream_of(tiny_shards, batch_size=5, num_workers=num_workers)
+    take(first, done)
+    state = json.loads(json.dumps(first.state_dict()))
+    second = stream_of(tiny_shards, batch_size=5, num_workers=num_workers)
+    second.load_state_dict(state)
+    for expected, found in zip(whole[done:], take(second, 12), strict=True):
+        assert found["keys"] == expected["keys"]
+        assert torch.equal(found["pixels"], expected["pixels"])
+        assert torch.equal(found["labels"], expected["labels"])
+    reads = stream_of(tiny_shards, batch_size=5, num_workers=num_workers)
+    take(reads, done + 12)
+    assert second.report() == reads.report()
+
+
+def test_interrupted_evaluation_goes_on_where_it_was(tiny_shards):
+    stream = stream_of(tiny_shards, KeyOnly(), num_workers=2, repeat=False, batch_size=5)
+    whole = keys_of(stream)
+    part = keys_of(take(stream, 4))
+    assert part + keys_of(stream) == whole
+
+
+def test_position_of_another_layout_warns_and_takes_the_next_epoch(tiny_shards):
+    saved = stream_of(tiny_shards, KeyOnly())
+    take(saved, 2)
+    stream = stream_of(tiny_shards, KeyOnly(), world_size=2)
+    with pytest.warns(UserWarning, match="other world_size: going on with epoch 1"):
+        stream.load_state_dict(saved.state_dict())
+    assert stream.positions[0].epoch == 1
+
+
+def test_stream_with_workers_leaves_the_global_generator_alone(tiny_shards):
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    take(stream_of(tiny_shards, KeyOnly(), num_workers=1), 1)
+    assert torch.rand(1) == expected
+
+
+# Bad samples
+
+
+def test_bad_samples_are_skipped_counted_and_named(tiny_shards, tmp_path):
+    good = next(iter(read_shard(tiny_shards / "heldout-000000.tar"))).files
+    samples = [good] * 200
+    samples[3] = {**good, "png": good["png"][:60]}
+    samples[5] = {**good, "cls": b"4"}
+    samples[8] = {**good, "cls": b"cat"}
+    samples[199] = {"txt": b"no picture", "cls": b"1"}
+    write(tmp_path, samples)
+    for num_workers in (0, 1):
+        decode = ClassifierSample((16, 16), 4)
+        stream = ShardStream(tmp_path, decode, 8, repeat=False, shuffle_buffer=0, num_workers=num_workers)
+        with pytest.warns(UserWarning, match="skipped a sample, unreadable class: 0008 in .* cls is b'cat'"):
+            assert len(keys_of(stream)) == 196
+        report = stream.report()
+        assert report["read"] == 200
+        assert report["skipped"] == {
+            "undecodable image": 1,
+            "class outside the range": 1,
+            "unreadable class": 1,
+            "missing file": 1,
+        }
+        assert report["examples"]["class outside the range"].startswith("0005 in ")
+        assert "cls is 4, the classes are 0 to 3" in report["examples"]["class outside the range"]
+        assert "needs jpg or png or webp or jpeg, has cls, txt" in report["examples"]["missing file"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_stream_stops_at_too_many_bad_samples(tiny_shards, tmp_path, num_workers):
+    good = next(iter(read_shard(tiny_shards / "heldout-000000.tar"))).files
+    write(tmp_path, [{**good, "cls": b"9"} if number % 5 == 0 else good for number in range(100)])
+    stream = ShardStream(tmp_path, ClassifierSample((16, 16), 4), 8, num_workers=num_workers)
+    with pytest.raises(
+        UserError, match=r"^11 bad samples among \d+ read: 11 x class outside the range"
+    ) as caught:
+        keys_of(stream)
+    assert "Traceback" not in str(caught.value)
+    lenient = ShardStream(tmp_path, ClassifierSample((16, 16), 4), 8, repeat=False, max_bad=0.5)
+    assert len(keys_of(lenient)) == 80
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_shard_without_the_needed_key_says_which_keys_it_has(tmp_path, num_workers):
+    path = write(tmp_path, [{"png": b"", "txt": b"a"}] * 5)
+    stream = ShardStream(tmp_path, ClassifierSample((16, 16), 4), 2, num_workers=num_workers)
+    with pytest.raises(UserError) as caught:
+        next(iter(stream))
+    assert (
+        str(caught.value)
+        == f"no sample of {path} has the files that are needed here: needs cls, has png, txt"
+    )
+
+
+def test_truncated_shard_keeps_what_is_before_the_cut_and_is_reported(tiny_shards, tmp_path):
+    shutil.copytree(tiny_shards, tmp_path, dirs_exist_ok=True)
+    cut = tmp_path / "train-000002.tar"
+    whole = cut.read_bytes()
+    for length in (len(whole) // 2, len(whole) // 1024 * 512, 700):
+        cut.write_bytes(whole[:length])
+        stream = stream_of(tmp_path, KeyOnly(), repeat=False)
+        with pytest.warns(UserWarning, match="train-000002.tar is truncated or damaged"):
+            keys = set(keys_of(stream))
+        assert {f"train-{number:03d}" for number in range(48) if number // 10 != 2} <= keys
+        assert len(keys) < 48
+        report = stream.report()
+        assert report["skipped"] == {}
+        assert list(report["broken_shards"]) == [str(cut)]
+        assert f"{cut} is truncated or damaged" in report["broken_shards"][str(cut)]
+
+
+def test_archive_cut_between_two_files_or_overwritten_is_noticed(tiny_shards, tmp_path):
+    whole = (tiny_shards / "train-000001.tar").read_bytes()
+    with tarfile.open(tiny_shards / "train-000001.tar") as archive:
+        offset = archive.getmembers()[10].offset
+    for number, data in enumerate((whole[:offset], whole[:offset] + b"x" * 512 + whole[offset + 512 :])):
+        path = tmp_path / f"{number}.tar"
+        path.write_bytes(data)
+        stream = ShardStream(path, KeyOnly(), 2, repeat=False)
+        with pytest.warns(UserWarning, match="its samples up to there are used"):
+            assert len(keys_of(stream)) == 1  # of two whole samples the second is not known to be whole
+        assert list(stream.report()["broken_shards"]) == [str(path)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_broken_shard_is_one_however_often_it_is_met(tiny_shards, tmp_path, num_workers):
+    shutil.copytree(tiny_shards, tmp_path, dirs_exist_ok=True)
+    cut = tmp_path / "train-000002.tar"
+    cut.write_bytes(cut.read_bytes()[:5000])
+    stream = stream_of(tmp_path, KeyOnly(), num_workers=num_workers)
+    with pytest.warns(UserWarning, match="damaged") as caught:
+        take(stream, 150)  # twelve epochs
+    assert len([warning for warning in caught if str(cut) in str(warning.message)]) <= max(1, num_workers)
+    assert list(stream.report()["broken_shards"]) == [str(cut)]
+    assert "1 broken shard (1 broken shard, the first: " in stream.tally.describe()
+
+
+def test_too_few_samples_for_the_readers_is_said(tmp_path):
+    write(tmp_path, [{"txt": b"a"}] * 2)
+    stream = ShardStream(tmp_path, KeyOnly(), 2, rank=2, world_size=3)
+    with pytest.raises(UserError, match="reader 3 of 3"):
+        next(iter(stream))
