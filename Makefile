@@ -10,6 +10,7 @@ help: ## list the targets
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps dall-e
 	touch $@
 
 install: .venv/installed ## make .venv with mmvit, its tests and the emoji data, at the versions of constraints.txt

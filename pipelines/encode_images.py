@@ -22,7 +22,7 @@ from mmvit.data.shards import BadSample, BadShard, Sample, expand_shards, read_s
 from mmvit.data.writing import Outcome, ShardWriter, read_dataset_card, with_progress, write_dataset_card
 from mmvit.errors import UserError, run_script
 from mmvit.hub import fingerprint
-from mmvit.models.vq import VQModel
+from mmvit.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 
 BATCH = 64
 
@@ -31,7 +31,7 @@ def main() -> None:
     options = parse_arguments()
     if options.source.resolve() == options.out.resolve():
         raise UserError(f"{options.out} is the source itself; name another folder for the codes")
-    tokenizer = VQModel.from_pretrained(options.tokenizer, "cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_image_tokenizer(options.tokenizer, "cuda" if torch.cuda.is_available() else "cpu")
     size = (options.size, options.size)
     grid = tokenizer.grid(*size)
     card, outcome = read_dataset_card(options.source), Outcome()
@@ -51,7 +51,7 @@ def main() -> None:
         "path": str(options.tokenizer),
         "size": list(size),
         "grid": list(grid),
-        "codebook_size": tokenizer.config.codebook_size,
+        "codebook_size": tokenizer.codebook_size,
         "fingerprint": fingerprint(tokenizer),
     }
     facts = {name: value for name, value in card.items() if name != "samples"}
@@ -100,7 +100,7 @@ def read_pictures(
 
 
 def encode(
-    tokenizer: VQModel, samples: Iterator[tuple[Sample, np.ndarray]]
+    tokenizer: ImageTokenizer, samples: Iterator[tuple[Sample, np.ndarray]]
 ) -> Iterator[tuple[Sample, np.ndarray]]:
     """The samples with their codes (rows, columns)."""
     device = next(tokenizer.parameters()).device
@@ -115,7 +115,7 @@ def encode(
 
 
 def encode_group(
-    tokenizer: VQModel, group: list[tuple[Sample, np.ndarray]], device: torch.device
+    tokenizer: ImageTokenizer, group: list[tuple[Sample, np.ndarray]], device: torch.device
 ) -> Iterator[tuple[Sample, np.ndarray]]:
     pixels = torch.from_numpy(np.stack([pixels for _, pixels in group])).to(device)
     codes = tokenizer.encode(pixels).cpu().numpy()

@@ -7,9 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.models.generator import GeneratorTransformer
-from mmvit.models.presets import PRESETS
+from mmvit.models.presets import MODELS, PRESETS
 
 
 def main() -> None:
@@ -17,12 +15,12 @@ def main() -> None:
     for column in ("name", "layers", "width", "heads", "tokens", "parameters"):
         table.add_column(column, justify="left" if column == "name" else "right")
     for name, config in PRESETS.items():
-        build = Classifier if isinstance(config, ClassifierConfig) else GeneratorTransformer
         with torch.device("meta"):
-            model = build(config)
+            model = MODELS[type(config)](config)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        core = config.core
-        shape = (core.depth, core.width, core.num_heads, model.positions.length)
+        shape = ("", "", "", "")
+        if core := getattr(config, "core", None):
+            shape = (core.depth, core.width, core.num_heads, model.positions.length)
         table.add_row(name, *map(str, shape), f"{parameters:,}")
     Console().print(table)
 

@@ -25,7 +25,7 @@ from mmvit.errors import UserError, run_script
 from mmvit.evaluation.likelihood import mean_loss
 from mmvit.hub import fingerprint
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
-from mmvit.models.vq import VQModel
+from mmvit.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import labelled_grid
 from mmvit.training import Recipe, Session, open_session, train
@@ -66,7 +66,7 @@ def main() -> None:
     with open_session(GeneratorRecipe, __doc__) as session:
         recipe, data, processes = session.recipe, session.recipe.data, session.processes
         text_tokenizer = TextTokenizer.from_file(data.text_tokenizer)
-        image_tokenizer = VQModel.from_pretrained(data.image_tokenizer, processes.device)
+        image_tokenizer = load_image_tokenizer(data.image_tokenizer, processes.device)
         config = fit_to_tokenizers(recipe.model, text_tokenizer, image_tokenizer)
         check_shards(data, config, image_tokenizer)
 
@@ -74,7 +74,7 @@ def main() -> None:
         held_out = build_stream(session, data.held_out, config, text_tokenizer, is_training=False)
 
         model = GeneratorTransformer(config)
-        model.start_from_codebook(image_tokenizer.codebook.vectors())
+        model.start_from_codebook(image_tokenizer.code_vectors())
 
         train(
             session,
@@ -89,10 +89,10 @@ def main() -> None:
         )
 
 
-def fit_to_tokenizers(model: GeneratorConfig, text: TextTokenizer, image: VQModel) -> GeneratorConfig:
+def fit_to_tokenizers(model: GeneratorConfig, text: TextTokenizer, image: ImageTokenizer) -> GeneratorConfig:
     """The model's configuration with the tokenizers' vocabularies; one that was set to something else is an
     error."""
-    facts = {"vocab_size": text.vocab_size, "codebook_size": image.config.codebook_size}
+    facts = {"vocab_size": text.vocab_size, "codebook_size": image.codebook_size}
     for name, fact in facts.items():
         default = GeneratorConfig.model_fields[name].default
         if getattr(model, name) not in (fact, default):
@@ -102,7 +102,7 @@ def fit_to_tokenizers(model: GeneratorConfig, text: TextTokenizer, image: VQMode
     return model.model_copy(update=facts)
 
 
-def check_shards(data: DataConfig, config: GeneratorConfig, image_tokenizer: VQModel) -> None:
+def check_shards(data: DataConfig, config: GeneratorConfig, image_tokenizer: ImageTokenizer) -> None:
     """Raises UserError unless the shards were encoded by this image tokenizer, in this grid."""
     for folder in {shard.parent for name in (data.train, data.held_out) for shard in expand_shards(name)}:
         check_codes_fit(folder, config.grid, config.codebook_size, fingerprint(image_tokenizer))
@@ -134,7 +134,7 @@ def build_stream(
 
 
 def grid_drawer(
-    session: Session[GeneratorRecipe], text_tokenizer: TextTokenizer, image_tokenizer: VQModel
+    session: Session[GeneratorRecipe], text_tokenizer: TextTokenizer, image_tokenizer: ImageTokenizer
 ) -> Callable[[nn.Module, int], None] | None:
     """What draws `samples/step-….png` with the model so far; None where no captions are set."""
     settings, folder = session.recipe.samples, session.run.samples

@@ -92,6 +92,27 @@ def test_evaluation_writes_figures_and_a_picture(run, tiny_shards, run_script, t
     assert out.is_file()
 
 
+def test_evaluation_of_an_image_tokenizer_goes_from_worst_to_best(place, tiny_shards, run_script, tmp_path):
+    out = tmp_path / "sheet.png"
+    arguments = (place / "tokenizer", tiny_shards, "--split", "heldout", "--size", 16, "--out", out)
+    ran = run_script("pipelines/evaluate.py", *arguments)
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads((place / "tokenizer" / "evaluation-heldout.json").read_text())
+    assert figures["pictures"] == 8
+    assert {
+        "psnr",
+        "ssim",
+        "l1",
+        "codes_in_use",
+        "perplexity",
+        "frechet_distance_pixels-8x8",
+    } <= figures.keys()
+    assert out.is_file()
+    ran = run_script("pipelines/evaluate.py", *arguments, "--size", 20)
+    assert ran.returncode == 2
+    assert "20x20 pixels cannot be cut into patches of 8x8" in ran.stderr
+
+
 def test_sampling_writes_a_grid_and_single_pictures(run, run_script, tmp_path):
     captions = tmp_path / "captions.txt"
     captions.write_text("blue square\n\n赤リンゴ\n", encoding="utf-8")

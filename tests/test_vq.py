@@ -12,7 +12,8 @@ from torch.multiprocessing import start_processes
 from mmvit.config import build_config
 from mmvit.errors import UserError
 from mmvit.evaluation.reconstruction import codebook_metrics, reconstruction_metrics
-from mmvit.models.vq import REVIVED_USE, Codebook, VQConfig, VQModel
+from mmvit.models.quantizers import REVIVED_USE, Codebook, FiniteScalar, LinearCodebook, QuantizerConfig
+from mmvit.models.vq import VQConfig, VQModel
 
 SMALL = {"codebook_size": 16, "code_width": 4, "encoder_width": 16, "decoder_widths": (16, 8)}
 
@@ -66,6 +67,16 @@ def test_the_decoder_sees_beyond_a_patch():
     assert difference[..., :8, :8].max() > 0
 
 
+@pytest.mark.parametrize("attention_depth", [0, 1])
+def test_with_attention_the_decoder_sees_all_codes(attention_depth):
+    model = small_model(attention_depth=attention_depth).eval()
+    codes = torch.zeros(1, 2, 40, dtype=torch.int64)
+    changed = codes.clone()
+    changed[0, 0, 39] = 1
+    far_away = (model.decode(codes) - model.decode(changed)).abs()[..., :8]
+    assert (far_away.max() > 0) == bool(attention_depth)
+
+
 def test_the_encoder_learns_through_the_quantisation():
     model = small_model(commitment_weight=0.0)
     loss, _ = model.loss({"pixels": noise(4, 3, 32, 32)})
@@ -79,9 +90,9 @@ def test_loss_is_l1_plus_l2_plus_commitment_of_the_reconstruction():
     model = small_model(commitment_weight=0.5).eval()
     pixels = noise(2, 3, 16, 16)
     loss, metrics = model.loss({"pixels": pixels})
-    vectors = model.encoder(pixels)
+    vectors = F.normalize(model.encoder(pixels), dim=-1)
     chosen = model.codebook.vectors()[model.encode(pixels)]
-    error = model.decoder(chosen) - pixels
+    error = model.decoder(2 * chosen) - pixels  # entries of vectors of length 1 in 4 dimensions are about 1/2
     commitment = (2 - 2 * (vectors * chosen).sum(-1)).mean()
     torch.testing.assert_close(loss, error.abs().mean() + error.square().mean() + 0.5 * commitment)
     torch.testing.assert_close(metrics["commitment"], commitment.detach())
@@ -237,3 +248,95 @@ def test_the_script_trains_evaluates_and_exports(run_script, tiny_shards, tmp_pa
     )
     assert ran.returncode == 2
     assert "20x16" in ran.stderr
+
+
+# The other quantisers
+
+FSQ = QuantizerConfig(quantizer="fsq", levels=(8, 5, 3), codebook_size=120)
+
+
+def test_fsq_codes_are_all_combinations_of_the_levels():
+    quantizer = FiniteScalar(FSQ)
+    vectors = quantizer.vectors()
+    assert vectors.shape == (120, 3)
+    assert [sorted(set(column.tolist())) for column in vectors.T] == [
+        [-1, -0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75],
+        [-1, -0.5, 0, 0.5, 1],
+        [-1, 0, 1],
+    ]
+    assert len({tuple(vector) for vector in vectors.tolist()}) == 120
+
+
+def test_fsq_encodes_what_it_looks_up_and_all_codes_can_be_reached():
+    quantizer = FiniteScalar(FSQ)
+    encoded = 3 * torch.randn(2, 50, 200, 3, generator=torch.Generator().manual_seed(0))
+    quantized, loss, metrics = quantizer(encoded)
+    codes = quantizer.encode(encoded)
+    assert torch.equal(quantized, quantizer.vectors()[codes])
+    assert len(codes.unique()) == 120
+    assert loss == 0
+    assert metrics["dead_codes"] == 0
+    assert quantizer.encode(torch.zeros(1, 3)).item() == 4 + 8 * 2 + 40 * 1  # every digit in the middle
+
+
+def test_fsq_passes_the_gradient_of_its_bounds_straight_through():
+    quantizer = FiniteScalar(FSQ)
+    encoded = torch.tensor([[0.3, -0.2, 0.1]], requires_grad=True)
+    quantizer(encoded)[0].sum().backward()
+    half = torch.tensor([7, 4, 2]) * 0.999 / 2
+    shift = torch.tan(torch.tensor([0.5, 0, 0]) / half)
+    expected = (1 - torch.tanh(encoded.detach() + shift) ** 2) * half / torch.tensor([4, 2, 1])
+    torch.testing.assert_close(encoded.grad, expected)
+
+
+def test_fsq_levels_must_make_the_codebook():
+    with pytest.raises(UserError, match=r"levels \(8, 8, 4, 4\) make 1024 codes, codebook_size is 1000"):
+        build_config(VQConfig, {"quantizer": "fsq", "codebook_size": 1000}, source="x")
+
+
+def test_simvq_chooses_the_nearest_code_and_moves_its_matrix_alone():
+    torch.manual_seed(0)
+    quantizer = LinearCodebook(QuantizerConfig(quantizer="simvq", codebook_size=50, code_width=4))
+    torch.nn.init.normal_(quantizer.mix.weight)
+    encoded = torch.randn(2, 3, 3, 4, requires_grad=True)
+    codes = quantizer.encode(encoded)
+    distances = torch.cdist(encoded.reshape(-1, 4), quantizer.vectors())
+    assert torch.equal(codes, distances.argmin(-1).view(2, 3, 3))
+    quantized, loss, _ = quantizer(encoded)
+    torch.testing.assert_close(quantized, quantizer.vectors()[codes])
+    distance = (encoded - quantizer.vectors()[codes]).square().sum(-1).mean()
+    torch.testing.assert_close(loss, 1.25 * distance)
+    quantized.sum().backward()
+    assert torch.equal(encoded.grad, torch.ones_like(encoded))  # straight through
+    assert quantizer.mix.weight.grad is None
+    quantizer(encoded)[1].backward()
+    assert quantizer.mix.weight.grad.abs().sum() > 0
+    assert [name for name, _ in quantizer.named_parameters()] == ["mix.weight"]
+
+
+def test_simvq_brings_all_its_codes_to_where_the_vectors_are():
+    """Vectors far from every code: of codes that move one by one, only the nearest would follow."""
+    torch.manual_seed(0)
+    quantizer = LinearCodebook(QuantizerConfig(quantizer="simvq", codebook_size=64, code_width=4))
+    optimizer = torch.optim.Adam(quantizer.parameters(), 0.05)
+    for step in range(200):
+        quantizer(4 * noise(256, 4, seed=step))[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(quantizer.encode(4 * noise(2000, 4, seed=-1)).unique()) > 55
+
+
+@pytest.mark.parametrize(
+    "settings", [{"quantizer": "fsq", "codebook_size": 16, "levels": (4, 4)}, {"quantizer": "simvq"}]
+)
+def test_models_of_every_quantiser_train_save_and_load(settings, tmp_path):
+    model, pixels = small_model(**settings), noise(2, 3, 16, 24)
+    loss, metrics = model.loss({"pixels": pixels})
+    loss.backward()
+    assert {"l1", "l2", "dead_codes", "perplexity"} <= metrics.keys()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    again = VQModel.from_pretrained(model.eval().save_pretrained(tmp_path))
+    codes = again.encode(pixels)
+    assert torch.equal(codes, model.encode(pixels))
+    assert torch.equal(again.decode(codes), model.decode(codes))
+    assert again.code_vectors().shape == (16, model.config.quantized_width)

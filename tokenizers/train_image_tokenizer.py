@@ -1,4 +1,4 @@
-"""Trains a VQ image tokenizer on shards of pictures.
+"""Trains an image tokenizer on shards of pictures: VQ, or DALL·E's discrete VAE (`model.kind = "dvae"`).
 
     python tokenizers/train_image_tokenizer.py configs/image_tokenizer_emoji.toml
     python tokenizers/train_image_tokenizer.py configs/image_tokenizer_emoji.toml --train.steps 500
@@ -10,7 +10,10 @@ use. The run folder (`output` in the recipe) gets config.toml, metrics.jsonl, cu
 the exported models best/ (by held-out PSNR) and last/, which pipelines/encode_images.py takes.
 """
 
-from pydantic import Field
+import warnings
+from typing import Any
+
+from pydantic import Field, model_validator
 from torch import nn
 
 from mmvit.config import Config
@@ -19,8 +22,12 @@ from mmvit.data.samples import PixelsSample
 from mmvit.data.stream import ShardStream
 from mmvit.errors import run_script
 from mmvit.evaluation.reconstruction import codebook_metrics, reconstruction_metrics
+from mmvit.models.dvae import DiscreteVAEConfig
+from mmvit.models.presets import MODELS
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.training import Recipe, Session, open_session, train
+
+COLLAPSED = 0.5  # share of the codes in use below which an evaluation warns
 
 
 class DataConfig(Config):
@@ -34,14 +41,23 @@ class DataConfig(Config):
 
 
 class ImageTokenizerRecipe(Recipe):
+    """CONFIG.toml of this script. `model.kind` is "vq" where nothing is said."""
+
     data: DataConfig
-    model: VQConfig = VQConfig()
+    model: VQConfig | DiscreteVAEConfig = Field(VQConfig(), discriminator="kind")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _vq_by_default(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(model := values.get("model"), dict):
+            return {**values, "model": {"kind": VQModel.kind, **model}}
+        return values
 
 
 def main() -> None:
     with open_session(ImageTokenizerRecipe, __doc__) as session:
         data = session.recipe.data
-        model = VQModel(session.recipe.model)
+        model = MODELS[type(session.recipe.model)](session.recipe.model)
         model.grid(*data.image_size)
         training_once, held_out = one_epoch(session, data.train), one_epoch(session, data.held_out)
         stream = ShardStream(
@@ -56,7 +72,15 @@ def main() -> None:
         )
 
         def evaluate(model: nn.Module) -> dict[str, float]:
-            return reconstruction_metrics(model, held_out) | codebook_metrics(model, training_once)
+            metrics = reconstruction_metrics(model, held_out) | codebook_metrics(model, training_once)
+            if metrics["codes_in_use"] < COLLAPSED:
+                warnings.warn(
+                    f"only {metrics['codes_in_use']:.0%} of the codes are in use over the training pictures: "
+                    "the codebook is collapsing; raise model.revive_below, lower optimizer.lr, or use "
+                    "model.quantizer = 'fsq', which cannot collapse",
+                    stacklevel=2,
+                )
+            return metrics
 
         train(session, model, stream, evaluate, select="psnr", mode="max")
 

@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from mmvit.models.vq import VQModel
+from mmvit.models.image_tokenizer import ImageTokenizer
 
 
 @torch.no_grad()
-def reconstruction_metrics(model: VQModel, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+def reconstruction_metrics(model: ImageTokenizer, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Peak signal-to-noise ratio in decibels, and the mean absolute error, of pixels in [0, 1].
 
     Args:
@@ -20,20 +21,20 @@ def reconstruction_metrics(model: VQModel, batches: Iterable[dict[str, Any]]) ->
 
     Returns:
         `psnr`, the mean of the images' own; `psnr_of_mean_error`, from the mean squared error of all, which
-        the worst images decide; `l1`.
+        the worst images decide; `ssim`, structural similarity (Wang et al. 2004); `l1`.
 
     Raises:
         ValueError: where there is no sample at all.
     """
     device = next(model.parameters()).device
-    psnr, squared, absolute, samples = sums = torch.zeros(4, dtype=torch.float64, device=device)
+    psnr, squared, similar, absolute, samples = sums = torch.zeros(5, dtype=torch.float64, device=device)
     for batch in batches:
         pixels = batch["pixels"].to(device)
-        error = (model.decode(model.encode(pixels)) - pixels) / 2
-        image_squared = error.square().flatten(1).mean(1)  # (batch,)
-        psnr += decibels(image_squared.clamp_min(1e-10)).sum()  # 100 dB where nothing is left of the error
-        squared += image_squared.sum()
-        absolute += error.abs().flatten(1).mean(1).sum()
+        reconstructed = model.decode(model.encode(pixels))
+        psnr += image_psnr(reconstructed, pixels).sum()
+        squared += image_squared_error(reconstructed, pixels).sum()
+        similar += image_ssim(reconstructed, pixels).sum()
+        absolute += ((reconstructed - pixels) / 2).abs().flatten(1).mean(1).sum()
         samples += len(pixels)
     if dist.is_initialized():
         dist.all_reduce(sums)
@@ -42,12 +43,13 @@ def reconstruction_metrics(model: VQModel, batches: Iterable[dict[str, Any]]) ->
     return {
         "psnr": (psnr / samples).item(),
         "psnr_of_mean_error": decibels(squared / samples).item(),
+        "ssim": (similar / samples).item(),
         "l1": (absolute / samples).item(),
     }
 
 
 @torch.no_grad()
-def codebook_metrics(model: VQModel, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+def codebook_metrics(model: ImageTokenizer, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
     """How much of the codebook `batches` (as for `reconstruction_metrics`) use.
 
     Returns:
@@ -67,5 +69,25 @@ def codebook_metrics(model: VQModel, batches: Iterable[dict[str, Any]]) -> dict[
     }
 
 
-def decibels(squared_error: torch.Tensor) -> torch.Tensor:
+def image_squared_error(one: Tensor, two: Tensor) -> Tensor:
+    """Each image's mean squared error, (images,), of pixels (images, 3, height, width) in [-1, 1], on the
+    scale of [0, 1]."""
+    return ((one - two) / 2).square().flatten(1).mean(1)
+
+
+def image_psnr(one: Tensor, two: Tensor) -> Tensor:
+    """Each image's peak signal-to-noise ratio in decibels, (images,); 100 where nothing is left of the
+    error."""
+    return decibels(image_squared_error(one, two).clamp_min(1e-10))
+
+
+def image_ssim(one: Tensor, two: Tensor) -> Tensor:
+    """Each image's structural similarity, (images,), with the usual Gaussian window of 11 pixels."""
+    from torchmetrics.functional.image import structural_similarity_index_measure  # takes seconds to import
+
+    unit = [((pixels + 1) / 2).float() for pixels in (one, two)]
+    return structural_similarity_index_measure(*unit, data_range=1.0, reduction="none").reshape(-1)
+
+
+def decibels(squared_error: Tensor) -> Tensor:
     return -10 * torch.log10(squared_error)

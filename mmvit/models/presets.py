@@ -4,8 +4,13 @@ import difflib
 
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
-from mmvit.models.classifier import ClassifierConfig
-from mmvit.models.generator import GeneratorConfig
+from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
+from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
+from mmvit.models.vq import VQConfig, VQModel
+
+# the model that a configuration is of
+MODELS = {model.config_class: model for model in (Classifier, GeneratorTransformer, VQModel, DiscreteVAE)}
 
 
 def core(width: int, depth: int, num_heads: int, **parts) -> TransformerConfig:
@@ -58,10 +63,18 @@ GENERATORS = {
     ),
 }  # fmt: skip
 
-PRESETS = {**CLASSIFIERS, **GENERATORS}
+IMAGE_TOKENIZERS = {
+    "vq-f8": VQConfig(),
+    "dvae-tiny": DiscreteVAEConfig(
+        codebook_size=1024, width=48, code_width=32, kl_warmup=1000, temperature_steps=3000
+    ),
+    "dalle-dvae": DiscreteVAEConfig(),  # 2102.12092, appendix A
+}
+
+PRESETS = {**CLASSIFIERS, **GENERATORS, **IMAGE_TOKENIZERS}
 
 
-def preset(name: str) -> ClassifierConfig | GeneratorConfig:
+def preset(name: str) -> ClassifierConfig | GeneratorConfig | VQConfig | DiscreteVAEConfig:
     """The configuration called `name`. Raises UserError, with the nearest name, where there is none."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)

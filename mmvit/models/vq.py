@@ -7,39 +7,33 @@ learn once. The decoder sees far, because it has to settle what single codes lea
 
 import math
 from itertools import pairwise
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmvit.config import Config
-from mmvit.errors import UserError
+from mmvit.core.transformer import Block, TransformerConfig
 from mmvit.hub import Pretrained
+from mmvit.models.codes import check_codes, code_grid
+from mmvit.models.quantizers import QUANTIZERS, QuantizerConfig
 
-REVIVED_USE = 0.1  # of a code when it is revived, where 1 is the average: its time to be chosen
 
+class VQConfig(QuantizerConfig):
+    """Shape of a `VQModel`, and how its codes learn."""
 
-class VQConfig(Config):
-    """Shape of a `VQModel`, and how its codebook learns."""
-
+    kind: Literal["vq"] = "vq"
     factor: int = Field(8, ge=1, description="pixels per code, along each side")
     margin: int = Field(2, ge=0, description="pixels around its patch that a code depends on, too")
-    codebook_size: int = Field(1024, ge=2)
-    code_width: int = Field(16, ge=2, description="dimensions of a code; few keep all in use")
     encoder_width: int = Field(256, ge=1)
     encoder_depth: int = Field(2, ge=0)
     decoder_widths: tuple[int, ...] = Field(
         (256, 128), min_length=1, description="of its stages; each has twice the resolution of the one before"
     )
     decoder_depths: tuple[int, ...] = Field((2, 3), description="residual blocks of each stage")
-    commitment_weight: float = Field(0.25, ge=0)
-    codebook_decay: float = Field(0.99, ge=0, lt=1, description="of the averages that codes are made of")
-    revive_below: float = Field(
-        0.01, ge=0, lt=REVIVED_USE, description="a code is dead below this share of the average code's use"
-    )
+    attention_depth: int = Field(0, ge=0, description="attention blocks in which the decoder sees all codes")
 
     @model_validator(mode="after")
     def _stages_fit(self):
@@ -64,7 +58,7 @@ class VQModel(Pretrained, nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.codebook = Codebook(config)
+        self.codebook = QUANTIZERS[config.quantizer](config)
         self.decoder = Decoder(config)
 
     @property
@@ -76,19 +70,12 @@ class VQModel(Pretrained, nn.Module):
         return self.config.codebook_size
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of the codes of a `height` x `width` image.
+        """(rows, columns) of the codes of a `height` x `width` image; raises as `code_grid` does."""
+        return code_grid(height, width, self.config.factor)
 
-        Raises:
-            UserError: when a side is no multiple of the factor, or smaller.
-        """
-        factor = self.config.factor
-        if height < factor or width < factor or height % factor or width % factor:
-            raise UserError(
-                f"an image of {height}x{width} pixels cannot be cut into patches of {factor}x{factor}, one "
-                f"for each code: resize it so that both sides are multiples of {factor}, or use an image "
-                "tokenizer of another factor"
-            )
-        return height // factor, width // factor
+    def code_vectors(self) -> Tensor:
+        """What each code stands for, (codebook_size, code_width)."""
+        return self.codebook.vectors()
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -101,7 +88,7 @@ class VQModel(Pretrained, nn.Module):
         """
         self.grid(*pixels.shape[-2:])
         with torch.autocast(pixels.device.type, enabled=False):
-            return self.codebook.nearest(self.encoder(pixels.float()))
+            return self.codebook.encode(self.encoder(pixels.float()))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -110,92 +97,28 @@ class VQModel(Pretrained, nn.Module):
         Raises:
             UserError: when a code is not in the codebook.
         """
-        if codes.numel() and (codes.min() < 0 or codes.max() >= self.config.codebook_size):
-            raise UserError(
-                f"image codes from {codes.min()} to {codes.max()} do not fit this image tokenizer, which has "
-                f"codes 0 to {self.config.codebook_size - 1}: decode them with the one that made them"
-            )
-        return self.decoder(self.codebook.vectors()[codes]).float().clamp(-1, 1)
+        check_codes(codes, self.config.codebook_size)
+        return self.decoder(self.codebook.vectors()[codes] * self.codebook.scale).float().clamp(-1, 1)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """L1 + L2 of the reconstruction of `batch["pixels"]`, plus commitment (1711.00937, equation 3).
+        """L1 + L2 of the reconstruction of `batch["pixels"]`, plus the quantiser's loss (1711.00937, equation
+        3).
 
-        In training mode the codebook takes its step here, too.
+        In training mode a codebook that follows averages takes its step here, too.
 
         Raises:
             UserError: as `grid` does.
         """
         pixels = batch["pixels"]
         self.grid(*pixels.shape[-2:])
-        encoded = self.encoder(pixels)  # (batch, rows, columns, code_width)
-        codes = self.codebook.nearest(encoded.detach())
-        quantized = self.codebook.vectors()[codes]
-        straight_through = encoded + (quantized - encoded).detach()
-        error = self.decoder(straight_through).float() - pixels
+        quantized, quantizer_loss, metrics = self.codebook(self.encoder(pixels))
+        error = self.decoder(quantized * self.codebook.scale).float() - pixels
         l1, l2 = error.abs().mean(), error.square().mean()
-        commitment = (encoded - quantized).square().sum(-1).mean()
-        loss = l1 + l2 + self.config.commitment_weight * commitment
-        metrics = {"l1": l1, "l2": l2, "commitment": commitment}
-        if self.training:
-            metrics |= self.codebook.update(encoded.detach().flatten(0, 2), codes.flatten())
-        return loss, {name: value.detach() for name, value in metrics.items()}
-
-
-class Codebook(nn.Module):
-    """Unit vectors in few dimensions, compared by cosine (ViT-VQGAN, 2110.04627, section 3.2).
-
-    A code is the direction of the moving average of the encoder's vectors that chose it (1711.00937, appendix
-    A.1, on the sphere). One that hardly any vector chooses is dead, and is revived at a vector of the current
-    batch, drawn in proportion to its distance from its code, as k-means++ draws its centres. At first
-    most are dead: that is the start.
-    """
-
-    def __init__(self, config: VQConfig):
-        super().__init__()
-        self.decay, self.revive_below = config.codebook_decay, config.revive_below
-        self.register_buffer(
-            "sums", torch.randn(config.codebook_size, config.code_width)
-        )  # of a code's vectors
-        self.register_buffer("use", torch.zeros(config.codebook_size))  # 1 is the average code's
-
-    def vectors(self) -> Tensor:
-        """The codes, (codebook_size, code_width), each of length 1."""
-        return F.normalize(self.sums, dim=-1)
-
-    def nearest(self, vectors: Tensor) -> Tensor:
-        """vectors (..., code_width) of length 1 → each one's nearest code, (...), compared in float32."""
-        with torch.autocast(vectors.device.type, enabled=False):
-            return (vectors.float() @ self.vectors().float().T).argmax(-1)
-
-    @torch.no_grad()
-    def update(self, vectors: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Moves `codes` (number,) to the `vectors` (number, code_width) that chose them; revives the dead.
-
-        Under torch.distributed the vectors of all processes count, and their codebooks stay alike.
-
-        Returns:
-            metrics: the share of `dead_codes`, and the `perplexity` of the codes' moving use.
-        """
-        counts = torch.bincount(codes, minlength=len(self.use)).to(self.use.dtype)
-        sums = torch.zeros_like(self.sums).index_add_(0, codes, vectors.to(self.sums.dtype))
-        distances = 1 - (vectors * self.vectors()[codes]).sum(-1)
-        drawn = vectors[torch.multinomial(distances.clamp_min(1e-6), len(self.use), replacement=True)]
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts)
-            dist.all_reduce(sums)
-            dist.broadcast(drawn, src=0)
-        scale = len(self.use) / counts.sum()
-        self.use.lerp_(counts * scale, 1 - self.decay)
-        self.sums.lerp_(sums * scale, 1 - self.decay)
-        dead = self.use < self.revive_below
-        self.use.copy_(torch.where(dead, REVIVED_USE, self.use))
-        self.sums.copy_(torch.where(dead[:, None], REVIVED_USE * drawn, self.sums))
-        share = self.use / self.use.sum()
-        return {"dead_codes": dead.float().mean(), "perplexity": torch.special.entr(share).sum().exp()}
+        return l1 + l2 + quantizer_loss, {"l1": l1.detach(), "l2": l2.detach(), **metrics}
 
 
 class Encoder(nn.Module):
-    """An MLP over each patch with its margin: pixels → unit vectors (batch, rows, columns, code_width)."""
+    """An MLP over each patch with its margin: pixels → vectors (batch, rows, columns, quantized_width)."""
 
     def __init__(self, config: VQConfig):
         super().__init__()
@@ -204,26 +127,27 @@ class Encoder(nn.Module):
         self.patch = nn.Linear(3 * (config.factor + 2 * config.margin) ** 2, width)
         self.blocks = nn.Sequential(*(MLPBlock(width) for _ in range(config.encoder_depth)))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, config.code_width)
+        self.head = nn.Linear(width, config.quantized_width)
 
     def forward(self, pixels: Tensor) -> Tensor:
         window = self.factor + 2 * self.margin
         pixels = F.pad(pixels, [self.margin] * 4, mode="replicate")
         patches = pixels.unfold(2, window, self.factor).unfold(3, window, self.factor)
         x = self.patch(rearrange(patches, "b c rows cols y x -> b rows cols (c y x)"))
-        x = self.head(self.norm(self.blocks(x)))
-        return F.normalize(x.float(), dim=-1)
+        return self.head(self.norm(self.blocks(x)))
 
 
 class Decoder(nn.Module):
-    """Residual convolutions at low resolution: vectors (batch, rows, columns, code_width) → pixels."""
+    """Residual convolutions at low resolution, by choice with attention at the lowest: vectors (batch, rows,
+    columns, quantized_width) → pixels."""
 
     def __init__(self, config: VQConfig):
         super().__init__()
         widths = config.decoder_widths
-        self.scale = math.sqrt(config.code_width)  # unit vectors have entries of 1 / scale
         self.rest = config.factor // 2 ** (len(widths) - 1)  # what the stages leave of the factor
-        self.stem = Convolution(config.code_width, widths[0])
+        self.stem = Convolution(config.quantized_width, widths[0])
+        shape = TransformerConfig(width=widths[0], num_heads=widths[0] // math.gcd(widths[0], 64))
+        self.attention = nn.ModuleList(Block(shape, 0.0) for _ in range(config.attention_depth))
         self.stages = nn.ModuleList(
             nn.Sequential(*(ConvBlock(width) for _ in range(depth)))
             for width, depth in zip(widths, config.decoder_depths, strict=True)
@@ -233,7 +157,10 @@ class Decoder(nn.Module):
         self.head = Convolution(widths[-1], 3 * self.rest**2)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        x = self.stages[0](self.stem(vectors * self.scale))
+        x = self.stem(vectors)
+        for block in self.attention:
+            x = block(x.flatten(1, 2)).view_as(x)
+        x = self.stages[0](x)
         for double, stage in zip(self.doubles, self.stages[1:], strict=True):
             x = stage(pixel_shuffle(double(x), 2))
         return rearrange(pixel_shuffle(self.head(self.norm(x)), self.rest), "b y x c -> b c y x")

@@ -1,6 +1,7 @@
 """Captions to pictures: a generator transformer with the two tokenizers that it was trained on, kept in one
 folder."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
@@ -13,7 +14,7 @@ from mmvit.data.captions import TextTokenizer
 from mmvit.errors import UserError
 from mmvit.hub import find_model_folder
 from mmvit.models.generator import GeneratorTransformer
-from mmvit.models.vq import VQModel
+from mmvit.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from mmvit.sampling.decoding import sample_codes
 
 TEXT, IMAGE = "text_tokenizer", "image_tokenizer"
@@ -28,7 +29,10 @@ class Generator:
     """
 
     def __init__(
-        self, transformer: GeneratorTransformer, text_tokenizer: TextTokenizer, image_tokenizer: VQModel
+        self,
+        transformer: GeneratorTransformer,
+        text_tokenizer: TextTokenizer,
+        image_tokenizer: ImageTokenizer,
     ):
         check_fit(transformer, text_tokenizer, image_tokenizer)
         self.transformer = transformer.eval()
@@ -53,7 +57,7 @@ class Generator:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = find_model_folder(path)
         transformer = GeneratorTransformer.from_pretrained(folder, device)
-        image_tokenizer = VQModel.from_pretrained(folder / IMAGE, device)
+        image_tokenizer = load_image_tokenizer(folder / IMAGE, device)
         return cls(transformer, TextTokenizer.from_file(folder / TEXT / "tokenizer.json"), image_tokenizer)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
@@ -115,7 +119,13 @@ class Generator:
         """What `generate` draws, as codes (pictures, rows, columns)."""
         captions = [captions] if isinstance(captions, str) else list(captions)
         check_settings(self.transformer, captions, num_images, guidance_scale, temperature, top_k, top_p)
-        caption_ids, _ = self.text_tokenizer.encode(captions, self.transformer.config.text_length)
+        length = self.transformer.config.text_length
+        caption_ids, num_cut = self.text_tokenizer.encode(captions, length)
+        if num_cut:
+            warnings.warn(
+                f"{num_cut} of {len(captions)} captions have more than {length} tokens and are cut there",
+                stacklevel=2,
+            )
         caption_ids = caption_ids.repeat_interleave(num_images, dim=0).to(self.device)
         seeds = [seed + j for _ in captions for j in range(num_images)]
         parts = [
@@ -143,7 +153,7 @@ def pictures_from_pixels(pixels: Tensor) -> list[Image.Image]:
 
 
 def check_fit(
-    transformer: GeneratorTransformer, text_tokenizer: TextTokenizer, image_tokenizer: VQModel
+    transformer: GeneratorTransformer, text_tokenizer: TextTokenizer, image_tokenizer: ImageTokenizer
 ) -> None:
     """Raises UserError where the tokenizers speak another vocabulary than the transformer."""
     config = transformer.config
@@ -152,9 +162,9 @@ def check_fit(
             f"the text tokenizer has {text_tokenizer.vocab_size} tokens, "
             f"the generator was built for {config.vocab_size}"
         )
-    if image_tokenizer.config.codebook_size != config.codebook_size:
+    if image_tokenizer.codebook_size != config.codebook_size:
         raise UserError(
-            f"the image tokenizer has {image_tokenizer.config.codebook_size} codes, "
+            f"the image tokenizer has {image_tokenizer.codebook_size} codes, "
             f"the generator was built for {config.codebook_size}"
         )
 

@@ -1,0 +1,243 @@
+"""DALL·E's discrete VAE: pixels ↔ one of 8192 codes for every 8×8 patch (2102.12092, section 2.1 and appendix
+A).
+
+The encoder gives a categorical distribution over the codes at every place. Training draws a relaxed sample of
+it (Gumbel-softmax, 1611.01144) and maximises the evidence lower bound, with pixels under a logit-Laplace
+likelihood. Architecture as in openai/DALL-E, which its weights fit (mmvit.interop.openai_dvae).
+"""
+
+import math
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from mmvit.config import Config
+from mmvit.hub import Pretrained
+from mmvit.models.codes import check_codes, code_grid
+
+NUM_GROUPS = 4  # of residual blocks; between them the resolution halves three times
+EPSILON = 0.1  # keeps pixel values away from the ends of (0, 1), where the logit is infinite
+
+
+class DiscreteVAEConfig(Config):
+    """Shape of a `DiscreteVAE`, and its schedules, counted in training passes. The defaults are DALL·E's."""
+
+    kind: Literal["dvae"] = "dvae"
+    codebook_size: int = Field(8192, ge=2)
+    width: int = Field(
+        256, ge=4, multiple_of=4, description="of the first group; the others have 2, 4, 8 times"
+    )
+    blocks_per_group: int = Field(2, ge=1)
+    code_width: int = Field(128, ge=1, description="dimensions that the decoder first gives a code")
+    kl_weight: float = Field(6.6, ge=0, description="final weight of the KL divergence, β")
+    kl_warmup: int = Field(5000, ge=0, description="passes in which β rises from 0")
+    final_temperature: float = Field(1 / 16, gt=0, description="of the relaxation, which begins at 1")
+    temperature_steps: int = Field(150_000, ge=0, description="passes in which the temperature falls")
+
+
+class DiscreteVAE(Pretrained, nn.Module):
+    """pixels ↔ codes at factor 8. Any image whose sides are multiples of 8 will do."""
+
+    config_class, kind = DiscreteVAEConfig, "dvae"
+    factor = 2 ** (NUM_GROUPS - 1)
+
+    def __init__(self, config: DiscreteVAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.register_buffer("passes", torch.zeros((), dtype=torch.long))  # training passes so far
+
+    @property
+    def codebook_size(self) -> int:
+        return self.config.codebook_size
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of the codes of a `height` x `width` image; raises as `code_grid` does."""
+        return code_grid(height, width, self.factor)
+
+    def code_vectors(self) -> Tensor:
+        """What the decoder first makes of each code, (codebook_size, code_width)."""
+        return self.decoder.stem.weight[:, :, 0, 0].T
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """pixels (batch, 3, height, width) in [-1, 1] → the likeliest codes (batch, rows, columns), int64.
+
+        Always computed in float32, so that the codes do not depend on autocast.
+
+        Raises:
+            UserError: as `grid` does.
+        """
+        self.grid(*pixels.shape[-2:])
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self.encoder(map_pixels((pixels.float() + 1) / 2)).argmax(1)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes (batch, rows, columns) → pixels (batch, 3, height, width) in [-1, 1], float32: φ⁻¹(sigmoid
+        μ).
+
+        Raises:
+            UserError: when a code is not in the codebook.
+        """
+        check_codes(codes, self.config.codebook_size)
+        x = F.embedding(codes, self.code_vectors()) + self.decoder.stem.bias
+        location, _ = self.decoder.after_stem(x.permute(0, 3, 1, 2)).float().chunk(2, dim=1)
+        return unmap_pixels(location.sigmoid()) * 2 - 1
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Negative lower bound of `batch["pixels"]`, nats per pixel and channel, with a weighted divergence.
+
+        In training mode a pass moves the schedules on; out of it the codes are the likeliest ones, and β and
+        the temperature stand where they are.
+
+        Returns:
+            loss, and metrics: `nll`, the negative log-likelihood per pixel and channel; `kl`, nats per code;
+            `perplexity` of the codes, averaged over the batch; `kl_weight`; `temperature`.
+
+        Raises:
+            UserError: as `grid` does.
+        """
+        config, pixels = self.config, batch["pixels"]
+        self.grid(*pixels.shape[-2:])
+        mapped = map_pixels((pixels + 1) / 2)
+        logits = self.encoder(mapped).float()
+        passes = int(self.passes)
+        kl_weight = cosine(passes, config.kl_warmup, 0.0, config.kl_weight)
+        temperature = cosine(passes, config.temperature_steps, 1.0, config.final_temperature)
+        if self.training:
+            relaxed = F.gumbel_softmax(logits, tau=temperature, dim=1)
+            self.passes += 1
+        else:
+            relaxed = F.one_hot(logits.argmax(1), config.codebook_size).permute(0, 3, 1, 2).to(logits.dtype)
+        location, log_scale = self.decoder(relaxed).float().chunk(2, dim=1)
+        nll = -logit_laplace(mapped, location, log_scale).mean()
+        divergence = kl_to_uniform(logits)  # (batch, rows, columns)
+        loss = nll + kl_weight * divergence.sum() / pixels.numel()
+        use = logits.softmax(1).mean((0, 2, 3))
+        metrics = {
+            "nll": nll.detach(),
+            "kl": divergence.mean().detach(),
+            "perplexity": torch.special.entr(use).sum().exp().detach(),
+            "kl_weight": torch.tensor(kl_weight),
+            "temperature": torch.tensor(temperature),
+        }
+        return loss, metrics
+
+
+def map_pixels(pixels: Tensor) -> Tensor:
+    """φ: [0, 1] → [ε, 1 − ε]."""
+    return (1 - 2 * EPSILON) * pixels + EPSILON
+
+
+def unmap_pixels(mapped: Tensor) -> Tensor:
+    """φ⁻¹, cut to [0, 1]."""
+    return ((mapped - EPSILON) / (1 - 2 * EPSILON)).clamp(0, 1)
+
+
+def logit_laplace(values: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
+    """log density of `values` in (0, 1) whose logit is Laplace(location, exp(log_scale)) (appendix A.3):
+    exp(−|logit x − μ| / b) / (2 b x (1 − x))."""
+    distance = (values.logit() - location).abs()
+    return -distance * torch.exp(-log_scale) - log_scale - math.log(2) - (values * (1 - values)).log()
+
+
+def kl_to_uniform(logits: Tensor) -> Tensor:
+    """KL divergence of softmax(logits), over dimension 1, from the uniform distribution, in nats."""
+    log_shares = logits.log_softmax(1)
+    return (log_shares.exp() * log_shares).sum(1) + math.log(logits.shape[1])
+
+
+def cosine(step: int, num_steps: int, start: float, end: float) -> float:
+    """Half a cosine from `start` at step 0 to `end` at `num_steps`, and `end` from there on."""
+    if step >= num_steps:
+        return end
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+
+
+class Encoder(nn.Module):
+    """Values (batch, 3, height, width) → logits (batch, codebook_size, rows, columns)."""
+
+    def __init__(self, config: DiscreteVAEConfig):
+        super().__init__()
+        widths = [config.width * 2**group for group in range(NUM_GROUPS)]
+        self.stem = convolution(3, config.width, 7)
+        self.groups = build_groups([config.width, *widths], config.blocks_per_group, kernels=(3, 3, 3, 1))
+        self.head = convolution(widths[-1], config.codebook_size, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.groups[0](self.stem(x))
+        for group in self.groups[1:]:
+            x = group(F.max_pool2d(x, 2))
+        return self.head(F.relu(x))
+
+
+class Decoder(nn.Module):
+    """(Relaxed) one-hot codes (batch, codebook_size, rows, columns) → location and log scale of every pixel's
+    channels, (batch, 6, height, width)."""
+
+    def __init__(self, config: DiscreteVAEConfig):
+        super().__init__()
+        widths = [config.width * 2**group for group in reversed(range(NUM_GROUPS))]
+        self.stem = convolution(config.codebook_size, config.code_width, 1)
+        self.groups = build_groups(
+            [config.code_width, *widths], config.blocks_per_group, kernels=(1, 3, 3, 3)
+        )
+        self.head = convolution(widths[-1], 6, 1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.after_stem(self.stem(codes))
+
+    def after_stem(self, x: Tensor) -> Tensor:
+        x = self.groups[0](x)
+        for group in self.groups[1:]:
+            x = group(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return self.head(F.relu(x))
+
+
+class Block(nn.Module):
+    """identity + residual / (number of blocks)²; a ReLU before each of four convolutions, a bottleneck of a
+    quarter of the width, no normalisation."""
+
+    def __init__(self, in_width: int, out_width: int, kernels: tuple[int, ...], gain: float):
+        super().__init__()
+        self.gain = gain
+        inner = out_width // 4
+        widths = (in_width, inner, inner, inner, out_width)
+        self.skip = convolution(in_width, out_width, 1) if in_width != out_width else nn.Identity()
+        self.convolutions = nn.ModuleList(
+            convolution(widths[place], widths[place + 1], kernel) for place, kernel in enumerate(kernels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x
+        for layer in self.convolutions:
+            residual = layer(F.relu(residual))
+        return self.skip(x) + self.gain * residual
+
+
+def build_groups(widths: list[int], blocks_per_group: int, kernels: tuple[int, ...]) -> nn.ModuleList:
+    """One group for each width after the first, which is the input's."""
+    gain = 1 / (NUM_GROUPS * blocks_per_group) ** 2
+    groups = nn.ModuleList()
+    for before, after in pairwise(widths):
+        sizes = [before] + [after] * blocks_per_group
+        groups.append(
+            nn.Sequential(
+                *(Block(sizes[place], sizes[place + 1], kernels, gain) for place in range(blocks_per_group))
+            )
+        )
+    return groups
+
+
+def convolution(in_channels: int, out_channels: int, kernel: int) -> nn.Conv2d:
+    """Keeps the size. Weights from N(0, 1 / (in_channels · kernel²)), biases zero."""
+    layer = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
+    nn.init.normal_(layer.weight, std=(in_channels * kernel**2) ** -0.5)
+    nn.init.zeros_(layer.bias)
+    return layer

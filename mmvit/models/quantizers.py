@@ -1,0 +1,235 @@
+"""Quantisers: vectors of few dimensions → one of `codebook_size` codes, and back.
+
+All three have one face. `quantizer(encoded)` gives the chosen codes' vectors, through which the gradient
+passes straight to the encoder, a loss to add, and metrics; `encode(encoded)` gives the codes; `vectors()`
+every code's vector; `scale` brings a vector's entries to about 1. `encoded` is (batch, rows, columns, width),
+as the encoder leaves it.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mmvit.config import Config
+
+REVIVED_USE = 0.1  # of a code when it is revived, where 1 is the average: its time to be chosen
+
+Quantized = tuple[Tensor, Tensor, dict[str, Tensor]]
+
+
+class QuantizerConfig(Config):
+    """Which quantiser, of how many codes, and how it learns.
+
+    `vq` moves its codes to what chooses them and revives the dead; `simvq` learns one matrix over a frozen
+    random codebook, so that all codes move together; `fsq` has no codebook, but rounds each dimension to one
+    of a few levels.
+    """
+
+    quantizer: Literal["vq", "simvq", "fsq"] = "vq"
+    codebook_size: int = Field(1024, ge=2)
+    code_width: int = Field(16, ge=2, description="dimensions of a code; few keep all in use; not for fsq")
+    levels: tuple[int, ...] = Field((8, 8, 4, 4), min_length=1, description="of fsq, for each dimension")
+    commitment_weight: float = Field(0.25, ge=0, description="not for fsq")
+    codebook_decay: float = Field(0.99, ge=0, lt=1, description="of the averages that codes are made of")
+    revive_below: float = Field(
+        0.01, ge=0, lt=REVIVED_USE, description="a code is dead below this share of the average code's use"
+    )
+
+    @model_validator(mode="after")
+    def _levels_make_the_codes(self):
+        if self.quantizer == "fsq" and math.prod(self.levels) != self.codebook_size:
+            raise ValueError(
+                f"levels {self.levels} make {math.prod(self.levels)} codes, codebook_size is "
+                f"{self.codebook_size}"
+            )
+        if min(self.levels) < 2:
+            raise ValueError(f"levels {self.levels}: a dimension of fewer than 2 levels says nothing")
+        return self
+
+    @property
+    def quantized_width(self) -> int:
+        """Dimensions of what the encoder gives and the decoder reads."""
+        return len(self.levels) if self.quantizer == "fsq" else self.code_width
+
+
+class Codebook(nn.Module):
+    """Unit vectors in few dimensions, compared by cosine (ViT-VQGAN, 2110.04627, section 3.2).
+
+    A code is the direction of the moving average of the encoder's vectors that chose it (1711.00937, appendix
+    A.1, on the sphere). One that hardly any vector chooses is dead, and is revived at a vector of the current
+    batch, drawn in proportion to its distance from its code, as k-means++ draws its centres. At first
+    most are dead: that is the start.
+    """
+
+    def __init__(self, config: QuantizerConfig):
+        super().__init__()
+        self.config = config
+        self.scale = math.sqrt(config.code_width)  # unit vectors have entries of 1 / scale
+        self.register_buffer("sums", torch.randn(config.codebook_size, config.code_width))  # a code's vectors
+        self.register_buffer("use", torch.zeros(config.codebook_size))  # 1 is the average code's
+
+    def forward(self, encoded: Tensor) -> Quantized:
+        vectors = F.normalize(encoded.float(), dim=-1)
+        codes = self.nearest(vectors.detach())
+        quantized = self.vectors()[codes]
+        commitment = (vectors - quantized).square().sum(-1).mean()
+        metrics = {"commitment": commitment.detach()}
+        if self.training:
+            metrics |= self.update(vectors.detach().flatten(0, -2), codes.flatten())
+        return straight_through(vectors, quantized), self.config.commitment_weight * commitment, metrics
+
+    def encode(self, encoded: Tensor) -> Tensor:
+        return self.nearest(F.normalize(encoded.float(), dim=-1))
+
+    def vectors(self) -> Tensor:
+        """The codes, (codebook_size, code_width), each of length 1."""
+        return F.normalize(self.sums, dim=-1)
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """vectors (..., code_width) of length 1 → each one's nearest code, (...), compared in float32."""
+        with torch.autocast(vectors.device.type, enabled=False):
+            return (vectors.float() @ self.vectors().float().T).argmax(-1)
+
+    @torch.no_grad()
+    def update(self, vectors: Tensor, codes: Tensor) -> dict[str, Tensor]:
+        """Moves `codes` (number,) to the `vectors` (number, code_width) that chose them; revives the dead.
+
+        Under torch.distributed the vectors of all processes count, and their codebooks stay alike.
+
+        Returns:
+            metrics: the share of `dead_codes`, and the `perplexity` of the codes' moving use.
+        """
+        sums = torch.zeros_like(self.sums).index_add_(0, codes, vectors.to(self.sums.dtype))
+        distances = 1 - (vectors * self.vectors()[codes]).sum(-1)
+        drawn = vectors[torch.multinomial(distances.clamp_min(1e-6), len(self.use), replacement=True)]
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+            dist.broadcast(drawn, src=0)
+        scale = move_use(self.use, codes, self.config.codebook_decay)
+        self.sums.lerp_(sums * scale, 1 - self.config.codebook_decay)
+        dead = self.use < self.config.revive_below
+        self.use.copy_(torch.where(dead, REVIVED_USE, self.use))
+        self.sums.copy_(torch.where(dead[:, None], REVIVED_USE * drawn, self.sums))
+        return {"dead_codes": dead.float().mean(), "perplexity": perplexity(self.use)}
+
+
+class LinearCodebook(nn.Module):
+    """SimVQ (2411.02038): the codes are frozen random vectors times one learnt matrix, which every chosen
+    code moves, so that none is left behind. Compared by Euclidean distance."""
+
+    scale = 1.0
+
+    def __init__(self, config: QuantizerConfig):
+        super().__init__()
+        self.config = config
+        frozen = torch.randn(config.codebook_size, config.code_width) * config.code_width**-0.5
+        self.register_buffer("frozen", frozen)
+        self.register_buffer("use", torch.ones(config.codebook_size))
+        self.mix = nn.Linear(config.code_width, config.code_width, bias=False)
+        nn.init.eye_(self.mix.weight)
+
+    def forward(self, encoded: Tensor) -> Quantized:
+        with torch.autocast(encoded.device.type, enabled=False):
+            encoded = encoded.float()
+            codes = self.encode(encoded)
+            quantized = self.vectors()[codes]
+        commitment = (encoded - quantized.detach()).square().sum(-1).mean()
+        pull = (encoded.detach() - quantized).square().sum(-1).mean()
+        metrics = {"commitment": commitment.detach()}
+        if self.training:
+            metrics |= track_use(self.use, codes.flatten(), self.config)
+        loss = pull + self.config.commitment_weight * commitment
+        return straight_through(encoded, quantized.detach()), loss, metrics
+
+    @torch.no_grad()
+    def encode(self, encoded: Tensor) -> Tensor:
+        with torch.autocast(encoded.device.type, enabled=False):
+            vectors = self.vectors().float()
+            # |e − v|² without |e|², which is the same for all codes
+            return (vectors.square().sum(-1) - 2 * encoded.float() @ vectors.T).argmin(-1)
+
+    def vectors(self) -> Tensor:
+        """The codes, (codebook_size, code_width)."""
+        return self.mix(self.frozen)
+
+
+class FiniteScalar(nn.Module):
+    """FSQ (2309.15505): each dimension is bounded and rounded to one of its levels, evenly spaced in [-1, 1];
+    a code is the number that its levels spell. Nothing can die, and there is no loss to add."""
+
+    scale = 1.0
+
+    def __init__(self, config: QuantizerConfig):
+        super().__init__()
+        self.config = config
+        levels = torch.tensor(config.levels)
+        place_values = torch.cumprod(torch.tensor([1, *config.levels[:-1]]), 0)
+        self.register_buffer("levels", levels, persistent=False)
+        self.register_buffer("place_values", place_values, persistent=False)
+        self.register_buffer("use", torch.ones(config.codebook_size))
+
+    def forward(self, encoded: Tensor) -> Quantized:
+        bounded = self.bound(encoded.float())
+        digits = straight_through(bounded, bounded.round())
+        metrics = {}
+        if self.training:
+            metrics = track_use(self.use, self.number(digits.detach()).flatten(), self.config)
+        return digits / (self.levels // 2), encoded.new_zeros(()), metrics
+
+    @torch.no_grad()
+    def encode(self, encoded: Tensor) -> Tensor:
+        return self.number(self.bound(encoded.float()).round())
+
+    def vectors(self) -> Tensor:
+        """The codes, (codebook_size, dimensions), in [-1, 1]."""
+        numbers = torch.arange(self.config.codebook_size, device=self.levels.device)
+        digits = numbers[:, None] // self.place_values % self.levels
+        return (digits - self.levels // 2) / (self.levels // 2)
+
+    def bound(self, x: Tensor) -> Tensor:
+        """x (..., dimensions) → numbers that round to -(levels // 2), ..., levels - 1 - levels // 2 (the
+        paper's appendix A.1)."""
+        half = (self.levels - 1) * (1 - 1e-3) / 2
+        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
+        return torch.tanh(x + torch.tan(offset / half)) * half - offset
+
+    def number(self, digits: Tensor) -> Tensor:
+        """Rounded digits (..., dimensions) → codes (...), int64."""
+        return ((digits.round().long() + self.levels // 2) * self.place_values).sum(-1)
+
+
+QUANTIZERS = {"vq": Codebook, "simvq": LinearCodebook, "fsq": FiniteScalar}
+
+
+def straight_through(value: Tensor, quantized: Tensor) -> Tensor:
+    """`quantized`, with the gradient going to `value` (1308.3432)."""
+    return value + (quantized - value).detach()
+
+
+def move_use(use: Tensor, codes: Tensor, decay: float) -> Tensor:
+    """Moves the average `use` of every code, where 1 is the average code's, towards that of `codes` (number,)
+    of all processes; returns what a count is multiplied by."""
+    counts = torch.bincount(codes, minlength=len(use)).to(use.dtype)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(counts)
+    scale = len(use) / counts.sum()
+    use.lerp_(counts * scale, 1 - decay)
+    return scale
+
+
+@torch.no_grad()
+def track_use(use: Tensor, codes: Tensor, config: QuantizerConfig) -> dict[str, Tensor]:
+    """`move_use`, and the metrics of `Codebook.update`, for quantisers that need not revive a code."""
+    move_use(use, codes, config.codebook_decay)
+    dead = use < config.revive_below
+    return {"dead_codes": dead.float().mean(), "perplexity": perplexity(use)}
+
+
+def perplexity(use: Tensor) -> Tensor:
+    """exp(entropy) of the distribution that is proportional to `use`."""
+    return torch.special.entr(use / use.sum()).sum().exp()

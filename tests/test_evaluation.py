@@ -1,0 +1,57 @@
+"""Measures against exact values."""
+
+import pytest
+import torch
+
+from mmvit.evaluation.frechet import coarse_pixels, frechet_distance
+from mmvit.evaluation.reconstruction import image_psnr, image_ssim
+
+
+def gaussian(mean: torch.Tensor, root: torch.Tensor, number: int = 4000) -> torch.Tensor:
+    """Samples whose mean and covariance are exactly `mean` and root · rootᵀ."""
+    white = torch.randn(number, len(mean), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    white = white - white.mean(0)
+    white = white @ torch.linalg.inv(torch.linalg.cholesky(white.T.cov())).T
+    return mean + white @ root.T
+
+
+def test_frechet_distance_of_gaussians_has_its_closed_form():
+    one = gaussian(torch.tensor([1.0, 2, 3]).double(), torch.diag(torch.tensor([1.0, 2, 3])).double())
+    two = gaussian(torch.tensor([1.0, 0, 3]).double(), torch.diag(torch.tensor([2.0, 2, 1])).double())
+    # |μ₁ − μ₂|² = 4; variances commute, so (1 − 2)² + 0 + (3 − 1)²
+    assert frechet_distance(one, two) == pytest.approx(4 + 1 + 4)
+    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
+    turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q
+    assert frechet_distance(one @ turn, two @ turn) == pytest.approx(9)
+    with pytest.raises(ValueError, match="cannot be compared"):
+        frechet_distance(one, two[:, :2])
+
+
+def test_frechet_distance_where_covariances_do_not_commute():
+    root = torch.tensor([[1.0, 0.5], [0.0, 2.0]]).double()
+    one, two = gaussian(torch.zeros(2).double(), root), gaussian(torch.zeros(2).double(), root.flip(0, 1))
+    first, second = root @ root.T, root.flip(0, 1) @ root.flip(0, 1).T
+    product = first @ second  # 2 x 2: tr(M^½) = sqrt(tr M + 2 sqrt(det M))
+    crossed = (product.trace() + 2 * product.det().sqrt()).sqrt()
+    expected = first.trace() + second.trace() - 2 * crossed
+    assert frechet_distance(one, two) == pytest.approx(expected.item())
+
+
+def test_psnr_and_ssim_of_known_errors():
+    pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 0.5
+    off = torch.tensor([0.0, 0.2, 0.02])[:, None, None, None]
+    torch.testing.assert_close(image_psnr(pixels + off, pixels), torch.tensor([100.0, 20.0, 40.0]))
+    similar = image_ssim(pixels + off, pixels)
+    assert similar[0] == pytest.approx(1)
+    assert similar[1] < similar[2] < 1
+    flat, other = torch.full((1, 3, 32, 32), -0.2), torch.full((1, 3, 32, 32), 0.4)
+    # without variance only the luminance term is left: (2 · 0.4 · 0.7 + c) / (0.4² + 0.7² + c), c = 0.01²
+    assert image_ssim(flat, other).item() == pytest.approx(0.5601 / 0.6501, rel=1e-3)
+
+
+def test_coarse_pixels_are_mean_colours():
+    pixels = torch.zeros(1, 3, 16, 16)
+    pixels[:, 1, :2, :2] = 1
+    features = coarse_pixels(pixels)
+    assert features.shape == (1, 192)
+    assert features.sum() == features[0, 64] == 1
