@@ -132,6 +132,41 @@ def test_revival_keeps_a_codebook_in_use_that_would_collapse():
     assert codes_in_use(revive_below=0.01) == 16
 
 
+def test_kmeans_starts_the_codes_where_the_vectors_are():
+    centres = torch.eye(4)
+    vectors = F.normalize(centres.repeat(64, 1) + 0.1 * noise(256, 4), dim=-1)
+    codebook = Codebook(VQConfig(**{**SMALL, "codebook_size": 8, "kmeans_steps": 10})).train()
+    torch.manual_seed(0)
+    codebook(vectors[None, None])
+    codes = codebook.nearest(vectors)
+    assert len(codes.unique()) == 8
+    assert (codebook.vectors()[codes] * vectors).sum(-1).min() > 0.98
+    before = codebook.vectors().clone()
+    codebook(vectors[None, None])  # started once
+    assert (codebook.vectors() * before).sum(-1).min() > 0.99
+
+
+def test_a_codebook_of_the_optimizer_is_pulled_to_its_vectors_and_revived():
+    torch.manual_seed(0)
+    settings = {**SMALL, "codebook_update": "gradient", "codebook_decay": 0.9}
+    codebook = Codebook(VQConfig(**settings)).train()
+    encoded = noise(1, 1, 200, 4).requires_grad_()
+    quantized, loss, _ = codebook.eval()(encoded)
+    vectors, chosen = F.normalize(encoded, dim=-1), codebook.vectors()[codebook.encode(encoded)]
+    torch.testing.assert_close(loss, 1.25 * (vectors - chosen).square().sum(-1).mean())
+    torch.testing.assert_close(quantized, chosen)
+    optimizer = torch.optim.Adam(codebook.train().parameters(), 0.02)
+    errors = []
+    for step in range(300):
+        _, loss, metrics = codebook(noise(1, 1, 256, 4, seed=step) + torch.tensor([1.5, 0, 0, 0]))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        errors.append(metrics["commitment"].item())
+    assert errors[-1] < 0.5 * errors[0]
+    assert metrics["dead_codes"] == 0
+
+
 def update_on_rank(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     codebook = small_model().codebook

@@ -35,7 +35,11 @@ class QuantizerConfig(Config):
     code_width: int = Field(16, ge=2, description="dimensions of a code; few keep all in use; not for fsq")
     levels: tuple[int, ...] = Field((8, 8, 4, 4), min_length=1, description="of fsq, for each dimension")
     commitment_weight: float = Field(0.25, ge=0, description="not for fsq")
-    codebook_decay: float = Field(0.99, ge=0, lt=1, description="of the averages that codes are made of")
+    codebook_update: Literal["ema", "gradient"] = Field(
+        "ema", description="of vq: averages of the vectors that chose a code, or the optimizer"
+    )
+    codebook_decay: float = Field(0.99, ge=0, lt=1, description="of the averages of a code's vectors and use")
+    kmeans_steps: int = Field(0, ge=0, description="of k-means on the first batch, that vq starts from")
     revive_below: float = Field(
         0.01, ge=0, lt=REVIVED_USE, description="a code is dead below this share of the average code's use"
     )
@@ -61,27 +65,38 @@ class Codebook(nn.Module):
     """Unit vectors in few dimensions, compared by cosine (ViT-VQGAN, 2110.04627, section 3.2).
 
     A code is the direction of the moving average of the encoder's vectors that chose it (1711.00937, appendix
-    A.1, on the sphere). One that hardly any vector chooses is dead, and is revived at a vector of the current
-    batch, drawn in proportion to its distance from its code, as k-means++ draws its centres. At first
-    most are dead: that is the start.
+    A.1, on the sphere), or of a parameter that the loss pulls to them (equation 3). One that hardly any
+    vector chooses is dead, and is revived at a vector of the current batch, drawn in proportion to its
+    distance from its code, as k-means++ draws its centres. At first most are dead: that is the start, unless
+    `kmeans_steps` moves them first.
     """
 
     def __init__(self, config: QuantizerConfig):
         super().__init__()
         self.config = config
         self.scale = math.sqrt(config.code_width)  # unit vectors have entries of 1 / scale
-        self.register_buffer("sums", torch.randn(config.codebook_size, config.code_width))  # a code's vectors
+        sums = torch.randn(config.codebook_size, config.code_width)  # of a code's vectors
+        self.learns = config.codebook_update == "gradient"
+        if self.learns:
+            self.sums = nn.Parameter(F.normalize(sums, dim=-1))
+        else:
+            self.register_buffer("sums", sums)
         self.register_buffer("use", torch.zeros(config.codebook_size))  # 1 is the average code's
 
     def forward(self, encoded: Tensor) -> Quantized:
         vectors = F.normalize(encoded.float(), dim=-1)
+        if self.training and self.config.kmeans_steps and not self.use.any():
+            self.start(vectors.detach().flatten(0, -2))
         codes = self.nearest(vectors.detach())
         quantized = self.vectors()[codes]
-        commitment = (vectors - quantized).square().sum(-1).mean()
+        commitment = (vectors - quantized.detach()).square().sum(-1).mean()
+        loss = self.config.commitment_weight * commitment
+        if self.learns:
+            loss = loss + (vectors.detach() - quantized).square().sum(-1).mean()
         metrics = {"commitment": commitment.detach()}
         if self.training:
             metrics |= self.update(vectors.detach().flatten(0, -2), codes.flatten())
-        return straight_through(vectors, quantized), self.config.commitment_weight * commitment, metrics
+        return straight_through(vectors, quantized.detach()), loss, metrics
 
     def encode(self, encoded: Tensor) -> Tensor:
         return self.nearest(F.normalize(encoded.float(), dim=-1))
@@ -96,8 +111,25 @@ class Codebook(nn.Module):
             return (vectors.float() @ self.vectors().float().T).argmax(-1)
 
     @torch.no_grad()
+    def start(self, vectors: Tensor) -> None:
+        """K-means on the sphere over `vectors` (number, code_width), from `codebook_size` of them. Under
+        torch.distributed all processes take the first one's."""
+        drawn = torch.randint(len(vectors), (len(self.use),), device=vectors.device)
+        if len(vectors) >= len(self.use):
+            drawn = torch.randperm(len(vectors), device=vectors.device)[: len(self.use)]
+        self.sums.copy_(vectors[drawn])
+        for _ in range(self.config.kmeans_steps):
+            sums = torch.zeros_like(self.sums).index_add_(0, self.nearest(vectors), vectors)
+            chosen = sums.any(-1, keepdim=True)
+            self.sums.copy_(torch.where(chosen, F.normalize(sums, dim=-1), self.sums))
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(self.sums, src=0)
+        self.use.fill_(1)
+
+    @torch.no_grad()
     def update(self, vectors: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Moves `codes` (number,) to the `vectors` (number, code_width) that chose them; revives the dead.
+        """Moves `codes` (number,) to the `vectors` (number, code_width) that chose them, where no optimizer
+        does; revives the dead.
 
         Under torch.distributed the vectors of all processes count, and their codebooks stay alike.
 
@@ -111,10 +143,12 @@ class Codebook(nn.Module):
             dist.all_reduce(sums)
             dist.broadcast(drawn, src=0)
         scale = move_use(self.use, codes, self.config.codebook_decay)
-        self.sums.lerp_(sums * scale, 1 - self.config.codebook_decay)
+        if not self.learns:
+            self.sums.lerp_(sums * scale, 1 - self.config.codebook_decay)
         dead = self.use < self.config.revive_below
         self.use.copy_(torch.where(dead, REVIVED_USE, self.use))
-        self.sums.copy_(torch.where(dead[:, None], REVIVED_USE * drawn, self.sums))
+        length = 1.0 if self.learns else REVIVED_USE
+        self.sums.data.copy_(torch.where(dead[:, None], length * drawn, self.sums))  # unseen by autograd
         return {"dead_codes": dead.float().mean(), "perplexity": perplexity(self.use)}
 
 
