@@ -1,6 +1,7 @@
 # Two commands set everything up: `make demo` and `make test`. Each works alone, in a fresh clone, with Python 3.11.
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: help install demo test lint format clean
 
@@ -9,23 +10,27 @@ help: ## list the targets
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps dall-e
+	$(INSTALL) -e ".[emoji]"
 	touch $@
 
-install: .venv/installed ## make .venv with mmvit, its tests and the emoji data, at the versions of constraints.txt
+.venv/tested: .venv/installed
+	$(INSTALL) -e ".[test]"
+	$(INSTALL) --no-deps dall-e
+	touch $@
+
+install: .venv/tested ## make .venv with mmvit, its tests and the emoji data, at the versions of constraints.txt
 
 demo: .venv/installed ## train a generator on emoji and draw captions that it has never seen (9 minutes on 2 cores)
 	$(BIN)/python pipelines/demo.py
 
-test: .venv/installed ## run the tests (2 minutes on 2 cores)
+test: .venv/tested ## run the tests (2 minutes on 2 cores)
 	$(BIN)/python -m pytest
 
-lint: .venv/installed ## check style with ruff
+lint: .venv/tested ## check style with ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: .venv/installed ## let ruff format the code
+format: .venv/tested ## let ruff format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -11,8 +11,9 @@ from mmvit.errors import UserError
 from mmvit.hub import find_model_folder, read_description
 from mmvit.models.dvae import DiscreteVAE
 from mmvit.models.vq import VQModel
+from mmvit.models.vqgan import VQGAN
 
-KINDS = {kind.kind: kind for kind in (VQModel, DiscreteVAE)}
+KINDS = {kind.kind: kind for kind in (VQModel, DiscreteVAE, VQGAN)}
 
 
 class ImageTokenizer(Protocol):

@@ -2,15 +2,19 @@
 
 import difflib
 
+from mmvit.config import Config
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
 from mmvit.models.vq import VQConfig, VQModel
+from mmvit.models.vqgan import VQGAN, VQGANConfig
 
 # the model that a configuration is of
-MODELS = {model.config_class: model for model in (Classifier, GeneratorTransformer, VQModel, DiscreteVAE)}
+MODELS = {
+    model.config_class: model for model in (Classifier, GeneratorTransformer, VQModel, DiscreteVAE, VQGAN)
+}
 
 
 def core(width: int, depth: int, num_heads: int, **parts) -> TransformerConfig:
@@ -69,12 +73,13 @@ IMAGE_TOKENIZERS = {
         codebook_size=1024, width=48, code_width=32, kl_warmup=1000, temperature_steps=3000
     ),
     "dalle-dvae": DiscreteVAEConfig(),  # 2102.12092, appendix A
+    "vqgan-f16": VQGANConfig(),  # 2012.09841, 16384 codes
 }
 
 PRESETS = {**CLASSIFIERS, **GENERATORS, **IMAGE_TOKENIZERS}
 
 
-def preset(name: str) -> ClassifierConfig | GeneratorConfig | VQConfig | DiscreteVAEConfig:
+def preset(name: str) -> Config:
     """The configuration called `name`. Raises UserError, with the nearest name, where there is none."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)

@@ -1,0 +1,343 @@
+"""Other people's VQ tokenizers, in and out: diffusers' `VQModel`, transformers' `JanusVQVAE` (LlamaGen's
+architecture) and `ChameleonVQVAE`.
+
+    model = load_vqgan("amused-256/vqvae", black=0)  # a folder with config.json and *.safetensors
+    model.save_pretrained("amused-vqgan")
+
+What a source's config.json does not tell is given as fields of `VQGANConfig`: `black=0` for weights whose
+pixels lie in [0, 1], as aMUSEd's do, and `cosine=True` to choose Janus's codes as its and LlamaGen's authors
+do; transformers chooses them by Euclidean distance, although it, too, decodes codes of length 1.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mmvit.config import build_config
+from mmvit.errors import UserError
+from mmvit.models.vqgan import VQGAN, VQGANConfig
+
+# Our names → theirs, applied in this order.
+COMMON = (
+    (r"coder\.stem\.", "coder.conv_in."),
+    (r"coder\.head\.", "coder.conv_out."),
+    (r"^to_code\.", "quant_conv."),
+    (r"^from_code\.", "post_quant_conv."),
+    (r"^codebook\.", "quantize.embedding."),
+)
+TRANSFORMERS = (
+    *COMMON,
+    (r"coder\.norm\.", "coder.norm_out."),
+    (r"\.middle\.0\.", ".mid.block_1."),
+    (r"\.middle\.1\.", ".mid.attn_1."),
+    (r"\.middle\.2\.", ".mid.block_2."),
+    (r"^encoder\.levels\.(\d+)\.resample\.", r"encoder.down.\1.downsample.conv."),
+    (r"^decoder\.levels\.(\d+)\.resample\.", r"decoder.up.\1.upsample.conv."),
+    (r"^encoder\.levels\.", "encoder.down."),
+    (r"^decoder\.levels\.", "decoder.up."),
+    (r"\.blocks\.", ".block."),
+    (r"\.attentions\.", ".attn."),
+    (r"\.skip\.", ".nin_shortcut."),
+    (r"\.([qkv])(uery|ey|alue)\.", r".\1."),
+    (r"\.out\.", ".proj_out."),
+)
+DIFFUSERS = (
+    *COMMON,
+    (r"coder\.norm\.", "coder.conv_norm_out."),
+    (r"\.middle\.0\.", ".mid_block.resnets.0."),
+    (r"\.middle\.1\.", ".mid_block.attentions.0."),
+    (r"\.middle\.2\.", ".mid_block.resnets.1."),
+    (r"^encoder\.levels\.(\d+)\.resample\.", r"encoder.down_blocks.\1.downsamplers.0.conv."),
+    (r"^decoder\.levels\.(\d+)\.resample\.", r"decoder.up_blocks.\1.upsamplers.0.conv."),
+    (r"^encoder\.levels\.", "encoder.down_blocks."),
+    (r"^decoder\.levels\.", "decoder.up_blocks."),
+    (r"\.blocks\.", ".resnets."),
+    (r"\.skip\.", ".conv_shortcut."),
+    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"\.([qkv])(uery|ey|alue)\.", r".to_\1."),
+    (r"\.out\.", ".to_out.0."),
+)
+# diffusers' own names have changed, and files with the old ones are about.
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def load_vqgan(folder: str | Path, **settings: Any) -> VQGAN:
+    """The VQ tokenizer of a folder of diffusers or transformers, in evaluation mode.
+
+    Of a whole Janus or Chameleon, in however many files, the tokenizer alone is read. Pickled weights never
+    are.
+
+    Args:
+        settings: fields of `VQGANConfig` that win over what config.json says.
+
+    Raises:
+        UserError: when the folder lacks config.json or safetensors, holds something else or a model with
+        settings that `VQGAN` does not have, or when weights are missing, unexpected or misshapen (all are
+        named).
+    """
+    folder = Path(folder)
+    config = read_config(folder / "config.json")
+    kinds = {
+        "VQModel": vqgan_from_diffusers,
+        "janus_vqgan": vqgan_from_janus,
+        "janus": vqgan_from_janus,
+        "chameleon_vqgan": vqgan_from_chameleon,
+        "chameleon": vqgan_from_chameleon,
+    }
+    kind = config.get("_class_name", config.get("model_type"))
+    if kind not in kinds:
+        raise UserError(
+            f"{folder / 'config.json'} describes {kind or 'nothing that has _class_name or model_type'}, not "
+            f"one of {', '.join(kinds)}"
+        )
+    return kinds[kind](config, read_weights(folder), source=str(folder), **settings)
+
+
+def vqgan_from_diffusers(
+    config: dict[str, Any], weights: dict[str, Tensor], source: str = "diffusers' VQModel", **settings: Any
+) -> VQGAN:
+    """A `VQGAN` of the config.json and the state dict of a `VQModel`; raises as `load_vqgan` does."""
+    widths = config.get("block_out_channels", (64,))
+    down = config.get("down_block_types", ("DownEncoderBlock2D",))
+    up = config.get("up_block_types", ("UpDecoderBlock2D",))
+    refuse_others(
+        {**config, "down_block_types": sorted({*down}), "up_block_types": sorted({*up})},
+        {
+            "in_channels": (3,),
+            "out_channels": (3,),
+            "act_fn": ("silu", "swish"),
+            "norm_type": ("group",),
+            "down_block_types": subsets("AttnDownEncoderBlock2D", "DownEncoderBlock2D"),
+            "up_block_types": subsets("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+        },
+        source,
+    )
+    if not 0 < len(widths) == len(down) == len(up):
+        raise UserError(
+            f"{source}: {len(widths)} block_out_channels, but {len(down)} down_block_types and {len(up)} "
+            "up_block_types: the config is damaged"
+        )
+    latent_width = config.get("latent_channels", 3)
+    code_width = config.get("vq_embed_dim")
+    values = {
+        "codebook_size": config.get("num_vq_embeddings", 256),
+        "code_width": latent_width if code_width is None else code_width,
+        "latent_width": latent_width,
+        "stem_width": widths[0],
+        "widths": widths,
+        "blocks_per_level": config.get("layers_per_block", 1),
+        "encoder_attention": [place for place, kind in enumerate(down) if kind.startswith("Attn")],
+        "decoder_attention": [place for place, kind in enumerate(reversed(up)) if kind.startswith("Attn")],
+        "middle_attention": config.get("mid_block_add_attention", True),
+        "num_groups": config.get("norm_num_groups", 32),
+    }
+    old = rf"(\.attentions\.\d+\.)({'|'.join(OLD_ATTENTION)})\."
+    weights = {
+        re.sub(old, lambda name: f"{name[1]}{OLD_ATTENTION[name[2]]}.", name): tensor
+        for name, tensor in weights.items()
+    }
+    return build(values | settings, weights, vqgan_to_diffusers, source)
+
+
+def vqgan_from_janus(
+    config: dict[str, Any], weights: dict[str, Tensor], source: str = "Janus's VQ model", **settings: Any
+) -> VQGAN:
+    """A `VQGAN` of the config.json (of Janus or its VQ model) and the state dict of a `JanusVQVAE`; raises as
+    `load_vqgan` does."""
+    config = config.get("vq_config", config)
+    refuse_others(config, {"in_channels": (3,), "out_channels": (3,), "double_latent": (False,)}, source)
+    values = read_transformers(config, num_codes=16384, code_width=8)
+    lowest = [len(values["widths"]) - 1]
+    values |= {"encoder_attention": lowest, "decoder_attention": lowest, "unit_codes": True}
+    return build(values | settings, weights, vqgan_to_janus, source)
+
+
+def vqgan_from_chameleon(
+    config: dict[str, Any], weights: dict[str, Tensor], source: str = "Chameleon's VQ model", **settings: Any
+) -> VQGAN:
+    """A `VQGAN` of the config.json (of Chameleon or its VQ model) and the state dict of a `ChameleonVQVAE`,
+    which has no decoder; raises as `load_vqgan` does."""
+    config = config.get("vq_config", config)
+    refuse_others(config, {"in_channels": (3,), "double_latent": (False,)}, source)
+    values = read_transformers(config, num_codes=8192, code_width=256)
+    attention = config.get("attn_type", "vanilla") == "vanilla"
+    resolutions = config.get("attn_resolutions") or () if attention else ()
+    levels = range(len(values["widths"]))
+    values |= {
+        "encoder_attention": [n for n in levels if config.get("resolution", 512) >> n in resolutions],
+        "decoder_attention": [],
+        "middle_attention": attention,
+        "decoder": False,
+    }
+    return build(values | settings, weights, vqgan_to_chameleon, source)
+
+
+def vqgan_to_diffusers(model: VQGAN) -> dict[str, Tensor]:
+    """The state dict of a `VQModel` with `model`'s weights; `black` has no place in it.
+
+    Raises:
+        UserError: when `model` computes what no `VQModel` does.
+    """
+    config = model.config
+    expected = {"stem_width": config.widths[0], "decoder": True, "cosine": False, "unit_codes": False}
+    refuse_unlike(config, expected, "diffusers' VQModel")
+    return {rename(name, DIFFUSERS): tensor for name, tensor in model.state_dict().items()}
+
+
+def vqgan_to_janus(model: VQGAN) -> dict[str, Tensor]:
+    """The state dict of a `JanusVQVAE` with `model`'s weights; `cosine` has no place in it.
+
+    Raises:
+        UserError: when `model` computes what no `JanusVQVAE` does.
+    """
+    lowest = (len(model.config.widths) - 1,)
+    expected = {
+        "encoder_attention": lowest,
+        "decoder_attention": lowest,
+        "middle_attention": True,
+        "num_groups": 32,
+        "decoder": True,
+        "unit_codes": True,
+    }
+    refuse_unlike(model.config, expected, "transformers' JanusVQVAE")
+    return rename_to_transformers(model)
+
+
+def vqgan_to_chameleon(model: VQGAN) -> dict[str, Tensor]:
+    """The state dict of a `ChameleonVQVAE` with `model`'s weights.
+
+    Raises:
+        UserError: when `model` computes what no `ChameleonVQVAE` does.
+    """
+    refuse_unlike(
+        model.config, {"num_groups": 32, "decoder": False, "cosine": False}, "transformers' ChameleonVQVAE"
+    )
+    return rename_to_transformers(model)
+
+
+def read_transformers(config: dict[str, Any], num_codes: int, code_width: int) -> dict[str, Any]:
+    """What Janus's and Chameleon's settings share; a config.json may leave out what equals the default."""
+    width = config.get("base_channels", 128)
+    return {
+        "codebook_size": config.get("num_embeddings", num_codes),
+        "code_width": config.get("embed_dim", code_width),
+        "latent_width": config.get("latent_channels", 256),
+        "stem_width": width,
+        "widths": [width * times for times in config.get("channel_multiplier", (1, 1, 2, 2, 4))],
+        "blocks_per_level": config.get("num_res_blocks", 2),
+    }
+
+
+def rename_to_transformers(model: VQGAN) -> dict[str, Tensor]:
+    """Theirs projects with 1x1 convolutions in attention."""
+    weights = {rename(name, TRANSFORMERS): tensor for name, tensor in model.state_dict().items()}
+    convolution = re.compile(r"\.attn.*\.(q|k|v|proj_out)\.weight$")
+    return {name: t[:, :, None, None] if convolution.search(name) else t for name, t in weights.items()}
+
+
+def rename(name: str, rules: Sequence[tuple[str, str]]) -> str:
+    for pattern, theirs in rules:
+        name = re.sub(pattern, theirs, name)
+    return name
+
+
+def build(
+    values: dict[str, Any],
+    weights: dict[str, Tensor],
+    to_theirs: Callable[[VQGAN], dict[str, Tensor]],
+    source: str,
+) -> VQGAN:
+    """The model of `values`, in float32, with weights whose names and shapes must be those that `to_theirs`
+    would give them."""
+    model = VQGAN(build_config(VQGANConfig, values, source))
+    expected = {name: tensor.shape for name, tensor in to_theirs(model).items()}
+    problems = [f"{name} is missing" for name in expected if name not in weights]
+    problems += [f"{name} is unexpected" for name in weights if name not in expected]
+    problems += [
+        f"{name} is {tuple(weights[name].shape)} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in weights and weights[name].shape != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(f"{source}: the weights do not fit: {'; '.join(problems[:5])}{more}")
+    ours = zip(model.state_dict().items(), expected, strict=True)  # in the same order
+    model.load_state_dict({name: weights[theirs].reshape(tensor.shape) for (name, tensor), theirs in ours})
+    return model.eval()
+
+
+def refuse_others(config: dict[str, Any], allowed: dict[str, Sequence[Any]], source: str) -> None:
+    """Raises UserError for settings of a source that `VQGAN` does not have; one that is left out is right."""
+    problems = [
+        f"{key} = {config[key]!r} (of {', '.join(map(repr, values))})"
+        for key, values in allowed.items()
+        if key in config and config[key] not in values
+    ]
+    if problems:
+        raise UserError(f"{source} is of an architecture that VQGAN does not have: {'; '.join(problems)}")
+
+
+def refuse_unlike(config: VQGANConfig, expected: dict[str, Any], target: str) -> None:
+    """Raises UserError when settings of ours are not those that `target` always has."""
+    problems = [
+        f"{key} = {getattr(config, key)} instead of {value}"
+        for key, value in expected.items()
+        if getattr(config, key) != value
+    ]
+    if problems:
+        raise UserError(f"{target} does not compute what this model does: {'; '.join(problems)}")
+
+
+def subsets(first: str, second: str) -> list[list[str]]:
+    return [[first], [second], [first, second]]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds a {type(config).__name__}, not the settings of a model")
+    return config
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a folder's safetensors by name; of a larger model, those under `vqmodel.`, without it.
+
+    Where the file that a library reads by default is there, variants of it beside it (fp16) are not read.
+    """
+    names = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+    files = [folder / name for name in names if (folder / name).is_file()][:1]
+    files = files or sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no *.safetensors; pickled weights (.bin, .ckpt, .pt) are not read")
+    places: dict[str, Path] = {}
+    for path in files:
+        for name in read_names(path):
+            if name in places:
+                raise UserError(f"{path} and {places[name]} both hold {name}: keep the one that is meant")
+            places[name] = path
+    inner = {name: name.partition("vqmodel.")[2] for name in places if "vqmodel." in name}
+    inner = inner or {name: name for name in places}
+    weights = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in [name for name in inner if places[name] == path]:
+                weights[inner[name]] = file.get_tensor(name)
+    return weights
+
+
+def read_names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
