@@ -8,13 +8,11 @@ A generator: held-out loss in nats per image code; retrieval@1 and @5: the share
 picture has its own true picture as the nearest, or among the five nearest, in pixels, of all pictures of the
 data set. The same for the image tokenizer's reconstructions of the true pictures is the most that any
 generator on these codes can reach. The picture shows caption · real · reconstruction · generated. 12 s for
-405 captions on 2 cores.
+405 captions on 2 cores. MODEL/evaluation-SPLIT.json keeps the figures.
 
 An image tokenizer: PSNR, SSIM, L1, the codes that the split uses, and the Fréchet distance between the
 pictures and their reconstructions, in the space of 8x8 mean colours or (--features) of a classifier of ours.
-The picture shows real and reconstruction from the worst to the best.
-
-MODEL/evaluation-SPLIT.json keeps the figures.
+The picture shows real and reconstruction from the worst to the best; a .json beside it keeps the figures.
 """
 
 import argparse
@@ -72,7 +70,7 @@ def evaluate_image_tokenizer(options: argparse.Namespace) -> None:
         "perplexity": perplexity(use.double()).item(),
         f"frechet_distance_{space}": frechet_distance(features(pixels), features(reconstructed)),
     }
-    keep(figures, options)
+    write_json(figures, options.out.with_suffix(".json"))
     draw_worst_to_best(unseen["keys"], pixels, reconstructed, psnr, options.rows).save(options.out)
     for name, value in figures.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
@@ -106,12 +104,6 @@ def draw_worst_to_best(
     return side_by_side([labelled_grid(rows[part], labels[part], headings, cell=128) for part in halves])
 
 
-def keep(figures: dict[str, Any], options: argparse.Namespace) -> None:
-    """Writes the figures into the model's folder, where it is one."""
-    if options.model.is_dir():
-        write_json(figures, options.model / f"evaluation-{options.split}.json")
-
-
 def evaluate_generator(options: argparse.Namespace) -> None:
     generator = Generator.from_pretrained(options.model)
     size = tuple(side * generator.image_tokenizer.factor for side in generator.transformer.config.grid)
@@ -142,7 +134,8 @@ def evaluate_generator(options: argparse.Namespace) -> None:
     settings = {
         name: getattr(options, name) for name in ("guidance_scale", "temperature", "top_k", "top_p", "seed")
     }
-    keep({**figures, **settings}, options)
+    if options.model.is_dir():
+        write_json({**figures, **settings}, options.model / f"evaluation-{options.split}.json")
     draw_sheet(unseen, reconstructed, generated, options.rows).save(options.out)
     print(
         f"{options.split}: held-out loss {figures['held_out_loss']:.3f} nats per code, "

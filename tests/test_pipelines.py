@@ -97,7 +97,7 @@ def test_evaluation_of_an_image_tokenizer_goes_from_worst_to_best(place, tiny_sh
     arguments = (place / "tokenizer", tiny_shards, "--split", "heldout", "--size", 16, "--out", out)
     ran = run_script("pipelines/evaluate.py", *arguments)
     assert ran.returncode == 0, ran.stderr
-    figures = json.loads((place / "tokenizer" / "evaluation-heldout.json").read_text())
+    figures = json.loads(out.with_suffix(".json").read_text())
     assert figures["pictures"] == 8
     assert {
         "psnr",

@@ -9,8 +9,10 @@ from mmvit.core.transformer import TransformerConfig
 from mmvit.data.captions import TextTokenizer
 from mmvit.errors import UserError
 from mmvit.evaluation.retrieval import pixel_ranks, recall
+from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
 from mmvit.models.vq import VQConfig, VQModel
+from mmvit.models.vqgan import VQGAN, VQGANConfig
 from mmvit.sampling.decoding import sample_codes
 from mmvit.sampling.filters import draw, filter_logits, uniforms
 from mmvit.sampling.generator import Generator
@@ -109,6 +111,30 @@ def test_one_folder_is_all_that_sampling_needs(generator, tmp_path):
     codes = generator.generate_codes(["red apple", ""], num_images=2, seed=3)
     assert torch.equal(codes, again.generate_codes(["red apple", ""], num_images=2, seed=3, batch_size=3))
     assert torch.equal(codes[1:2], again.generate_codes("red apple", seed=4))
+
+
+@pytest.mark.parametrize(
+    "image_tokenizer",
+    [
+        DiscreteVAE(DiscreteVAEConfig(codebook_size=16, width=8, blocks_per_group=1, code_width=4)),
+        VQGAN(
+            VQGANConfig(
+                codebook_size=16, code_width=4, latent_width=4, stem_width=4, widths=(4, 4), num_groups=2,
+                blocks_per_level=1, encoder_attention=(), decoder_attention=(),
+            )
+        ),
+        VQModel(VQConfig(quantizer="fsq", levels=(4, 4), codebook_size=16)),
+    ],
+    ids=["dvae", "vqgan", "fsq"],
+)  # fmt: skip
+def test_a_generator_draws_with_any_image_tokenizer(image_tokenizer, generator, tmp_path):
+    generator.transformer.start_from_codebook(image_tokenizer.code_vectors())
+    other = Generator(generator.transformer, generator.text_tokenizer, image_tokenizer)
+    (picture,) = other.generate("red apple")
+    assert picture.size == (3 * image_tokenizer.factor, 2 * image_tokenizer.factor)
+    again = Generator.from_pretrained(other.save_pretrained(tmp_path))
+    assert type(again.image_tokenizer) is type(image_tokenizer)
+    assert again.generate("red apple")[0].tobytes() == picture.tobytes()
 
 
 @pytest.mark.parametrize(

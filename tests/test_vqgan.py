@@ -18,6 +18,7 @@ from mmvit.interop.vqgan import (
     vqgan_to_diffusers,
     vqgan_to_janus,
 )
+from mmvit.models.image_tokenizer import load_image_tokenizer
 from mmvit.models.vqgan import VQGAN, VQGANConfig
 
 SMALL = VQGANConfig(
@@ -345,6 +346,24 @@ def test_a_saved_folder_of_any_format_is_recognised(peer, request, tmp_path):
     back = {"d": vqgan_to_diffusers, "j": vqgan_to_janus, "c": vqgan_to_chameleon}[peer[0]]
     assert_weights_equal(back(model), theirs.state_dict())
     assert not model.training
+
+
+def test_the_script_converts_a_folder(diffusers_vq, tmp_path, run_script):
+    diffusers_vq.save_pretrained(tmp_path / "theirs")
+    script = "tokenizers/convert_image_tokenizer.py"
+    ran = run_script(script, tmp_path / "theirs", tmp_path / "ours", "--set", "black=0")
+    assert ran.returncode == 0, ran.stderr
+    ours = load_image_tokenizer(tmp_path / "ours")
+    expected = load_vqgan(tmp_path / "theirs", black=0)
+    assert_codes_equal(ours.encode(pixels_of(1)), expected.encode(pixels_of(1)))
+    for arguments, words in (
+        ((tmp_path / "nowhere", tmp_path / "x"), "nowhere"),
+        ((tmp_path / "theirs", tmp_path / "x", "--set", "blak=0"), "blak"),
+        ((tmp_path / "a.pkl", tmp_path / "b.pkl", tmp_path / "x"), "there is no file"),
+    ):
+        ran = run_script(script, *arguments)
+        assert (ran.returncode, "Traceback" in ran.stderr) == (2, False)
+        assert words in ran.stderr
 
 
 def test_the_tokenizer_is_found_inside_a_whole_janus(tmp_path):

@@ -26,8 +26,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=VALUE",
-        help="settings that their config.json does not say: cosine=true for Janus codes as its authors choose "
-        "them, black=0 for weights that know pixels in [0, 1]",
+        help="settings that their config.json does not say: cosine=true for Janus codes as its authors "
+        "choose them, black=0 for weights that know pixels in [0, 1]",
     )  # fmt: skip
     options = parser.parse_args()
     settings = dict(pair.partition("=")[::2] for pair in options.set)
@@ -36,9 +36,7 @@ def main() -> None:
     elif len(options.source) == 2 and not settings:
         model = load_openai_dvae(*options.source)
     else:
-        raise UserError(
-            "give a folder, or encoder.pkl and decoder.pkl without --set; then the folder to write"
-        )
+        raise UserError("give a folder, or encoder.pkl and decoder.pkl without --set, then where to write")
     model.save_pretrained(options.out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
