@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mmvit.data.codes import pack_codes
-from mmvit.data.images import decode_image, to_unit_range
+from mmvit.data.images import decode_image, parse_size, to_unit_range
 from mmvit.data.samples import IMAGE_EXTENSIONS, image_bytes
 from mmvit.data.shards import BadSample, BadShard, Sample, expand_shards, read_shard
 from mmvit.data.writing import Outcome, ShardWriter, read_dataset_card, with_progress, write_dataset_card
@@ -32,12 +32,13 @@ def main() -> None:
     if options.source.resolve() == options.out.resolve():
         raise UserError(f"{options.out} is the source itself; name another folder for the codes")
     tokenizer = load_image_tokenizer(options.tokenizer, "cuda" if torch.cuda.is_available() else "cpu")
-    size = (options.size, options.size)
-    grid = tokenizer.grid(*size)
+    grid = tokenizer.grid(*options.size)
     card, outcome = read_dataset_card(options.source), Outcome()
     for split, shards in find_splits(options.source).items():
         samples = with_progress(
-            read_pictures(shards, size, outcome), card.get("samples", {}).get(split), f"encoding {split}"
+            read_pictures(shards, options.size, outcome),
+            card.get("samples", {}).get(split),
+            f"encoding {split}",
         )
         with ShardWriter(options.out, split) as writer:
             for sample, codes in encode(tokenizer, samples):
@@ -49,7 +50,7 @@ def main() -> None:
         raise UserError(f"no picture in {options.source} could be encoded")
     made = {
         "path": str(options.tokenizer),
-        "size": list(size),
+        "size": list(options.size),
         "grid": list(grid),
         "codebook_size": tokenizer.codebook_size,
         "fingerprint": fingerprint(tokenizer),
@@ -67,7 +68,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="folder to write shards of codes to")
     parser.add_argument("--tokenizer", default="tokenizers/emoji-image", help="image tokenizer (%(default)s)")
     parser.add_argument(
-        "--size", type=int, default=64, help="side in pixels that pictures are brought to (%(default)s)"
+        "--size",
+        type=parse_size,
+        default="64",
+        help="side, or HEIGHTxWIDTH, in pixels that pictures are brought to (%(default)s)",
     )
     return parser.parse_args()
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from mmvit.data.images import parse_size
 from mmvit.data.samples import CaptionPixelsSample, PixelsSample
 from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError, run_script
@@ -51,9 +52,8 @@ def main() -> None:
 
 def evaluate_image_tokenizer(options: argparse.Namespace) -> None:
     tokenizer = load_image_tokenizer(options.model, "cuda" if torch.cuda.is_available() else "cpu")
-    size = (options.size, options.size)
-    tokenizer.grid(*size)
-    unseen = read_split(options.data, options.split, PixelsSample(size))
+    tokenizer.grid(*options.size)
+    unseen = read_split(options.data, options.split, PixelsSample(options.size))
     pixels = unseen["pixels"]
     codes = encode(tokenizer, pixels)
     reconstructed = decode(tokenizer, codes)
@@ -158,7 +158,10 @@ def parse_arguments() -> argparse.Namespace:
         "--rows", type=int, default=8, help="rows of the picture, two captions each (%(default)s)"
     )
     parser.add_argument(
-        "--size", type=int, default=64, help="side of the pictures, for a tokenizer (%(default)s)"
+        "--size",
+        type=parse_size,
+        default="64",
+        help="side of the pictures, or HEIGHTxWIDTH, for a tokenizer (%(default)s)",
     )
     parser.add_argument("--features", type=Path, help="a classifier's folder, for a tokenizer")
     parser.add_argument("--guidance-scale", type=float, default=2.0)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from mmvit.data.codes import unpack_codes
+from mmvit.data.shards import read_shard
 from mmvit.models.vq import VQConfig, VQModel
 
 SMALL_MODEL = "--model.text_length 8 --model.grid [2,2] --model.core.width 32 --model.core.depth 1"
@@ -198,3 +200,15 @@ def test_encoding_refuses_what_it_cannot_do(place, tiny_shards, run_script, tmp_
         run_script(script, tiny_shards, tmp_path, "--tokenizer", tokenizer, "--size", 20), "multiples of 8"
     )
     refused(run_script(script, tmp_path / "none", tmp_path, "--tokenizer", tokenizer), "none")
+    refused(run_script(script, tiny_shards, tmp_path, "--size", "64x"), "--size", "64x")
+
+
+def test_pictures_of_any_shape_are_encoded_and_the_shards_say_their_grid(
+    place, tiny_shards, run_script, tmp_path
+):
+    arguments = (tiny_shards, tmp_path, "--tokenizer", place / "tokenizer", "--size", "16x40")
+    ran = run_script("pipelines/encode_images.py", *arguments)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads((tmp_path / "dataset.json").read_text())["image_tokenizer"]["grid"] == [2, 5]
+    sample = next(iter(read_shard(tmp_path / "heldout-000000.tar")))
+    assert unpack_codes(sample.files["codes.npy"], (2, 5), 16).shape == (2, 5)

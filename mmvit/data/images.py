@@ -12,6 +12,15 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # nothing that starts a
 MAX_PIXELS = 64_000_000
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """`64` → (64, 64), `64x96` → (64, 96): height and width in pixels. Raises ValueError for anything
+    else."""
+    sides = [int(side) for side in text.split("x")]
+    if len(sides) > 2 or min(sides) < 1:
+        raise ValueError(f"{text!r} is neither a side nor HEIGHTxWIDTH in pixels")
+    return sides[0], sides[-1]
+
+
 def decode_image(
     data: bytes, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
