@@ -38,6 +38,7 @@ from mmvit.training.distributed import choose_device
 from mmvit.training.engine import TorchEngine
 from mmvit.training.interruption import Interruption
 from mmvit.training.optim import Optimizer, rate_scale, split_parameters
+from mmvit.training.resume import check_same_model
 
 ALONE = Processes(rank=0, world_size=1, device=torch.device("cpu"))
 MODEL = ClassifierConfig(
@@ -410,6 +411,20 @@ def test_changed_architecture_is_refused_by_key(tmp_path, tiny_shards):
     deeper = MODEL.model_copy(update={"core": MODEL.core.model_copy(update={"depth": 3})})
     with pytest.raises(UserError, match=r"holds another model: model\.core\.depth was 2 and is now 3"):
         train_on_shards(new_session(tmp_path / "run", resume=True, model=deeper), tiny_shards)
+
+
+def test_a_setting_that_is_newer_than_the_checkpoint_had_its_default(tmp_path, tiny_shards):
+    session = new_session(tmp_path / "run", steps=2)
+    train_on_shards(session, tiny_shards)
+    path = session.run.checkpoints / "step-00000002" / "recipe.json"
+    recipe = json.loads(path.read_text())
+    del recipe["model"]["pooling"], recipe["train"]["compile"]
+    path.write_text(json.dumps(recipe))
+    train_on_shards(new_session(tmp_path / "run", resume=True, steps=3), tiny_shards)
+    recipe["model"]["gone"] = 1
+    path.write_text(json.dumps(recipe))
+    with pytest.raises(UserError, match=r"holds another model: .*model\.gone was 1 and is now None"):
+        check_same_model(path.parent, session.recipe)
 
 
 def test_average_cannot_be_added_on_resume(tmp_path, tiny_shards):

@@ -52,7 +52,7 @@ def train(
     if session.resume:
         if folder := checkpoints.latest():
             progress = resume(session, folder, engine, stream)
-            changes = changed_settings(folder, session.recipe.model_dump(mode="json"))
+            changes = changed_settings(folder, session.recipe)
         processes.on_main(lambda: run.rewind(progress.step))
     processes.on_main(lambda: run.write_config(session.recipe))
     batches = iter(stream)

@@ -1,10 +1,12 @@
 """What a checkpoint holds besides weights, and how a run continues from it exactly where it stopped."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from mmvit.data.tally import Tally
@@ -20,7 +22,7 @@ from mmvit.training.checkpoint import (
     write_state,
 )
 from mmvit.training.engine import Engine
-from mmvit.training.session import Session
+from mmvit.training.session import Recipe, Session
 
 STATE, RECIPE = "training.pt", "recipe.json"
 
@@ -86,7 +88,7 @@ def resume(session: Session, folder: Path, engine: Engine, stream: Stream) -> Pr
         UserError: when the checkpoint is damaged, or of another model (names the settings that differ).
     """
     processes = session.processes
-    check_same_model(folder, session.recipe.model_dump(mode="json"))
+    check_same_model(folder, session.recipe)
     state = read_state(folder / STATE)
     engine.load(folder)
     saved = state["processes"]
@@ -98,9 +100,9 @@ def resume(session: Session, folder: Path, engine: Engine, stream: Stream) -> Pr
     return Progress(**state["progress"])
 
 
-def check_same_model(folder: Path, now: dict[str, Any]) -> None:
+def check_same_model(folder: Path, recipe: Recipe) -> None:
     """Refuses to resume with another `[model]`."""
-    changes = changed_settings(folder, now)
+    changes = changed_settings(folder, recipe)
     if changed := [text for key, text in changes.items() if key.startswith("model.")]:
         raise UserError(
             f"{folder} holds another model: {', '.join(changed[:5])}; set them back, or start a new run "
@@ -108,13 +110,15 @@ def check_same_model(folder: Path, now: dict[str, Any]) -> None:
         )
 
 
-def changed_settings(folder: Path, now: dict[str, Any]) -> dict[str, str]:
-    """The settings of `now` that the checkpoint in `folder` was not trained with: key → what it was and
-    is."""
+def changed_settings(folder: Path, recipe: Recipe) -> dict[str, str]:
+    """The settings of `recipe` that the checkpoint in `folder` was not trained with: key → what it was and
+    is. Those that are newer than the checkpoint had their defaults."""
     then = read_json(folder / RECIPE)
     if not isinstance(then, dict):
         raise damaged(folder, f"{RECIPE} holds no recipe")
-    before, after = flatten(then, ""), flatten(now, "")
+    with suppress(ValidationError):  # otherwise a setting has gone, and is named below
+        then = type(recipe).model_validate(then).model_dump(mode="json")
+    before, after = flatten(then, ""), flatten(recipe.model_dump(mode="json"), "")
     return {
         key: f"{key} was {before.get(key)} and is now {after.get(key)}"
         for key in {**after, **before}
