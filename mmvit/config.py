@@ -54,7 +54,9 @@ def build_config(
         problems: dict[str, list[str]] = {}
         for problem in error.errors():
             key = ".".join(find_setting(cls, problem["loc"])[0])
-            origin = "the command line" if key in overridden else source
+            parts = key.split(".")
+            given = any(".".join(parts[:end]) in overridden for end in range(1, len(parts) + 1))
+            origin = "the command line" if given else source
             problems.setdefault(origin, []).append(describe_problem(cls, problem))
         lines = [f"{origin}: {'; '.join(texts)}" for origin, texts in problems.items()]
         raise UserError("; ".join(lines)) from None
@@ -129,14 +131,14 @@ def find_setting(cls: type[Config], place: Sequence[str | int]) -> tuple[list[st
     last key is in."""
     keys: list[str] = []
     section, kinds = cls, {}
-    for part in map(str, place):
+    for number, part in enumerate(map(str, place), start=1):
         if part in kinds:
             section, kinds = kinds[part], {}
             continue
         keys.append(part)
         field = section.model_fields.get(part)
         sections = sections_of(field) if field else []
-        if len(sections) == 1 and part != place[-1]:
+        if len(sections) == 1 and number < len(place):
             section = sections[0]
         kinds = {kind_of(inner): inner for inner in sections} if len(sections) > 1 else {}
     return keys, section

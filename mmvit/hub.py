@@ -148,9 +148,12 @@ def shorten(names: list[str], most: int = 5) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """16 hexadecimal digits that name a model's weights: equal weights, equal digits."""
+    """16 hexadecimal digits that name a model's weights: equal weights, equal digits. A model class may name
+    settings that count, too, in `fingerprinted`."""
     digest = hashlib.sha256()
+    for name in getattr(model, "fingerprinted", ()):
+        digest.update(f"{name}={getattr(model.config, name)};".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmvit.data.codes import pack_codes
+from mmvit.data.codes import MAX_CODES, pack_codes
 from mmvit.data.images import decode_image, parse_size, to_unit_range
 from mmvit.data.samples import IMAGE_EXTENSIONS, image_bytes
 from mmvit.data.shards import BadSample, BadShard, Sample, expand_shards, read_shard
@@ -33,6 +33,10 @@ def main() -> None:
         raise UserError(f"{options.out} is the source itself; name another folder for the codes")
     tokenizer = load_image_tokenizer(options.tokenizer, "cuda" if torch.cuda.is_available() else "cpu")
     grid = tokenizer.grid(*options.size)
+    if tokenizer.codebook_size > MAX_CODES:
+        raise UserError(
+            f"{options.tokenizer} has {tokenizer.codebook_size} codes, shards hold {MAX_CODES} at most"
+        )
     card, outcome = read_dataset_card(options.source), Outcome()
     for split, shards in find_splits(options.source).items():
         samples = with_progress(

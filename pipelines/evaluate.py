@@ -43,6 +43,11 @@ from mmvit.sampling.grids import labelled_grid, side_by_side
 
 def main() -> None:
     options = parse_arguments()
+    if options.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or options.rows < 1:
+        raise UserError(
+            f"--out {options.out} --rows {options.rows}: name a .png, .jpg or .webp of 1 row or more"
+        )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     if read_description(find_model_folder(options.model))["kind"] in KINDS:
         evaluate_image_tokenizer(options)
     else:
@@ -53,18 +58,23 @@ def main() -> None:
 def evaluate_image_tokenizer(options: argparse.Namespace) -> None:
     tokenizer = load_image_tokenizer(options.model, "cuda" if torch.cuda.is_available() else "cpu")
     tokenizer.grid(*options.size)
+    space, features = feature_space(options.features)
     unseen = read_split(options.data, options.split, PixelsSample(options.size))
     pixels = unseen["pixels"]
+    if len(pixels) < 2:
+        raise UserError(
+            f"the split {options.split} holds one picture; the Fréchet distance needs two or more"
+        )
     codes = encode(tokenizer, pixels)
     reconstructed = decode(tokenizer, codes)
     psnr = image_psnr(reconstructed, pixels)
+    parts = zip(reconstructed.split(64), pixels.split(64), strict=True)
     use = torch.bincount(codes.flatten().cpu(), minlength=tokenizer.codebook_size)
-    space, features = feature_space(options.features)
     figures = {
         "split": options.split,
         "pictures": len(pixels),
         "psnr": psnr.mean().item(),
-        "ssim": image_ssim(reconstructed, pixels).mean().item(),
+        "ssim": torch.cat([image_ssim(*each) for each in parts]).mean().item(),
         "l1": ((reconstructed - pixels) / 2).abs().mean().item(),
         "codes_in_use": (use > 0).float().mean().item(),
         "perplexity": perplexity(use.double()).item(),

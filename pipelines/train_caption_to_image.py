@@ -69,6 +69,10 @@ def main() -> None:
         image_tokenizer = load_image_tokenizer(data.image_tokenizer, processes.device)
         config = fit_to_tokenizers(recipe.model, text_tokenizer, image_tokenizer)
         check_shards(data, config, image_tokenizer)
+        if getattr(image_tokenizer, "decoder", None) is None:
+            raise UserError(
+                f"{data.image_tokenizer} cannot decode, so this generator could not draw pictures"
+            )
 
         stream = build_stream(session, data.train, config, text_tokenizer)
         held_out = build_stream(session, data.held_out, config, text_tokenizer, is_training=False)

@@ -44,6 +44,8 @@ def test_psnr_and_ssim_of_known_errors():
     similar = image_ssim(pixels + off, pixels)
     assert similar[0] == pytest.approx(1)
     assert similar[1] < similar[2] < 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(image_ssim(pixels + off, pixels), similar)
     flat, other = torch.full((1, 3, 32, 32), -0.2), torch.full((1, 3, 32, 32), 0.4)
     # without variance only the luminance term is left: (2 · 0.4 · 0.7 + c) / (0.4² + 0.7² + c), c = 0.01²
     assert image_ssim(flat, other).item() == pytest.approx(0.5601 / 0.6501, rel=1e-3)

@@ -7,6 +7,7 @@ import pytest
 
 from mmvit.data.codes import unpack_codes
 from mmvit.data.shards import read_shard
+from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
 from mmvit.models.vq import VQConfig, VQModel
 
 SMALL_MODEL = "--model.text_length 8 --model.grid [2,2] --model.core.width 32 --model.core.depth 1"
@@ -201,6 +202,16 @@ def test_encoding_refuses_what_it_cannot_do(place, tiny_shards, run_script, tmp_
     )
     refused(run_script(script, tmp_path / "none", tmp_path, "--tokenizer", tokenizer), "none")
     refused(run_script(script, tiny_shards, tmp_path, "--size", "64x"), "--size", "64x")
+
+
+def test_codes_of_the_discrete_vae_are_encoded_and_named(tiny_shards, run_script, tmp_path):
+    config = DiscreteVAEConfig(codebook_size=16, width=8, blocks_per_group=1, code_width=4)
+    DiscreteVAE(config).save_pretrained(tmp_path / "dvae")
+    arguments = (tiny_shards, tmp_path / "codes", "--tokenizer", tmp_path / "dvae", "--size", 16)
+    ran = run_script("pipelines/encode_images.py", *arguments)
+    assert ran.returncode == 0, ran.stderr
+    made = json.loads((tmp_path / "codes" / "dataset.json").read_text())["image_tokenizer"]
+    assert (made["grid"], made["codebook_size"], len(made["fingerprint"])) == ([2, 2], 16, 16)
 
 
 def test_pictures_of_any_shape_are_encoded_and_the_shards_say_their_grid(

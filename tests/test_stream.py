@@ -261,6 +261,15 @@ def test_archive_cut_between_two_files_or_overwritten_is_noticed(tiny_shards, tm
         assert list(stream.report()["broken_shards"]) == [str(path)]
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_shards_that_are_all_broken_end_the_stream(tmp_path, num_workers):
+    for number in range(2):
+        (tmp_path / f"train-{number:06d}.tar").write_bytes(b"<html>not found</html>" * 100)
+    stream = ShardStream(tmp_path, KeyOnly(), 4, num_workers=num_workers)
+    with pytest.raises(UserError, match=r"finds no sample .*2 broken shards, the first: .*damaged"):
+        next(iter(stream))
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_broken_shard_is_one_however_often_it_is_met(tiny_shards, tmp_path, num_workers):
     shutil.copytree(tiny_shards, tmp_path, dirs_exist_ok=True)

@@ -229,9 +229,7 @@ def test_signal_to_the_whole_process_group_saves(tmp_path, tiny_shards, number):
             os.killpg(process.pid, number)
     assert process.wait(60) == 128 + number
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
-    again = new_session(tmp_path / "run", resume=True, steps=30)
     assert RunFolder(tmp_path / "run").read_metrics()[-1]["step"] >= 15
-    assert again.resume
 
 
 def test_run_folder_is_complete_and_its_models_load(tmp_path, tiny_shards):

@@ -311,6 +311,9 @@ def test_fsq_encodes_what_it_looks_up_and_all_codes_can_be_reached():
     assert len(codes.unique()) == 120
     assert loss == 0
     assert metrics["dead_codes"] == 0
+    quantizer.use[7] = 0
+    lonely = quantizer.vectors()[:1].expand(10, 3).atanh().clamp(-9, 9)
+    assert quantizer(lonely[None, None])[2]["dead_codes"] == pytest.approx(1 / 120)
     assert quantizer.encode(torch.zeros(1, 3)).item() == 4 + 8 * 2 + 40 * 1  # every digit in the middle
 
 

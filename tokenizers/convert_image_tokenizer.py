@@ -30,6 +30,8 @@ def main() -> None:
         "choose them, black=0 for weights that know pixels in [0, 1]",
     )  # fmt: skip
     options = parser.parse_args()
+    if options.out.resolve() in {source.resolve() for source in options.source}:
+        raise UserError(f"{options.out} is the source itself; name another folder to write")
     settings = dict(pair.partition("=")[::2] for pair in options.set)
     if len(options.source) == 1:
         model = load_vqgan(options.source[0], **{name: parse_value(text) for name, text in settings.items()})

@@ -20,7 +20,7 @@ from mmvit.config import Config
 from mmvit.data.augment import AugmentConfig
 from mmvit.data.samples import PixelsSample
 from mmvit.data.stream import ShardStream
-from mmvit.errors import run_script
+from mmvit.errors import UserError, run_script
 from mmvit.evaluation.reconstruction import codebook_metrics, reconstruction_metrics
 from mmvit.models.dvae import DiscreteVAEConfig
 from mmvit.models.presets import MODELS
@@ -57,6 +57,11 @@ class ImageTokenizerRecipe(Recipe):
 def main() -> None:
     with open_session(ImageTokenizerRecipe, __doc__) as session:
         data = session.recipe.data
+        if session.deepspeed and getattr(session.recipe.model, "codebook_update", "") == "gradient":
+            raise UserError(
+                "model.codebook_update = 'gradient' revives dead codes in place, which DeepSpeed's copies "
+                "undo; use 'ema', or leave --deepspeed out"
+            )
         model = MODELS[type(session.recipe.model)](session.recipe.model)
         model.grid(*data.image_size)
         training_once, held_out = one_epoch(session, data.train), one_epoch(session, data.held_out)
@@ -73,11 +78,11 @@ def main() -> None:
 
         def evaluate(model: nn.Module) -> dict[str, float]:
             metrics = reconstruction_metrics(model, held_out) | codebook_metrics(model, training_once)
-            if metrics["codes_in_use"] < COLLAPSED:
+            if metrics["codes_in_use"] < COLLAPSED and session.processes.is_main:
                 warnings.warn(
-                    f"only {metrics['codes_in_use']:.0%} of the codes are in use over the training pictures: "
-                    "the codebook is collapsing; raise model.revive_below, lower optimizer.lr, or use "
-                    "model.quantizer = 'fsq', which cannot collapse",
+                    f"only {metrics['codes_in_use']:.0%} of the codes are in use over the training pictures. "
+                    "If that does not rise, the codebook is collapsing: begin again with a lower "
+                    "optimizer.lr or fewer codes",
                     stacklevel=2,
                 )
             return metrics

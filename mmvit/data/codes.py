@@ -9,6 +9,7 @@ from mmvit.data.shards import BadSample
 from mmvit.data.writing import read_dataset_card
 from mmvit.errors import UserError
 
+MAX_CODES = 65_536  # of a codebook: codes are stored as uint16
 ENCODE_AGAIN = "encode the shards with the image tokenizer in use (pipelines/encode_images.py)"
 
 

@@ -66,8 +66,9 @@ class Reader:
         """Yields lists of decoded samples and keeps `position` current; the last may be short or empty."""
         batch: list[dict[str, Any]] = []
         while not position.done:
-            already_drawn, number = position.drawn, 0
+            already_drawn, has_samples = position.drawn, False
             for number, found in enumerate(self.draw(position.epoch), start=1):
+                has_samples = has_samples or isinstance(found, Sample)
                 if number <= already_drawn:
                     continue
                 position.drawn = number
@@ -77,10 +78,13 @@ class Reader:
                 if len(batch) == self.batch_size:
                     yield batch
                     batch = []
-            if number == 0 and self.repeat:
+            if not has_samples and self.repeat:
+                reasons = position.tally.reasons()
                 raise UserError(
                     f"reader {self.number + 1} of {self.num_readers} (ranks x workers) finds no sample in "
-                    f"its part of {self.shards[0].parent}; use fewer workers, or more and fuller shards"
+                    f"its part of {self.shards[0].parent}"
+                    + (f" ({reasons})" if reasons else "")
+                    + "; use fewer workers, or more and fuller shards"
                 )
             position.epoch, position.drawn, position.done = position.epoch + 1, 0, not self.repeat
         yield batch

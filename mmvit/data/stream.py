@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,6 +17,8 @@ from mmvit.data.reader import Batch, Decode, Delivery, Position, Reader
 from mmvit.data.shards import expand_shards
 from mmvit.data.tally import Tally
 from mmvit.errors import UserError
+
+ECHO = 3.0  # seconds in which a repeated signal is still the same one
 
 
 class ShardStream:
@@ -182,5 +185,12 @@ def leave_signals_to_parent(worker: int) -> None:
 
 
 def bear_one_signal(number: int, frame: object) -> None:
-    """The first SIGTERM is the group's. The second ends the process: a loader's, which has waited in vain."""
-    signal.signal(number, lambda *_: os._exit(0))
+    """The first SIGTERM is the group's, and a launcher may repeat it at once. A later one ends the process:
+    it is a loader's, which has waited in vain."""
+    first = time.monotonic()
+
+    def end_if_late(*_: object) -> None:
+        if time.monotonic() - first > ECHO:
+            os._exit(0)
+
+    signal.signal(number, end_if_late)

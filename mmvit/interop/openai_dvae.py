@@ -54,7 +54,7 @@ def read_module(path: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in CLASSES]):
             module = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError, LookupError) as error:
         said = re.search(r"WeightsUnpickler error:\s*([^\n]+)", str(error))  # not torch's advice to trust it
         reason = said[1] if said else type(error).__name__
         raise UserError(f"{path} is no encoder.pkl or decoder.pkl of openai/DALL-E: {reason}") from None

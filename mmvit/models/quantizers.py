@@ -138,7 +138,8 @@ class Codebook(nn.Module):
         """
         sums = torch.zeros_like(self.sums).index_add_(0, codes, vectors.to(self.sums.dtype))
         distances = 1 - (vectors * self.vectors()[codes]).sum(-1)
-        drawn = vectors[torch.multinomial(distances.clamp_min(1e-6), len(self.use), replacement=True)]
+        chances = distances.nan_to_num(1e-6).clamp_min(1e-6)  # a broken encoder shows in the loss, not here
+        drawn = vectors[torch.multinomial(chances, len(self.use), replacement=True)]
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
             dist.broadcast(drawn, src=0)

@@ -57,6 +57,7 @@ class VQGAN(Pretrained, nn.Module):
     """pixels ↔ codes. Any image whose sides are multiples of `factor` will do."""
 
     config_class, kind = VQGANConfig, "vqgan"
+    fingerprinted = ("cosine", "unit_codes", "black")  # change the codes or pixels, but no weight
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
