@@ -38,15 +38,14 @@ from mmvit.models.classifier import Classifier
 from mmvit.models.image_tokenizer import KINDS, ImageTokenizer, load_image_tokenizer
 from mmvit.models.quantizers import perplexity
 from mmvit.sampling.generator import Generator, pictures_from_pixels
-from mmvit.sampling.grids import labelled_grid, side_by_side
+from mmvit.sampling.grids import check_picture_name, labelled_grid, side_by_side
 
 
 def main() -> None:
     options = parse_arguments()
-    if options.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or options.rows < 1:
-        raise UserError(
-            f"--out {options.out} --rows {options.rows}: name a .png, .jpg or .webp of 1 row or more"
-        )
+    check_picture_name(options.out)
+    if options.rows < 1:
+        raise UserError(f"--rows {options.rows}: the picture has 1 row or more")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if read_description(find_model_folder(options.model))["kind"] in KINDS:
         evaluate_image_tokenizer(options)

@@ -14,14 +14,13 @@ from pathlib import Path
 
 from mmvit import Generator
 from mmvit.errors import UserError, run_script
-from mmvit.sampling.grids import labelled_grid
+from mmvit.sampling.grids import check_picture_name, labelled_grid
 
 
 def main() -> None:
     options = parse_arguments()
     captions = options.captions + (read_captions(options.captions_file) if options.captions_file else [])
-    if options.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UserError(f"--out {options.out}: name a .png, .jpg or .webp file")
+    check_picture_name(options.out)
     generator = Generator.from_pretrained(options.model)
     start = time.perf_counter()
     pictures = generator.generate(

@@ -18,7 +18,7 @@ from mmvit.data.shards import expand_shards
 from mmvit.data.tally import Tally
 from mmvit.errors import UserError
 
-ECHO = 3.0  # seconds in which a repeated signal is still the same one
+ECHO = 3.0  # seconds; a launcher (torchrun, deepspeed) repeats a signal, which then is still the same one
 
 
 class ShardStream:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmvit.models.image_tokenizer import ImageTokenizer
+from mmvit.models.quantizers import perplexity
 
 
 @torch.no_grad()
@@ -62,10 +63,9 @@ def codebook_metrics(model: ImageTokenizer, batches: Iterable[dict[str, Any]]) -
         counts += torch.bincount(codes.flatten(), minlength=model.codebook_size)
     if dist.is_initialized():
         dist.all_reduce(counts)
-    share = counts / counts.sum()
     return {
         "codes_in_use": (counts > 0).double().mean().item(),
-        "perplexity": torch.special.entr(share).sum().exp().item(),
+        "perplexity": perplexity(counts).item(),
     }
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmvit.errors import UserError
+from mmvit.interop.fit import refuse_misfits
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
 
 CLASSES = (
@@ -94,16 +95,7 @@ def dvae_from_openai(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> 
         raise UserError(f"OpenAI's weights lack {error.args[0]}; is one file the other's copy?") from None
     model = DiscreteVAE(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name != "passes"}
-    problems = [f"{name} is missing" for name in expected if name not in weights]
-    problems += [f"{name} is unexpected" for name in weights if name not in expected]
-    problems += [
-        f"{name} is {tuple(weights[name].shape)} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in weights and weights[name].shape != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"OpenAI's weights do not fit: {'; '.join(problems[:5])}{more}")
+    refuse_misfits(expected, weights, "OpenAI's weights")
     model.load_state_dict({**weights, "passes": model.passes})
     return model.eval()
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mmvit.config import build_config
 from mmvit.errors import UserError
+from mmvit.interop.fit import refuse_misfits
 from mmvit.models.vqgan import VQGAN, VQGANConfig
 
 # Our names → theirs, applied in this order.
@@ -256,16 +257,7 @@ def build(
     would give them."""
     model = VQGAN(build_config(VQGANConfig, values, source))
     expected = {name: tensor.shape for name, tensor in to_theirs(model).items()}
-    problems = [f"{name} is missing" for name in expected if name not in weights]
-    problems += [f"{name} is unexpected" for name in weights if name not in expected]
-    problems += [
-        f"{name} is {tuple(weights[name].shape)} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in weights and weights[name].shape != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"{source}: the weights do not fit: {'; '.join(problems[:5])}{more}")
+    refuse_misfits(expected, weights, f"{source}: the weights")
     ours = zip(model.state_dict().items(), expected, strict=True)  # in the same order
     model.load_state_dict({name: weights[theirs].reshape(tensor.shape) for (name, tensor), theirs in ours})
     return model.eval()

@@ -1,8 +1,62 @@
-"""What every image tokenizer has to check: that an image is a grid of codes, and that codes exist."""
+"""What every image tokenizer is: pixels to a grid of codes and back, with the checks that all share."""
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from mmvit.errors import UserError
+from mmvit.hub import Pretrained
+
+
+class ImageTokenizer(Pretrained, nn.Module):
+    """pixels ↔ codes. Any image whose sides are multiples of `factor` will do.
+
+    A subclass has `factor`, and says what the codes of pixels and the pixels of codes are.
+    """
+
+    factor: int  # pixels per code, along each side
+
+    @property
+    def codebook_size(self) -> int:
+        return self.config.codebook_size
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of the codes of a `height` x `width` image; raises as `code_grid` does."""
+        return code_grid(height, width, self.factor)
+
+    def code_vectors(self) -> Tensor:
+        """What each code stands for, (codebook_size, any width); like codes have like vectors."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """pixels (batch, 3, height, width) in [-1, 1] → codes (batch, rows, columns), int64.
+
+        Always computed in float32, so that the codes do not depend on autocast.
+
+        Raises:
+            UserError: as `grid` does.
+        """
+        self.grid(*pixels.shape[-2:])
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self.codes_of(pixels.float())
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes (batch, rows, columns) → pixels (batch, 3, height, width) in [-1, 1], float32.
+
+        Raises:
+            UserError: when a code is not in the codebook, or the tokenizer cannot decode.
+        """
+        check_codes(codes, self.codebook_size)
+        return self.pixels_of(codes)
+
+    def codes_of(self, pixels: Tensor) -> Tensor:
+        """`encode` of float32 pixels whose size is right."""
+        raise NotImplementedError
+
+    def pixels_of(self, codes: Tensor) -> Tensor:
+        """`decode` of codes that exist."""
+        raise NotImplementedError
 
 
 def code_grid(height: int, width: int, factor: int) -> tuple[int, int]:

@@ -16,8 +16,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmvit.config import Config
-from mmvit.hub import Pretrained
-from mmvit.models.codes import check_codes, code_grid
+from mmvit.models.codes import ImageTokenizer
+from mmvit.models.quantizers import perplexity
 
 NUM_GROUPS = 4  # of residual blocks; between them the resolution halves three times
 EPSILON = 0.1  # keeps pixel values away from the ends of (0, 1), where the logit is infinite
@@ -39,7 +39,7 @@ class DiscreteVAEConfig(Config):
     temperature_steps: int = Field(150_000, ge=0, description="passes in which the temperature falls")
 
 
-class DiscreteVAE(Pretrained, nn.Module):
+class DiscreteVAE(ImageTokenizer):
     """pixels ↔ codes at factor 8. Any image whose sides are multiples of 8 will do."""
 
     config_class, kind = DiscreteVAEConfig, "dvae"
@@ -52,40 +52,16 @@ class DiscreteVAE(Pretrained, nn.Module):
         self.decoder = Decoder(config)
         self.register_buffer("passes", torch.zeros((), dtype=torch.long))  # training passes so far
 
-    @property
-    def codebook_size(self) -> int:
-        return self.config.codebook_size
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of the codes of a `height` x `width` image; raises as `code_grid` does."""
-        return code_grid(height, width, self.factor)
-
     def code_vectors(self) -> Tensor:
         """What the decoder first makes of each code, (codebook_size, code_width)."""
         return self.decoder.stem.weight[:, :, 0, 0].T
 
-    @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """pixels (batch, 3, height, width) in [-1, 1] → the likeliest codes (batch, rows, columns), int64.
+    def codes_of(self, pixels: Tensor) -> Tensor:
+        """The likeliest codes."""
+        return self.encoder(map_pixels((pixels + 1) / 2)).argmax(1)
 
-        Always computed in float32, so that the codes do not depend on autocast.
-
-        Raises:
-            UserError: as `grid` does.
-        """
-        self.grid(*pixels.shape[-2:])
-        with torch.autocast(pixels.device.type, enabled=False):
-            return self.encoder(map_pixels((pixels.float() + 1) / 2)).argmax(1)
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """codes (batch, rows, columns) → pixels (batch, 3, height, width) in [-1, 1], float32: φ⁻¹(sigmoid
-        μ).
-
-        Raises:
-            UserError: when a code is not in the codebook.
-        """
-        check_codes(codes, self.config.codebook_size)
+    def pixels_of(self, codes: Tensor) -> Tensor:
+        """φ⁻¹(sigmoid μ)."""
         x = F.embedding(codes, self.code_vectors()) + self.decoder.stem.bias
         location, _ = self.decoder.after_stem(x.permute(0, 3, 1, 2)).float().chunk(2, dim=1)
         return unmap_pixels(location.sigmoid()) * 2 - 1
@@ -123,7 +99,7 @@ class DiscreteVAE(Pretrained, nn.Module):
         metrics = {
             "nll": nll.detach(),
             "kl": divergence.mean().detach(),
-            "perplexity": torch.special.entr(use).sum().exp().detach(),
+            "perplexity": perplexity(use).detach(),
             "kl_weight": torch.tensor(kl_weight),
             "temperature": torch.tensor(temperature),
         }

@@ -9,15 +9,13 @@ import math
 from itertools import pairwise
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmvit.core.transformer import Block, TransformerConfig
-from mmvit.hub import Pretrained
-from mmvit.models.codes import check_codes, code_grid
+from mmvit.models.codes import ImageTokenizer
 from mmvit.models.quantizers import QUANTIZERS, QuantizerConfig
 
 
@@ -49,7 +47,7 @@ class VQConfig(QuantizerConfig):
         return self
 
 
-class VQModel(Pretrained, nn.Module):
+class VQModel(ImageTokenizer):
     """pixels ↔ codes. Any image whose sides are multiples of `factor` will do, whatever the training size."""
 
     config_class, kind = VQConfig, "vq"
@@ -65,39 +63,14 @@ class VQModel(Pretrained, nn.Module):
     def factor(self) -> int:
         return self.config.factor
 
-    @property
-    def codebook_size(self) -> int:
-        return self.config.codebook_size
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of the codes of a `height` x `width` image; raises as `code_grid` does."""
-        return code_grid(height, width, self.config.factor)
-
     def code_vectors(self) -> Tensor:
         """What each code stands for, (codebook_size, code_width)."""
         return self.codebook.vectors()
 
-    @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """pixels (batch, 3, height, width) in [-1, 1] → codes (batch, rows, columns), int64.
+    def codes_of(self, pixels: Tensor) -> Tensor:
+        return self.codebook.encode(self.encoder(pixels))
 
-        Always computed in float32, so that the codes do not depend on autocast.
-
-        Raises:
-            UserError: as `grid` does.
-        """
-        self.grid(*pixels.shape[-2:])
-        with torch.autocast(pixels.device.type, enabled=False):
-            return self.codebook.encode(self.encoder(pixels.float()))
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """codes (batch, rows, columns) → pixels (batch, 3, height, width) in [-1, 1], float32.
-
-        Raises:
-            UserError: when a code is not in the codebook.
-        """
-        check_codes(codes, self.config.codebook_size)
+    def pixels_of(self, codes: Tensor) -> Tensor:
         return self.decoder(self.codebook.vectors()[codes] * self.codebook.scale).float().clamp(-1, 1)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

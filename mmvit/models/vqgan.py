@@ -7,7 +7,6 @@ train a tokenizer, take `VQModel` or `DiscreteVAE`.
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field, model_validator
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 
 from mmvit.config import Config
 from mmvit.errors import UserError
-from mmvit.hub import Pretrained
-from mmvit.models.codes import check_codes, code_grid
+from mmvit.models.codes import ImageTokenizer
 
 
 class VQGANConfig(Config):
@@ -53,7 +51,7 @@ class VQGANConfig(Config):
         return self
 
 
-class VQGAN(Pretrained, nn.Module):
+class VQGAN(ImageTokenizer):
     """pixels ↔ codes. Any image whose sides are multiples of `factor` will do."""
 
     config_class, kind = VQGANConfig, "vqgan"
@@ -72,33 +70,15 @@ class VQGAN(Pretrained, nn.Module):
     def factor(self) -> int:
         return 2 ** (len(self.config.widths) - 1)
 
-    @property
-    def codebook_size(self) -> int:
-        return self.config.codebook_size
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of the codes of a `height` x `width` image; raises as `code_grid` does."""
-        return code_grid(height, width, self.factor)
-
     def code_vectors(self) -> Tensor:
         """What the decoder reads for each code, (codebook_size, code_width)."""
         vectors = self.codebook.weight
         return F.normalize(vectors, dim=-1) if self.config.unit_codes else vectors
 
-    @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """pixels (batch, 3, height, width) in [-1, 1] → codes (batch, rows, columns), int64.
-
-        Always computed in float32, so that the codes do not depend on autocast.
-
-        Raises:
-            UserError: as `grid` does.
-        """
-        self.grid(*pixels.shape[-2:])
-        with torch.autocast(pixels.device.type, enabled=False):
-            pixels = pixels.float().contiguous()
-            latents = self.to_code(self.encoder(pixels if self.config.black == -1 else (pixels + 1) / 2))
-            return self.nearest(latents.permute(0, 2, 3, 1))
+    def codes_of(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.contiguous()
+        latents = self.to_code(self.encoder(pixels if self.config.black == -1 else (pixels + 1) / 2))
+        return self.nearest(latents.permute(0, 2, 3, 1))
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """vectors (..., code_width) → each one's nearest code, (...)."""
@@ -108,14 +88,7 @@ class VQGAN(Pretrained, nn.Module):
         # |e − v|² without |v|², which is the same for all codes
         return (codes.square().sum(-1) - 2 * vectors @ codes.T).argmin(-1)
 
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """codes (batch, rows, columns) → pixels (batch, 3, height, width) in [-1, 1], float32.
-
-        Raises:
-            UserError: when a code is not in the codebook, or the weights came without a decoder.
-        """
-        check_codes(codes, self.config.codebook_size)
+    def pixels_of(self, codes: Tensor) -> Tensor:
         if self.decoder is None:
             raise UserError(
                 "this image tokenizer can only encode, its weights came without a decoder: decode with one "

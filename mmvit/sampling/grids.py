@@ -8,6 +8,8 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
+from mmvit.errors import UserError
+
 GAP, TEXT_SIZE = 4, 12
 
 
@@ -49,6 +51,12 @@ def labelled_grid(
         for j, picture in enumerate(row):
             sheet.paste(fit(picture, cell), (label_width + j * (cell + GAP), y))
     return sheet
+
+
+def check_picture_name(out: Path) -> None:
+    """Raises UserError unless a picture can be saved under this name."""
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"--out {out}: name a .png, .jpg or .webp file")
 
 
 def side_by_side(sheets: Sequence[Image.Image]) -> Image.Image:

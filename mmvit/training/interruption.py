@@ -5,8 +5,9 @@ import signal
 import time
 from typing import Self
 
+from mmvit.data.stream import ECHO
+
 CAUGHT = (signal.SIGINT, signal.SIGTERM)
-ECHO = 3.0  # seconds; a launcher (torchrun, deepspeed) repeats the terminal's Ctrl-C to its processes
 
 
 class Interruption:

@@ -16,7 +16,7 @@ from mmvit.training.checkpoint import Checkpoints, undisturbed_randomness
 from mmvit.training.display import Display
 from mmvit.training.engine import Engine, TorchEngine
 from mmvit.training.interruption import Interruption
-from mmvit.training.resume import Progress, Stream, changed_settings, resume, save
+from mmvit.training.resume import Progress, Stream, resume, save
 from mmvit.training.session import Session, seed_everything
 
 
@@ -51,8 +51,7 @@ def train(
     seed_everything(config.seed + 1 + processes.rank)  # dropout differs between processes
     if session.resume:
         if folder := checkpoints.latest():
-            progress = resume(session, folder, engine, stream)
-            changes = changed_settings(folder, session.recipe)
+            progress, changes = resume(session, folder, engine, stream)
         processes.on_main(lambda: run.rewind(progress.step))
     processes.on_main(lambda: run.write_config(session.recipe))
     batches = iter(stream)

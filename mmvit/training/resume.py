@@ -81,14 +81,17 @@ def save(
     checkpoints.save(progress.step, write)
 
 
-def resume(session: Session, folder: Path, engine: Engine, stream: Stream) -> Progress:
+def resume(session: Session, folder: Path, engine: Engine, stream: Stream) -> tuple[Progress, dict[str, str]]:
     """Puts engine, stream and random generators back to where they were when `folder` was written.
+
+    Returns:
+        the progress, and the `changed_settings`.
 
     Raises:
         UserError: when the checkpoint is damaged, or of another model (names the settings that differ).
     """
     processes = session.processes
-    check_same_model(folder, session.recipe)
+    changes = check_same_model(folder, session.recipe)
     state = read_state(folder / STATE)
     engine.load(folder)
     saved = state["processes"]
@@ -97,17 +100,18 @@ def resume(session: Session, folder: Path, engine: Engine, stream: Stream) -> Pr
         set_random_state(saved[processes.rank]["random"], processes.device)
     else:  # no process has a place of its own: the stream warns, and all go on with the same next epoch
         stream.load_state_dict(saved[0]["stream"])
-    return Progress(**state["progress"])
+    return Progress(**state["progress"]), changes
 
 
-def check_same_model(folder: Path, recipe: Recipe) -> None:
-    """Refuses to resume with another `[model]`."""
+def check_same_model(folder: Path, recipe: Recipe) -> dict[str, str]:
+    """Refuses to resume with another `[model]`; returns the `changed_settings`."""
     changes = changed_settings(folder, recipe)
     if changed := [text for key, text in changes.items() if key.startswith("model.")]:
         raise UserError(
             f"{folder} holds another model: {', '.join(changed[:5])}; set them back, or start a new run "
             "with another --output"
         )
+    return changes
 
 
 def changed_settings(folder: Path, recipe: Recipe) -> dict[str, str]:
