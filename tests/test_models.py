@@ -79,7 +79,7 @@ def test_patch_stem_equals_a_strided_convolution():
     torch.testing.assert_close(stem(pixels), expected)
 
 
-@pytest.mark.parametrize("stem", ["patch", "conv"])
+@pytest.mark.parametrize("stem", ["patch", "conv", "residual"])
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_classifier_learns_one_batch(stem, pooling, positions):
@@ -105,9 +105,45 @@ def test_classifier_learns_one_batch(stem, pooling, positions):
     assert metrics["accuracy"] == 1
 
 
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("positions", ["learned_2d", "rotary_2d"])
+def test_patch_dropout_is_the_core_on_the_patches_that_are_left(pooling, positions):
+    torch.manual_seed(0)
+    config = ClassifierConfig(
+        image_size=(8, 12), patch_size=4, pooling=pooling, positions=positions, patch_dropout=0.5, core=CORE
+    )
+    model = Classifier(config)
+    seen = []
+    model.core.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    pixels, prefix = torch.randn(2, 3, 8, 12), int(pooling == "cls")
+    whole = model.eval().features(pixels)
+    left_out = model.train().features(pixels)
+    every, kept = seen
+    assert kept.shape[1] == 3 + prefix  # of 6 patches
+    assert torch.equal(kept[:, :prefix], every[:, :prefix])
+    for image in range(2):
+        places = [(every[image] == token).all(-1).nonzero().item() for token in kept[image]]
+        assert len({*places}) == len(places)
+        rotations = model.positions.rotations(0, 6 + prefix)
+        if rotations is not None:
+            rotations = tuple(table[places] for table in rotations)
+        alone = model.core(every[image : image + 1, places], rotations=rotations)
+        expected = alone[:, 0] if prefix else alone.mean(1)
+        torch.testing.assert_close(left_out[image : image + 1], expected)
+    assert not torch.allclose(left_out, whole)
+
+
 def test_classifier_refuses_other_sizes():
     with pytest.raises(ValueError, match="patch_size 5 does not divide"):
         ClassifierConfig(image_size=28, patch_size=5)
+    with pytest.raises(
+        ValueError, match="'residual' needs a patch_size that is a power of two, 4 or more; got 2"
+    ):
+        ClassifierConfig(image_size=8, patch_size=2, stem="residual")
+    with pytest.raises(
+        ValueError, match="'conv' needs a patch_size that is a power of two, 2 or more; got 6"
+    ):
+        ClassifierConfig(image_size=12, patch_size=6, stem="conv")
     model = Classifier(ClassifierConfig(image_size=8, patch_size=4, num_classes=2, core=CORE))
     with pytest.raises(ValueError, match=r"pixels are \(1, 8, 8\)"):
         model(torch.zeros(1, 1, 8, 8))

@@ -13,7 +13,7 @@ from mmvit.core.dropout import Dropout
 from mmvit.core.positions import PositionKind, Positions
 from mmvit.core.transformer import Transformer, TransformerConfig
 from mmvit.hub import Pretrained
-from mmvit.models.stems import StemKind, build_stem
+from mmvit.models.stems import SMALLEST_PATCH, StemKind, build_stem
 
 
 class ClassifierConfig(Config):
@@ -24,15 +24,24 @@ class ClassifierConfig(Config):
     channels: int = Field(3, gt=0)
     num_classes: int = Field(1000, gt=1)
     stem: StemKind = "patch"
+    stem_width: int = Field(64, gt=0, description="of the residual stem's first stage")
+    stem_blocks: int = Field(2, ge=0, description="of the residual stem")
     pooling: Literal["cls", "mean"] = "cls"
     positions: PositionKind = "learned_1d"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    patch_dropout: float = Field(0.0, ge=0, lt=1, description="share of the patches left out in training")
     core: TransformerConfig = TransformerConfig()
 
     @model_validator(mode="after")
     def _patches_tile_the_image(self):
         if any(side % self.patch_size for side in self.height_width):
             raise ValueError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
+        smallest, is_power_of_two = SMALLEST_PATCH[self.stem], self.patch_size.bit_count() == 1
+        if self.stem != "patch" and not (is_power_of_two and self.patch_size >= smallest):
+            raise ValueError(
+                f"stem {self.stem!r} needs a patch_size that is a power of two, {smallest} or more; got "
+                f"{self.patch_size}"
+            )
         return self
 
     @property
@@ -54,7 +63,9 @@ class Classifier(Pretrained, nn.Module):
         super().__init__()
         self.config = config
         width = config.core.width
-        self.stem = build_stem(config.stem, config.patch_size, config.channels, width)
+        self.stem = build_stem(
+            config.stem, config.patch_size, config.channels, width, config.stem_width, config.stem_blocks
+        )
         self.num_prefix = 1 if config.pooling == "cls" else 0
         if self.num_prefix:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -81,8 +92,26 @@ class Classifier(Pretrained, nn.Module):
         if self.num_prefix:
             x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
         x = self.dropout(self.positions.add(x))
-        x = self.core(x, rotations=self.positions.rotations(0, x.shape[1]))
+        rotations = self.positions.rotations(0, x.shape[1])
+        if self.training and self.config.patch_dropout:
+            x, rotations = self.drop_patches(x, rotations)
+        x = self.core(x, rotations=rotations)
         return x[:, 0] if self.num_prefix else x.mean(1)
+
+    def drop_patches(
+        self, x: Tensor, rotations: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Keeps [CLS] and, of each image, its own random choice of patches (PatchDropout, 2208.07220): less
+        work for the core, and an augmentation."""
+        batch, tokens, width = x.shape
+        patches = tokens - self.num_prefix
+        kept = max(1, round(patches * (1 - self.config.patch_dropout)))
+        chosen = torch.rand(batch, patches, device=x.device).argsort(1)[:, :kept] + self.num_prefix
+        prefix = torch.arange(self.num_prefix, device=x.device).expand(batch, -1)
+        chosen = torch.cat([prefix, chosen], dim=1)
+        if rotations is not None:
+            rotations = tuple(table[chosen].unsqueeze(1) for table in rotations)  # the same for all heads
+        return x.gather(1, chosen.unsqueeze(-1).expand(-1, -1, width)), rotations
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (batch, channels, height, width) in [-1, 1] → logits (batch, num_classes)."""

@@ -1,12 +1,15 @@
-"""From pixels to tokens: flat patches as in ViT, or a short stack of convolutions."""
+"""From pixels to tokens: flat patches as in ViT, a few convolutions, or a small residual network."""
 
 from itertools import pairwise
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-StemKind = Literal["patch", "conv"]
+StemKind = Literal["patch", "conv", "residual"]
+SMALLEST_PATCH = {"patch": 1, "conv": 2, "residual": 4}  # of each kind; convolutions need a power of two
 
 
 class PatchStem(nn.Module):
@@ -40,10 +43,6 @@ class ConvStem(nn.Module):
     def __init__(self, patch_size: int, channels: int, width: int):
         super().__init__()
         halvings = patch_size.bit_length() - 1
-        if patch_size < 2 or 2**halvings != patch_size:
-            raise ValueError(
-                f"a convolutional stem needs a patch size that is a power of two, got {patch_size}"
-            )
         widths = [channels] + [width // 2 ** (halvings - 1 - i) for i in range(halvings)]
         self.convolutions = nn.ModuleList(
             nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in pairwise(widths)
@@ -61,5 +60,55 @@ class ConvStem(nn.Module):
         return self.proj(rearrange(x, "batch width rows columns -> batch (rows columns) width"))
 
 
-def build_stem(kind: StemKind, patch_size: int, channels: int, width: int) -> nn.Module:
+class ResidualStem(nn.Module):
+    """A small residual network in front of the core, as in the paper's hybrids (2010.11929, section 3.1).
+
+    A 3×3 convolution of stride 2 to `stem_width`, `num_blocks` pre-activation blocks (1603.05027) at half the
+    image's resolution, then 3×3 convolutions of stride 2 down to one vector of `width` a patch. Batch
+    normalisation: in training a token depends on the other images of this process's part of the batch.
+    """
+
+    def __init__(self, patch_size: int, channels: int, width: int, stem_width: int, num_blocks: int):
+        super().__init__()
+        halvings = patch_size.bit_length() - 1
+        self.first = convolution(channels, stem_width, stride=2)
+        self.blocks = nn.Sequential(*(ResidualBlock(stem_width) for _ in range(num_blocks)))
+        widths = [stem_width, *(width // 2**i for i in reversed(range(halvings - 1)))]
+        self.norms = nn.ModuleList(nn.BatchNorm2d(each) for each in widths)
+        self.reductions = nn.ModuleList(
+            convolution(before, after, stride=2) for before, after in pairwise(widths)
+        )
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (batch, channels, height, width) → (batch, rows · columns, width), in raster order."""
+        x = self.blocks(self.first(pixels.contiguous(memory_format=torch.channels_last)))
+        *norms, last = self.norms
+        for norm, reduction in zip(norms, self.reductions, strict=True):
+            x = reduction(F.relu(norm(x)))
+        return self.proj(rearrange(last(x), "batch width rows columns -> batch (rows columns) width"))
+
+
+class ResidualBlock(nn.Module):
+    """x + two 3×3 convolutions, each of a normalised and rectified input."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.convolution1, self.convolution2 = convolution(width, width), convolution(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.convolution1(F.relu(self.norm1(x)))
+        return x + self.convolution2(F.relu(self.norm2(inner)))
+
+
+def convolution(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+
+
+def build_stem(
+    kind: StemKind, patch_size: int, channels: int, width: int, stem_width: int = 64, stem_blocks: int = 2
+) -> nn.Module:
+    if kind == "residual":
+        return ResidualStem(patch_size, channels, width, stem_width, stem_blocks)
     return (PatchStem if kind == "patch" else ConvStem)(patch_size, channels, width)
