@@ -37,7 +37,7 @@ from mmvit.training.checkpoint import Checkpoints, read_state
 from mmvit.training.distributed import choose_device
 from mmvit.training.engine import TorchEngine
 from mmvit.training.interruption import Interruption
-from mmvit.training.optim import Optimizer, rate_scale, split_parameters
+from mmvit.training.optim import Muon, Optimizer, rate_scale, split_parameters
 from mmvit.training.resume import changed_settings, check_same_model
 
 ALONE = Processes(rank=0, world_size=1, device=torch.device("cpu"))
@@ -305,10 +305,12 @@ def test_weights_that_should_not_decay_do_not():
     assert [len(part) for part in split_parameters(tied)] == [0, 2, 0]
 
 
-def test_muon_trains_the_core_and_resumes():
+@pytest.mark.parametrize("stem", ["patch", "residual"])
+def test_muon_trains_hidden_layers_and_resumes(stem):
     torch.manual_seed(0)
     config = OptimizerConfig(name="muon", lr=0.01, warmup_steps=0, weight_decay=0.0)
-    model = Classifier(MODEL)
+    shape = MODEL.model_copy(update={"stem": stem, "stem_blocks": (1, 0, 1)})
+    model = Classifier(shape)
     optimizer = Optimizer(model, config, total_steps=10)
     batch = {"pixels": torch.randn(8, 3, 16, 16), "labels": torch.arange(8) % 4}
 
@@ -323,7 +325,7 @@ def test_muon_trains_the_core_and_resumes():
 
     losses = [step(model, optimizer, number) for number in range(1, 6)]
     assert losses[-1] < losses[0]
-    twin = Classifier(MODEL)
+    twin = Classifier(shape)
     twin.load_state_dict(model.state_dict())
     other = Optimizer(twin, config, total_steps=10)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -331,8 +333,25 @@ def test_muon_trains_the_core_and_resumes():
     assert_same_state(dict(twin.state_dict()), dict(model.state_dict()))
     with pytest.raises(UserError, match=r"trained by muon, optimizer\.name is now adamw"):
         Optimizer(twin, OptimizerConfig(), total_steps=10).load_state_dict(optimizer.state_dict())
-    with pytest.raises(UserError, match="needs a model with a Transformer core"):
+    with pytest.raises(UserError, match="is for hidden layers, and Linear marks none"):
         Optimizer(nn.Linear(2, 2), config, total_steps=10)
+
+
+def test_muon_sees_a_kernel_as_a_matrix():
+    torch.manual_seed(0)
+    kernel, matrix = nn.Parameter(torch.randn(4, 2, 3, 3)), nn.Parameter(torch.zeros(4, 18))
+    matrix.data.copy_(kernel.detach().flatten(1))
+    optimizers = [Muon([each], lr=0.1, weight_decay=0.1) for each in (kernel, matrix)]
+    for _ in range(3):
+        gradient = torch.randn(4, 2, 3, 3)
+        kernel.grad, matrix.grad = gradient.contiguous(memory_format=torch.channels_last), gradient.flatten(1)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.equal(kernel.flatten(1), matrix)
+    assert kernel.grad is None
+    with pytest.raises(ValueError, match="cannot be seen as a matrix"):
+        Muon([nn.Parameter(kernel.detach().contiguous(memory_format=torch.channels_last))])
 
 
 def test_settings_of_the_optimizer_may_change_on_resume():

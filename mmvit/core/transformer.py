@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from mmvit.config import Config
 from mmvit.core.attention import Attention, Kernel, KeyValueCache
 from mmvit.core.dropout import Dropout
+from mmvit.core.hidden import HiddenLayers
 from mmvit.core.masks import additive
 from mmvit.core.norm import RMSNorm
 
@@ -98,7 +99,7 @@ class Branch(nn.Module):
         return x
 
 
-class Block(nn.Module):
+class Block(HiddenLayers):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: TransformerConfig, drop_probability: float):

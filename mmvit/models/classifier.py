@@ -25,7 +25,9 @@ class ClassifierConfig(Config):
     num_classes: int = Field(1000, gt=1)
     stem: StemKind = "patch"
     stem_width: int = Field(64, gt=0, description="of the residual stem's first stage")
-    stem_blocks: int = Field(2, ge=0, description="of the residual stem")
+    stem_blocks: tuple[int, ...] = Field(
+        (2, 1), description="of the residual stem, at each resolution: one number for each halving"
+    )
     pooling: Literal["cls", "mean"] = "cls"
     positions: PositionKind = "learned_1d"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -41,6 +43,11 @@ class ClassifierConfig(Config):
             raise ValueError(
                 f"stem {self.stem!r} needs a patch_size that is a power of two, {smallest} or more; got "
                 f"{self.patch_size}"
+            )
+        if self.stem == "residual" and 2 ** len(self.stem_blocks) != self.patch_size:
+            raise ValueError(
+                f"stem_blocks {self.stem_blocks} halve the image {len(self.stem_blocks)} times, down to "
+                f"patches of {2 ** len(self.stem_blocks)}; patch_size is {self.patch_size}"
             )
         return self
 

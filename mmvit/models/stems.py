@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmvit.core.hidden import HiddenLayers
+
 StemKind = Literal["patch", "conv", "residual"]
 SMALLEST_PATCH = {"patch": 1, "conv": 2, "residual": 4}  # of each kind; convolutions need a power of two
 
@@ -63,34 +65,44 @@ class ConvStem(nn.Module):
 class ResidualStem(nn.Module):
     """A small residual network in front of the core, as in the paper's hybrids (2010.11929, section 3.1).
 
-    A 3×3 convolution of stride 2 to `stem_width`, `num_blocks` pre-activation blocks (1603.05027) at half the
-    image's resolution, then 3×3 convolutions of stride 2 down to one vector of `width` a patch. Batch
-    normalisation: in training a token depends on the other images of this process's part of the batch.
+    Each stage begins with a 3×3 convolution of stride 2, so that the last has one vector a patch, and goes on
+    with `blocks[stage]` residual blocks. The first stage's width is `stem_width`, the last one's `width`;
+    they double in between. Batch normalisation: in training a token depends on the other images of this
+    process's part of the batch.
     """
 
-    def __init__(self, patch_size: int, channels: int, width: int, stem_width: int, num_blocks: int):
+    def __init__(self, patch_size: int, channels: int, width: int, stem_width: int, blocks: tuple[int, ...]):
         super().__init__()
         halvings = patch_size.bit_length() - 1
-        self.first = convolution(channels, stem_width, stride=2)
-        self.blocks = nn.Sequential(*(ResidualBlock(stem_width) for _ in range(num_blocks)))
         widths = [stem_width, *(width // 2**i for i in reversed(range(halvings - 1)))]
-        self.norms = nn.ModuleList(nn.BatchNorm2d(each) for each in widths)
-        self.reductions = nn.ModuleList(
-            convolution(before, after, stride=2) for before, after in pairwise(widths)
-        )
+        self.first = convolution(channels, stem_width, stride=2)
+        layers: list[nn.Module] = [ResidualBlock(stem_width) for _ in range(blocks[0])]
+        for (before, after), depth in zip(pairwise(widths), blocks[1:], strict=True):
+            layers += [Reduction(before, after), *(ResidualBlock(after) for _ in range(depth))]
+        self.layers = nn.Sequential(*layers)
+        self.norm = nn.BatchNorm2d(width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (batch, channels, height, width) → (batch, rows · columns, width), in raster order."""
-        x = self.blocks(self.first(pixels.contiguous(memory_format=torch.channels_last)))
-        *norms, last = self.norms
-        for norm, reduction in zip(norms, self.reductions, strict=True):
-            x = reduction(F.relu(norm(x)))
-        return self.proj(rearrange(last(x), "batch width rows columns -> batch (rows columns) width"))
+        x = self.first(pixels.contiguous(memory_format=torch.channels_last))
+        x = self.norm(self.layers(x))
+        return self.proj(rearrange(x, "batch width rows columns -> batch (rows columns) width"))
 
 
-class ResidualBlock(nn.Module):
-    """x + two 3×3 convolutions, each of a normalised and rectified input."""
+class Reduction(HiddenLayers):
+    """Halves the resolution, by a convolution of a normalised and rectified input."""
+
+    def __init__(self, before: int, after: int):
+        super().__init__()
+        self.norm, self.convolution = nn.BatchNorm2d(before), convolution(before, after, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolution(F.relu(self.norm(x)))
+
+
+class ResidualBlock(HiddenLayers):
+    """x + two 3×3 convolutions, each of a normalised and rectified input (1603.05027)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -107,7 +119,12 @@ def convolution(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv
 
 
 def build_stem(
-    kind: StemKind, patch_size: int, channels: int, width: int, stem_width: int = 64, stem_blocks: int = 2
+    kind: StemKind,
+    patch_size: int,
+    channels: int,
+    width: int,
+    stem_width: int = 64,
+    stem_blocks: tuple[int, ...] = (2, 1),
 ) -> nn.Module:
     if kind == "residual":
         return ResidualStem(patch_size, channels, width, stem_width, stem_blocks)

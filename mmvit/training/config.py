@@ -49,7 +49,7 @@ class OptimizerConfig(Config):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     muon_lr: float | None = Field(
-        None, gt=0, description="of the core's matrices; scaled to suit AdamW's rate, which is the default"
+        None, gt=0, description="of the hidden layers; scaled to suit AdamW's rate, which is the default"
     )
     warmup_steps: int = Field(100, ge=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmvit.core.transformer import Transformer
+from mmvit.core.hidden import HiddenLayers
 from mmvit.errors import UserError
 from mmvit.training.config import OptimizerConfig
 
@@ -66,14 +66,14 @@ class Optimizer:
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW over everything, or Muon over the matrices of the core and AdamW over the rest."""
-    decayed, plain, matrices = split_parameters(model)
+    """AdamW over everything, or Muon over the hidden layers' weights and AdamW over the rest."""
+    decayed, plain, hidden = split_parameters(model)
     if config.name == "adamw":
-        decayed, matrices = [*decayed, *matrices], []
-    elif not matrices:
+        decayed, hidden = [*decayed, *hidden], []
+    elif not hidden:
         raise UserError(
-            f"optimizer.name = muon needs a model with a Transformer core; {type(model).__name__} has "
-            "none; use adamw"
+            f"optimizer.name = muon is for hidden layers, and {type(model).__name__} marks none "
+            "(mmvit.core.hidden); use adamw"
         )
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
@@ -91,41 +91,67 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
             fused=fused,
         )
     ]
-    if matrices:
+    if hidden:
         lr = config.lr if config.muon_lr is None else config.muon_lr
         optimizers.append(
-            torch.optim.Muon(
-                matrices, lr=lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
+            Muon(hidden, lr=lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
         )
     return optimizers
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon (Jordan et al. 2024), which takes matrices alone, for convolution kernels too: as matrices
+    of (out channels, in channels · height · width), on the same memory."""
+
+    def __init__(self, parameters: list[nn.Parameter], **settings: Any):
+        self.kernels = [
+            (kernel, nn.Parameter(kernel.detach().flatten(1))) for kernel in parameters if kernel.ndim > 2
+        ]
+        for kernel, matrix in self.kernels:
+            if matrix.data_ptr() != kernel.data_ptr():
+                raise ValueError(
+                    f"a kernel of shape {tuple(kernel.shape)} and strides {kernel.stride()} cannot be seen "
+                    "as a matrix; keep its weights contiguous"
+                )
+        matrices = [parameter for parameter in parameters if parameter.ndim == 2]
+        super().__init__([*matrices, *(matrix for _, matrix in self.kernels)], **settings)
+
+    def step(self, closure: None = None) -> None:
+        for kernel, matrix in self.kernels:
+            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
+        super().step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for kernel, _ in self.kernels:
+            kernel.grad = None
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """The trainable parameters in three lists, each in the model's order, none twice.
 
     Returns:
-        those outside the core that decay: weights of linear layers and convolutions;
+        those of no hidden layer that decay: weights of linear layers and convolutions;
         those that do not: biases, norms, embeddings, positions;
-        the linear layers' matrices inside a Transformer core, which decay and suit Muon.
+        the weights of `HiddenLayers`' linear layers and convolutions, which decay and suit Muon.
     """
-    in_core = {
+    in_hidden = {
         id(layer.weight)
         for module in model.modules()
-        if isinstance(module, Transformer)
+        if isinstance(module, HiddenLayers)
         for layer in module.modules()
-        if isinstance(layer, nn.Linear)
+        if isinstance(layer, DECAYED)
     }
     decays = {id(layer.weight) for layer in model.modules() if isinstance(layer, DECAYED)}
     decays -= {
         id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Embedding)
     }  # tied to a head
-    decayed, plain, matrices = [], [], []
+    decayed, plain, hidden = [], [], []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            own = matrices if id(parameter) in in_core else decayed if id(parameter) in decays else plain
+            own = hidden if id(parameter) in in_hidden else decayed if id(parameter) in decays else plain
             own.append(parameter)
-    return decayed, plain, matrices
+    return decayed, plain, hidden
 
 
 def rate_scale(step: int, total_steps: int, config: OptimizerConfig) -> float:
