@@ -12,7 +12,8 @@ generator on these codes can reach. The picture shows caption · real · reconst
 
 An image tokenizer: PSNR, SSIM, L1, the codes that the split uses, and the Fréchet distance between the
 pictures and their reconstructions, in the space of 8x8 mean colours or (--features) of a classifier of ours.
-The picture shows real and reconstruction from the worst to the best; a .json beside it keeps the figures.
+The picture shows real and reconstruction from the worst to the best; a .json beside it keeps the figures,
+and a second picture, -codes.png, shows how often each code occurs.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from mmvit.data.images import parse_size
 from mmvit.data.samples import CaptionPixelsSample, PixelsSample
 from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError, run_script
+from mmvit.evaluation.code_use import draw_code_use, use_metrics
 from mmvit.evaluation.frechet import coarse_pixels, frechet_distance
 from mmvit.evaluation.likelihood import mean_loss
 from mmvit.evaluation.reconstruction import image_psnr, image_ssim
@@ -36,7 +38,6 @@ from mmvit.evaluation.retrieval import pixel_ranks, recall
 from mmvit.hub import find_model_folder, read_description, write_json
 from mmvit.models.classifier import Classifier
 from mmvit.models.image_tokenizer import KINDS, ImageTokenizer, load_image_tokenizer
-from mmvit.models.quantizers import perplexity
 from mmvit.sampling.generator import Generator, pictures_from_pixels
 from mmvit.sampling.grids import check_picture_name, labelled_grid, side_by_side
 
@@ -68,18 +69,18 @@ def evaluate_image_tokenizer(options: argparse.Namespace) -> None:
     reconstructed = decode(tokenizer, codes)
     psnr = image_psnr(reconstructed, pixels)
     parts = zip(reconstructed.split(64), pixels.split(64), strict=True)
-    use = torch.bincount(codes.flatten().cpu(), minlength=tokenizer.codebook_size)
+    counts = torch.bincount(codes.flatten().cpu(), minlength=tokenizer.codebook_size).double()
     figures = {
         "split": options.split,
         "pictures": len(pixels),
         "psnr": psnr.mean().item(),
         "ssim": torch.cat([image_ssim(*each) for each in parts]).mean().item(),
         "l1": ((reconstructed - pixels) / 2).abs().mean().item(),
-        "codes_in_use": (use > 0).float().mean().item(),
-        "perplexity": perplexity(use.double()).item(),
+        **use_metrics(counts),
         f"frechet_distance_{space}": frechet_distance(features(pixels), features(reconstructed)),
     }
     write_json(figures, options.out.with_suffix(".json"))
+    draw_code_use(counts, options.out.with_name(f"{options.out.stem}-codes.png"))
     draw_worst_to_best(unseen["keys"], pixels, reconstructed, psnr, options.rows).save(options.out)
     for name, value in figures.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mmvit.evaluation.code_use import use_metrics
 from mmvit.evaluation.frechet import coarse_pixels, frechet_distance
 from mmvit.evaluation.reconstruction import image_psnr, image_ssim
 
@@ -57,3 +58,9 @@ def test_coarse_pixels_are_mean_colours():
     features = coarse_pixels(pixels)
     assert features.shape == (1, 192)
     assert features.sum() == features[0, 64] == 1
+
+
+def test_use_of_a_codebook_is_that_of_its_counts():
+    figures = use_metrics(torch.tensor([5.0, 5, 0, 10]).double())
+    assert figures["codes_in_use"] == 0.75
+    assert figures["perplexity"] == pytest.approx(2**1.5)  # half, and two quarters: 1.5 bits

@@ -111,6 +111,7 @@ def test_evaluation_of_an_image_tokenizer_goes_from_worst_to_best(place, tiny_sh
         "frechet_distance_pixels-8x8",
     } <= figures.keys()
     assert out.is_file()
+    assert (tmp_path / "sheet-codes.png").is_file()
     ran = run_script("pipelines/evaluate.py", *arguments, "--size", 20)
     assert ran.returncode == 2
     assert "20x20 pixels cannot be cut into patches of 8x8" in ran.stderr

@@ -1,4 +1,4 @@
-"""How well an image tokenizer reconstructs held-out images, and how much of its codebook a data set uses."""
+"""How well an image tokenizer reconstructs images."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmvit.models.image_tokenizer import ImageTokenizer
-from mmvit.models.quantizers import perplexity
 
 
 @torch.no_grad()
@@ -46,26 +45,6 @@ def reconstruction_metrics(model: ImageTokenizer, batches: Iterable[dict[str, An
         "psnr_of_mean_error": decibels(squared / samples).item(),
         "ssim": (similar / samples).item(),
         "l1": (absolute / samples).item(),
-    }
-
-
-@torch.no_grad()
-def codebook_metrics(model: ImageTokenizer, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """How much of the codebook `batches` (as for `reconstruction_metrics`) use.
-
-    Returns:
-        `codes_in_use`, the share that occurs at all; `perplexity` of the distribution of the codes.
-    """
-    device = next(model.parameters()).device
-    counts = torch.zeros(model.codebook_size, dtype=torch.float64, device=device)
-    for batch in batches:
-        codes = model.encode(batch["pixels"].to(device))
-        counts += torch.bincount(codes.flatten(), minlength=model.codebook_size)
-    if dist.is_initialized():
-        dist.all_reduce(counts)
-    return {
-        "codes_in_use": (counts > 0).double().mean().item(),
-        "perplexity": perplexity(counts).item(),
     }
 
 
