@@ -48,7 +48,7 @@ def test_pattern_without_shards_says_what_is_there(tiny_shards, pattern, message
         expand_shards(tiny_shards / pattern)
 
 
-@pytest.mark.parametrize("pattern", ["pipe:cat x.tar", "https://example.org/x.tar", ""])
+@pytest.mark.parametrize("pattern", ["pipe:cat x.tar", "https://example.org/x.tar", "", []])
 def test_pipes_and_urls_are_refused(pattern):
     with pytest.raises(UserError, match=r"from files only|is empty"):
         expand_shards(pattern)

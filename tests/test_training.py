@@ -19,6 +19,7 @@ from mmvit.config import Config, load_config
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.samples import ClassifierSample
 from mmvit.data.stream import ShardStream
+from mmvit.data.tally import Tally
 from mmvit.errors import UserError
 from mmvit.evaluation.accuracy import classification_metrics
 from mmvit.hub import read_weights
@@ -475,17 +476,47 @@ def test_new_run_does_not_overwrite_and_resume_wants_a_run(tmp_path):
         new_session(tmp_path / "nowhere", resume=True)
 
 
+class Repeat:
+    """One batch without end; `open` until its iterator is closed."""
+
+    tally, open = Tally(), False
+
+    def __iter__(self):
+        self.open = True
+        try:
+            while True:
+                yield {"pixels": torch.zeros(8, 3, 16, 16), "labels": torch.arange(8) % 4}
+        finally:
+            self.open = False
+
+    def state_dict(self):
+        return {}
+
+
 def test_missing_metric_of_choice_is_named(tmp_path):
     session = new_session(tmp_path / "run", steps=1)
-    batch = {"pixels": torch.randn(8, 3, 16, 16), "labels": torch.arange(8) % 4}
-
-    class Repeat:
-        def __iter__(self):
-            while True:
-                yield batch
-
     with pytest.raises(UserError, match=r"chosen by 'retrieval', but evaluation gives \['loss'\]"):
         train(session, Classifier(MODEL), Repeat(), lambda model: {"loss": 1.0}, select="retrieval")
+
+
+@pytest.mark.parametrize("select", ["loss", "retrieval"])
+def test_the_stream_is_closed_when_training_ends_well_or_not(tmp_path, select):
+    """Its processes would otherwise wait for one who leaves, and one who leaves for them."""
+    session, stream = new_session(tmp_path / "run", steps=1), Repeat()
+    seen = []
+
+    def evaluate(model):
+        seen.append(stream.open)
+        return {"loss": 1.0}
+
+    kept = None
+    try:
+        train(session, Classifier(MODEL), stream, evaluate, select=select)
+    except UserError as error:
+        kept = error  # and with it the frames that hold the iterator
+    assert seen == [True]
+    assert not stream.open
+    assert (kept is None) == (select == "loss")
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch.multiprocessing import start_processes
 
 from mmvit.config import build_config
 from mmvit.errors import UserError
-from mmvit.evaluation.reconstruction import codebook_metrics, reconstruction_metrics
+from mmvit.evaluation.code_use import code_counts, use_metrics
+from mmvit.evaluation.reconstruction import reconstruction_metrics
 from mmvit.models.quantizers import REVIVED_USE, Codebook, FiniteScalar, LinearCodebook, QuantizerConfig
 from mmvit.models.vq import VQConfig, VQModel
 
@@ -203,8 +205,8 @@ def test_training_lowers_the_error_with_every_code_in_use():
         optimizer.step()
         optimizer.zero_grad()
     assert metrics["l1"] < 0.2  # 0.5 for grey
-    used = codebook_metrics(model.eval(), [{"pixels": pixels}])["codes_in_use"]
-    assert used >= 14 / 16
+    counts = code_counts(model.eval(), [{"pixels": pixels}])
+    assert use_metrics(counts)["codes_in_use"] >= 14 / 16
 
 
 def test_reloaded_weights_make_the_same_codes_and_pixels(tmp_path):
@@ -264,13 +266,14 @@ def test_the_script_trains_evaluates_and_exports(run_script, tiny_shards, tmp_pa
         [train]
         steps = 4
         batch_size = 8
-        num_workers = 0
+        num_workers = 1
         """
     )
     ran = run_script("tokenizers/train_image_tokenizer.py", recipe)
     assert ran.returncode == 0, ran.stderr
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"psnr", "psnr_of_mean_error", "codes_in_use", "perplexity"} <= last.keys()
+    assert Image.open(tmp_path / "run" / "codes.png").width > 100
     model = VQModel.from_pretrained(tmp_path / "run")
     assert model.encode(noise(1, 3, 16, 16)).shape == (1, 2, 2)
     ran = run_script(

@@ -6,8 +6,14 @@
     torchrun --nproc_per_node 2 tokenizers/train_image_tokenizer.py configs/image_tokenizer_emoji.toml
 
 Every evaluation reports the PSNR of held-out pictures, and the share of the codes that the training pictures
-use. The run folder (`output` in the recipe) gets config.toml, metrics.jsonl, curves.png, checkpoints/, and
-the exported models best/ (by held-out PSNR) and last/, which pipelines/encode_images.py takes.
+use. The run folder (`output` in the recipe) gets config.toml, metrics.jsonl, curves.png, codes.png (how often
+each code occurs in them), checkpoints/, and the exported models best/ (by held-out PSNR) and last/, which
+pipelines/encode_images.py takes.
+
+A VQ tokenizer may learn from more than its pixels: from distances in the features of a classifier of ours
+(`--loss.perceptual FOLDER`) or of VGG16 (LPIPS, `--loss.lpips FILE`), and from a discriminator
+(`--loss.adversarial_weight 0.1`). They make pictures sharper at the cost of PSNR, which best/ is chosen by:
+take last/ then.
 """
 
 import warnings
@@ -21,11 +27,17 @@ from mmvit.data.augment import AugmentConfig
 from mmvit.data.samples import PixelsSample
 from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError, run_script
-from mmvit.evaluation.reconstruction import codebook_metrics, reconstruction_metrics
+from mmvit.evaluation.code_use import code_counts, draw_code_use, use_metrics
+from mmvit.evaluation.reconstruction import reconstruction_metrics
+from mmvit.interop.lpips import load_lpips
+from mmvit.models.classifier import Classifier
 from mmvit.models.dvae import DiscreteVAEConfig
+from mmvit.models.perceptual import FeatureDistance
 from mmvit.models.presets import MODELS
+from mmvit.models.tokenizer_objective import ObjectiveConfig, TokenizerObjective
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.training import Recipe, Session, open_session, train
+from mmvit.training.deepspeed_engine import read_settings
 
 COLLAPSED = 0.5  # share of the codes in use below which an evaluation warns
 
@@ -33,7 +45,7 @@ COLLAPSED = 0.5  # share of the codes in use below which an evaluation warns
 class DataConfig(Config):
     """Shards with `png|jpg|webp`, the size that their pictures get, and what is done to the training ones."""
 
-    train: str
+    train: str | list[str] = Field(description="a pattern, or several")
     held_out: list[str]
     image_size: tuple[int, int] = Field((64, 64), description="height and width in pixels")
     shuffle_buffer: int = Field(4000, ge=0)
@@ -45,6 +57,7 @@ class ImageTokenizerRecipe(Recipe):
 
     data: DataConfig
     model: VQConfig | DiscreteVAEConfig = Field(VQConfig(), discriminator="kind")
+    loss: ObjectiveConfig = ObjectiveConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -52,6 +65,21 @@ class ImageTokenizerRecipe(Recipe):
         if isinstance(values, dict) and isinstance(model := values.get("model"), dict):
             return {**values, "model": {"kind": VQModel.kind, **model}}
         return values
+
+    @model_validator(mode="after")
+    def _losses_can_be_had(self):
+        if self.model.kind != VQModel.kind and self.loss != ObjectiveConfig():
+            changed = ", ".join(f"loss.{key}" for key in self.loss.model_dump(exclude_defaults=True))
+            raise ValueError(
+                f"{changed} cannot be used with model.kind {self.model.kind!r}, whose loss is a likelihood: "
+                f"leave [loss] out, or set model.kind to {VQModel.kind!r}"
+            )
+        if self.loss.adversarial_adaptive and self.train.compile:
+            raise ValueError(
+                "loss.adversarial_adaptive reads gradients in the middle of a pass, which train.compile "
+                "cannot: switch one of them off"
+            )
+        return self
 
 
 def main() -> None:
@@ -77,7 +105,10 @@ def main() -> None:
         )
 
         def evaluate(model: nn.Module) -> dict[str, float]:
-            metrics = reconstruction_metrics(model, held_out) | codebook_metrics(model, training_once)
+            counts = code_counts(model, training_once)
+            metrics = reconstruction_metrics(model, held_out) | use_metrics(counts)
+            if session.processes.is_main:
+                draw_code_use(counts, session.run.path / "codes.png")
             if metrics["codes_in_use"] < COLLAPSED and session.processes.is_main:
                 warnings.warn(
                     f"only {metrics['codes_in_use']:.0%} of the codes are in use over the training pictures. "
@@ -87,7 +118,41 @@ def main() -> None:
                 )
             return metrics
 
-        train(session, model, stream, evaluate, select="psnr", mode="max")
+        if not session.recipe.loss.adds_anything:
+            train(session, model, stream, evaluate, select="psnr", mode="max")
+            return
+        train(
+            session,
+            build_objective(session, model),
+            stream,
+            lambda objective: evaluate(objective.tokenizer),
+            select="psnr",
+            mode="max",
+            export=lambda objective, folder: objective.tokenizer.save_pretrained(folder),
+        )
+
+
+def build_objective(session: Session[ImageTokenizerRecipe], model: VQModel) -> TokenizerObjective:
+    """What `[loss]` asks for.
+
+    Raises:
+        UserError: when weights cannot be read, pictures are too small, or DeepSpeed cannot do it.
+    """
+    config, size = session.recipe.loss, session.recipe.data.image_size
+    deepspeed = read_settings(session.deepspeed) if session.deepspeed else {}
+    if config.adversarial_weight and deepspeed.get("zero_optimization", {}).get("stage") == 3:
+        raise UserError(
+            "loss.adversarial_weight needs the discriminator's whole weights, which stage 3 of ZeRO cuts up: "
+            "use stage 0, 1 or 2, or leave --deepspeed out"
+        )
+    distances = {}
+    if config.perceptual:
+        distances["perceptual"] = FeatureDistance(Classifier.from_pretrained(config.perceptual))
+    if config.lpips:
+        distances["lpips"] = load_lpips(config.lpips)
+    objective = TokenizerObjective(model, config, distances)
+    objective.check_size(*size)
+    return objective
 
 
 def one_epoch(session: Session[ImageTokenizerRecipe], shards: str | list[str]) -> ShardStream:

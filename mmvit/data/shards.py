@@ -50,6 +50,8 @@ def expand_shards(pattern: str | Path | list[str | Path]) -> list[Path]:
             `pipe:`.
     """
     if isinstance(pattern, list):
+        if not pattern:
+            raise UserError("the list of shard patterns is empty; give a folder, a glob or a tar file")
         return [shard for part in pattern for shard in expand_shards(part)]
     text = str(pattern)
     if text.startswith("pipe:") or "://" in text:

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmvit.config import Config
+from mmvit.core.hidden import HiddenLayers
 from mmvit.models.codes import ImageTokenizer
 from mmvit.models.quantizers import perplexity
 
@@ -176,7 +177,7 @@ class Decoder(nn.Module):
         return self.head(F.relu(x))
 
 
-class Block(nn.Module):
+class Block(HiddenLayers):
     """identity + residual / (number of blocks)²; a ReLU before each of four convolutions, a bottleneck of a
     quarter of the width, no normalisation."""
 

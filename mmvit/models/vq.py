@@ -14,6 +14,7 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from mmvit.core.hidden import HiddenLayers
 from mmvit.core.transformer import Block, TransformerConfig
 from mmvit.models.codes import ImageTokenizer
 from mmvit.models.quantizers import QUANTIZERS, QuantizerConfig
@@ -73,21 +74,37 @@ class VQModel(ImageTokenizer):
     def pixels_of(self, codes: Tensor) -> Tensor:
         return self.decoder(self.codebook.vectors()[codes] * self.codebook.scale).float().clamp(-1, 1)
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """L1 + L2 of the reconstruction of `batch["pixels"]`, plus the quantiser's loss (1711.00937, equation
-        3).
+    @property
+    def last_weight(self) -> Tensor:
+        """The matrix of the decoder's last layer, (channels, width, 3, 3)."""
+        return self.decoder.head.weight
+
+    def reconstruct(self, pixels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """pixels (batch, 3, height, width) in [-1, 1] → what the decoder makes of their codes, of that shape
+        and not cut to [-1, 1]; the quantiser's loss (1711.00937, equation 3); its metrics.
 
         In training mode a codebook that follows averages takes its step here, too.
 
         Raises:
             UserError: as `grid` does.
         """
-        pixels = batch["pixels"]
         self.grid(*pixels.shape[-2:])
         quantized, quantizer_loss, metrics = self.codebook(self.encoder(pixels))
-        error = self.decoder(quantized * self.codebook.scale).float() - pixels
-        l1, l2 = error.abs().mean(), error.square().mean()
-        return l1 + l2 + quantizer_loss, {"l1": l1.detach(), "l2": l2.detach(), **metrics}
+        return self.decoder(quantized * self.codebook.scale).float(), quantizer_loss, metrics
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """`pixel_error` of the reconstruction of `batch["pixels"]`, plus the quantiser's loss; as
+        `reconstruct` in all else."""
+        reconstruction, quantizer_loss, metrics = self.reconstruct(batch["pixels"])
+        error, parts = pixel_error(reconstruction, batch["pixels"])
+        return error + quantizer_loss, {**parts, **metrics}
+
+
+def pixel_error(reconstruction: Tensor, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """L1 + L2, means over all values, and both as metrics."""
+    error = reconstruction - pixels
+    l1, l2 = error.abs().mean(), error.square().mean()
+    return l1 + l2, {"l1": l1.detach(), "l2": l2.detach()}
 
 
 class Encoder(nn.Module):
@@ -139,7 +156,7 @@ class Decoder(nn.Module):
         return rearrange(pixel_shuffle(self.head(self.norm(x)), self.rest), "b y x c -> b c y x")
 
 
-class MLPBlock(nn.Module):
+class MLPBlock(HiddenLayers):
     """x + MLP(norm(x)), at every position by itself."""
 
     def __init__(self, width: int):
@@ -152,7 +169,7 @@ class MLPBlock(nn.Module):
         return x + self.contract(F.silu(self.expand(self.norm(x))))
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(HiddenLayers):
     """x + Linear(SiLU(Conv3x3(norm(x)))); on a CPU with matrix units, faster than a depthwise convolution."""
 
     def __init__(self, width: int):

@@ -4,6 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal
@@ -54,7 +55,6 @@ def train(
             progress, changes = resume(session, folder, engine, stream)
         processes.on_main(lambda: run.rewind(progress.step))
     processes.on_main(lambda: run.write_config(session.recipe))
-    batches = iter(stream)
 
     def export_to(folder: Path, trained: nn.Module) -> None:
         write = trained.save_pretrained if export is None else partial(export, trained)
@@ -70,7 +70,11 @@ def train(
         if after_evaluation and processes.is_main:
             after_evaluation(trained, progress.step)
 
-    with Interruption() as interruption, Display(session, progress.step) as display:
+    with (
+        Interruption() as interruption,
+        Display(session, progress.step) as display,
+        closing(iter(stream)) as batches,  # its processes end with it, not with the interpreter
+    ):
         if session.resume:
             display.say("; ".join([f"resuming at step {progress.step} of {config.steps}", *changes.values()]))
         shown = (progress.examples, progress.seconds)  # at the last log line

@@ -1,6 +1,6 @@
 """What a checkpoint holds besides weights, and how a run continues from it exactly where it stopped."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,11 +28,12 @@ STATE, RECIPE = "training.pt", "recipe.json"
 
 
 class Stream(Protocol):
-    """Endless batches with a position, and a tally of what was read; `mmvit.data` has one."""
+    """Endless batches with a position, and a tally of what was read; `mmvit.data` has one. Its iterator is a
+    generator, which the loop closes."""
 
     @property
     def tally(self) -> Tally: ...
-    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+    def __iter__(self) -> Generator[dict[str, Any], None, None]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 

@@ -1,0 +1,95 @@
+"""How far apart two pictures are to a network that is not trained: in its features rather than in pixels."""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmvit.errors import UserError
+from mmvit.models.classifier import Classifier
+
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
+
+
+class FrozenDistance(nn.Module):
+    """Two batches of pixels (batch, 3, height, width), in [-1, 1] or near it → the distances (batch,).
+
+    A subclass ends its constructor with `self.freeze()`. From then on it stays in evaluation mode, its
+    parameters have no gradients, and copies share it.
+    """
+
+    def freeze(self) -> None:
+        self.requires_grad_(False)
+        self.eval()
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises UserError when images of that size cannot be compared."""
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
+
+    def __deepcopy__(self, memo: dict) -> Self:
+        return self
+
+
+class FeatureDistance(FrozenDistance):
+    """The distance of a classifier's features, as LPIPS has it with weights of 1 (1801.03924, equation 1).
+
+    After each of the chosen blocks every token's vector is brought to length 1. The distance is the squared
+    difference of these vectors, 0 to 4, averaged over tokens and depths. Pixels are resized to the
+    classifier's size, and for a classifier of grey images to their luma.
+
+    Args:
+        classifier: it is frozen and put into evaluation mode, here and for whoever else holds it.
+        depths: numbers of the core's blocks, from 1; all by default.
+
+    Raises:
+        UserError: when the classifier reads neither colours nor grey.
+        ValueError: for a depth that the core does not have.
+    """
+
+    def __init__(self, classifier: Classifier, depths: Sequence[int] | None = None):
+        super().__init__()
+        blocks, channels = classifier.core.blocks, classifier.config.channels
+        if channels not in (1, len(LUMA)):
+            raise UserError(
+                f"a classifier of {channels} channels cannot compare pictures, which have 3: use one whose "
+                "model.channels is 3 or 1"
+            )
+        self.depths = tuple(range(1, len(blocks) + 1) if depths is None else depths)
+        if not self.depths or not 1 <= min(self.depths) <= max(self.depths) <= len(blocks):
+            raise ValueError(f"depths {self.depths} of a core with blocks 1 to {len(blocks)}")
+        self.classifier = classifier
+        self.register_buffer("luma", torch.tensor(LUMA).view(1, -1, 1, 1), persistent=False)
+        self.freeze()
+
+    def forward(self, one: Tensor, two: Tensor) -> Tensor:
+        pairs = zip(self.features(one), self.features(two), strict=True)
+        return torch.stack([(a - b).square().sum(-1).mean(-1) for a, b in pairs]).mean(0)
+
+    def features(self, pixels: Tensor) -> list[Tensor]:
+        """Vectors of length 1 after each chosen block, (batch, tokens, width), float32."""
+        found: list[Tensor] = []
+        hooks = [
+            self.classifier.core.blocks[depth - 1].register_forward_hook(
+                lambda block, inputs, output: found.append(output)
+            )
+            for depth in self.depths
+        ]
+        try:
+            self.classifier.features(self.fit(pixels))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [F.normalize(tokens.float(), dim=-1) for tokens in found]
+
+    def fit(self, pixels: Tensor) -> Tensor:
+        """pixels as the classifier reads them."""
+        config = self.classifier.config
+        if config.channels == 1:
+            pixels = (pixels * self.luma).sum(1, keepdim=True)
+        if tuple(pixels.shape[-2:]) != config.height_width:
+            pixels = F.interpolate(pixels, config.height_width, mode="bilinear", antialias=True)
+        return pixels
