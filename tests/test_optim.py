@@ -1,0 +1,155 @@
+"""The optimizer and its engine: accumulation, averaged weights, what decays, Muon, rates."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mmvit.core.transformer import TransformerConfig
+from mmvit.errors import UserError
+from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.training import OptimizerConfig, Processes, TrainConfig
+from mmvit.training.engine import TorchEngine
+from mmvit.training.optim import Muon, Optimizer, rate_scale, split_parameters
+
+ALONE = Processes(rank=0, world_size=1, device=torch.device("cpu"))
+MODEL = ClassifierConfig(
+    image_size=16,
+    patch_size=8,
+    num_classes=4,
+    core=TransformerConfig(width=16, depth=2, num_heads=2, dropout=0.2),
+)
+
+
+def test_four_small_passes_equal_one_large(tmp_path):
+    batch = {"pixels": torch.randn(8, 3, 16, 16), "labels": torch.arange(8) % 4}
+    model = MODEL.model_copy(update={"core": MODEL.core.model_copy(update={"dropout": 0.0})})
+    weights = []
+    for accumulation in (1, 4):
+        torch.manual_seed(0)
+        settings = TrainConfig(batch_size=8, accumulation=accumulation, precision="fp32", clip_norm=0.5)
+        engine = TorchEngine(Classifier(model), settings, OptimizerConfig(warmup_steps=1), ALONE)
+        for number in (1, 2, 3):
+            for part in range(accumulation):
+                size = 8 // accumulation
+                rows = slice(part * size, (part + 1) * size)
+                loss, _ = engine.loss({name: tensor[rows] for name, tensor in batch.items()})
+                engine.backward(loss)
+            norm = engine.step(number)
+        weights.append((norm, engine.model.state_dict()))
+    (norm, large), (small_norm, small) = weights
+    assert small_norm == pytest.approx(norm, rel=1e-4)
+    for name in large:
+        torch.testing.assert_close(small[name], large[name], rtol=1e-3, atol=1e-5)
+
+
+def test_average_follows_the_weights_with_warm_up():
+    torch.manual_seed(0)
+    engine = TorchEngine(
+        Classifier(MODEL), TrainConfig(ema_decay=0.5, precision="fp32"), OptimizerConfig(lr=0.1), ALONE
+    )
+    expected = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    batch = {"pixels": torch.randn(8, 3, 16, 16), "labels": torch.arange(8) % 4, "keys": ["a"] * 8}
+    for number in range(1, 12):
+        loss, _ = engine.loss(batch)
+        engine.backward(loss)
+        engine.step(number)
+        decay = min(0.5, (1 + number) / (10 + number))
+        for name, tensor in engine.model.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * tensor
+    with engine.evaluating() as model:
+        assert not model.training
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(tensor, expected[name])
+    assert engine.model.training
+
+
+def test_weights_that_should_not_decay_do_not():
+    model = Classifier(MODEL)
+    decayed, plain, matrices = split_parameters(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)] for p in matrices} == {
+        name for name, p in model.named_parameters() if name.startswith("core.") and p.ndim == 2
+    }
+    assert all(p.ndim == 1 or names[id(p)].startswith(("cls_token", "positions.")) for p in plain)
+    assert "head.weight" in {names[id(p)] for p in decayed}
+    assert len(decayed) + len(plain) + len(matrices) == len(names)
+    tied = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "head": nn.Linear(4, 5)})
+    tied["head"].weight = tied["embedding"].weight
+    assert [len(part) for part in split_parameters(tied)] == [0, 2, 0]
+
+
+@pytest.mark.parametrize("stem", ["patch", "residual"])
+def test_muon_trains_hidden_layers_and_resumes(stem):
+    torch.manual_seed(0)
+    config = OptimizerConfig(name="muon", lr=0.01, warmup_steps=0, weight_decay=0.0)
+    shape = MODEL.model_copy(update={"stem": stem, "stem_blocks": (1, 0, 1)})
+    model = Classifier(shape)
+    optimizer = Optimizer(model, config, total_steps=10)
+    batch = {"pixels": torch.randn(8, 3, 16, 16), "labels": torch.arange(8) % 4}
+
+    def step(model: Classifier, optimizer: Optimizer, number: int) -> float:
+        model.eval()  # without dropout
+        loss, _ = model.loss(batch)
+        loss.backward()
+        optimizer.set_rate(number)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    losses = [step(model, optimizer, number) for number in range(1, 6)]
+    assert losses[-1] < losses[0]
+    twin = Classifier(shape)
+    twin.load_state_dict(model.state_dict())
+    other = Optimizer(twin, config, total_steps=10)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert step(twin, other, 6) == step(model, optimizer, 6)
+    for name, tensor in twin.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    with pytest.raises(UserError, match=r"trained by muon, optimizer\.name is now adamw"):
+        Optimizer(twin, OptimizerConfig(), total_steps=10).load_state_dict(optimizer.state_dict())
+    with pytest.raises(UserError, match="is for hidden layers, and Linear marks none"):
+        Optimizer(nn.Linear(2, 2), config, total_steps=10)
+
+
+def test_muon_sees_a_kernel_as_a_matrix():
+    torch.manual_seed(0)
+    kernel, matrix = nn.Parameter(torch.randn(4, 2, 3, 3)), nn.Parameter(torch.zeros(4, 18))
+    matrix.data.copy_(kernel.detach().flatten(1))
+    optimizers = [Muon([each], lr=0.1, weight_decay=0.1) for each in (kernel, matrix)]
+    for _ in range(3):
+        gradient = torch.randn(4, 2, 3, 3)
+        kernel.grad, matrix.grad = gradient.contiguous(memory_format=torch.channels_last), gradient.flatten(1)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.equal(kernel.flatten(1), matrix)
+    assert kernel.grad is None
+    with pytest.raises(ValueError, match="cannot be seen as a matrix"):
+        Muon([nn.Parameter(kernel.detach().contiguous(memory_format=torch.channels_last))])
+
+
+def test_settings_of_the_optimizer_may_change_on_resume():
+    model = Classifier(MODEL)
+    state = Optimizer(
+        model, OptimizerConfig(weight_decay=0.1, betas=(0.9, 0.95)), total_steps=10
+    ).state_dict()
+    resumed = Optimizer(model, OptimizerConfig(weight_decay=0.3, betas=(0.9, 0.99)), total_steps=10)
+    resumed.load_state_dict(state)
+    [adamw] = resumed.parts
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.3, 0.0]
+    assert adamw.param_groups[0]["betas"] == (0.9, 0.99)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("cosine", [0.25, 0.5, 0.75, 0.55, 0.1]),
+        ("linear", [0.25, 0.5, 0.75, 0.55, 0.1]),
+        ("constant", [0.25, 0.5, 0.75, 1, 1]),
+    ],
+)
+def test_rate_warms_up_and_ends_at_its_final_ratio(schedule, expected):
+    config = OptimizerConfig(warmup_steps=3, schedule=schedule, final_lr_ratio=0.1)
+    assert [rate_scale(step, 13, config) for step in (1, 2, 3, 8, 13)] == pytest.approx(expected)
