@@ -13,6 +13,9 @@ from pydantic.fields import FieldInfo
 
 from mmvit.errors import UserError
 
+FEW = 3  # problems that are told one by one
+VALID_KEYS = ": valid keys: "
+
 
 class Config(BaseModel):
     """Settings of one part. Frozen; unknown keys are refused."""
@@ -58,8 +61,22 @@ def build_config(
             given = any(".".join(parts[:end]) in overridden for end in range(1, len(parts) + 1))
             origin = "the command line" if given else source
             problems.setdefault(origin, []).append(describe_problem(cls, problem))
-        lines = [f"{origin}: {'; '.join(texts)}" for origin, texts in problems.items()]
+        lines = [f"{origin}: {'; '.join(shorten(texts))}" for origin, texts in problems.items()]
         raise UserError("; ".join(lines)) from None
+
+
+def shorten(problems: list[str]) -> list[str]:
+    """The first few, and a section's valid keys once; where there are many, it may be the configuration of
+    something else."""
+    told: set[str] = set()
+    for place, problem in enumerate(problems):
+        text, _, keys = problem.partition(VALID_KEYS)
+        problems[place] = text if keys in told else problem
+        told |= {keys} - {""}
+    if len(problems) <= FEW:
+        return problems
+    more = f"and {len(problems) - FEW} more; is this for another script? A recipe's header names its own"
+    return [*problems[:FEW], more]
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -114,9 +131,11 @@ def describe_problem(cls: type[Config], problem: dict[str, Any]) -> str:
         valid = list(section.model_fields)
         near = difflib.get_close_matches(where[-1], valid, n=1, cutoff=0.5)
         advice = (
-            f"did you mean {'.'.join([*where[:-1], near[0]])}?" if near else f"valid keys: {', '.join(valid)}"
+            f": did you mean {'.'.join([*where[:-1], near[0]])}?"
+            if near
+            else f"{VALID_KEYS}{', '.join(valid)}"
         )
-        return f"unknown key {key}: {advice}"
+        return f"unknown key {key}{advice}"
     if problem["type"] == "missing":
         return f"{key} is required"
     reason = problem["msg"].removeprefix("Value error, ")

@@ -79,11 +79,13 @@ def evaluate_image_tokenizer(options: argparse.Namespace) -> None:
         **use_metrics(counts),
         f"frechet_distance_{space}": frechet_distance(features(pixels), features(reconstructed)),
     }
-    write_json(figures, options.out.with_suffix(".json"))
-    draw_code_use(counts, options.out.with_name(f"{options.out.stem}-codes.png"))
+    kept, drawn = options.out.with_suffix(".json"), options.out.with_name(f"{options.out.stem}-codes.png")
+    write_json(figures, kept)
+    draw_code_use(counts, drawn)
     draw_worst_to_best(unseen["keys"], pixels, reconstructed, psnr, options.rows).save(options.out)
     for name, value in figures.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+    print(f"figures: {kept.resolve()}; use of the codes: {drawn.resolve()}")
 
 
 def feature_space(classifier: Path | None) -> tuple[str, Callable[[Tensor], Tensor]]:

@@ -19,7 +19,7 @@ from mmvit.config import Config
 from mmvit.data.captions import TextTokenizer
 from mmvit.data.codes import check_codes_fit
 from mmvit.data.samples import CaptionCodesSample
-from mmvit.data.shards import expand_shards
+from mmvit.data.shards import ShardPatterns, expand_shards
 from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.likelihood import mean_loss
@@ -34,8 +34,8 @@ from mmvit.training import Recipe, Session, open_session, train
 class DataConfig(Config):
     """Where the codes are, and what made them."""
 
-    train: str
-    held_out: str
+    train: ShardPatterns
+    held_out: ShardPatterns
     image_tokenizer: str = "tokenizers/emoji-image"
     text_tokenizer: str = "tokenizers/emoji-text"
     languages: tuple[str, ...] = Field(
@@ -108,13 +108,13 @@ def fit_to_tokenizers(model: GeneratorConfig, text: TextTokenizer, image: ImageT
 
 def check_shards(data: DataConfig, config: GeneratorConfig, image_tokenizer: ImageTokenizer) -> None:
     """Raises UserError unless the shards were encoded by this image tokenizer, in this grid."""
-    for folder in {shard.parent for name in (data.train, data.held_out) for shard in expand_shards(name)}:
+    for folder in {shard.parent for shard in expand_shards([*data.train, *data.held_out])}:
         check_codes_fit(folder, config.grid, config.codebook_size, fingerprint(image_tokenizer))
 
 
 def build_stream(
     session: Session[GeneratorRecipe],
-    shards: str,
+    shards: list[str],
     config: GeneratorConfig,
     text_tokenizer: TextTokenizer,
     is_training: bool = True,

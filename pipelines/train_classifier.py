@@ -17,6 +17,7 @@ from torch import nn
 from mmvit.config import Config
 from mmvit.data.augment import AugmentConfig
 from mmvit.data.samples import ClassifierSample
+from mmvit.data.shards import ShardPatterns
 from mmvit.data.stream import ShardStream
 from mmvit.errors import run_script
 from mmvit.evaluation.accuracy import classification_metrics
@@ -27,8 +28,8 @@ from mmvit.training import Recipe, open_session, train
 class DataConfig(Config):
     """Shards with `png|jpg|webp` and `cls`, and what is done to the training pictures."""
 
-    train: str
-    held_out: str
+    train: ShardPatterns
+    held_out: ShardPatterns
     shuffle_buffer: int = Field(10_000, ge=0)
     augment: AugmentConfig = AugmentConfig()
 

@@ -48,6 +48,12 @@ def test_pattern_without_shards_says_what_is_there(tiny_shards, pattern, message
         expand_shards(tiny_shards / pattern)
 
 
+def test_a_misspelt_folder_names_its_neighbour(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(UserError, match=r"no shards match .*photso; .* did you mean .*photos\?"):
+        expand_shards(tmp_path / "photso")
+
+
 @pytest.mark.parametrize("pattern", ["pipe:cat x.tar", "https://example.org/x.tar", "", []])
 def test_pipes_and_urls_are_refused(pattern):
     with pytest.raises(UserError, match=r"from files only|is empty"):

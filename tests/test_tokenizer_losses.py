@@ -518,11 +518,15 @@ def test_a_judgement_that_counts_before_anything_is_learnt_is_refused():
         (["--loss.perceptual", "TOKENIZER"], "holds a vq, not a classifier"),
         (["--loss.lpips", "no.pth"], "there is no file no.pth"),
         (
-            ["--loss.adversarial_weight", 1, "--loss.discriminator_start", 500],  # said before training
+            ["--loss.adversarial_weight", 1],
+            "loss.adversarial_start 1000 lies beyond train.steps 6, so the discriminator's judgement would",
+        ),
+        (
+            ["--loss.adversarial_weight", 1, "--loss.adversarial_start", 5],  # said before training
             "16x16 pixels is too small for a discriminator of 3 layers",
         ),
         (
-            ["--loss.adversarial_weight", 1, "--deepspeed", "ZERO3"],
+            ["--loss.adversarial_weight", 1, "--loss.adversarial_start", 5, "--deepspeed", "ZERO3"],
             "loss.adversarial_weight needs the discriminator's whole weights, which stage 3 of ZeRO cuts up",
         ),
     ],

@@ -399,6 +399,10 @@ def test_the_stream_is_closed_when_training_ends_well_or_not(tmp_path, select):
         ),
         (["{config}", "--train.device", "abacus"], "'abacus' is no torch device"),
         (["{config}", "--optimizer.schedule", "cosin"], r"optimizer\.schedule"),
+        (
+            ["{config}", "--train.b=1", "--train.c=1", "--train.d=1", "--train.e=1"],
+            r"train\.b: valid keys: steps, .*; unknown key train\.c; .*; and 1 more; is this for",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line_are_explained(tmp_path, arguments, message):

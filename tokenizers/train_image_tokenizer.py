@@ -25,6 +25,7 @@ from torch import nn
 from mmvit.config import Config
 from mmvit.data.augment import AugmentConfig
 from mmvit.data.samples import PixelsSample
+from mmvit.data.shards import ShardPatterns
 from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.code_use import code_counts, draw_code_use, use_metrics
@@ -45,8 +46,8 @@ COLLAPSED = 0.5  # share of the codes in use below which an evaluation warns
 class DataConfig(Config):
     """Shards with `png|jpg|webp`, the size that their pictures get, and what is done to the training ones."""
 
-    train: str | list[str] = Field(description="a pattern, or several")
-    held_out: list[str]
+    train: ShardPatterns
+    held_out: ShardPatterns
     image_size: tuple[int, int] = Field((64, 64), description="height and width in pixels")
     shuffle_buffer: int = Field(4000, ge=0)
     augment: AugmentConfig = AugmentConfig()
@@ -73,6 +74,11 @@ class ImageTokenizerRecipe(Recipe):
             raise ValueError(
                 f"{changed} cannot be used with model.kind {self.model.kind!r}, whose loss is a likelihood: "
                 f"leave [loss] out, or set model.kind to {VQModel.kind!r}"
+            )
+        if self.loss.adversarial_weight and self.loss.adversarial_start >= self.train.steps:
+            raise ValueError(
+                f"loss.adversarial_start {self.loss.adversarial_start} lies beyond train.steps "
+                f"{self.train.steps}, so the discriminator's judgement would never count: lower it"
             )
         if self.loss.adversarial_adaptive and self.train.compile:
             raise ValueError(
@@ -104,18 +110,21 @@ def main() -> None:
             shuffle_buffer=data.shuffle_buffer,
         )
 
+        in_use: list[float] = []  # share of the codes, at each evaluation
+
         def evaluate(model: nn.Module) -> dict[str, float]:
             counts = code_counts(model, training_once)
             metrics = reconstruction_metrics(model, held_out) | use_metrics(counts)
+            in_use.append(metrics["codes_in_use"])
             if session.processes.is_main:
                 draw_code_use(counts, session.run.path / "codes.png")
-            if metrics["codes_in_use"] < COLLAPSED and session.processes.is_main:
-                warnings.warn(
-                    f"only {metrics['codes_in_use']:.0%} of the codes are in use over the training pictures. "
-                    "If that does not rise, the codebook is collapsing: begin again with a lower "
-                    "optimizer.lr or fewer codes",
-                    stacklevel=2,
-                )
+                if len(in_use) > 1 and in_use[-1] < COLLAPSED and in_use[-1] <= in_use[-2]:
+                    warnings.warn(
+                        f"only {in_use[-1]:.0%} of the codes are in use over the training pictures, no more "
+                        "than at the evaluation before: the codebook is collapsing. Begin again with a lower "
+                        "optimizer.lr or fewer codes",
+                        stacklevel=2,
+                    )
             return metrics
 
         if not session.recipe.loss.adds_anything:
@@ -155,7 +164,7 @@ def build_objective(session: Session[ImageTokenizerRecipe], model: VQModel) -> T
     return objective
 
 
-def one_epoch(session: Session[ImageTokenizerRecipe], shards: str | list[str]) -> ShardStream:
+def one_epoch(session: Session[ImageTokenizerRecipe], shards: list[str]) -> ShardStream:
     """Every picture of `shards` once, as it is."""
     return ShardStream(
         shards,

@@ -1,11 +1,15 @@
 """Shards: which tar files a pattern means, and reading one as a stream of samples grouped by key."""
 
+import difflib
 import glob
 import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
 
 from mmvit.errors import UserError
 
@@ -36,6 +40,14 @@ class Sample:
     key: str
     shard: Path
     files: dict[str, bytes]
+
+
+# A setting that names shards: one pattern or several.
+ShardPatterns = Annotated[
+    list[str],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    Field(min_length=1, description="folders, globs or tar files; one or a list"),
+]
 
 
 def expand_shards(pattern: str | Path | list[str | Path]) -> list[Path]:
@@ -103,6 +115,10 @@ def what_exists(path: Path) -> str:
     while not folder.is_dir():
         folder = folder.parent
     names = sorted(file.name for file in folder.iterdir() if file.name.endswith(SHARD_SUFFIXES))
+    if not names and folder != path and path.suffix not in SHARD_SUFFIXES:
+        folders = sorted(inner.name for inner in folder.iterdir() if inner.is_dir())
+        near = difflib.get_close_matches(path.name, folders, n=1)
+        return f"{folder} has no such folder" + (f"; did you mean {folder / near[0]}?" if near else "")
     if not names:
         return f"{folder} exists and holds no .tar files"
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""

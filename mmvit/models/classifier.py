@@ -47,7 +47,8 @@ class ClassifierConfig(Config):
         if self.stem == "residual" and 2 ** len(self.stem_blocks) != self.patch_size:
             raise ValueError(
                 f"stem_blocks {self.stem_blocks} halve the image {len(self.stem_blocks)} times, down to "
-                f"patches of {2 ** len(self.stem_blocks)}; patch_size is {self.patch_size}"
+                f"patches of {2 ** len(self.stem_blocks)}; patch_size {self.patch_size} wants "
+                f"{self.patch_size.bit_length() - 1} numbers"
             )
         return self
 

@@ -95,7 +95,8 @@ class RunFolder:
                     if record["kind"] == kind and name in record
                 ]
                 if points:
-                    axes.plot(*zip(*points, strict=True), label=kind.replace("_", "-"), **style)
+                    alone = {"marker": "."} if len(points) == 1 else {}
+                    axes.plot(*zip(*points, strict=True), label=kind.replace("_", "-"), **style | alone)
             axes.set(title=name.replace("_", " "), xlabel="step")
             axes.grid(alpha=0.3)
             axes.legend(frameon=False)
