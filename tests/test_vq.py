@@ -274,6 +274,7 @@ def test_the_script_trains_evaluates_and_exports(run_script, tiny_shards, tmp_pa
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"psnr", "psnr_of_mean_error", "codes_in_use", "perplexity"} <= last.keys()
     assert Image.open(tmp_path / "run" / "codes.png").width > 100
+    assert Image.open(tmp_path / "run" / "samples" / "step-000004.png").width > 8 * 96
     model = VQModel.from_pretrained(tmp_path / "run")
     assert model.encode(noise(1, 3, 16, 16)).shape == (1, 2, 2)
     ran = run_script(

@@ -7,8 +7,8 @@
 
 Every evaluation reports the PSNR of held-out pictures, and the share of the codes that the training pictures
 use. The run folder (`output` in the recipe) gets config.toml, metrics.jsonl, curves.png, codes.png (how often
-each code occurs in them), checkpoints/, and the exported models best/ (by held-out PSNR) and last/, which
-pipelines/encode_images.py takes.
+each code occurs in them), samples/ (held-out pictures and their reconstructions), checkpoints/, and the
+exported models best/ (by held-out PSNR) and last/, which pipelines/encode_images.py takes.
 
 A VQ tokenizer may learn from more than its pixels: from distances in the features of a classifier of ours
 (`--loss.perceptual FOLDER`) or of VGG16 (LPIPS, `--loss.lpips FILE`), and from a discriminator
@@ -19,8 +19,9 @@ take last/ then.
 import warnings
 from typing import Any
 
+from PIL import Image
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from mmvit.config import Config
 from mmvit.data.augment import AugmentConfig
@@ -33,13 +34,17 @@ from mmvit.evaluation.reconstruction import reconstruction_metrics
 from mmvit.interop.lpips import load_lpips
 from mmvit.models.classifier import Classifier
 from mmvit.models.dvae import DiscreteVAEConfig
+from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.perceptual import FeatureDistance
 from mmvit.models.presets import MODELS
 from mmvit.models.tokenizer_objective import ObjectiveConfig, TokenizerObjective
 from mmvit.models.vq import VQConfig, VQModel
+from mmvit.sampling.generator import pictures_from_pixels
+from mmvit.sampling.grids import labelled_grid
 from mmvit.training import Recipe, Session, open_session, train
 from mmvit.training.deepspeed_engine import read_settings
 
+DRAWN = 12  # held-out pictures
 COLLAPSED = 0.5  # share of the codes in use below which an evaluation warns
 
 
@@ -127,8 +132,14 @@ def main() -> None:
                     )
             return metrics
 
+        pixels = next(iter(one_epoch(session, data.held_out)))["pixels"][:DRAWN]
+
+        def draw(model: nn.Module, step: int) -> None:
+            session.run.samples.mkdir(exist_ok=True)
+            draw_reconstructions(model, pixels).save(session.run.samples / f"step-{step:06d}.png")
+
         if not session.recipe.loss.adds_anything:
-            train(session, model, stream, evaluate, select="psnr", mode="max")
+            train(session, model, stream, evaluate, select="psnr", mode="max", after_evaluation=draw)
             return
         train(
             session,
@@ -137,8 +148,16 @@ def main() -> None:
             lambda objective: evaluate(objective.tokenizer),
             select="psnr",
             mode="max",
+            after_evaluation=lambda objective, step: draw(objective.tokenizer, step),
             export=lambda objective, folder: objective.tokenizer.save_pretrained(folder),
         )
+
+
+def draw_reconstructions(model: ImageTokenizer, pixels: Tensor) -> Image.Image:
+    """`pixels` (pictures, 3, height, width) in a row, and under each what the tokenizer makes of it."""
+    device = next(model.parameters()).device
+    made = model.decode(model.encode(pixels.to(device))).cpu()
+    return labelled_grid([pictures_from_pixels(each) for each in (pixels, made)], ["held out", "tokenizer"])
 
 
 def build_objective(session: Session[ImageTokenizerRecipe], model: VQModel) -> TokenizerObjective:

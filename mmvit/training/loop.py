@@ -77,6 +77,11 @@ def train(
     ):
         if session.resume:
             display.say("; ".join([f"resuming at step {progress.step} of {config.steps}", *changes.values()]))
+        if session.recipe.optimizer.warmup_steps >= config.steps:
+            display.say(
+                f"optimizer.warmup_steps {session.recipe.optimizer.warmup_steps} covers all train.steps "
+                f"{config.steps}: the learning rate only rises"
+            )
         shown = (progress.examples, progress.seconds)  # at the last log line
         while progress.step < config.steps:
             started = time.perf_counter()
