@@ -31,9 +31,8 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from speed import matrix_product_ceiling
+from speed import count_flops, matrix_product_ceiling
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from mmvit.data.images import decode_image
 from mmvit.data.samples import IMAGE_EXTENSIONS, image_bytes
@@ -314,7 +313,7 @@ def compare_throughput(options: argparse.Namespace) -> None:
     for column in ("model", "parameters", "GFLOP an image", "ms", "images/s", "share of the ceiling"):
         table.add_column(column, justify="right")
     for name, model in models.items():
-        flops, median = count_flops(steps[name]), statistics.median(seconds[name])
+        flops, median = count_flops(functools.partial(steps[name], 1)), statistics.median(seconds[name])
         row = (
             name,
             f"{sum(p.numel() for p in model.parameters()):,}",
@@ -350,12 +349,6 @@ def alternate(
             if number:
                 medians[name].append(statistics.median(times))
     return medians
-
-
-def count_flops(step: Callable[[int], float]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        step(1)
-    return counter.get_total_flops()
 
 
 def profile(step: Callable[[int], float], repetitions: int = 5) -> None:

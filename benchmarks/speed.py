@@ -4,8 +4,8 @@ ceiling.
     python benchmarks/speed.py
 
 Training: a whole optimizer step (loss, backward, clipping, AdamW) in bfloat16 on random batches. The share
-counts 6 FLOPs a parameter and token. Sampling: one image after another, and 64 at once, from the demo's
-generator with cached decoding.
+counts the FLOPs of products and convolutions. Sampling: one image after another, and 64 at once, from the
+demo's generator with cached decoding.
 """
 
 import statistics
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
@@ -44,15 +45,15 @@ def main() -> None:
         ClassifierConfig(**tomllib.loads((CONFIGS / "fashion_mnist.toml").read_text())["model"])
     )
     generator = GeneratorTransformer(demo_config())
-    for name, model, batch, tokens in (
-        ("fashion_mnist.toml", classifier, classifier_batch(classifier, 128), classifier.positions.length),
-        ("emoji_demo.toml", generator, generator_batch(generator, 64), generator.positions.length - 1),
+    for name, model, batch in (
+        ("fashion_mnist.toml", classifier, classifier_batch(classifier, 64)),
+        ("emoji_demo.toml", generator, generator_batch(generator, 64)),
     ):
         size = len(next(iter(batch.values())))
         parameters = sum(p.numel() for p in model.parameters())
-        in_core = sum(p.numel() for p in model.core.parameters())
-        seconds = median_seconds(training_step(model, batch))
-        flops = 6 * in_core * tokens * size / seconds
+        step = training_step(model, batch)
+        seconds = median_seconds(step)
+        flops = count_flops(step) / seconds
         row = (
             name,
             f"{parameters:,}",
@@ -118,6 +119,12 @@ def training_step(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable[
         optimizer.zero_grad()
 
     return step
+
+
+def count_flops(step: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
 
 
 def median_seconds(function: Callable[[], object], repetitions: int = 9) -> float:
