@@ -69,14 +69,14 @@ def shorten(problems: list[str]) -> list[str]:
     """The first few, and a section's valid keys once; where there are many, it may be the configuration of
     something else."""
     told: set[str] = set()
-    for place, problem in enumerate(problems):
+    shown = []
+    for problem in problems[:FEW]:
         text, _, keys = problem.partition(VALID_KEYS)
-        problems[place] = text if keys in told else problem
+        shown.append(text if keys in told else problem)
         told |= {keys} - {""}
-    if len(problems) <= FEW:
-        return problems
-    more = f"and {len(problems) - FEW} more; is this for another script? A recipe's header names its own"
-    return [*problems[:FEW], more]
+    if left := len(problems) - len(shown):
+        shown.append(f"and {left} more; is this for another script? A recipe's header names its own")
+    return shown
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 from mmvit.data.captions import TextTokenizer
 from mmvit.data.codes import pack_codes
 from mmvit.data.writing import ShardWriter
+from mmvit.interop.lpips import LPIPS
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
@@ -64,6 +66,31 @@ def tiny_sample(label: int, rng: random.Random) -> dict[str, bytes]:
         "json": json.dumps({"captions": captions}).encode(),
         "codes.npy": pack_codes(np.full((2, 2), label)),
     }
+
+
+@pytest.fixture(scope="session")
+def assert_same_state() -> Callable[[Any, Any], None]:
+    """That two states (tensors in dictionaries and lists) are equal bit for bit, however long they took."""
+
+    def check(left: Any, right: Any) -> None:
+        if isinstance(left, dict):
+            assert left.keys() == right.keys()
+            for key in left.keys() - {"seconds"}:
+                check(left[key], right[key])
+        elif isinstance(left, list | tuple):
+            for pair in zip(left, right, strict=True):
+                check(*pair)
+        else:
+            assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+    return check
+
+
+@pytest.fixture
+def thin_vgg16() -> dict[str, torch.Tensor]:
+    """VGG16's convolutions, all zeros: tensors that take no space in a file of torch's."""
+    shapes = {name: t.shape for name, t in LPIPS().state_dict().items() if name.startswith("features.")}
+    return {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
 
 
 @dataclass

@@ -2,32 +2,25 @@
 figures."""
 
 import copy
-import json
-import shutil
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 from torch.multiprocessing import start_processes
 
 from mmvit.config import build_config
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
-from mmvit.hub import read_weights
-from mmvit.interop.lpips import LPIPS, load_lpips
+from mmvit.interop.lpips import LPIPS
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.discriminator import Convolution, PatchDiscriminator
-from mmvit.models.image_tokenizer import load_image_tokenizer
 from mmvit.models.perceptual import FeatureDistance
 from mmvit.models.tokenizer_objective import ObjectiveConfig, TokenizerObjective, discriminator_loss
 from mmvit.models.vq import VQConfig, VQModel
-from mmvit.training import OptimizerConfig, Processes, RunFolder, TrainConfig
-from mmvit.training.checkpoint import read_state
+from mmvit.training import OptimizerConfig, Processes, TrainConfig
 from mmvit.training.engine import TorchEngine
 
 SMALL = {"codebook_size": 16, "code_width": 4, "encoder_width": 16, "decoder_widths": (16, 8)}
@@ -160,79 +153,7 @@ def test_without_more_losses_the_objective_is_the_tokenizers_own():
             assert torch.equal(gradient, gradients(objective.tokenizer)[name])
 
 
-# LPIPS
-
-
-def torchvision_like_features() -> nn.Sequential:
-    """VGG16's feature layers as torchvision numbers them, with random weights."""
-    layers, before = [], 3
-    for width in VGG16:
-        if width == "M":
-            layers.append(nn.MaxPool2d(kernel_size=2, stride=2))
-        else:
-            layers += [nn.Conv2d(before, width, kernel_size=3, padding=1), nn.ReLU(inplace=True)]
-            nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")
-            nn.init.normal_(layers[-2].bias, std=0.1)
-            before = width
-    return nn.Sequential(*layers)
-
-
-def thin_weights() -> dict[str, torch.Tensor]:
-    """Tensors of the right shapes that take no space in a file of torch's."""
-    shapes = {name: t.shape for name, t in LPIPS().state_dict().items() if name.startswith("features.")}
-    return {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
-
-
-def test_lpips_is_that_of_torchmetrics(tmp_path):
-    from torchmetrics.functional.image import lpips as theirs
-
-    torch.manual_seed(0)
-    vgg = torchvision_like_features()
-    with mock.patch.object(theirs, "_get_tv_model_features", return_value=vgg):
-        peer = theirs._LPIPS(net="vgg", pnet_rand=True)
-    weights = {f"features.{name}": tensor for name, tensor in vgg.state_dict().items()}
-    save_file(weights, tmp_path / "vgg16.safetensors")
-    distance = load_lpips(tmp_path / "vgg16.safetensors").train()
-    one, two = noise(2, 3, 40, 24), noise(2, 3, 40, 24, seed=1).requires_grad_()
-    expected = peer(one, two).flatten()
-    found = distance(one, two)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert (found > 0.01).all()
-    assert torch.equal(distance(one, one), torch.zeros(2))
-    gradient, theirs_gradient = (torch.autograd.grad(value.sum(), two)[0] for value in (found, expected))
-    torch.testing.assert_close(gradient, theirs_gradient, rtol=1e-3, atol=1e-7)
-    assert not any(parameter.requires_grad for parameter in distance.parameters())
-
-
-def test_the_rest_of_a_vgg16_file_is_ignored_by_name_and_misfits_are_named(tmp_path):
-    path, weights = tmp_path / "vgg16.pth", thin_weights()
-
-    def load(*without: str, **more: torch.Tensor) -> LPIPS:
-        torch.save({name: t for name, t in {**weights, **more}.items() if name not in without}, path)
-        return load_lpips(path)
-
-    model = load(**{"classifier.0.weight": torch.zeros(3), "features.0.bias": torch.ones(64)})
-    assert torch.equal(model.features[0].bias, torch.ones(64))
-    with pytest.raises(UserError, match=r"vgg16.pth: the weights of VGG16 .*features\.28\.bias is missing"):
-        load("features.28.bias")
-    with pytest.raises(UserError, match=r"features\.2\.bias is \(65,\) instead of \(64,\)"):
-        load(**{"features.2.bias": torch.zeros(65)})
-    with pytest.raises(UserError, match=r"features\.1\.running_mean is unexpected"):  # VGG16 with batch norm
-        load(**{"features.1.running_mean": torch.zeros(64)})
-
-
-def test_a_file_that_holds_no_vgg16_is_explained(tmp_path):
-    with pytest.raises(UserError, match=r"there is no file .*no\.pth"):
-        load_lpips(tmp_path / "no.pth")
-    (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04")
-    with pytest.raises(UserError, match=r"cut\.pth is damaged or no file of torch's weights"):
-        load_lpips(tmp_path / "cut.pth")
-    torch.save({"state_dict": thin_weights()}, tmp_path / "nested.pth")
-    with pytest.raises(UserError, match=r"nested\.pth holds no state dict"):
-        load_lpips(tmp_path / "nested.pth")
-    (tmp_path / "cut.safetensors").write_bytes(b"no")
-    with pytest.raises(UserError, match=r"cut\.safetensors is damaged or no safetensors file"):
-        load_lpips(tmp_path / "cut.safetensors")
+# Sizes
 
 
 def test_pictures_that_are_too_small_are_refused_before_training():
@@ -399,143 +320,9 @@ def test_two_processes_train_as_one(tmp_path):
         torch.testing.assert_close(one[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: n + text)
 
 
-@pytest.fixture
-def recipe(tmp_path, tiny_shards) -> Path:
-    path = tmp_path / "recipe.toml"
-    path.write_text(
-        f"""
-        output = "{tmp_path / "run"}"
-        [data]
-        train = "{tiny_shards}/train-*.tar"
-        held_out = ["{tiny_shards}/heldout-*.tar"]
-        image_size = [16, 16]
-        [model]
-        codebook_size = 16
-        encoder_width = 16
-        decoder_widths = [16, 8]
-        [train]
-        steps = 6
-        batch_size = 8
-        num_workers = 0
-        precision = "fp32"
-        ema_decay = 0.9
-        log_every = 1
-        evaluate_every = 6
-        checkpoint_every = 3
-        """
-    )
-    return path
-
-
-@pytest.fixture
-def train_tokenizer(run_script, recipe, monkeypatch):
-    monkeypatch.setattr(RunFolder, "draw_curves", lambda run: None)  # takes most of the time
-    return lambda *arguments: run_script("tokenizers/train_image_tokenizer.py", recipe, *arguments)
-
-
-def comparable(run: Path) -> list[dict]:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in ("seconds", "images_per_s")} for record in records]
-
-
-def assert_same(left, right) -> None:
-    if isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for key in left.keys() - {"seconds"}:
-            assert_same(left[key], right[key])
-    elif isinstance(left, list | tuple):
-        for pair in zip(left, right, strict=True):
-            assert_same(*pair)
-    else:
-        assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
-
-
-def test_a_run_with_all_losses_resumes_bit_for_bit_and_exports_the_tokenizer_alone(tmp_path, train_tokenizer):
-    classifier = small_classifier(image_size=8).save_pretrained(tmp_path / "classifier")
-    torch.save(thin_weights(), tmp_path / "vgg16.pth")
-    settings = {**ADVERSARIAL, "discriminator_start": 2, "adversarial_start": 4}
-    settings |= {"adversarial_adaptive": "true", "perceptual": classifier, "lpips": tmp_path / "vgg16.pth"}
-    losses = [part for key, value in settings.items() for part in (f"--loss.{key}", value)]
-    ran = train_tokenizer(*losses)
-    assert ran.returncode == 0, ran.stderr
-    whole, crashed = tmp_path / "run", tmp_path / "crashed"
-    shutil.copytree(whole, crashed)
-    shutil.rmtree(crashed / "checkpoints" / "step-00000006")
-    ran = train_tokenizer(*losses, "--output", crashed, "--resume")
-    assert ran.returncode == 0, ran.stderr
-    assert "resuming at step 3 of 6" in ran.stdout
-
-    final = "checkpoints/step-00000006"
-    models = [f"{final}/model", f"{final}/average", "best/model", "last/model"]
-    for name in models:
-        assert_same(*(read_weights(run / f"{name}.safetensors") for run in (whole, crashed)))
-    for name in ("optimizer.pt", "training.pt"):
-        assert_same(*(read_state(run / final / name) for run in (whole, crashed)))
-    assert comparable(whole) == comparable(crashed)
-
-    records = [record for record in comparable(whole) if record["kind"] == "train"]
-    assert ["discriminator" in record for record in records] == [False] * 2 + [True] * 4
-    assert ["adaptive_weight" in record for record in records] == [False] * 4 + [True] * 2
-    assert all(record["perceptual"] > 0 for record in records)
-    assert read_weights(whole / final / "model.safetensors")["passes"] == 6
-    tokenizer = VQModel(VQConfig(**SMALL, kind="vq"))
-    for folder in ("best", "last"):
-        loaded = load_image_tokenizer(whole / folder)
-        assert loaded.state_dict().keys() == tokenizer.state_dict().keys()
-    averaged = read_weights(whole / final / "average.safetensors")
-    assert torch.equal(loaded.last_weight, averaged["tokenizer.decoder.head.weight"])
-
-
-def test_by_default_the_plain_tokenizer_is_trained(tmp_path, train_tokenizer):
-    ran = train_tokenizer("--train.steps", 1)
-    assert ran.returncode == 0, ran.stderr
-    weights = read_weights(tmp_path / "run/checkpoints/step-00000001/model.safetensors")
-    assert weights.keys() == VQModel(VQConfig(**SMALL)).state_dict().keys()
-    (record, _) = comparable(tmp_path / "run")
-    assert record["loss"] == pytest.approx(record["l1"] + record["l2"] + 0.25 * record["commitment"])
-
-
 # The user's mistakes
 
 
 def test_a_judgement_that_counts_before_anything_is_learnt_is_refused():
     with pytest.raises(UserError, match=r"adversarial_start 50 must be greater than discriminator_start 50"):
         build_config(ObjectiveConfig, {"discriminator_start": 50, "adversarial_start": 50}, source="x.toml")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["--model", '{kind = "dvae"}', "--loss.adversarial_weight", 0.1, "--loss.lpips", "vgg16.pth"],
-            "loss.lpips, loss.adversarial_weight cannot be used with model.kind 'dvae'",
-        ),
-        (
-            ["--loss.adversarial_adaptive", "true", "--train.compile", "true"],
-            "loss.adversarial_adaptive reads gradients in the middle of a pass, which train.compile cannot",
-        ),
-        (["--loss.perceptual", "/no/folder"], "no model at /no/folder"),
-        (["--loss.perceptual", "TOKENIZER"], "holds a vq, not a classifier"),
-        (["--loss.lpips", "no.pth"], "there is no file no.pth"),
-        (
-            ["--loss.adversarial_weight", 1],
-            "loss.adversarial_start 1000 lies beyond train.steps 6, so the discriminator's judgement would",
-        ),
-        (
-            ["--loss.adversarial_weight", 1, "--loss.adversarial_start", 5],  # said before training
-            "16x16 pixels is too small for a discriminator of 3 layers",
-        ),
-        (
-            ["--loss.adversarial_weight", 1, "--loss.adversarial_start", 5, "--deepspeed", "ZERO3"],
-            "loss.adversarial_weight needs the discriminator's whole weights, which stage 3 of ZeRO cuts up",
-        ),
-    ],
-)
-def test_losses_that_cannot_be_had_are_explained(tmp_path, train_tokenizer, arguments, message):
-    (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
-    VQModel(VQConfig(**SMALL)).save_pretrained(tmp_path / "tokenizer")
-    places = {"TOKENIZER": tmp_path / "tokenizer", "ZERO3": tmp_path / "zero3.json"}
-    ran = train_tokenizer(*(places.get(argument, argument) for argument in arguments))
-    assert ran.returncode == 2
-    assert message in ran.stderr
-    assert "Traceback" not in ran.stderr

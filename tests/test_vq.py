@@ -1,13 +1,11 @@
 """VQ image tokenizer: what its codes promise, and a codebook that stays alive."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch.multiprocessing import start_processes
 
 from mmvit.config import build_config
@@ -248,45 +246,6 @@ def test_psnr_is_that_of_known_errors():
     assert metrics["psnr"] == pytest.approx(30, abs=1e-3)
     assert metrics["psnr_of_mean_error"] == pytest.approx(22.967, abs=1e-3)
     assert metrics["l1"] == pytest.approx(0.055, abs=1e-5)
-
-
-def test_the_script_trains_evaluates_and_exports(run_script, tiny_shards, tmp_path):
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(
-        f"""
-        output = "{tmp_path / "run"}"
-        [data]
-        train = "{tiny_shards}/train-*.tar"
-        held_out = ["{tiny_shards}/heldout-*.tar"]
-        image_size = [16, 16]
-        [model]
-        codebook_size = 16
-        encoder_width = 16
-        decoder_widths = [16, 8]
-        [train]
-        steps = 4
-        batch_size = 8
-        num_workers = 1
-        """
-    )
-    ran = run_script("tokenizers/train_image_tokenizer.py", recipe)
-    assert ran.returncode == 0, ran.stderr
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert {"psnr", "psnr_of_mean_error", "codes_in_use", "perplexity"} <= last.keys()
-    assert Image.open(tmp_path / "run" / "codes.png").width > 100
-    assert Image.open(tmp_path / "run" / "samples" / "step-000004.png").width > 8 * 96
-    model = VQModel.from_pretrained(tmp_path / "run")
-    assert model.encode(noise(1, 3, 16, 16)).shape == (1, 2, 2)
-    ran = run_script(
-        "tokenizers/train_image_tokenizer.py",
-        recipe,
-        "--output",
-        tmp_path / "x",
-        "--data.image_size",
-        "[20, 16]",
-    )
-    assert ran.returncode == 2
-    assert "20x16" in ran.stderr
 
 
 # The other quantisers

@@ -1,0 +1,168 @@
+"""tokenizers/train_image_tokenizer.py: a run, its resumption, and the user's mistakes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mmvit.core.transformer import TransformerConfig
+from mmvit.hub import read_weights
+from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.image_tokenizer import load_image_tokenizer
+from mmvit.models.vq import VQConfig, VQModel
+from mmvit.training import RunFolder
+from mmvit.training.checkpoint import read_state
+
+SMALL = {"codebook_size": 16, "encoder_width": 16, "decoder_widths": (16, 8)}  # the recipe's model
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_shards) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        f"""
+        output = "{tmp_path / "run"}"
+        [data]
+        train = "{tiny_shards}/train-*.tar"
+        held_out = ["{tiny_shards}/heldout-*.tar"]
+        image_size = [16, 16]
+        [model]
+        codebook_size = 16
+        encoder_width = 16
+        decoder_widths = [16, 8]
+        [train]
+        steps = 6
+        batch_size = 8
+        num_workers = 0
+        precision = "fp32"
+        ema_decay = 0.9
+        log_every = 1
+        evaluate_every = 6
+        checkpoint_every = 3
+        """
+    )
+    return path
+
+
+@pytest.fixture
+def train_tokenizer(run_script, recipe, monkeypatch):
+    monkeypatch.setattr(RunFolder, "draw_curves", lambda run: None)  # takes most of the time
+    return lambda *arguments: run_script("tokenizers/train_image_tokenizer.py", recipe, *arguments)
+
+
+def comparable(run: Path) -> list[dict]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in ("seconds", "images_per_s")} for record in records]
+
+
+def test_the_script_trains_evaluates_and_exports(run_script, recipe, tmp_path):
+    ran = run_script("tokenizers/train_image_tokenizer.py", recipe, "--train.num_workers", 1)
+    assert ran.returncode == 0, ran.stderr
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"psnr", "psnr_of_mean_error", "codes_in_use", "perplexity"} <= last.keys()
+    assert Image.open(tmp_path / "run" / "codes.png").width > 100
+    assert Image.open(tmp_path / "run" / "samples" / "step-000006.png").width > 8 * 96
+    model = VQModel.from_pretrained(tmp_path / "run")
+    assert model.encode(torch.zeros(1, 3, 16, 16)).shape == (1, 2, 2)
+
+
+def test_a_run_with_all_losses_resumes_bit_for_bit_and_exports_the_tokenizer_alone(
+    tmp_path, train_tokenizer, assert_same_state, thin_vgg16
+):
+    core = TransformerConfig(width=16, depth=2, num_heads=2)
+    classifier = Classifier(ClassifierConfig(image_size=8, patch_size=8, core=core))
+    classifier.save_pretrained(tmp_path / "classifier")
+    torch.save(thin_vgg16, tmp_path / "vgg16.pth")
+    settings = {
+        "adversarial_weight": 0.5,
+        "adversarial_adaptive": "true",
+        "discriminator_start": 2,
+        "adversarial_start": 4,
+        "discriminator_width": 8,
+        "discriminator_layers": 2,
+        "perceptual": tmp_path / "classifier",
+        "lpips": tmp_path / "vgg16.pth",
+    }
+    losses = [part for key, value in settings.items() for part in (f"--loss.{key}", value)]
+    ran = train_tokenizer(*losses)
+    assert ran.returncode == 0, ran.stderr
+    whole, crashed = tmp_path / "run", tmp_path / "crashed"
+    shutil.copytree(whole, crashed)
+    shutil.rmtree(crashed / "checkpoints" / "step-00000006")
+    ran = train_tokenizer(*losses, "--output", crashed, "--resume")
+    assert ran.returncode == 0, ran.stderr
+    assert "resuming at step 3 of 6" in ran.stdout
+
+    final = "checkpoints/step-00000006"
+    models = [f"{final}/model", f"{final}/average", "best/model", "last/model"]
+    for name in models:
+        assert_same_state(*(read_weights(run / f"{name}.safetensors") for run in (whole, crashed)))
+    for name in ("optimizer.pt", "training.pt"):
+        assert_same_state(*(read_state(run / final / name) for run in (whole, crashed)))
+    assert comparable(whole) == comparable(crashed)
+
+    records = [record for record in comparable(whole) if record["kind"] == "train"]
+    assert ["discriminator" in record for record in records] == [False] * 2 + [True] * 4
+    assert ["adaptive_weight" in record for record in records] == [False] * 4 + [True] * 2
+    assert all(record["perceptual"] > 0 for record in records)
+    assert read_weights(whole / final / "model.safetensors")["passes"] == 6
+    tokenizer = VQModel(VQConfig(**SMALL, kind="vq"))
+    for folder in ("best", "last"):
+        loaded = load_image_tokenizer(whole / folder)
+        assert loaded.state_dict().keys() == tokenizer.state_dict().keys()
+    averaged = read_weights(whole / final / "average.safetensors")
+    assert torch.equal(loaded.last_weight, averaged["tokenizer.decoder.head.weight"])
+
+
+def test_by_default_the_plain_tokenizer_is_trained(tmp_path, train_tokenizer):
+    ran = train_tokenizer("--train.steps", 1)
+    assert ran.returncode == 0, ran.stderr
+    weights = read_weights(tmp_path / "run/checkpoints/step-00000001/model.safetensors")
+    assert weights.keys() == VQModel(VQConfig(**SMALL)).state_dict().keys()
+    (record, _) = comparable(tmp_path / "run")
+    assert record["loss"] == pytest.approx(record["l1"] + record["l2"] + 0.25 * record["commitment"])
+
+
+# The user's mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--model", '{kind = "dvae"}', "--loss.adversarial_weight", 0.1, "--loss.lpips", "vgg16.pth"],
+            "loss.lpips, loss.adversarial_weight cannot be used with model.kind 'dvae'",
+        ),
+        (
+            ["--loss.adversarial_adaptive", "true", "--train.compile", "true"],
+            "loss.adversarial_adaptive reads gradients in the middle of a pass, which train.compile cannot",
+        ),
+        (["--data.image_size", "[20, 16]"], "20x16"),
+        (["--loss.perceptual", "/no/folder"], "no model at /no/folder"),
+        (["--loss.perceptual", "TOKENIZER"], "holds a vq, not a classifier"),
+        (["--loss.lpips", "no.pth"], "there is no file no.pth"),
+        (
+            ["--loss.adversarial_weight", 1],
+            "loss.adversarial_start 1000 lies beyond train.steps 6, so the discriminator's judgement would",
+        ),
+        (
+            ["--loss.adversarial_weight", 1, "--loss.adversarial_start", 5],  # said before training
+            "16x16 pixels is too small for a discriminator of 3 layers",
+        ),
+        (
+            ["--loss.adversarial_weight", 1, "--loss.adversarial_start", 5, "--deepspeed", "ZERO3"],
+            "loss.adversarial_weight needs the discriminator's whole weights, which stage 3 of ZeRO cuts up",
+        ),
+    ],
+)
+def test_what_cannot_be_had_is_explained(tmp_path, train_tokenizer, arguments, message):
+    (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
+    VQModel(VQConfig(**SMALL)).save_pretrained(tmp_path / "tokenizer")
+    places = {"TOKENIZER": tmp_path / "tokenizer", "ZERO3": tmp_path / "zero3.json"}
+    ran = train_tokenizer(*(places.get(argument, argument) for argument in arguments))
+    assert ran.returncode == 2
+    assert message in ran.stderr
+    assert "Traceback" not in ran.stderr
