@@ -15,7 +15,7 @@ help: ## list the targets
 
 .venv/tested: .venv/installed
 	$(INSTALL) -e ".[test]"
-	$(INSTALL) --no-deps dall-e
+	$(INSTALL) --no-deps dall-e timm
 	touch $@
 
 install: .venv/tested ## make .venv with mmvit, its tests and the emoji data, at the versions of constraints.txt

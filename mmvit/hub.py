@@ -4,6 +4,7 @@ the Hugging Face Hub."""
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -74,8 +75,13 @@ def find_model_folder(path: str | Path) -> Path:
         raise UserError(
             f"{folder} holds no model: neither {CONFIG} nor best/{CONFIG} nor last/{CONFIG} is in it"
         )
+    return download(path)
+
+
+def download(path: str | Path, patterns: Sequence[str] = ("*.json", "*.safetensors")) -> Path:
+    """The folder with the files of a Hub repository, of which `patterns` says which are wanted."""
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(str(path), allow_patterns=[*patterns]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"no model at {path}: there is no such folder, nor could it be had from the Hugging Face Hub "

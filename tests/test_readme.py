@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmvit.core.transformer import TransformerConfig
+from mmvit.interop.vit_export import save_vit
+from mmvit.models.classifier import Classifier, ClassifierConfig
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -32,11 +36,13 @@ def commands() -> list[list[str]]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
-    """An empty checkout: scripts, configs and learnt tokenizers, Fashion-MNIST in small, and a folder of
-    photos."""
+    """An empty checkout: scripts, configs and learnt tokenizers, Fashion-MNIST in small, a ViT of
+    Google's in name, and a folder of photos."""
     for name in ("pipelines", "tokenizers", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     write_tiny_idx(tmp_path / "idx")
+    core = TransformerConfig(width=64, depth=1, num_heads=1, mlp="gelu_tanh")
+    save_vit(Classifier(ClassifierConfig(image_size=32, core=core)), tmp_path / "ViT-B_16.npz", "official")
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in range(40):

@@ -148,8 +148,9 @@ class Transformer(nn.Module):
         is_causal: bool = False,
         rotations: tuple[Tensor, Tensor] | None = None,
         cache: KeyValueCache | None = None,
+        normalized: bool = True,
     ) -> Tensor:
-        """x (batch, tokens, width) → the same shape, normalised.
+        """x (batch, tokens, width) → the same shape, through the last norm where `normalized`.
 
         Args:
             mask: boolean (queries, keys) or broadcastable to (batch, heads, queries, keys), True where a
@@ -173,7 +174,7 @@ class Transformer(nn.Module):
                 x = block(x, mask, is_causal, rotations, slot)
         if cache is not None:
             cache.length += x.shape[1]
-        return self.norm(x)
+        return self.norm(x) if normalized else x
 
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str

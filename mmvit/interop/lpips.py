@@ -7,7 +7,6 @@ The weights of VGG16 are torchvision's file; the linear heads come with torchmet
 torchmetrics and, but for how it avoids a division by zero, of the package lpips.
 """
 
-import pickle
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmvit.errors import UserError
-from mmvit.hub import read_weights
-from mmvit.interop.fit import refuse_misfits
+from mmvit.interop.files import read_tensors, refuse_misfits
 from mmvit.models.perceptual import FrozenDistance
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # VGG16's convolutions
@@ -77,27 +75,13 @@ def load_lpips(vgg16: str | Path) -> LPIPS:
     """
     path, model = Path(vgg16), LPIPS()
     weights = {
-        name: tensor for name, tensor in read_vgg16(path).items() if not name.startswith("classifier.")
+        name: tensor for name, tensor in read_tensors(path).items() if not name.startswith("classifier.")
     }
     expected = {name: t.shape for name, t in model.state_dict().items() if name.startswith("features.")}
     refuse_misfits(expected, weights, f"{path}: the weights of VGG16")
     heads = {f"heads.{stage}": head for stage, head in enumerate(read_heads())}
     model.load_state_dict({**weights, **heads})
     return model
-
-
-def read_vgg16(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return read_weights(path)
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError, LookupError) as error:
-        raise UserError(f"{path} is damaged or no file of torch's weights: {type(error).__name__}") from None
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{path} holds no state dict: it should map names to tensors, as torchvision's do")
-    return weights
 
 
 def read_heads() -> list[Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmvit.errors import UserError
-from mmvit.interop.fit import refuse_misfits
+from mmvit.interop.files import refuse_misfits
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
 
 CLASSES = (

@@ -9,7 +9,6 @@ pixels lie in [0, 1], as aMUSEd's do, and `cosine=True` to choose Janus's codes 
 do; transformers chooses them by Euclidean distance, although it, too, decodes codes of length 1.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from mmvit.config import build_config
 from mmvit.errors import UserError
-from mmvit.interop.fit import refuse_misfits
+from mmvit.interop.files import read_config, refuse_misfits
 from mmvit.models.vqgan import VQGAN, VQGANConfig
 
 # Our names → theirs, applied in this order.
@@ -287,18 +286,6 @@ def refuse_unlike(config: VQGANConfig, expected: dict[str, Any], target: str) ->
 
 def subsets(first: str, second: str) -> list[list[str]]:
     return [[first], [second], [first, second]]
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds a {type(config).__name__}, not the settings of a model")
-    return config
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -28,7 +28,13 @@ class ClassifierConfig(Config):
     stem_blocks: tuple[int, ...] = Field(
         (2, 1), description="of the residual stem, at each resolution: one number for each halving"
     )
-    pooling: Literal["cls", "mean"] = "cls"
+    pooling: Literal["cls", "mean", "mean_beside_cls"] = Field(
+        "cls", description="what the head reads: [CLS], or the mean of the patches, without or with a [CLS]"
+    )
+    norm_after_pooling: bool = Field(False, description="of a mean, as in timm; otherwise of every token")
+    representation_width: int | None = Field(
+        None, gt=0, description="of a tanh layer in front of the head, as in the paper's pre-training"
+    )
     positions: PositionKind = "learned_1d"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     patch_dropout: float = Field(0.0, ge=0, lt=1, description="share of the patches left out in training")
@@ -53,6 +59,10 @@ class ClassifierConfig(Config):
         return self
 
     @property
+    def has_class_token(self) -> bool:
+        return self.pooling != "mean"
+
+    @property
     def height_width(self) -> tuple[int, int]:
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
@@ -74,7 +84,7 @@ class Classifier(Pretrained, nn.Module):
         self.stem = build_stem(
             config.stem, config.patch_size, config.channels, width, config.stem_width, config.stem_blocks
         )
-        self.num_prefix = 1 if config.pooling == "cls" else 0
+        self.num_prefix = int(config.has_class_token)
         if self.num_prefix:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = Positions(
@@ -82,13 +92,15 @@ class Classifier(Pretrained, nn.Module):
         )
         self.dropout = Dropout(config.core.dropout)
         self.core = Transformer(config.core)
-        self.head = nn.Linear(width, config.num_classes)
+        if config.representation_width:
+            self.representation = nn.Linear(width, config.representation_width)
+        self.head = nn.Linear(config.representation_width or width, config.num_classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def features(self, pixels: Tensor) -> Tensor:
         """pixels (batch, channels, height, width) in [-1, 1] → the vector that the head reads, (batch,
-        width).
+        width), or (batch, representation_width).
 
         Raises:
             ValueError: for pixels of another size than the configuration's.
@@ -103,8 +115,11 @@ class Classifier(Pretrained, nn.Module):
         rotations = self.positions.rotations(0, x.shape[1])
         if self.training and self.config.patch_dropout:
             x, rotations = self.drop_patches(x, rotations)
-        x = self.core(x, rotations=rotations)
-        return x[:, 0] if self.num_prefix else x.mean(1)
+        x = self.core(x, rotations=rotations, normalized=not self.config.norm_after_pooling)
+        x = x[:, 0] if self.config.pooling == "cls" else x[:, self.num_prefix :].mean(1)
+        if self.config.norm_after_pooling:
+            x = self.core.norm(x)
+        return self.representation(x).tanh() if self.config.representation_width else x
 
     def drop_patches(
         self, x: Tensor, rotations: tuple[Tensor, Tensor] | None

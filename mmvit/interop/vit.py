@@ -1,0 +1,251 @@
+"""Vision Transformers of other projects become ours: Google's official .npz files and big_vision's, timm's,
+and those of transformers 4 and 5. The way back is mmvit.interop.vit_export.
+
+    model = load_vit("ViT-B_16.npz")
+
+Numbers are moved, never changed. Three things are in no file of weights and differ between the projects: the
+GELU (flax's default is the tanh form), the norms' epsilon (1e-6, in transformers 1e-12), and the number of
+heads (of .npz files the shapes tell it). They are taken from the source's config.json or its code's default,
+and `settings` win over both.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmvit.config import build_config
+from mmvit.core.transformer import TransformerConfig
+from mmvit.errors import UserError
+from mmvit.interop.files import read_config, read_tensors, refuse_misfits
+from mmvit.interop.vit_names import Naming, entries
+from mmvit.models.classifier import Classifier, ClassifierConfig
+
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of the published widths
+PREFIXES = ("opt/target/", "params/img/", "params/")
+GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
+SETTINGS = ("num_heads", "mlp", "norm_eps", "pooling", "image_size", "num_classes")
+HEAD_PARTS = ("representation.weight", "representation.bias", "head.weight", "head.bias")
+
+Weights = dict[str, Tensor]
+
+
+def load_vit(path: str | Path, **settings: Any) -> Classifier:
+    """The classifier of an .npz, .safetensors, .pth or .bin file, or of a folder with one of these and a
+    config.json; in evaluation mode.
+
+    Args:
+        settings: what no file tells: `num_heads`, `mlp` ("gelu" or "gelu_tanh"), `norm_eps`, `pooling`,
+            `image_size` where the grid is not square. With `num_classes` the head is left out, and a new one
+            of zeros takes its place.
+
+    Raises:
+        UserError: when nothing can be read there, or it is no plain ViT: weights that are missing,
+            unexpected or misshapen are named.
+    """
+    path = Path(path)
+    described: dict[str, Any] = {}
+    file = path
+    if path.is_dir():
+        file = find_weights(path)
+        if (path / "config.json").is_file():
+            described = read_config(path / "config.json")
+    naming, weights = recognise(read_tensors(file), file)
+    return vit_from_weights(weights, naming, {**describe(described, path), **settings}, str(file))
+
+
+def find_weights(folder: Path) -> Path:
+    for pattern in ("*.safetensors", "*.npz", "pytorch_model.bin", "*.pth"):
+        found = sorted(folder.glob(pattern))
+        if len(found) > 1:
+            raise UserError(f"{folder} has {len(found)} files {pattern}; name the one that is meant")
+        if found:
+            return found[0]
+    raise UserError(f"{folder} holds no weights: no *.safetensors, *.npz, pytorch_model.bin or *.pth")
+
+
+def recognise(weights: Weights, source: Path | str = "the weights") -> tuple[Naming, Weights]:
+    """Whose names these are, and the weights without what stands in front of the names. Under a prefix, what
+    stands beside it (an optimizer's state, a text tower) is no part of the model."""
+    for prefix in PREFIXES:
+        if any(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
+    if "embedding/kernel" in weights:
+        weights = apart(weights)
+        return ("big_vision" if "pos_embedding" in weights else "official"), weights
+    if "patch_embed.proj.weight" in weights:
+        return "timm", weights
+    inner = "embeddings.patch_embeddings.projection.weight"
+    if inner in weights:
+        weights = {f"vit.{name}": tensor for name, tensor in weights.items()}
+    if f"vit.{inner}" in weights:
+        old = any(name.startswith("vit.encoder.layer.") for name in weights)
+        return ("transformers4" if old else "transformers5"), weights
+    raise UserError(
+        f"{source} holds no ViT whose names are known: no embedding/kernel (official, big_vision), "
+        f"patch_embed.proj.weight (timm) or vit.{inner} (transformers); it begins with "
+        f"{', '.join(sorted(weights)[:3])}"
+    )
+
+
+def apart(weights: Weights) -> Weights:
+    """big_vision's scanned models have one array for all blocks; here each gets its own."""
+    stacked = "Transformer/encoderblock/"
+    found = {name: tensor for name, tensor in weights.items() if not name.startswith(stacked)}
+    for name in weights.keys() - found.keys():
+        rest = name.removeprefix(stacked)
+        found |= {f"Transformer/encoderblock_{n}/{rest}": part for n, part in enumerate(weights[name])}
+    return found
+
+
+def describe(config: dict[str, Any], source: Path) -> dict[str, Any]:
+    """What a config.json of transformers or timm says, as `settings` of `load_vit`."""
+    if "architecture" in config:
+        arguments = config.get("model_args") or {}
+        known = {"num_heads": arguments.get("num_heads"), "image_size": arguments.get("img_size")}
+        if arguments.get("global_pool", config.get("global_pool")) == "avg":
+            known["pooling"] = "mean"
+        if gelu := arguments.get("act_layer"):
+            known["mlp"] = GELUS.get(gelu)
+        return {key: tuple(v) if isinstance(v, list) else v for key, v in known.items() if v is not None}
+    if not config:
+        return {}
+    if config.get("model_type") != "vit":
+        kind = config.get("model_type", "something without model_type")
+        raise UserError(
+            f"{source / 'config.json'} describes {kind}, not a vit of transformers or an architecture of timm"
+        )
+    if (activation := config.get("hidden_act", "gelu")) not in GELUS:
+        raise UserError(f"{source / 'config.json'}: hidden_act {activation!r} is none of {', '.join(GELUS)}")
+    if not config.get("qkv_bias", True):
+        raise UserError(f"{source / 'config.json'}: qkv_bias is false, which this classifier cannot be")
+    size = config.get("image_size", 224)
+    return {
+        "num_heads": config.get("num_attention_heads", 12),
+        "image_size": tuple(size) if isinstance(size, list) else size,
+        "mlp": GELUS[activation],
+        "norm_eps": config.get("layer_norm_eps", 1e-12),
+    }
+
+
+def vit_from_weights(
+    weights: Weights, naming: Naming, settings: Mapping[str, Any] | None = None, source: str = "the weights"
+) -> Classifier:
+    """A `Classifier` of another project's weights; raises as `load_vit` does."""
+    config, with_head = infer_config(weights, naming, dict(settings or {}), source)
+    if not with_head:
+        heads = {name for part in HEAD_PARTS for name in names_of(naming, part)}
+        weights = {name: tensor for name, tensor in weights.items() if name not in heads}
+    model = Classifier(config)
+    own = model.state_dict()
+    table = entries(naming, config, with_head)
+    expected = {
+        name: tensor.shape
+        for entry in table
+        for name, tensor in zip(
+            entry.theirs,
+            entry.layout.write(torch.zeros(()).expand(own[entry.ours].shape), config),
+            strict=True,
+        )
+    }
+    refuse_misfits(expected, weights, f"{source}: the weights of a ViT as {naming} names them")
+    for entry in table:
+        parts = [weights[name].float() for name in entry.theirs]
+        own[entry.ours].copy_(entry.layout.read(parts, config))  # shares its memory with the model
+    return model.eval()
+
+
+def infer_config(
+    weights: Weights, naming: Naming, settings: dict[str, Any], source: str
+) -> tuple[ClassifierConfig, bool]:
+    """The configuration that the weights' shapes and `settings` tell, and whether their head is kept."""
+    if unknown := settings.keys() - SETTINGS:
+        raise UserError(
+            f"unknown setting {min(unknown)!r} for a ViT's weights; there are {', '.join(SETTINGS)}"
+        )
+
+    def shape(part: str) -> tuple[int, ...]:
+        (name, *_) = names_of(naming, part)
+        if name not in weights:
+            raise UserError(f"{source}: {name} is missing, so this is no plain ViT with learnt positions")
+        return tuple(weights[name].shape)
+
+    has_head = names_of(naming, "head.weight")[0] in weights
+    with_head = "num_classes" not in settings
+    if with_head and not has_head:
+        raise UserError(f"{source} has no head: give num_classes, and a new one of zeros takes its place")
+    is_flax = naming in ("official", "big_vision")
+    kernel = shape("stem.proj.weight")
+    patch, channels, width = (
+        (kernel[0], kernel[2], kernel[3]) if is_flax else (kernel[2], kernel[1], kernel[0])
+    )
+    token = names_of(naming, "cls_token")[0] in weights
+    norm_after_pooling = "fc_norm.weight" in weights
+    pooling = settings.get("pooling", "mean" if norm_after_pooling or not token else "cls")
+    if pooling == "mean" and token:
+        pooling = "mean_beside_cls"
+    places = shape("positions.table")[1] - (token and naming != "big_vision")
+    core = {
+        "width": width,
+        "depth": count_blocks(weights, naming),
+        "num_heads": count_heads(weights, naming, width, settings, source),
+        "mlp_ratio": shape("core.blocks.0.mlp.up.weight")[1 if is_flax else 0] / width,
+        "mlp": settings.get("mlp", "gelu_tanh" if is_flax else "gelu"),
+        "norm_eps": settings.get("norm_eps", 1e-12 if naming.startswith("transformers") else 1e-6),
+    }
+    values = {
+        "image_size": image_size(places, patch, settings.get("image_size"), source),
+        "patch_size": patch,
+        "channels": channels,
+        "num_classes": settings.get("num_classes") or shape("head.weight")[1 if is_flax else 0],
+        "pooling": pooling,
+        "norm_after_pooling": norm_after_pooling,
+        "core": core,
+    }
+    representation = names_of(naming, "representation.weight")[0]
+    if with_head and representation in weights:
+        values["representation_width"] = weights[representation].shape[1 if is_flax else 0]
+    return build_config(ClassifierConfig, values, source), with_head
+
+
+def names_of(naming: Naming, part: str) -> tuple[str, ...]:
+    """What `naming` calls a weight of ours, in a model that has all parts and one block."""
+    config = ClassifierConfig(representation_width=1, core=TransformerConfig(depth=1))
+    return next(entry.theirs for entry in entries(naming, config) if entry.ours == part)
+
+
+def count_blocks(weights: Weights, naming: Naming) -> int:
+    prefix = names_of(naming, "core.blocks.0.norm1.weight")[0].partition("0")[0]
+    numbers = [re.match(r"\d+", name.removeprefix(prefix)) for name in weights if name.startswith(prefix)]
+    return 1 + max((int(number[0]) for number in numbers if number), default=0)
+
+
+def count_heads(weights: Weights, naming: Naming, width: int, settings: dict[str, Any], source: str) -> int:
+    query = names_of(naming, "core.blocks.0.attention.qkv.weight")[0]
+    if naming in ("official", "big_vision") and query in weights and weights[query].ndim == 3:
+        return weights[query].shape[1]
+    if heads := settings.get("num_heads") or HEADS.get(width):
+        return heads
+    raise UserError(f"{source}: no weight tells the number of heads of width {width}: give num_heads")
+
+
+def image_size(
+    places: int, patch: int, given: int | tuple[int, int] | None, source: str
+) -> int | tuple[int, int]:
+    """Of pictures that are cut into `places` patches."""
+    if given is not None:
+        height, width = (given, given) if isinstance(given, int) else given
+        if (height // patch) * (width // patch) != places:
+            raise UserError(
+                f"{source} has positions for {places} patches of {patch} pixels; image_size {height}x{width} "
+                f"has {(height // patch) * (width // patch)}"
+            )
+        return given
+    side = math.isqrt(places)
+    if side**2 != places:
+        raise UserError(f"{source} has positions for {places} patches, which is no square: give image_size")
+    return side * patch

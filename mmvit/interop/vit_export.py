@@ -1,0 +1,157 @@
+"""Our plain ViT classifiers for other projects: the way back of mmvit.interop.vit.
+
+save_vit(model, "ViT-B_16.npz", "official")
+save_vit(model, "vit-b16", "transformers5")
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mmvit.errors import UserError
+from mmvit.hub import write_json, write_weights
+from mmvit.interop.vit_names import Naming, entries
+from mmvit.models.classifier import Classifier, ClassifierConfig
+
+POOLINGS = {
+    "official": ("cls", "mean"),
+    "big_vision": ("cls", "mean"),
+    "timm": ("cls", "mean", "mean_beside_cls"),
+    "transformers4": ("cls",),
+    "transformers5": ("cls",),
+}
+TIMM = "vit_base_patch16_224"  # whose every size timm lets one change
+
+
+def vit_to_weights(model: Classifier, naming: Naming) -> dict[str, Tensor]:
+    """The weights of `model` under another project's names and in its layout.
+
+    Raises:
+        UserError: for a model with parts that the other project's ViT lacks.
+    """
+    config = model.config
+    refuse_parts(config, naming)
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    if naming == "big_vision" and config.has_class_token:  # whose token has no position of its own
+        table = state["positions.table"].clone()
+        state["cls_token"] = state["cls_token"] + table[0]
+        table[0] = 0
+        state["positions.table"] = table
+    weights = {}
+    for entry in entries(naming, config):
+        parts = entry.layout.write(state[entry.ours], config)
+        weights |= {name: part.contiguous() for name, part in zip(entry.theirs, parts, strict=True)}
+    return weights
+
+
+def refuse_parts(config: ClassifierConfig, naming: Naming) -> None:
+    core = config.core
+    found = {
+        "stem": config.stem != "patch",
+        "positions": config.positions != "learned_1d",
+        "core.norm": core.norm != "layernorm",
+        "core.mlp": core.mlp == "swiglu",
+        "core.bias": not core.bias,
+        "core.qk_norm": core.qk_norm,
+        "core.layer_scale": core.layer_scale is not None,
+        "norm_after_pooling": config.norm_after_pooling and naming != "timm",
+        "representation_width": config.representation_width and naming not in ("official", "big_vision"),
+        "pooling": config.pooling not in POOLINGS[naming],
+    }
+    if foreign := [name for name, is_foreign in found.items() if is_foreign]:
+        values = {**config.model_dump(), **{f"core.{key}": v for key, v in core.model_dump().items()}}
+        said = ", ".join(f"{name} = {values[name]!r}" for name in foreign)
+        raise UserError(f"the ViT of {naming} has nothing like {said}: this classifier cannot go there")
+    if naming not in ("transformers4", "transformers5"):
+        wants = {"core.norm_eps": (core.norm_eps, 1e-6)}
+        if naming != "timm":
+            wants["core.mlp"] = (core.mlp, "gelu_tanh")
+        for name, (value, default) in wants.items():
+            if value != default:
+                warnings.warn(
+                    f"files of {naming} do not tell {name}, which is {value} here and {default} there: tell "
+                    "it to whoever loads them",
+                    stacklevel=3,
+                )
+
+
+def save_vit(model: Classifier, path: str | Path, naming: Naming) -> Path:
+    """Writes `model` for another project: an .npz for the official code and big_vision; for timm
+    (`create_model("local-dir:FOLDER", pretrained=True)`) and transformers
+    (`ViTForImageClassification.from_pretrained`) a folder with model.safetensors and config.json.
+
+    Raises:
+        UserError: as `vit_to_weights` does, and for a path of the wrong kind.
+    """
+    path, weights = Path(path), vit_to_weights(model, naming)
+    if naming in ("official", "big_vision"):
+        if path.suffix != ".npz":
+            raise UserError(f"{naming} reads an .npz file; {path} is named otherwise")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prefix = "params/" if naming == "big_vision" else ""
+        partial = path.with_name(path.stem + ".partial.npz")
+        np.savez(partial, **{prefix + name: tensor.numpy() for name, tensor in weights.items()})
+        partial.replace(path)
+        return path
+    if path.suffix in (".npz", ".safetensors", ".pth"):
+        raise UserError(f"{naming} reads a folder; {path} is named like a file")
+    path.mkdir(parents=True, exist_ok=True)
+    write_weights(weights, path / "model.safetensors")
+    write_json((timm_config if naming == "timm" else transformers_config)(model.config), path / "config.json")
+    return path
+
+
+def timm_config(config: ClassifierConfig) -> dict[str, Any]:
+    core, pool = config.core, "token" if config.pooling == "cls" else "avg"
+    return {
+        "architecture": TIMM,
+        "num_classes": config.num_classes,
+        "global_pool": pool,
+        "model_args": {
+            "img_size": config.height_width,
+            "patch_size": config.patch_size,
+            "in_chans": config.channels,
+            "embed_dim": core.width,
+            "depth": core.depth,
+            "num_heads": core.num_heads,
+            "mlp_ratio": core.mlp_ratio,
+            "class_token": config.has_class_token,
+            "global_pool": pool,
+            "fc_norm": config.norm_after_pooling,
+            "act_layer": core.mlp,
+        },
+        "pretrained_cfg": {
+            "num_classes": config.num_classes,
+            "input_size": (config.channels, *config.height_width),
+            "fixed_input_size": True,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "mean": [0.5] * 3,
+            "std": [0.5] * 3,
+        },
+    }
+
+
+def transformers_config(config: ClassifierConfig) -> dict[str, Any]:
+    core = config.core
+    return {
+        "architectures": ["ViTForImageClassification"],
+        "model_type": "vit",
+        "hidden_size": core.width,
+        "num_hidden_layers": core.depth,
+        "num_attention_heads": core.num_heads,
+        "intermediate_size": core.mlp_width,
+        "hidden_act": "gelu" if core.mlp == "gelu" else "gelu_pytorch_tanh",
+        "layer_norm_eps": core.norm_eps,
+        "hidden_dropout_prob": core.dropout,
+        "attention_probs_dropout_prob": 0.0,
+        "image_size": config.image_size if isinstance(config.image_size, int) else list(config.image_size),
+        "patch_size": config.patch_size,
+        "num_channels": config.channels,
+        "qkv_bias": True,
+        "id2label": {str(n): f"class {n}" for n in range(config.num_classes)},
+        "label2id": {f"class {n}": n for n in range(config.num_classes)},
+    }

@@ -1,0 +1,209 @@
+"""Where each weight of a plain ViT is in the files of other projects: one table for each naming.
+
+A table says for every weight of our `Classifier` which weights of theirs hold the same numbers, and how they
+are laid out there. It is read in both directions, and only moves numbers: what goes out and comes back is
+equal bit for bit.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmvit.models.classifier import ClassifierConfig
+
+Naming = Literal["official", "big_vision", "timm", "transformers4", "transformers5"]
+
+
+class Layout(NamedTuple):
+    """`read` makes one weight of ours of theirs, `write` theirs of ours."""
+
+    read: Callable[[Sequence[Tensor], ClassifierConfig], Tensor]
+    write: Callable[[Tensor, ClassifierConfig], Sequence[Tensor]]
+
+
+class Entry(NamedTuple):
+    ours: str
+    theirs: tuple[str, ...]
+    layout: Layout
+
+
+def heads(config: ClassifierConfig) -> tuple[int, int]:
+    return config.core.num_heads, config.core.head_dim
+
+
+def patch(config: ClassifierConfig) -> tuple[int, int, int]:
+    return config.channels, config.patch_size, config.patch_size
+
+
+def read_patch_table(theirs: Sequence[Tensor], config: ClassifierConfig) -> Tensor:
+    return F.pad(theirs[0][0], (0, 0, 1, 0)) if config.has_class_token else theirs[0][0]
+
+
+def write_patch_table(ours: Tensor, config: ClassifierConfig) -> list[Tensor]:
+    if not config.has_class_token:
+        return [ours[None]]
+    if ours[0].any():
+        raise ValueError("the class token's position has to be added to the token first")
+    return [ours[None, 1:]]
+
+
+AS_IS = Layout(lambda theirs, _: theirs[0], lambda ours, _: [ours])
+# ours (places, width); theirs has a batch dimension in front, or lacks the class token, too
+TABLE = Layout(lambda theirs, _: theirs[0][0], lambda ours, _: [ours[None]])
+PATCH_TABLE = Layout(read_patch_table, write_patch_table)
+# ours (width, channels · rows · columns); theirs (width, channels, rows, columns)
+PATCHES = Layout(lambda theirs, _: theirs[0].flatten(1), lambda ours, c: [ours.unflatten(1, patch(c))])
+THREE = Layout(lambda theirs, _: torch.cat(tuple(theirs)), lambda ours, _: ours.chunk(3))
+# Of flax: dense kernels are (in, out), those of convolutions (rows, columns, in, out); heads are apart.
+KERNEL = Layout(lambda theirs, _: theirs[0].T, lambda ours, _: [ours.T])
+PATCH_KERNEL = Layout(
+    lambda theirs, _: theirs[0].permute(3, 2, 0, 1).flatten(1),
+    lambda ours, c: [ours.unflatten(1, patch(c)).permute(2, 3, 1, 0)],
+)
+THREE_KERNELS = Layout(
+    lambda theirs, _: torch.cat([kernel.flatten(1).T for kernel in theirs]),
+    lambda ours, c: [part.T.unflatten(1, heads(c)) for part in ours.chunk(3)],
+)
+THREE_BIASES = Layout(
+    lambda theirs, _: torch.cat([bias.flatten() for bias in theirs]),
+    lambda ours, c: [part.unflatten(0, heads(c)) for part in ours.chunk(3)],
+)
+OUT_KERNEL = Layout(
+    lambda theirs, _: theirs[0].flatten(0, 1).T, lambda ours, c: [ours.T.unflatten(0, heads(c))]
+)
+
+
+def entries(naming: Naming, config: ClassifierConfig, with_head: bool = True) -> list[Entry]:
+    """The whole table of a model; without its head where `with_head` is False."""
+    table = {
+        "official": official,
+        "big_vision": big_vision,
+        "timm": timm,
+        "transformers4": transformers4,
+        "transformers5": transformers5,
+    }[naming]
+    return [entry for entry in table(config) if with_head or not entry.ours.startswith("head.")]
+
+
+def official(config: ClassifierConfig) -> Iterator[Entry]:
+    """google-research/vision_transformer's .npz."""
+    if config.has_class_token:
+        yield Entry("cls_token", ("cls",), AS_IS)
+    yield Entry("positions.table", ("Transformer/posembed_input/pos_embedding",), TABLE)
+    yield from flax(config, attention="MultiHeadDotProductAttention_1", mlp="MlpBlock_3", norm2="LayerNorm_2")
+
+
+def big_vision(config: ClassifierConfig) -> Iterator[Entry]:
+    """google-research/big_vision's .npz: patches alone have positions."""
+    if config.has_class_token:
+        yield Entry("cls_token", ("cls",), AS_IS)
+    yield Entry("positions.table", ("pos_embedding",), PATCH_TABLE)
+    yield from flax(config, attention="MultiHeadDotProductAttention_0", mlp="MlpBlock_0", norm2="LayerNorm_1")
+
+
+def flax(config: ClassifierConfig, attention: str, mlp: str, norm2: str) -> Iterator[Entry]:
+    yield Entry("stem.proj.weight", ("embedding/kernel",), PATCH_KERNEL)
+    yield Entry("stem.proj.bias", ("embedding/bias",), AS_IS)
+    for layer in range(config.core.depth):
+        ours, theirs = f"core.blocks.{layer}", f"Transformer/encoderblock_{layer}"
+        yield from flax_norm(f"{ours}.norm1", f"{theirs}/LayerNorm_0")
+        projections = [f"{theirs}/{attention}/{name}" for name in ("query", "key", "value")]
+        kernels, biases = (tuple(f"{p}/{kind}" for p in projections) for kind in ("kernel", "bias"))
+        yield Entry(f"{ours}.attention.qkv.weight", kernels, THREE_KERNELS)
+        yield Entry(f"{ours}.attention.qkv.bias", biases, THREE_BIASES)
+        yield Entry(f"{ours}.attention.out.weight", (f"{theirs}/{attention}/out/kernel",), OUT_KERNEL)
+        yield Entry(f"{ours}.attention.out.bias", (f"{theirs}/{attention}/out/bias",), AS_IS)
+        yield from flax_norm(f"{ours}.norm2", f"{theirs}/{norm2}")
+        yield from flax_dense(f"{ours}.mlp.up", f"{theirs}/{mlp}/Dense_0")
+        yield from flax_dense(f"{ours}.mlp.down", f"{theirs}/{mlp}/Dense_1")
+    yield from flax_norm("core.norm", "Transformer/encoder_norm")
+    if config.representation_width:
+        yield from flax_dense("representation", "pre_logits")
+    yield from flax_dense("head", "head")
+
+
+def flax_norm(ours: str, theirs: str) -> Iterator[Entry]:
+    yield Entry(f"{ours}.weight", (f"{theirs}/scale",), AS_IS)
+    yield Entry(f"{ours}.bias", (f"{theirs}/bias",), AS_IS)
+
+
+def flax_dense(ours: str, theirs: str) -> Iterator[Entry]:
+    yield Entry(f"{ours}.weight", (f"{theirs}/kernel",), KERNEL)
+    yield Entry(f"{ours}.bias", (f"{theirs}/bias",), AS_IS)
+
+
+def timm(config: ClassifierConfig) -> Iterator[Entry]:
+    """timm's `VisionTransformer`."""
+    if config.has_class_token:
+        yield Entry("cls_token", ("cls_token",), AS_IS)
+    yield Entry("positions.table", ("pos_embed",), TABLE)
+    yield Entry("stem.proj.weight", ("patch_embed.proj.weight",), PATCHES)
+    yield Entry("stem.proj.bias", ("patch_embed.proj.bias",), AS_IS)
+    for layer in range(config.core.depth):
+        ours, theirs = f"core.blocks.{layer}", f"blocks.{layer}"
+        yield from same(f"{ours}.norm1", f"{theirs}.norm1")
+        yield from same(f"{ours}.attention.qkv", f"{theirs}.attn.qkv")
+        yield from same(f"{ours}.attention.out", f"{theirs}.attn.proj")
+        yield from same(f"{ours}.norm2", f"{theirs}.norm2")
+        yield from same(f"{ours}.mlp.up", f"{theirs}.mlp.fc1")
+        yield from same(f"{ours}.mlp.down", f"{theirs}.mlp.fc2")
+    yield from same("core.norm", "fc_norm" if config.norm_after_pooling else "norm")
+    if config.representation_width:
+        yield from same("representation", "pre_logits.fc")  # of timm before 0.6
+    yield from same("head", "head")
+
+
+def transformers4(config: ClassifierConfig) -> Iterator[Entry]:
+    """`ViTForImageClassification` of transformers up to 4, whose files are the ones on the Hub."""
+    return transformers(
+        config,
+        block="encoder.layer",
+        projections=[f"attention.attention.{name}" for name in ("query", "key", "value")],
+        out="attention.output.dense",
+        up="intermediate.dense",
+        down="output.dense",
+    )
+
+
+def transformers5(config: ClassifierConfig) -> Iterator[Entry]:
+    """`ViTForImageClassification` of transformers 5."""
+    return transformers(
+        config,
+        block="layers",
+        projections=[f"attention.{name}_proj" for name in "qkv"],
+        out="attention.o_proj",
+        up="mlp.fc1",
+        down="mlp.fc2",
+    )
+
+
+def transformers(
+    config: ClassifierConfig, block: str, projections: list[str], out: str, up: str, down: str
+) -> Iterator[Entry]:
+    yield Entry("cls_token", ("vit.embeddings.cls_token",), AS_IS)
+    yield Entry("positions.table", ("vit.embeddings.position_embeddings",), TABLE)
+    patches = "vit.embeddings.patch_embeddings.projection"
+    yield Entry("stem.proj.weight", (f"{patches}.weight",), PATCHES)
+    yield Entry("stem.proj.bias", (f"{patches}.bias",), AS_IS)
+    for layer in range(config.core.depth):
+        ours, theirs = f"core.blocks.{layer}", f"vit.{block}.{layer}"
+        yield from same(f"{ours}.norm1", f"{theirs}.layernorm_before")
+        for kind in ("weight", "bias"):
+            names = tuple(f"{theirs}.{projection}.{kind}" for projection in projections)
+            yield Entry(f"{ours}.attention.qkv.{kind}", names, THREE)
+        yield from same(f"{ours}.attention.out", f"{theirs}.{out}")
+        yield from same(f"{ours}.norm2", f"{theirs}.layernorm_after")
+        yield from same(f"{ours}.mlp.up", f"{theirs}.{up}")
+        yield from same(f"{ours}.mlp.down", f"{theirs}.{down}")
+    yield from same("core.norm", "vit.layernorm")
+    if config.representation_width:
+        yield from same("representation", "vit.pooler.dense")
+    yield from same("head", "classifier")
+
+
+def same(ours: str, theirs: str) -> Iterator[Entry]:
+    for kind in ("weight", "bias"):
+        yield Entry(f"{ours}.{kind}", (f"{theirs}.{kind}",), AS_IS)

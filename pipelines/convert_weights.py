@@ -1,0 +1,68 @@
+"""Turns the weights of a plain ViT classifier from one project's into another's; no number changes.
+
+    python pipelines/convert_weights.py ViT-B_16.npz runs/vit-b16
+    python pipelines/convert_weights.py google/vit-base-patch16-224 runs/vit-b16
+    python pipelines/convert_weights.py runs/vit-b16 vit-b16-timm --to timm
+    python pipelines/convert_weights.py vit.safetensors runs/vit --set num_heads=6 norm_eps=1e-12
+
+SOURCE is an .npz of Google's official code or of big_vision, a file or folder of timm or of transformers 4
+or 5, a folder of ours, or one of these on the Hugging Face Hub; what it is, its names tell. Weights that are
+missing, unexpected or misshapen are named, and then nothing is written.
+"""
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+from mmvit.config import parse_value
+from mmvit.errors import UserError, run_script
+from mmvit.hub import CONFIG, download
+from mmvit.interop.files import read_config
+from mmvit.interop.vit import load_vit
+from mmvit.interop.vit_export import save_vit
+from mmvit.interop.vit_names import Naming
+from mmvit.models.classifier import Classifier
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="a file, a folder, or a repository on the Hugging Face Hub")
+    parser.add_argument("out", type=Path, help="folder to write, or an .npz file for Google's code")
+    parser.add_argument("--to", choices=["mmvit", *get_args(Naming)], default="mmvit")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=VALUE",
+        help="what is not told there: num_heads, mlp (gelu, gelu_tanh), norm_eps, image_size, pooling; "
+        "num_classes leaves its head out, and a new one of zeros takes its place",
+    )  # fmt: skip
+    options = parser.parse_args()
+    source = Path(options.source)
+    if not source.exists():
+        source = download(source, ("*.json", "*.safetensors", "*.npz"))
+    if options.out.resolve() == source.resolve():
+        raise UserError(f"{options.out} is the source itself; name another place to write to")
+    settings = {name: parse_value(text) for name, _, text in (pair.partition("=") for pair in options.set)}
+    model = read(source, settings)
+    if options.to == "mmvit":
+        model.save_pretrained(options.out)
+    else:
+        save_vit(model, options.out, options.to)
+    core, parameters = model.config.core, sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"{options.out}: {core.depth} layers of width {core.width}, {core.num_heads} heads, patches of "
+        f"{model.config.patch_size}, {model.config.num_classes} classes, {parameters:,} parameters"
+    )
+
+
+def read(source: Path, settings: dict) -> Classifier:
+    for folder in (source, source / "best", source / "last"):
+        if (folder / CONFIG).is_file() and "kind" in read_config(folder / CONFIG):
+            if settings:
+                raise UserError(f"{folder} is ours and tells everything: leave --set out")
+            return Classifier.from_pretrained(folder)
+    return load_vit(source, **settings)
+
+
+if __name__ == "__main__":
+    run_script(main)
