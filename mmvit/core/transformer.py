@@ -162,8 +162,9 @@ class Transformer(nn.Module):
         """
         if is_causal and mask is not None:
             raise ValueError("give a mask or is_causal, not both")
-        if torch.is_autocast_enabled(x.device.type):  # the residual stream too is kept in the lower precision
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device = x.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))  # the residual stream, too, is kept in lower precision
         if mask is not None:
             mask = additive(mask, x.dtype)
         for layer, block in enumerate(self.blocks):

@@ -1,0 +1,63 @@
+"""What classifiers cost, against the figures of the paper and of plain arithmetic."""
+
+import pytest
+
+from mmvit.core.transformer import TransformerConfig
+from mmvit.models.classifier import ClassifierConfig
+from mmvit.models.cost import forward_macs, training_flops
+from mmvit.models.presets import preset
+
+MACS = {  # billions, at 224 and 384 pixels: plain arithmetic on the architecture
+    "vit-b16": (17.563, 55.48),
+    "vit-b32": (4.408, 13.04),
+    "vit-l16": (61.554, 191.07),
+    "vit-l32": (15.377, 45.28),
+    "vit-h14": (167.294, None),
+}
+TABLE_6 = {  # exaFLOPs of pre-training on JFT's 303 million images (2010.11929)
+    ("vit-b16", 7): 224,
+    ("vit-l32", 7): 196,
+    ("vit-l16", 7): 783,
+    ("vit-l16", 14): 1567,
+    ("vit-h14", 14): 4262,
+    ("vit-b32", 7): 55,
+}
+
+
+@pytest.mark.parametrize("name", MACS)
+def test_published_vits_take_the_published_products(name):
+    for size, expected in zip((224, 384), MACS[name], strict=True):
+        if expected:
+            config = preset(name).model_copy(update={"image_size": size})
+            assert forward_macs(config) / 1e9 == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "epochs"), TABLE_6)
+def test_pre_training_costs_what_the_paper_says(name, epochs):
+    flops = training_flops(forward_macs(preset(name)), 303e6 * epochs)
+    rounded = TABLE_6[name, epochs]
+    assert flops / 1e18 == pytest.approx(rounded, abs=0.02 * rounded + 0.5)
+
+
+def test_every_product_of_a_small_vit_is_counted():
+    width, tokens, depth = 24, 1 + 4 * 4, 3
+    core = TransformerConfig(width=width, depth=depth, num_heads=3, mlp_ratio=2)
+    config = ClassifierConfig(image_size=32, patch_size=8, channels=1, num_classes=5, core=core)
+    linear = tokens * width * (3 * width + width + 2 * 2 * width)  # qkv, out, up and down
+    attention = 2 * tokens**2 * width
+    stem, head = 16 * 64 * width, width * 5
+    assert forward_macs(config) == stem + depth * (linear + attention) + head
+
+
+def test_the_table_is_printed(run_script, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    ran = run_script("pipelines/list_presets.py", "vit-b16", "vit-l32", "vq-f8")
+    assert ran.returncode == 0, ran.stderr
+    (base,) = [line for line in ran.stdout.splitlines() if "vit-b16" in line]
+    assert [cell.strip() for cell in base.strip("│").split("│")] == [
+        "vit-b16", "12", "768", "12", "197", "86,567,656", "17.564", "517,822", "224"
+    ]  # fmt: skip
+    ran = run_script("pipelines/list_presets.py", "vit-b61")
+    assert ran.returncode == 2
+    assert "did you mean vit-b16?" in ran.stderr
+    assert run_script("pipelines/list_presets.py", "vit-b16", "--image-size", 100).returncode == 2
