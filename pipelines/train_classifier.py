@@ -7,11 +7,19 @@
     deepspeed pipelines/train_classifier.py configs/fashion_mnist.toml \\
         --deepspeed configs/deepspeed/zero2.json --optimizer.name adamw
 
+    python pipelines/train_classifier.py configs/fashion_mnist_finetune.toml --start.model runs/fashion-mnist
+
+With `start.model` a run begins from trained weights (a run folder, or what pipelines/convert_weights.py has
+written): `[model]` needs only what differs, positions are resized to its grid, and the head is a new one of
+zeros. `start.freeze` takes parts out of training, `optimizer.layer_decay` slows the lower layers down.
+
 The run folder (`output` in the recipe) gets config.toml, metrics.jsonl, curves.png, checkpoints/, and the
 exported models best/ (by held-out accuracy) and last/. Ctrl-C saves first; --resume continues exactly there.
 """
 
-from pydantic import Field
+from typing import Any
+
+from pydantic import Field, model_validator
 from torch import nn
 
 from mmvit.config import Config
@@ -21,7 +29,9 @@ from mmvit.data.shards import ShardPatterns
 from mmvit.data.stream import ShardStream
 from mmvit.errors import run_script
 from mmvit.evaluation.accuracy import classification_metrics
+from mmvit.hub import find_model_folder, read_description
 from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.fine_tuning import ResizeMode, fine_tuned, freeze
 from mmvit.training import Recipe, open_session, train
 
 
@@ -34,9 +44,30 @@ class DataConfig(Config):
     augment: AugmentConfig = AugmentConfig()
 
 
+class StartConfig(Config):
+    """The weights that training begins from; drawn at random where there is no `model`."""
+
+    model: str | None = Field(None, description="a run folder, exported classifier or Hub repository")
+    resize: ResizeMode = Field("official", description="whose way of resizing learnt positions")
+    freeze: list[str] = Field([], description="parts that stay as they are, as stem or core.blocks.0")
+
+
 class ClassifierRecipe(Recipe):
     data: DataConfig
     model: ClassifierConfig
+    start: StartConfig = StartConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_rest_is_that_of_the_start(cls, values: Any) -> Any:
+        start = values.get("start") if isinstance(values, dict) else None
+        if not isinstance(start, dict) or not isinstance(start.get("model"), str):
+            return values
+        trained = read_description(find_model_folder(start["model"]))["config"]
+        own = values.get("model", {})
+        core = {**trained.get("core", {}), **own.get("core", {})}
+        rest = {"representation_width": None, "core": core}
+        return {**values, "model": {**trained, **own, **rest}}
 
 
 def main() -> None:
@@ -66,7 +97,12 @@ def main() -> None:
         def evaluate(model: nn.Module) -> dict[str, float]:
             return classification_metrics(model, held_out)
 
-        train(session, Classifier(config), stream, evaluate, select="accuracy", mode="max")
+        model = Classifier(config)
+        if recipe.start.model:
+            source = Classifier.from_pretrained(recipe.start.model)
+            model = fine_tuned(source, config, recipe.start.resize)
+        freeze(model, recipe.start.freeze)
+        train(session, model, stream, evaluate, select="accuracy", mode="max")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Tiny shards that the tests of several rooms read, and a way to run the scripts of the checkout."""
 
 import contextlib
+import importlib.abc
+import importlib.machinery
 import io
 import json
 import random
 import runpy
 import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +94,44 @@ def thin_vgg16() -> dict[str, torch.Tensor]:
     """VGG16's convolutions, all zeros: tensors that take no space in a file of torch's."""
     shapes = {name: t.shape for name, t in LPIPS().state_dict().items() if name.startswith("features.")}
     return {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
+
+
+class AnyName(type):
+    def __getattr__(cls, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return AnyName(name, (), {})
+
+
+class Torchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Stands in for torchvision, which has no CPU build here and which timm only imports."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torchvision":
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        module, names = types.ModuleType(spec.name), AnyName("names", (), {})
+        module.__getattr__ = lambda name: getattr(names, name)
+        return module
+
+    def exec_module(self, module):
+        pass
+
+
+@pytest.fixture(scope="session")
+def timm():
+    """The package, without torchvision."""
+    finder = Torchvision()
+    sys.meta_path.insert(0, finder)
+    try:
+        import timm
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+    return timm
 
 
 @dataclass

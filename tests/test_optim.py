@@ -117,7 +117,7 @@ def test_muon_sees_a_kernel_as_a_matrix():
     torch.manual_seed(0)
     kernel, matrix = nn.Parameter(torch.randn(4, 2, 3, 3)), nn.Parameter(torch.zeros(4, 18))
     matrix.data.copy_(kernel.detach().flatten(1))
-    optimizers = [Muon([each], lr=0.1, weight_decay=0.1) for each in (kernel, matrix)]
+    optimizers = [Muon([{"params": [each]}], lr=0.1, weight_decay=0.1) for each in (kernel, matrix)]
     for _ in range(3):
         gradient = torch.randn(4, 2, 3, 3)
         kernel.grad, matrix.grad = gradient.contiguous(memory_format=torch.channels_last), gradient.flatten(1)
@@ -127,7 +127,7 @@ def test_muon_sees_a_kernel_as_a_matrix():
     assert torch.equal(kernel.flatten(1), matrix)
     assert kernel.grad is None
     with pytest.raises(ValueError, match="cannot be seen as a matrix"):
-        Muon([nn.Parameter(kernel.detach().contiguous(memory_format=torch.channels_last))])
+        Muon([{"params": [nn.Parameter(kernel.detach().contiguous(memory_format=torch.channels_last))]}])
 
 
 def test_settings_of_the_optimizer_may_change_on_resume():
@@ -153,3 +153,36 @@ def test_settings_of_the_optimizer_may_change_on_resume():
 def test_rate_warms_up_and_ends_at_its_final_ratio(schedule, expected):
     config = OptimizerConfig(warmup_steps=3, schedule=schedule, final_lr_ratio=0.1)
     assert [rate_scale(step, 13, config) for step in (1, 2, 3, 8, 13)] == pytest.approx(expected)
+
+
+def test_layers_learn_the_slower_the_lower_they_are():
+    model = Classifier(MODEL)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for optimizer in ("adamw", "sgd", "muon"):
+        config = OptimizerConfig(name=optimizer, lr=0.1, layer_decay=0.5, warmup_steps=0)
+        rates = {}
+        for part in Optimizer(model, config, total_steps=10).parts:
+            for group in part.param_groups:
+                rates |= {names[id(p)]: group["lr"] for p in group["params"]}
+        assert rates.keys() == set(names.values())
+        for name, rate in rates.items():
+            layers = {"core.blocks.1": 1, "core.blocks.0": 2, "head": 0, "core.norm": 0}
+            below = next((n for start, n in layers.items() if name.startswith(start)), 3)
+            assert rate == pytest.approx(0.1 * 0.5**below), name
+    with pytest.raises(UserError, match="layer_decay needs a core of blocks, and Linear has none"):
+        Optimizer(nn.Linear(2, 2), OptimizerConfig(layer_decay=0.9), total_steps=10)
+
+
+def test_sgd_is_that_of_the_formula():
+    layer = nn.Linear(2, 1, bias=False)
+    config = OptimizerConfig(name="sgd", lr=0.1, momentum=0.5, weight_decay=0.2, warmup_steps=0)
+    optimizer = Optimizer(layer, config.model_copy(update={"schedule": "constant"}), total_steps=3)
+    weight, velocity = layer.weight.detach().clone(), torch.zeros(1, 2)
+    for number in (1, 2, 3):
+        gradient = torch.tensor([[1.0, -number]])
+        layer.weight.grad = gradient.clone()
+        optimizer.set_rate(number)
+        optimizer.step()
+        velocity = 0.5 * velocity + gradient + 0.2 * weight
+        weight = weight - 0.1 * velocity
+        torch.testing.assert_close(layer.weight.detach(), weight)

@@ -1,12 +1,8 @@
 """ViT weights of other projects: the same logits as their own models, and nothing lost on the way there and
 back."""
 
-import importlib.abc
-import importlib.machinery
 import pickle
 import re
-import sys
-import types
 import warnings
 
 import numpy as np
@@ -27,43 +23,6 @@ SHAPES = {  # ours, of several sizes
     "wide": {"image_size": (16, 48), "patch_size": 8},
     "grey": {"image_size": 20, "patch_size": 4, "channels": 1},
 }
-
-
-class AnyName(type):
-    def __getattr__(cls, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return AnyName(name, (), {})
-
-
-class Torchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Stands in for torchvision, which has no CPU build here and which timm only imports."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "torchvision":
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec):
-        module, names = types.ModuleType(spec.name), AnyName("names", (), {})
-        module.__getattr__ = lambda name: getattr(names, name)
-        return module
-
-    def exec_module(self, module):
-        pass
-
-
-@pytest.fixture(scope="module")
-def timm():
-    finder = Torchvision()
-    sys.meta_path.insert(0, finder)
-    try:
-        import timm
-    finally:
-        sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-    return timm
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

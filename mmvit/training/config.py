@@ -43,13 +43,20 @@ class TrainConfig(Config):
 class OptimizerConfig(Config):
     """The optimizer and its rate: linear warm-up to `lr`, then `schedule` down to `final_lr_ratio` of it."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     muon_lr: float | None = Field(
         None, gt=0, description="of the hidden layers; scaled to suit AdamW's rate, which is the default"
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="rate of each layer as a share of the one above it",
     )
     warmup_steps: int = Field(100, ge=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -1,6 +1,7 @@
-"""The optimizer: parameter groups, AdamW or Muon beside AdamW, and the learning rate at each step."""
+"""The optimizer: parameter groups, AdamW, Muon beside AdamW, or SGD, and the learning rate at each step."""
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -66,55 +67,78 @@ class Optimizer:
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW over everything, or Muon over the hidden layers' weights and AdamW over the rest."""
+    """AdamW or SGD over everything, or Muon over the hidden layers' weights and AdamW over the rest."""
     decayed, plain, hidden = split_parameters(model)
-    if config.name == "adamw":
+    if config.name != "muon":
         decayed, hidden = [*decayed, *hidden], []
     elif not hidden:
         raise UserError(
             f"optimizer.name = muon is for hidden layers, and {type(model).__name__} marks none "
             "(mmvit.core.hidden); use adamw"
         )
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+    scales = layer_scales(model, config.layer_decay)
+    groups = by_rate(decayed, scales, config.lr, config.weight_decay) + by_rate(plain, scales, config.lr, 0.0)
     fused = all(
         p.device.type in ("cpu", "cuda") for p in model.parameters()
     )  # 4 to 30 times faster than foreach and for
+    if config.name == "sgd":
+        return [torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=fused,
-        )
+        torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
     ]
     if hidden:
         lr = config.lr if config.muon_lr is None else config.muon_lr
-        optimizers.append(
-            Muon(hidden, lr=lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
+        groups = by_rate(hidden, scales, lr, config.weight_decay)
+        optimizers.append(Muon(groups, lr=lr, adjust_lr_fn="match_rms_adamw"))
     return optimizers
+
+
+def by_rate(
+    parameters: list[nn.Parameter], scales: dict[int, float], lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """`parameters` in groups of one learning rate each."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(scales[id(parameter)], []).append(parameter)
+    return [
+        {"params": group, "lr": lr * scale, "weight_decay": weight_decay}
+        for scale, group in sorted(groups.items())
+    ]
+
+
+def layer_scales(model: nn.Module, decay: float) -> dict[int, float]:
+    """Every parameter's learning rate as a share of the head's: `decay` once for each layer below it, of
+    which what stands in front of the core's blocks is the lowest (BEiT, 2106.08254, appendix)."""
+    if decay == 1:
+        return {id(parameter): 1.0 for parameter in model.parameters()}
+    names = {name: id(parameter) for name, parameter in model.named_parameters()}
+    found = {name: re.match(r"core\.blocks\.(\d+)\.", name) for name in names}
+    numbers = {name: int(match[1]) + 1 for name, match in found.items() if match}
+    if not numbers:
+        raise UserError(
+            f"optimizer.layer_decay needs a core of blocks, and {type(model).__name__} has none; set it to 1"
+        )
+    top = max(numbers.values()) + 1
+    above = ("core.norm.", "representation.", "head.")
+    return {
+        number: decay ** (top - numbers.get(name, top if name.startswith(above) else 0))
+        for name, number in names.items()
+    }
 
 
 class Muon(torch.optim.Muon):
     """torch's Muon (Jordan et al. 2024), which takes matrices alone, for convolution kernels too: as matrices
     of (out channels, in channels · height · width), on the same memory."""
 
-    def __init__(self, parameters: list[nn.Parameter], **settings: Any):
-        self.kernels = [
-            (kernel, nn.Parameter(kernel.detach().flatten(1))) for kernel in parameters if kernel.ndim > 2
-        ]
-        for kernel, matrix in self.kernels:
-            if matrix.data_ptr() != kernel.data_ptr():
-                raise ValueError(
-                    f"a kernel of shape {tuple(kernel.shape)} and strides {kernel.stride()} cannot be seen "
-                    "as a matrix; keep its weights contiguous"
-                )
-        matrices = [parameter for parameter in parameters if parameter.ndim == 2]
-        super().__init__([*matrices, *(matrix for _, matrix in self.kernels)], **settings)
+    def __init__(self, groups: list[dict[str, Any]], **settings: Any):
+        self.kernels: list[tuple[nn.Parameter, nn.Parameter]] = []
+        matrices = []
+        for group in groups:
+            kernels = [(kernel, as_matrix(kernel)) for kernel in group["params"] if kernel.ndim > 2]
+            flat = [parameter for parameter in group["params"] if parameter.ndim == 2]
+            matrices.append({**group, "params": [*flat, *(matrix for _, matrix in kernels)]})
+            self.kernels += kernels
+        super().__init__(matrices, **settings)
 
     def step(self, closure: None = None) -> None:
         for kernel, matrix in self.kernels:
@@ -125,6 +149,16 @@ class Muon(torch.optim.Muon):
         super().zero_grad(set_to_none)
         for kernel, _ in self.kernels:
             kernel.grad = None
+
+
+def as_matrix(kernel: nn.Parameter) -> nn.Parameter:
+    matrix = nn.Parameter(kernel.detach().flatten(1))
+    if matrix.data_ptr() != kernel.data_ptr():
+        raise ValueError(
+            f"a kernel of shape {tuple(kernel.shape)} and strides {kernel.stride()} cannot be seen as a "
+            "matrix; keep its weights contiguous"
+        )
+    return matrix
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:

@@ -1,0 +1,105 @@
+"""From a trained classifier to one for other pictures and classes (2010.11929, section 3.2)."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmvit.errors import UserError
+from mmvit.models.classifier import Classifier, ClassifierConfig
+
+ResizeMode = Literal["official", "timm", "transformers"]
+
+# what a fine-tuned classifier may have otherwise than the one that it begins from
+FREE = {
+    "image_size",
+    "num_classes",
+    "representation_width",
+    "label_smoothing",
+    "patch_dropout",
+}
+FREE_IN_CORE = {"dropout", "stochastic_depth", "attention_kernel", "activation_checkpointing", "layer_scale"}
+
+
+def fine_tuned(source: Classifier, config: ClassifierConfig, resize: ResizeMode = "official") -> Classifier:
+    """A `Classifier` of `config` with the weights of `source`, its head a linear layer of zeros, and its
+    positions resized to its own grid.
+
+    Raises:
+        UserError: where `config` differs from that of `source` in what the weights depend on.
+    """
+    if config.representation_width:
+        raise UserError("a fine-tuned classifier has one linear head: leave representation_width out")
+    refuse_differences(source.config, config)
+    model = Classifier(config)
+    own, weights = model.state_dict(), source.state_dict()
+    if config.positions == "learned_1d":
+        grids = source.config.grid, config.grid
+        weights["positions.table"] = resize_table(
+            weights["positions.table"], model.num_prefix, *grids, resize
+        )
+    elif config.positions == "learned_2d":
+        for name, size in zip(("row_table", "column_table"), config.grid, strict=True):
+            table = weights[f"positions.{name}"]
+            weights[f"positions.{name}"] = resize_table(table, 0, (len(table), 1), (size, 1), resize)
+    for name, tensor in own.items():
+        if not name.startswith("head."):
+            tensor.copy_(weights[name])  # shares its memory with the model
+    return model
+
+
+def refuse_differences(source: ClassifierConfig, config: ClassifierConfig) -> None:
+    ours, theirs = config.model_dump(exclude={"core"}), source.model_dump(exclude={"core"})
+    problems = [
+        f"{name} = {ours[name]!r} instead of {theirs[name]!r}"
+        for name in ours
+        if name not in FREE and ours[name] != theirs[name]
+    ]
+    ours, theirs = config.core.model_dump(), source.core.model_dump()
+    problems += [
+        f"core.{name} = {ours[name]!r} instead of {theirs[name]!r}"
+        for name in ours
+        if name not in FREE_IN_CORE and ours[name] != theirs[name]
+    ]
+    if (config.core.layer_scale is None) != (source.core.layer_scale is None):
+        problems.append("core.layer_scale on one side only")
+    if problems:
+        raise UserError(f"the trained weights are of another model: {'; '.join(problems)}")
+
+
+def resize_table(
+    table: Tensor, prefix: int, grid: tuple[int, int], new_grid: tuple[int, int], mode: ResizeMode
+) -> Tensor:
+    """Learnt positions (prefix + rows · columns, width) for another grid, by interpolation in 2-D; those of
+    the prefix stay as they are.
+
+    Args:
+        mode: whose interpolation: `official` is bilinear with the corners in place; `timm` is bicubic with
+            antialiasing; `transformers` is bicubic without.
+    """
+    if grid == new_grid:
+        return table
+    square = table[prefix:].float().unflatten(0, grid).permute(2, 0, 1)[None]  # (1, width, rows, columns)
+    if mode == "official":
+        square = F.interpolate(square, new_grid, mode="bilinear", align_corners=True)
+    else:
+        square = F.interpolate(square, new_grid, mode="bicubic", antialias=mode == "timm")
+    return torch.cat([table[:prefix], square[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)])
+
+
+def freeze(model: nn.Module, parts: list[str]) -> None:
+    """Takes the parameters of `parts`, such as `stem` and `core.blocks.0`, out of training.
+
+    Raises:
+        UserError: for a part that `model` does not have, or when nothing is left to train.
+    """
+    for part in parts:
+        found = [p for name, p in model.named_parameters() if f"{name}.".startswith(f"{part}.")]
+        if not found:
+            tops = dict.fromkeys(name.partition(".")[0] for name, _ in model.named_parameters())
+            raise UserError(f"there is no {part!r} to freeze; the model's parts are {', '.join(tops)}")
+        for parameter in found:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"{', '.join(parts)} is all there is: nothing is left to train")

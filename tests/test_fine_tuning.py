@@ -1,0 +1,170 @@
+"""Fine-tuning: positions for another grid as in the sources, a new head, frozen parts, and a run from a
+start."""
+
+import numpy as np
+import pytest
+import torch
+
+from mmvit.config import build_config
+from mmvit.core.transformer import TransformerConfig
+from mmvit.errors import UserError
+from mmvit.hub import read_weights
+from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.fine_tuning import fine_tuned, freeze, resize_table
+
+CORE = TransformerConfig(width=16, depth=2, num_heads=2)
+CONFIG = ClassifierConfig(image_size=16, patch_size=4, num_classes=4, core=CORE)
+GRIDS = [((4, 4), (7, 7)), ((4, 4), (3, 5)), ((3, 6), (6, 4))]
+
+
+def trained(config: ClassifierConfig = CONFIG) -> Classifier:
+    torch.manual_seed(0)
+    model = Classifier(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def table(prefix: int, grid: tuple[int, int]) -> torch.Tensor:
+    return torch.randn(prefix + grid[0] * grid[1], 6, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("grid", "new"), GRIDS)
+def test_the_official_way_is_scipys_zoom(grid, new):
+    from scipy.ndimage import zoom
+
+    positions = table(1, grid)
+    square = positions[1:].view(*grid, 6).numpy()
+    expected = zoom(square, (new[0] / grid[0], new[1] / grid[1], 1), order=1)
+    found = resize_table(positions, 1, grid, new, "official")
+    assert torch.equal(found[0], positions[0])
+    np.testing.assert_allclose(found[1:].view(*new, 6), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("grid", "new"), GRIDS)
+def test_timms_way_is_timms(timm, grid, new):
+    positions = table(2, grid)
+    expected = timm.layers.resample_abs_pos_embed(positions[None], list(new), list(grid), num_prefix_tokens=2)
+    torch.testing.assert_close(resize_table(positions, 2, grid, new, "timm"), expected[0])
+
+
+@pytest.mark.parametrize(("grid", "new"), [pair for pair in GRIDS if pair[0][0] == pair[0][1]])
+def test_transformers_way_is_transformers(grid, new):
+    from transformers import ViTConfig
+    from transformers.models.vit.modeling_vit import ViTEmbeddings
+
+    config = ViTConfig(hidden_size=6, image_size=4 * grid[0], patch_size=4, num_attention_heads=2)
+    embeddings, positions = ViTEmbeddings(config), table(1, grid)
+    with torch.no_grad():
+        embeddings.position_embeddings.copy_(positions[None])
+        patches = torch.zeros(1, 1 + new[0] * new[1], 6)
+        expected = embeddings.interpolate_pos_encoding(patches, 4 * new[0], 4 * new[1])
+    torch.testing.assert_close(resize_table(positions, 1, grid, new, "transformers"), expected[0])
+
+
+@pytest.mark.parametrize("positions", ["learned_1d", "learned_2d", "sincos_2d", "rotary_2d", "none"])
+def test_a_fine_tuned_classifier_is_the_trained_one_with_another_head(positions):
+    source = trained(CONFIG.model_copy(update={"positions": positions, "representation_width": 8}))
+    config = CONFIG.model_copy(update={"positions": positions, "num_classes": 7})
+    model = fine_tuned(source, config).eval()
+    assert torch.equal(model.head.weight, torch.zeros(7, 16))
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        inner = source.core(
+            source.positions.add(torch.cat([source.cls_token.expand(2, -1, -1), source.stem(pixels)], 1)),
+            rotations=source.positions.rotations(0, 17),
+        )
+        torch.testing.assert_close(model.features(pixels), inner[:, 0])
+    wide = fine_tuned(source, config.model_copy(update={"image_size": (24, 12)}))
+    assert wide.features(torch.randn(2, 3, 24, 12)).shape == (2, 16)
+    assert torch.equal(wide.core.norm.weight, source.core.norm.weight)
+
+
+def test_weights_of_another_model_are_refused_by_what_differs():
+    config = CONFIG.model_copy(update={"patch_size": 8, "core": CORE.model_copy(update={"width": 32})})
+    with pytest.raises(UserError, match=r"patch_size = 8 instead of 4; core\.width = 32 instead of 16"):
+        fine_tuned(trained(), config)
+
+
+def test_frozen_parts_do_not_train_and_unknown_ones_are_named():
+    model = trained()
+    freeze(model, ["stem", "core.blocks.0"])
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {n for n, _ in model.named_parameters() if n.startswith(("stem.", "core.blocks.0."))}
+    with pytest.raises(UserError, match="there is no 'blocks' to freeze; the model's parts are cls_token, "):
+        freeze(model, ["blocks"])
+    with pytest.raises(UserError, match="nothing is left to train"):
+        freeze(model, ["cls_token", "stem", "positions", "core", "head"])
+
+
+@pytest.fixture
+def fine_tune(run_script, tiny_shards, tmp_path):
+    trained().save_pretrained(tmp_path / "start")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f"""
+        output = "{tmp_path / "run"}"
+        [start]
+        model = "{tmp_path / "start"}"
+        freeze = ["stem"]
+        [data]
+        train = "{tiny_shards}/train-*.tar"
+        held_out = "{tiny_shards}/heldout-*.tar"
+        [model]
+        image_size = 24
+        core.dropout = 0.1
+        [train]
+        steps = 4
+        batch_size = 8
+        num_workers = 0
+        precision = "fp32"
+        checkpoint_every = 2
+        [optimizer]
+        name = "sgd"
+        lr = 0.01
+        weight_decay = 0
+        layer_decay = 0.7
+        """
+    )
+    return lambda *arguments: run_script("pipelines/train_classifier.py", recipe, *arguments)
+
+
+def test_a_run_begins_from_trained_weights_and_resumes(fine_tune, tmp_path, assert_same_state):
+    ran = fine_tune()
+    assert ran.returncode == 0, ran.stderr
+    model = Classifier.from_pretrained(tmp_path / "run")
+    assert model.config == build_config(
+        ClassifierConfig,
+        {**CONFIG.model_dump(), "image_size": 24, "core": {**CORE.model_dump(), "dropout": 0.1}},
+        source="x",
+    )
+    start = trained().state_dict()
+    assert torch.equal(model.stem.proj.weight, start["stem.proj.weight"])
+    assert not torch.equal(model.core.norm.weight, start["core.norm.weight"])
+    assert model.head.weight.any()
+    last = tmp_path / "run/checkpoints/step-00000004"
+    weights = read_weights(last / "model.safetensors")
+    for path in last.iterdir():
+        path.unlink()
+    last.rmdir()
+    ran = fine_tune("--resume")
+    assert ran.returncode == 0, ran.stderr
+    assert "resuming at step 2 of 4" in ran.stdout
+    assert_same_state(read_weights(last / "model.safetensors"), weights)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--start.model", "/no/folder"], "no model at /no/folder"),
+        (["--model.image_size", 25], "patch_size 4 does not divide image_size 25"),
+        (["--model.core.width", 32], "core.width = 32 instead of 16"),
+        (["--start.freeze", '["heads"]'], "there is no 'heads' to freeze"),
+        (["--start.resize", "nearest"], "start.resize"),
+    ],
+)
+def test_starts_that_do_not_fit_are_explained(fine_tune, arguments, message):
+    ran = fine_tune(*arguments)
+    assert ran.returncode == 2
+    assert message in ran.stderr
+    assert "Traceback" not in ran.stderr
