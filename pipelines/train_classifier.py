@@ -24,6 +24,7 @@ from torch import nn
 
 from mmvit.config import Config
 from mmvit.data.augment import AugmentConfig
+from mmvit.data.mixing import Mixing, MixingConfig
 from mmvit.data.samples import ClassifierSample
 from mmvit.data.shards import ShardPatterns
 from mmvit.data.stream import ShardStream
@@ -42,6 +43,7 @@ class DataConfig(Config):
     held_out: ShardPatterns
     shuffle_buffer: int = Field(10_000, ge=0)
     augment: AugmentConfig = AugmentConfig()
+    mixing: MixingConfig = MixingConfig()
 
 
 class StartConfig(Config):
@@ -102,7 +104,10 @@ def main() -> None:
             source = Classifier.from_pretrained(recipe.start.model)
             model = fine_tuned(source, config, recipe.start.resize)
         freeze(model, recipe.start.freeze)
-        train(session, model, stream, evaluate, select="accuracy", mode="max")
+        prepare = None
+        if data.mixing.does_anything:
+            prepare = Mixing(data.mixing, config.num_classes, config.channels)
+        train(session, model, stream, evaluate, select="accuracy", mode="max", prepare=prepare)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,8 @@ def fine_tune(run_script, tiny_shards, tmp_path):
 
 
 def test_a_run_begins_from_trained_weights_and_resumes(fine_tune, tmp_path, assert_same_state):
-    ran = fine_tune()
+    mixing = "{rand_augment = 2, mixup = 0.2, cutmix = 1.0}"
+    ran = fine_tune("--data.mixing", mixing)
     assert ran.returncode == 0, ran.stderr
     model = Classifier.from_pretrained(tmp_path / "run")
     assert model.config == build_config(
@@ -147,7 +148,7 @@ def test_a_run_begins_from_trained_weights_and_resumes(fine_tune, tmp_path, asse
     for path in last.iterdir():
         path.unlink()
     last.rmdir()
-    ran = fine_tune("--resume")
+    ran = fine_tune("--data.mixing", mixing, "--resume")
     assert ran.returncode == 0, ran.stderr
     assert "resuming at step 2 of 4" in ran.stdout
     assert_same_state(read_weights(last / "model.safetensors"), weights)

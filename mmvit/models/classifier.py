@@ -141,9 +141,10 @@ class Classifier(Pretrained, nn.Module):
         return self.head(self.features(pixels))
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of `batch["pixels"]` against `batch["labels"]` (batch,); the metrics hold loss and
-        accuracy."""
+        """Cross-entropy of `batch["pixels"]` against `batch["labels"]`, one class (batch,) or shares of all
+        (batch, num_classes); the metrics hold loss and accuracy, for shares that of the largest."""
         logits, labels = self(batch["pixels"]).float(), batch["labels"]
         loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-        accuracy = (logits.argmax(-1) == labels).float().mean()
+        largest = labels.argmax(-1) if labels.ndim == 2 else labels
+        accuracy = (logits.argmax(-1) == largest).float().mean()
         return loss, {"loss": loss.detach(), "accuracy": accuracy}

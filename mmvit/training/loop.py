@@ -30,6 +30,7 @@ def train(
     mode: Literal["min", "max"] = "min",
     after_evaluation: Callable[[nn.Module, int], None] | None = None,
     export: Callable[[nn.Module, Path], Any] | None = None,
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Progress:
     """Trains `model` for `train.steps` optimizer steps, and leaves its traces in the run folder.
 
@@ -40,6 +41,7 @@ def train(
         select: the metric of `evaluate` that chooses `best/`, the lowest or highest by `mode`.
         after_evaluation: called with the evaluated model and the step, by the main process; may draw samples.
         export: writes a model into a folder, for `best/` and `last/`.
+        prepare: what becomes of each batch before a training pass; may draw from torch's generator.
 
     Raises:
         UserError: when the loss or the gradient is not finite, or the checkpoint to resume from does not fit.
@@ -73,8 +75,9 @@ def train(
     with (
         Interruption() as interruption,
         Display(session, progress.step) as display,
-        closing(iter(stream)) as batches,  # its processes end with it, not with the interpreter
+        closing(iter(stream)) as raw,  # its processes end with it, not with the interpreter
     ):
+        batches = raw if prepare is None else map(prepare, raw)
         if session.resume:
             display.say("; ".join([f"resuming at step {progress.step} of {config.steps}", *changes.values()]))
         if session.recipe.optimizer.warmup_steps >= config.steps:
