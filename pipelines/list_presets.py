@@ -21,6 +21,7 @@ from mmvit.errors import UserError, run_script
 from mmvit.models.classifier import ClassifierConfig
 from mmvit.models.cost import forward_macs, training_flops
 from mmvit.models.presets import MODELS, PRESETS, preset
+from mmvit.models.resnet import ResNetConfig
 
 
 def main() -> None:
@@ -42,9 +43,9 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "name" else "right")
     for name in options.names or PRESETS:
         config = preset(name)
-        if options.image_size and isinstance(config, ClassifierConfig):
+        if options.image_size and isinstance(config, ClassifierConfig | ResNetConfig):
             config = build_config(
-                ClassifierConfig, {**config.model_dump(), "image_size": options.image_size}, source=name
+                type(config), {**config.model_dump(), "image_size": options.image_size}, source=name
             )
         with torch.device("meta"):
             model = MODELS[type(config)](config)
@@ -52,7 +53,7 @@ def main() -> None:
         shape, cost = ("", "", "", ""), ("", "", "")
         if core := getattr(config, "core", None):
             shape = (core.depth, core.width, core.num_heads, model.positions.length)
-        if isinstance(config, ClassifierConfig):
+        if isinstance(config, ClassifierConfig | ResNetConfig):
             macs = forward_macs(config)
             exaflops = training_flops(macs, examples) / 1e18
             cost = (f"{macs / 1e9:.3f}", f"{examples / options.batch:,.0f}", f"{exaflops:.3g}")

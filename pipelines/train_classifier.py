@@ -1,4 +1,4 @@
-"""Trains a ViT classifier on shards of pictures with classes.
+"""Trains a classifier on shards of pictures with classes: a ViT, or a ResNet (`model.kind = "resnet"`).
 
     python pipelines/train_classifier.py configs/fashion_mnist.toml
     python pipelines/train_classifier.py configs/fashion_mnist.toml --train.steps 100 --output runs/short
@@ -33,6 +33,8 @@ from mmvit.evaluation.accuracy import classification_metrics
 from mmvit.hub import find_model_folder, read_description
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.fine_tuning import ResizeMode, fine_tuned, freeze
+from mmvit.models.presets import MODELS
+from mmvit.models.resnet import ResNetConfig
 from mmvit.training import Recipe, open_session, train
 
 
@@ -55,21 +57,23 @@ class StartConfig(Config):
 
 
 class ClassifierRecipe(Recipe):
+    """CONFIG.toml of this script. `model.kind` is "vit" where nothing is said."""
+
     data: DataConfig
-    model: ClassifierConfig
+    model: ClassifierConfig | ResNetConfig = Field(discriminator="kind")
     start: StartConfig = StartConfig()
 
     @model_validator(mode="before")
     @classmethod
     def _the_rest_is_that_of_the_start(cls, values: Any) -> Any:
-        start = values.get("start") if isinstance(values, dict) else None
-        if not isinstance(start, dict) or not isinstance(start.get("model"), str):
+        if not isinstance(values, dict) or not isinstance(own := values.get("model", {}), dict):
             return values
-        trained = read_description(find_model_folder(start["model"]))["config"]
-        own = values.get("model", {})
-        core = {**trained.get("core", {}), **own.get("core", {})}
-        rest = {"representation_width": None, "core": core}
-        return {**values, "model": {**trained, **own, **rest}}
+        start = values.get("start")
+        if isinstance(start, dict) and isinstance(start.get("model"), str):
+            trained = read_description(find_model_folder(start["model"]))["config"]
+            core = {**trained.get("core", {}), **own.get("core", {})}
+            own = {**trained, **own, "representation_width": None, "core": core}
+        return {**values, "model": {"kind": "vit", **own}} if own else values
 
 
 def main() -> None:
@@ -99,7 +103,7 @@ def main() -> None:
         def evaluate(model: nn.Module) -> dict[str, float]:
             return classification_metrics(model, held_out)
 
-        model = Classifier(config)
+        model = MODELS[type(config)](config)
         if recipe.start.model:
             source = Classifier.from_pretrained(recipe.start.model)
             model = fine_tuned(source, config, recipe.start.resize)

@@ -4,7 +4,6 @@ class (2010.11929)."""
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -13,20 +12,24 @@ from mmvit.core.dropout import Dropout
 from mmvit.core.positions import PositionKind, Positions
 from mmvit.core.transformer import Transformer, TransformerConfig
 from mmvit.hub import Pretrained
+from mmvit.models.resnet import GROUPS, classification_loss
 from mmvit.models.stems import SMALLEST_PATCH, StemKind, build_stem
 
 
 class ClassifierConfig(Config):
     """A classifier of `image_size` (pixels, or (height, width)) images into `num_classes`."""
 
+    kind: Literal["vit"] = "vit"
     image_size: int | tuple[int, int] = 224
     patch_size: int = Field(16, gt=0)
     channels: int = Field(3, gt=0)
     num_classes: int = Field(1000, gt=1)
     stem: StemKind = "patch"
-    stem_width: int = Field(64, gt=0, description="of the residual stem's first stage")
+    stem_width: int = Field(64, gt=0, description="of the first stage of a residual or resnet stem")
     stem_blocks: tuple[int, ...] = Field(
-        (2, 1), description="of the residual stem, at each resolution: one number for each halving"
+        (2, 1),
+        description="of each of their stages: of residual a number for each halving of the image, of "
+        "resnet for each beyond the first quarter",
     )
     pooling: Literal["cls", "mean", "mean_beside_cls"] = Field(
         "cls", description="what the head reads: [CLS], or the mean of the patches, without or with a [CLS]"
@@ -44,6 +47,9 @@ class ClassifierConfig(Config):
     def _patches_tile_the_image(self):
         if any(side % self.patch_size for side in self.height_width):
             raise ValueError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
+        if self.stem == "resnet":
+            self._check_resnet()
+            return self
         smallest, is_power_of_two = SMALLEST_PATCH[self.stem], self.patch_size.bit_count() == 1
         if self.stem != "patch" and not (is_power_of_two and self.patch_size >= smallest):
             raise ValueError(
@@ -57,6 +63,18 @@ class ClassifierConfig(Config):
                 f"{self.patch_size.bit_length() - 1} numbers"
             )
         return self
+
+    def _check_resnet(self) -> None:
+        stride = 4 * 2 ** (len(self.stem_blocks) - 1)
+        if not self.stem_blocks or self.patch_size % stride:
+            raise ValueError(
+                f"stem_blocks {self.stem_blocks} of a resnet stem give places of {stride} pixels, of which "
+                f"patch_size {self.patch_size} is no multiple"
+            )
+        if self.stem_width % GROUPS:
+            raise ValueError(
+                f"stem_width {self.stem_width} is no multiple of the {GROUPS} groups of a resnet stem's norms"
+            )
 
     @property
     def has_class_token(self) -> bool:
@@ -141,10 +159,5 @@ class Classifier(Pretrained, nn.Module):
         return self.head(self.features(pixels))
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of `batch["pixels"]` against `batch["labels"]`, one class (batch,) or shares of all
-        (batch, num_classes); the metrics hold loss and accuracy, for shares that of the largest."""
-        logits, labels = self(batch["pixels"]).float(), batch["labels"]
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-        largest = labels.argmax(-1) if labels.ndim == 2 else labels
-        accuracy = (logits.argmax(-1) == largest).float().mean()
-        return loss, {"loss": loss.detach(), "accuracy": accuracy}
+        """`classification_loss` of `batch["pixels"]` and `batch["labels"]`."""
+        return classification_loss(self(batch["pixels"]), batch["labels"], self.config.label_smoothing)

@@ -8,12 +8,14 @@ from mmvit.errors import UserError
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
+from mmvit.models.resnet import ResNet, ResNetConfig
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.models.vqgan import VQGAN, VQGANConfig
 
 # the model that a configuration is of
 MODELS = {
-    model.config_class: model for model in (Classifier, GeneratorTransformer, VQModel, DiscreteVAE, VQGAN)
+    model.config_class: model
+    for model in (Classifier, ResNet, GeneratorTransformer, VQModel, DiscreteVAE, VQGAN)
 }
 
 
@@ -24,6 +26,10 @@ def core(width: int, depth: int, num_heads: int, **parts) -> TransformerConfig:
 def vit(patch_size: int, shape: TransformerConfig) -> ClassifierConfig:
     """A published ViT: 224 pixels, 1000 classes, [CLS] (2010.11929, Table 1)."""
     return ClassifierConfig(patch_size=patch_size, core=shape)
+
+
+def hybrid(patch_size: int, blocks: tuple[int, ...], shape: TransformerConfig) -> ClassifierConfig:
+    return ClassifierConfig(patch_size=patch_size, stem="resnet", stem_blocks=blocks, core=shape)
 
 
 TINY, SMALL, BASE = core(192, 12, 3), core(384, 12, 6), core(768, 12, 12)
@@ -46,6 +52,13 @@ CLASSIFIERS = {
     "vit-l16": vit(16, LARGE),
     "vit-l32": vit(32, LARGE),
     "vit-h14": vit(14, HUGE),
+    # hybrids: ResNet-50 in front of the core, for patches of 16 with its last stage's blocks in the third
+    "r50-b16": hybrid(16, (3, 4, 9), BASE),
+    "r50-b32": hybrid(32, (3, 4, 6, 3), BASE),
+    "r50-l16": hybrid(16, (3, 4, 9), LARGE),
+    "r50-l32": hybrid(32, (3, 4, 6, 3), LARGE),
+    "bit-r50": ResNetConfig(),
+    "bit-r101": ResNetConfig(depths=(3, 4, 23, 3)),
 }
 
 GENERATORS = {

@@ -1,4 +1,5 @@
-"""From pixels to tokens: flat patches as in ViT, a few convolutions, or a small residual network."""
+"""From pixels to tokens: flat patches as in ViT, a few convolutions, a small residual network, or ResNet-50
+as in ViT's hybrids (mmvit.models.resnet)."""
 
 from itertools import pairwise
 from typing import Literal
@@ -9,8 +10,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmvit.core.hidden import HiddenLayers
+from mmvit.models.resnet import ResNetStem
 
-StemKind = Literal["patch", "conv", "residual"]
+StemKind = Literal["patch", "conv", "residual", "resnet"]
 SMALLEST_PATCH = {"patch": 1, "conv": 2, "residual": 4}  # of each kind; convolutions need a power of two
 
 
@@ -126,6 +128,9 @@ def build_stem(
     stem_width: int = 64,
     stem_blocks: tuple[int, ...] = (2, 1),
 ) -> nn.Module:
+    if kind == "resnet":
+        stride = 4 * 2 ** (len(stem_blocks) - 1)
+        return ResNetStem(channels, width, stem_width, stem_blocks, patch_size // stride)
     if kind == "residual":
         return ResidualStem(patch_size, channels, width, stem_width, stem_blocks)
     return (PatchStem if kind == "patch" else ConvStem)(patch_size, channels, width)

@@ -1,0 +1,193 @@
+"""Residual networks with GroupNorm and weight standardisation: BiT's ResNetV2 as a classifier of its own
+(1912.11370), and the older order of layers as the stem of ViT's hybrids (2010.11929, section 3.1).
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mmvit.config import Config
+from mmvit.core.hidden import HiddenLayers
+from mmvit.hub import Pretrained
+
+GROUPS = 32  # of GroupNorm
+
+
+class ResNetConfig(Config):
+    """A convolutional classifier of images of any size. The defaults are BiT's R50x1."""
+
+    kind: Literal["resnet"] = "resnet"
+    image_size: int | tuple[int, int] = 224
+    channels: int = Field(3, gt=0)
+    num_classes: int = Field(1000, gt=1)
+    width: int = Field(64, gt=0, description="of the first stage's bottlenecks; a quarter of its output")
+    depths: tuple[int, ...] = Field((3, 4, 6, 3), min_length=1, description="blocks of each stage")
+    root: Literal["imagenet", "small"] = Field(
+        "imagenet", description="7x7 convolution and pooling, a quarter of the size; or 3x3 at full size"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _groups_divide_the_width(self):
+        if self.width % GROUPS:
+            raise ValueError(f"width {self.width} is no multiple of the {GROUPS} groups of its norms")
+        return self
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+
+class ResNet(Pretrained, nn.Module):
+    """pixels → logits, by convolutions alone (ResNetV2, 1603.05027, as BiT has it)."""
+
+    config_class, kind = ResNetConfig, "resnet"
+
+    def __init__(self, config: ResNetConfig):
+        super().__init__()
+        self.config = config
+        kernel, stride = (7, 2) if config.root == "imagenet" else (3, 1)
+        self.root = StandardizedConv(config.channels, config.width, kernel, stride)
+        self.stages, width = build_stages(config.width, config.width, config.depths, PreActivation)
+        self.norm = nn.GroupNorm(GROUPS, width)
+        self.head = nn.Linear(width, config.num_classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """pixels (batch, channels, height, width) in [-1, 1] → (batch, 4 · last stage's width)."""
+        if pixels.shape[1] != self.config.channels:
+            raise ValueError(
+                f"pixels have {pixels.shape[1]} channels, this classifier reads {self.config.channels}"
+            )
+        x = self.root(pixels)
+        if self.config.root == "imagenet":
+            x = F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, stride=2)
+        return F.relu(self.norm(self.stages(x))).mean((2, 3))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (batch, channels, height, width) in [-1, 1] → logits (batch, num_classes)."""
+        return self.head(self.features(pixels))
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `Classifier.loss`."""
+        return classification_loss(self(batch["pixels"]), batch["labels"], self.config.label_smoothing)
+
+
+def classification_loss(
+    logits: Tensor, labels: Tensor, label_smoothing: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of `logits` (batch, classes) against `labels`, one class (batch,) or shares of all
+    (batch, classes); the metrics hold loss and accuracy, for shares that of the largest."""
+    logits = logits.float()
+    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    largest = labels.argmax(-1) if labels.ndim == 2 else labels
+    return loss, {"loss": loss.detach(), "accuracy": (logits.argmax(-1) == largest).float().mean()}
+
+
+class ResNetStem(nn.Module):
+    """The hybrids' stem: ResNet-50 with its last stage's blocks in the third, each of whose places becomes a
+    token, or each square of `patch` places."""
+
+    def __init__(self, channels: int, width: int, root_width: int, depths: tuple[int, ...], patch: int = 1):
+        super().__init__()
+        self.root = StandardizedConv(channels, root_width, 7, stride=2, same=True)
+        self.norm = nn.GroupNorm(GROUPS, root_width)
+        self.stages, last = build_stages(root_width, root_width, depths, PostActivation)
+        self.patch = patch
+        self.proj = nn.Linear(last * patch**2, width)
+        nn.init.trunc_normal_(self.proj.weight, std=self.proj.in_features**-0.5)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (batch, channels, height, width) → (batch, rows · columns, width), in raster order."""
+        x = F.relu(self.norm(self.root(pixels)))
+        x = F.max_pool2d(pad_as_tensorflow(x, 3, 2, value=-torch.inf), 3, stride=2)
+        x = F.unfold(self.stages(x), self.patch, stride=self.patch)
+        return self.proj(x.transpose(1, 2))
+
+
+class StandardizedConv(nn.Conv2d):
+    """A convolution without bias whose kernels have mean 0 and variance 1 (weight standardisation,
+    1903.10520). `same` pads as TensorFlow does, which is not even where the stride is 2."""
+
+    def __init__(self, before: int, after: int, kernel: int, stride: int = 1, same: bool = False):
+        padding = 0 if same else kernel // 2
+        super().__init__(before, after, kernel, stride=stride, padding=padding, bias=False)
+        self.same = same
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.same:
+            x = pad_as_tensorflow(x, self.kernel_size[0], self.stride[0])
+        variance, mean = torch.var_mean(self.weight, (1, 2, 3), correction=0, keepdim=True)
+        weight = (self.weight - mean) * torch.rsqrt(variance + 1e-8)
+        return F.conv2d(x, weight.to(x.dtype), None, self.stride, self.padding)
+
+
+def pad_as_tensorflow(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
+    """So that ⌈size / stride⌉ places come out: what is odd goes right and below."""
+    rows, columns = (max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:])
+    padding = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+    return F.pad(x, padding, value=value)
+
+
+class PreActivation(HiddenLayers):
+    """A bottleneck whose convolutions each come after norm and ReLU; the sum goes on as it is (BiT)."""
+
+    def __init__(self, before: int, inner: int, stride: int):
+        super().__init__()
+        after = 4 * inner
+        self.norm1, self.conv1 = nn.GroupNorm(GROUPS, before), StandardizedConv(before, inner, 1)
+        self.norm2, self.conv2 = nn.GroupNorm(GROUPS, inner), StandardizedConv(inner, inner, 3, stride)
+        self.norm3, self.conv3 = nn.GroupNorm(GROUPS, inner), StandardizedConv(inner, after, 1)
+        changes = stride > 1 or before != after
+        self.shortcut = StandardizedConv(before, after, 1, stride) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.relu(self.norm1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(inner)
+        inner = self.conv2(F.relu(self.norm2(self.conv1(inner))))
+        return shortcut + self.conv3(F.relu(self.norm3(inner)))
+
+
+class PostActivation(HiddenLayers):
+    """A bottleneck whose norms come after its convolutions, as in the first residual networks
+    (1512.03385)."""
+
+    def __init__(self, before: int, inner: int, stride: int):
+        super().__init__()
+        after = 4 * inner
+        self.conv1, self.norm1 = StandardizedConv(before, inner, 1, same=True), nn.GroupNorm(GROUPS, inner)
+        self.conv2 = StandardizedConv(inner, inner, 3, stride, same=True)
+        self.norm2 = nn.GroupNorm(GROUPS, inner)
+        self.conv3, self.norm3 = StandardizedConv(inner, after, 1, same=True), nn.GroupNorm(GROUPS, after)
+        self.shortcut = None
+        if stride > 1 or before != after:
+            convolution = StandardizedConv(before, after, 1, stride, same=True)
+            self.shortcut = nn.Sequential(convolution, nn.GroupNorm(GROUPS, after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        inner = F.relu(self.norm1(self.conv1(x)))
+        inner = F.relu(self.norm2(self.conv2(inner)))
+        return F.relu(shortcut + self.norm3(self.conv3(inner)))
+
+
+def build_stages(
+    before: int, width: int, depths: tuple[int, ...], block: type[nn.Module]
+) -> tuple[nn.Sequential, int]:
+    """Stages of `depths` blocks, each but the first at half the resolution and twice the width of the one
+    before; and the width of what they give."""
+    stages = []
+    for number, depth in enumerate(depths):
+        inner = width * 2**number
+        blocks = []
+        for place in range(depth):
+            blocks.append(block(before, inner, stride=2 if number and not place else 1))
+            before = 4 * inner
+        stages.append(nn.Sequential(*blocks))
+    return nn.Sequential(*stages), before

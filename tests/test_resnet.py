@@ -1,0 +1,154 @@
+"""Residual networks against timm's, as classifiers and as the stem of ViT's hybrids."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from mmvit.config import build_config
+from mmvit.core.transformer import TransformerConfig
+from mmvit.errors import UserError
+from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.resnet import ResNet, ResNetConfig, StandardizedConv
+
+CORE = TransformerConfig(width=32, depth=1, num_heads=2)
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def by_timms_names(weights: dict[str, torch.Tensor], post: bool = False) -> dict[str, torch.Tensor]:
+    """Ours, from the weights of timm's `ResNetV2`."""
+    ours = {}
+    for name, tensor in weights.items():
+        name = name.replace("stem.conv.", "root.").replace("stem.norm.", "norm.").replace(".blocks.", ".")
+        name = name.replace("downsample.conv.", "shortcut.0." if post else "shortcut.")
+        name = name.replace("downsample.norm.", "shortcut.1.").replace("head.fc.", "head.")
+        ours[name] = tensor.flatten(1) if name == "head.weight" else tensor
+    return ours
+
+
+@torch.no_grad()
+def test_bit_is_timms(timm):
+    conv = partial(timm.layers.StdConv2d, eps=1e-8)
+    peer = timm.models.resnetv2.ResNetV2(
+        layers=(2, 1, 2), channels=(128, 256, 512), num_classes=5, stem_type="fixed", stem_chs=32,
+        conv_layer=conv,
+    )  # fmt: skip
+    randomized(peer)
+    model = ResNet(ResNetConfig(width=32, depths=(2, 1, 2), num_classes=5)).eval()
+    model.load_state_dict(by_timms_names(peer.state_dict()))
+    for size in ((64, 64), (48, 80), (33, 47)):
+        pixels = torch.randn(2, 3, *size)
+        torch.testing.assert_close(model(pixels), peer(pixels), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_stem_of_the_hybrids_is_timms(timm):
+    conv = partial(timm.layers.StdConv2dSame, eps=1e-8)
+    peer = timm.models.resnetv2.ResNetV2(
+        layers=(2, 2), channels=(128, 256), num_classes=0, global_pool="", preact=False, stem_type="same",
+        conv_layer=conv, stem_chs=32,
+    )  # fmt: skip
+    randomized(peer)
+    config = ClassifierConfig(
+        image_size=(64, 48), patch_size=8, stem="resnet", stem_width=32, stem_blocks=(2, 2), core=CORE
+    )
+    stem = Classifier(config).eval().stem
+    weights = by_timms_names(peer.state_dict(), post=True)
+    stem.load_state_dict({**weights, **{f"proj.{name}": t for name, t in stem.proj.state_dict().items()}})
+    pixels = torch.randn(2, 3, 64, 48)
+    features = peer.forward_features(pixels)
+    expected = stem.proj(features.flatten(2).transpose(1, 2))
+    torch.testing.assert_close(stem(pixels), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hybrid_may_take_squares_of_places():
+    config = ClassifierConfig(
+        image_size=32,
+        patch_size=16,
+        num_classes=3,
+        stem="resnet",
+        stem_width=32,
+        stem_blocks=(1, 1),
+        core=CORE,
+    )
+    model = Classifier(config)
+    assert model.stem.proj.in_features == 256 * 2 * 2
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+
+
+def test_kernels_are_standardized_whatever_their_scale():
+    layer, pixels = StandardizedConv(3, 8, 3), torch.randn(1, 3, 9, 9)
+    before = layer(pixels)
+    with torch.no_grad():
+        layer.weight.mul_(7).add_(3)
+    torch.testing.assert_close(layer(pixels), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("root", ["imagenet", "small"])
+def test_a_convolutional_classifier_learns_one_batch(root):
+    torch.manual_seed(0)
+    model = ResNet(ResNetConfig(width=32, depths=(1, 1), num_classes=4, root=root))
+    batch = {"pixels": torch.randn(8, 3, 16, 16), "labels": torch.arange(8) % 4}
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(20):
+        loss, metrics = model.loss(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert metrics["accuracy"] == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (ResNetConfig, {"width": 48}, "width 48 is no multiple of the 32 groups"),
+        (
+            ClassifierConfig,
+            {"stem": "resnet", "patch_size": 16, "stem_blocks": [3, 4, 6, 3]},
+            r"give places of 32 pixels, of which patch_size 16 is no multiple",
+        ),
+        (
+            ClassifierConfig,
+            {"stem": "resnet", "stem_blocks": [3, 4, 9], "stem_width": 40},
+            "stem_width 40 is no multiple of the 32 groups",
+        ),
+    ],
+)
+def test_shapes_that_do_not_go_together_are_refused(config, settings, message):
+    with pytest.raises(UserError, match=message):
+        build_config(config, settings, source="x.toml")
+
+
+def test_convolution_against_attention_is_one_flag(run_script, tiny_shards, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f"""
+        output = "{tmp_path / "run"}"
+        [data]
+        train = "{tiny_shards}/train-*.tar"
+        held_out = "{tiny_shards}/heldout-*.tar"
+        [model]
+        image_size = 16
+        num_classes = 4
+        [train]
+        steps = 2
+        batch_size = 8
+        num_workers = 0
+        """
+    )
+    small = ["--model.width", 32, "--model.depths", "[1]"]
+    ran = run_script("pipelines/train_classifier.py", recipe, "--model.kind", "resnet", *small)
+    assert ran.returncode == 0, ran.stderr
+    model = ResNet.from_pretrained(tmp_path / "run")
+    assert model(torch.randn(1, 3, 24, 40)).shape == (1, 4)
+    ran = run_script("pipelines/train_classifier.py", recipe, *small)
+    assert ran.returncode == 2
+    assert "unknown key model.width" in ran.stderr
