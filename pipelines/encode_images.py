@@ -9,7 +9,7 @@ codes, and training checks it.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +37,10 @@ def main() -> None:
         raise UserError(
             f"{options.tokenizer} has {tokenizer.codebook_size} codes, shards hold {MAX_CODES} at most"
         )
+    splits = find_splits(options.source)
+    make_room(options.out, splits)
     card, outcome = read_dataset_card(options.source), Outcome()
-    for split, shards in find_splits(options.source).items():
+    for split, shards in splits.items():
         samples = with_progress(
             read_pictures(shards, options.size, outcome),
             card.get("samples", {}).get(split),
@@ -86,6 +88,21 @@ def find_splits(folder: Path) -> dict[str, list[Path]]:
     for shard in expand_shards(folder):
         splits.setdefault(shard.stem.rpartition("-")[0] or shard.stem, []).append(shard)
     return splits
+
+
+def make_room(out: Path, splits: Iterable[str]) -> None:
+    """Codes that were there lose what says whose they are, before the first of them is replaced.
+
+    Raises:
+        UserError: when some would stay, because the source has nothing in their place.
+    """
+    there = {path.stem.rpartition("-")[0] or path.stem for path in out.glob("*.tar")}
+    if left := there - set(splits):
+        raise UserError(
+            f"{out} holds shards of {', '.join(sorted(left))}, which the source does not have; remove them, "
+            "or name another folder"
+        )
+    (out / "dataset.json").unlink(missing_ok=True)
 
 
 def read_pictures(

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -38,6 +37,7 @@ from mmvit.evaluation.retrieval import pixel_ranks, recall
 from mmvit.hub import find_model_folder, read_description, write_json
 from mmvit.models.classifier import Classifier
 from mmvit.models.image_tokenizer import KINDS, ImageTokenizer, load_image_tokenizer
+from mmvit.models.perceptual import fit_pixels
 from mmvit.sampling.generator import Generator, pictures_from_pixels
 from mmvit.sampling.grids import check_picture_name, labelled_grid, side_by_side
 
@@ -96,10 +96,10 @@ def feature_space(classifier: Path | None) -> tuple[str, Callable[[Tensor], Tens
 
     @torch.inference_mode()
     def features(pixels: Tensor) -> Tensor:
-        sized = F.interpolate(pixels, model.config.height_width, mode="bilinear", antialias=True)
-        return torch.cat([model.features(part) for part in sized.split(64)])
+        return torch.cat([model.features(fit_pixels(part, model.config)) for part in pixels.split(64)])
 
-    return classifier.resolve().name, features
+    folder = classifier.resolve()
+    return (folder.parent if folder.name in ("best", "last") else folder).name, features
 
 
 def draw_worst_to_best(

@@ -17,7 +17,7 @@ from torch import nn
 
 from mmvit.config import Config
 from mmvit.data.captions import TextTokenizer
-from mmvit.data.codes import check_codes_fit
+from mmvit.data.codes import check_codes_fit, grid_of_codes
 from mmvit.data.samples import CaptionCodesSample
 from mmvit.data.shards import ShardPatterns, expand_shards
 from mmvit.data.stream import ShardStream
@@ -67,7 +67,8 @@ def main() -> None:
         recipe, data, processes = session.recipe, session.recipe.data, session.processes
         text_tokenizer = TextTokenizer.from_file(data.text_tokenizer)
         image_tokenizer = load_image_tokenizer(data.image_tokenizer, processes.device)
-        config = fit_to_tokenizers(recipe.model, text_tokenizer, image_tokenizer)
+        grid = grid_of_codes(expand_shards(data.train)[0].parent)
+        config = fit_to_data(recipe.model, text_tokenizer, image_tokenizer, grid)
         check_shards(data, config, image_tokenizer)
         if getattr(image_tokenizer, "decoder", None) is None:
             raise UserError(
@@ -93,16 +94,17 @@ def main() -> None:
         )
 
 
-def fit_to_tokenizers(model: GeneratorConfig, text: TextTokenizer, image: ImageTokenizer) -> GeneratorConfig:
-    """The model's configuration with the tokenizers' vocabularies; one that was set to something else is an
-    error."""
-    facts = {"vocab_size": text.vocab_size, "codebook_size": image.codebook_size}
+def fit_to_data(
+    model: GeneratorConfig, text: TextTokenizer, image: ImageTokenizer, grid: tuple[int, int]
+) -> GeneratorConfig:
+    """The model's configuration with the tokenizers' vocabularies and the grid of the codes; one that was set
+    to something else is an error."""
+    facts = {"vocab_size": text.vocab_size, "codebook_size": image.codebook_size, "grid": grid}
     for name, fact in facts.items():
         default = GeneratorConfig.model_fields[name].default
         if getattr(model, name) not in (fact, default):
-            raise UserError(
-                f"model.{name} is {getattr(model, name)}, but the tokenizer has {fact}; leave it out"
-            )
+            where = "shards have" if name == "grid" else "tokenizer has"
+            raise UserError(f"model.{name} is {getattr(model, name)}, but the {where} {fact}; leave it out")
     return model.model_copy(update=facts)
 
 

@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -116,6 +117,28 @@ def test_relaxed_codes_follow_the_encoders_distribution(model):
     torch.testing.assert_close(model.train().loss(batch)[1]["nll"], certain["nll"])
     assert certain["kl"] == pytest.approx(math.log(32), rel=1e-5)
     assert certain["perplexity"] == pytest.approx(1, rel=1e-4)
+
+
+def test_the_temperature_falls_from_one_and_sharpens_what_is_drawn(model):
+    """The largest share of a relaxed code, drawn by the Gumbel noise of 1611.01144 at each temperature."""
+    seen = []
+    decode = model.decoder.forward
+    with mock.patch.object(model.decoder, "forward", lambda relaxed: seen.append(relaxed) or decode(relaxed)):
+        for passes in (0, model.config.temperature_steps):
+            model.train().passes.fill_(passes)
+            torch.manual_seed(0)
+            _, metrics = model.loss({"pixels": torch.rand(4, 3, 16, 16) * 2 - 1})
+            expected = 1.0 if passes == 0 else model.config.final_temperature
+            assert metrics["temperature"] == expected
+    early, late = seen
+    torch.testing.assert_close(early.sum(1), torch.ones_like(early.sum(1)))
+    assert early.max(1).values.mean() < 0.9 < late.max(1).values.mean()
+    assert torch.equal(early.argmax(1), late.argmax(1))  # the same noise chooses
+    model.passes.fill_(0)
+    torch.manual_seed(1)
+    with mock.patch.object(model.decoder, "forward", lambda relaxed: seen.append(relaxed) or decode(relaxed)):
+        model.loss({"pixels": torch.rand(4, 3, 16, 16) * 2 - 1})
+    assert not torch.equal(seen[-1].argmax(1), early.argmax(1))  # other noise chooses otherwise
 
 
 def test_decoding_codes_equals_decoding_their_one_hot_vectors(model):

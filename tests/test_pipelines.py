@@ -2,15 +2,21 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from PIL import Image
 
+from mmvit.core.transformer import TransformerConfig
 from mmvit.data.codes import unpack_codes
 from mmvit.data.shards import read_shard
+from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
 from mmvit.models.vq import VQConfig, VQModel
+from mmvit.models.vqgan import VQGAN, VQGANConfig
+from mmvit.sampling.generator import Generator
 
-SMALL_MODEL = "--model.text_length 8 --model.grid [2,2] --model.core.width 32 --model.core.depth 1"
+SMALL_MODEL = "--model.text_length 8 --model.core.width 32 --model.core.depth 1"
 SHORT_RUN = "--train.steps 4 --train.batch_size 8 --train.num_workers 0 --train.evaluate_every 2"
 SMALL = [*SMALL_MODEL.split(), "--model.core.num_heads=2", *SHORT_RUN.split(), "--train.checkpoint_every=2"]
 
@@ -95,6 +101,20 @@ def test_evaluation_writes_figures_and_a_picture(run, tiny_shards, run_script, t
     assert out.is_file()
 
 
+def sheet_order(run_script, arguments) -> list[float]:
+    """The PSNR that stands beside each picture of the sheet, in its order."""
+    labels = []
+    with (
+        mock.patch(
+            "mmvit.sampling.grids.labelled_grid",
+            side_effect=lambda rows, names, *_, **__: labels.extend(names),
+        ),
+        mock.patch("mmvit.sampling.grids.side_by_side", return_value=Image.new("RGB", (1, 1))),
+    ):
+        assert run_script("pipelines/evaluate.py", *arguments).returncode == 0
+    return [float(label.split()[-2]) for label in labels]
+
+
 def test_evaluation_of_an_image_tokenizer_goes_from_worst_to_best(place, tiny_shards, run_script, tmp_path):
     out = tmp_path / "sheet.png"
     arguments = (place / "tokenizer", tiny_shards, "--split", "heldout", "--size", 16, "--out", out)
@@ -112,6 +132,16 @@ def test_evaluation_of_an_image_tokenizer_goes_from_worst_to_best(place, tiny_sh
     } <= figures.keys()
     assert out.is_file()
     assert (tmp_path / "sheet-codes.png").is_file()
+    order = sheet_order(run_script, arguments)
+    assert len(order) == 8
+    assert order == sorted(order)
+    assert order[0] < order[-1]
+    core = TransformerConfig(width=16, depth=1, num_heads=1)
+    grey = Classifier(ClassifierConfig(image_size=8, patch_size=4, channels=1, core=core))
+    grey.save_pretrained(tmp_path / "grey" / "best")
+    ran = run_script("pipelines/evaluate.py", *arguments, "--features", tmp_path / "grey" / "best")
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(out.with_suffix(".json").read_text())["frechet_distance_grey"] > 0
     ran = run_script("pipelines/evaluate.py", *arguments, "--size", 20)
     assert ran.returncode == 2
     assert "20x20 pixels cannot be cut into patches of 8x8" in ran.stderr
@@ -163,7 +193,7 @@ def test_a_changed_architecture_cannot_resume(run, place, run_script):
         (["--model.vocab_size", "77"], ["model.vocab_size is 77", "4096"]),
         (["--data.train", "nowhere/train-*.tar"], ["nowhere"]),
         (["--model.attention", "prefix"], ["text_loss_weight = 0"]),
-        (["--model.grid", "[4,4]"], ["grid", "encode"]),
+        (["--model.grid", "[4,4]"], ["model.grid is (4, 4), but the shards have (2, 2); leave it out"]),
         (["--data.text_tokenizer", "nowhere"], ["no text tokenizer at nowhere"]),
     ],
 )
@@ -203,6 +233,39 @@ def test_encoding_refuses_what_it_cannot_do(place, tiny_shards, run_script, tmp_
     )
     refused(run_script(script, tmp_path / "none", tmp_path, "--tokenizer", tokenizer), "none")
     refused(run_script(script, tiny_shards, tmp_path, "--size", "64x"), "--size", "64x")
+    (tmp_path / "test-000000.tar").touch()
+    refused(
+        run_script(script, tiny_shards, tmp_path, "--tokenizer", tokenizer, "--size", 16), "shards of test"
+    )
+
+
+def test_codes_that_are_being_replaced_do_not_say_whose_they_are(place, tiny_shards, run_script, tmp_path):
+    arguments = (tiny_shards, tmp_path / "codes", "--tokenizer", place / "tokenizer", "--size", 16)
+    assert run_script("pipelines/encode_images.py", *arguments).returncode == 0
+    full = mock.patch("mmvit.data.codes.pack_codes", side_effect=OSError("the disk is full"))
+    with full, pytest.raises(OSError, match="the disk is full"):
+        run_script("pipelines/encode_images.py", *arguments)
+    assert not (tmp_path / "codes/dataset.json").exists()
+
+
+def test_a_generator_trains_on_a_foreign_tokenizer_of_another_grid(place, tiny_shards, run_script, tmp_path):
+    config = VQGANConfig(
+        codebook_size=16, code_width=4, latent_width=4, stem_width=8, widths=(8, 8, 8, 8), num_groups=4,
+        encoder_attention=(), decoder_attention=(), blocks_per_level=1,
+    )  # fmt: skip
+    VQGAN(config).save_pretrained(tmp_path / "theirs")
+    size = ("--size", "16x24")
+    arguments = (tiny_shards, tmp_path / "codes", "--tokenizer", tmp_path / "theirs", *size)
+    ran = run_script("pipelines/encode_images.py", *arguments)
+    assert ran.returncode == 0, ran.stderr
+    ran = run_script(
+        "pipelines/train_caption_to_image.py", place / "config.toml", *SMALL,
+        "--data.train", f"{tmp_path}/codes/train-*.tar", "--data.held_out", f"{tmp_path}/codes/heldout-*.tar",
+        "--data.image_tokenizer", tmp_path / "theirs", "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    picture = Generator.from_pretrained(tmp_path / "run").generate(["red square"], seed=0)[0]
+    assert picture.size == (24, 16)
 
 
 def test_codes_of_the_discrete_vae_are_encoded_and_named(tiny_shards, run_script, tmp_path):

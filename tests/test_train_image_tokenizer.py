@@ -1,9 +1,14 @@
 """tokenizers/train_image_tokenizer.py: a run, its resumption, and the user's mistakes."""
 
 import json
+import re
+import runpy
 import shutil
+import tarfile
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +21,7 @@ from mmvit.models.vq import VQConfig, VQModel
 from mmvit.training import RunFolder
 from mmvit.training.checkpoint import read_state
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"codebook_size": 16, "encoder_width": 16, "decoder_widths": (16, 8)}  # the recipe's model
 
 
@@ -67,6 +73,55 @@ def test_the_script_trains_evaluates_and_exports(run_script, recipe, tmp_path):
     assert Image.open(tmp_path / "run" / "samples" / "step-000006.png").width > 8 * 96
     model = VQModel.from_pretrained(tmp_path / "run")
     assert model.encode(torch.zeros(1, 3, 16, 16)).shape == (1, 2, 2)
+
+
+def test_the_discrete_vae_is_trained_by_the_same_script(run_script, recipe, tmp_path):
+    dvae = "{kind = 'dvae', codebook_size = 16, width = 8, blocks_per_group = 1, code_width = 4}"
+    text = re.sub(r"\[model\].*?\[train\]", "[train]", recipe.read_text(), flags=re.DOTALL)
+    recipe.write_text(text)
+    ran = run_script("tokenizers/train_image_tokenizer.py", recipe, "--model", dvae)
+    assert ran.returncode == 0, ran.stderr
+    model = load_image_tokenizer(tmp_path / "run")
+    assert model.kind == "dvae"
+    assert model.passes == 6
+    records = [record for record in comparable(tmp_path / "run") if record["kind"] == "train"]
+    assert {"nll", "kl", "kl_weight", "temperature", "perplexity"} <= records[-1].keys()
+
+
+def test_a_collapse_is_told_while_it_happens(run_script, recipe):
+    main = runpy.run_path(str(ROOT / "tokenizers/train_image_tokenizer.py"), run_name="imported")
+    cases = {(0.1,): False, (0.3, 0.31): True, (0.3, 0.45): False, (1.0, 0.6): True, (0.6, 0.5): False}
+    for history, expected in cases.items():
+        assert main["is_collapsing"](list(history)) is expected, history
+    metrics = "mmvit.evaluation.code_use.use_metrics"
+    with (
+        mock.patch("mmvit.evaluation.code_use.draw_code_use"),
+        mock.patch(metrics, side_effect=[{"codes_in_use": 0.9}, {"codes_in_use": 0.2}]),
+    ):
+        ran = run_script("tokenizers/train_image_tokenizer.py", recipe, "--train.evaluate_every", 3)
+    assert ran.returncode == 0, ran.stderr
+    told = "only 20% of the codes are in use over the training pictures, after 90% at the evaluation before"
+    assert told in " ".join((ran.stdout + ran.stderr).split())
+
+
+def test_a_data_set_without_a_held_out_picture_is_named(run_script, recipe, tmp_path):
+    tarfile.open(tmp_path / "empty-000000.tar", "w").close()
+    arguments = ("--data.held_out", f"{tmp_path}/empty-*.tar")
+    ran = run_script("tokenizers/train_image_tokenizer.py", recipe, *arguments)
+    assert ran.returncode == 2, ran.stdout + ran.stderr
+    assert "empty-*.tar" in ran.stderr
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "simvq", "fsq"])
+def test_a_loss_that_is_no_number_names_the_batch_whatever_the_quantizer(
+    train_tokenizer, quantizer, monkeypatch
+):
+    monkeypatch.setattr(
+        "mmvit.data.samples.to_unit_range", lambda pixels: pixels.transpose(2, 0, 1) * np.float32("nan")
+    )
+    ran = train_tokenizer("--model.quantizer", quantizer, "--model.levels", "[4,4]")
+    assert ran.returncode == 2, ran.stdout + ran.stderr
+    assert re.search(r"step 1: the loss is nan in the batch of train-\d+", ran.stderr)
 
 
 def test_a_run_with_all_losses_resumes_bit_for_bit_and_exports_the_tokenizer_alone(
@@ -146,7 +201,7 @@ def test_by_default_the_plain_tokenizer_is_trained(tmp_path, train_tokenizer):
         (["--loss.lpips", "no.pth"], "there is no file no.pth"),
         (
             ["--loss.adversarial_weight", 1],
-            "loss.adversarial_start 1000 lies beyond train.steps 6, so the discriminator's judgement would",
+            "loss.adversarial_start 1000 lies beyond all 6 training passes, so the discriminator's",
         ),
         (
             ["--loss.adversarial_weight", 1, "--loss.adversarial_start", 5],  # said before training

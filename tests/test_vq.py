@@ -1,6 +1,7 @@
 """VQ image tokenizer: what its codes promise, and a codebook that stays alive."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -176,6 +177,18 @@ def update_on_rank(rank: int, folder: Path) -> None:
         codebook.update(vectors, codebook.nearest(vectors))
     torch.save(codebook.state_dict(), folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def test_reviving_a_code_does_not_change_the_gradient_of_its_batch():
+    torch.manual_seed(0)
+    settings = {"codebook_size": 8, "code_width": 4, "codebook_update": "gradient", "revive_below": 0.09}
+    quantizer, twin = (Codebook(QuantizerConfig(**settings)) for _ in range(2))
+    twin.load_state_dict(quantizer.state_dict())
+    encoded = torch.randn(1, 4, 4, 4)
+    with mock.patch.object(twin, "update", return_value={}):  # nothing is revived
+        gradients = [torch.autograd.grad(each(encoded)[1], each.sums)[0] for each in (quantizer, twin)]
+    assert not torch.equal(quantizer.sums, twin.sums)
+    assert torch.equal(*gradients)
 
 
 def test_processes_keep_one_codebook(tmp_path):

@@ -80,10 +80,11 @@ class ImageTokenizerRecipe(Recipe):
                 f"{changed} cannot be used with model.kind {self.model.kind!r}, whose loss is a likelihood: "
                 f"leave [loss] out, or set model.kind to {VQModel.kind!r}"
             )
-        if self.loss.adversarial_weight and self.loss.adversarial_start >= self.train.steps:
+        passes = self.train.steps * self.train.accumulation
+        if self.loss.adversarial_weight and self.loss.adversarial_start >= passes:
             raise ValueError(
-                f"loss.adversarial_start {self.loss.adversarial_start} lies beyond train.steps "
-                f"{self.train.steps}, so the discriminator's judgement would never count: lower it"
+                f"loss.adversarial_start {self.loss.adversarial_start} lies beyond all {passes} training "
+                "passes, so the discriminator's judgement would never count: lower it"
             )
         if self.loss.adversarial_adaptive and self.train.compile:
             raise ValueError(
@@ -123,20 +124,25 @@ def main() -> None:
             in_use.append(metrics["codes_in_use"])
             if session.processes.is_main:
                 draw_code_use(counts, session.run.path / "codes.png")
-                if len(in_use) > 1 and in_use[-1] < COLLAPSED and in_use[-1] <= in_use[-2]:
+                if is_collapsing(in_use):
                     warnings.warn(
-                        f"only {in_use[-1]:.0%} of the codes are in use over the training pictures, no more "
-                        "than at the evaluation before: the codebook is collapsing. Begin again with a lower "
-                        "optimizer.lr or fewer codes",
+                        f"only {in_use[-1]:.0%} of the codes are in use over the training pictures, after "
+                        f"{in_use[-2]:.0%} at the evaluation before: the codebook is collapsing. Begin again "
+                        "with a lower optimizer.lr or fewer codes",
                         stacklevel=2,
                     )
             return metrics
 
-        pixels = next(iter(one_epoch(session, data.held_out)))["pixels"][:DRAWN]
+        drawn = None
+        if session.processes.is_main:
+            first = next(iter(one_epoch(session, data.held_out)), None)
+            if first is None:
+                raise UserError(f"there is no picture in {', '.join(data.held_out)} to evaluate on")
+            drawn = first["pixels"][:DRAWN]
 
         def draw(model: nn.Module, step: int) -> None:
             session.run.samples.mkdir(exist_ok=True)
-            draw_reconstructions(model, pixels).save(session.run.samples / f"step-{step:06d}.png")
+            draw_reconstructions(model, drawn).save(session.run.samples / f"step-{step:06d}.png")
 
         if not session.recipe.loss.adds_anything:
             train(session, model, stream, evaluate, select="psnr", mode="max", after_evaluation=draw)
@@ -151,6 +157,14 @@ def main() -> None:
             after_evaluation=lambda objective, step: draw(objective.tokenizer, step),
             export=lambda objective, folder: objective.tokenizer.save_pretrained(folder),
         )
+
+
+def is_collapsing(in_use: list[float]) -> bool:
+    """Whether few codes are in use and hardly more than before, or far fewer than before."""
+    if len(in_use) < 2:
+        return False
+    *_, before, now = in_use
+    return (now < COLLAPSED and now < 1.1 * before) or now < 0.75 * before
 
 
 def draw_reconstructions(model: ImageTokenizer, pixels: Tensor) -> Image.Image:

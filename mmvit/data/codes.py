@@ -42,10 +42,21 @@ def unpack_codes(data: bytes, grid: tuple[int, int], codebook_size: int) -> np.n
             f"the codes are {describe(codes.shape)}, the model expects {describe(grid)}; {ENCODE_AGAIN}"
         )
     if codes.min() < 0 or codes.max() >= codebook_size:
-        raise UserError(
-            f"there is a code {codes.max()}, the codebook ends at {codebook_size - 1}; {ENCODE_AGAIN}"
-        )
+        wrong = codes.min() if codes.min() < 0 else codes.max()
+        raise UserError(f"there is a code {wrong}, the codebook ends at {codebook_size - 1}; {ENCODE_AGAIN}")
     return codes.astype(np.int64)
+
+
+def grid_of_codes(folder: Path) -> tuple[int, int]:
+    """(rows, columns) of every picture's codes in `folder`, as its dataset.json says.
+
+    Raises:
+        UserError: if the file does not say.
+    """
+    grid = read_dataset_card(folder).get("image_tokenizer", {}).get("grid")
+    if not isinstance(grid, list) or len(grid) != 2:
+        raise UserError(f"{folder}/dataset.json does not say which grid its codes have; {ENCODE_AGAIN}")
+    return tuple(grid)
 
 
 def check_codes_fit(folder: Path, grid: tuple[int, int], codebook_size: int, fingerprint: str) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmvit.errors import UserError
-from mmvit.models.classifier import Classifier
+from mmvit.models.classifier import Classifier, ClassifierConfig
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 
@@ -62,7 +62,6 @@ class FeatureDistance(FrozenDistance):
         if not self.depths or not 1 <= min(self.depths) <= max(self.depths) <= len(blocks):
             raise ValueError(f"depths {self.depths} of a core with blocks 1 to {len(blocks)}")
         self.classifier = classifier
-        self.register_buffer("luma", torch.tensor(LUMA).view(1, -1, 1, 1), persistent=False)
         self.freeze()
 
     def forward(self, one: Tensor, two: Tensor) -> Tensor:
@@ -87,9 +86,14 @@ class FeatureDistance(FrozenDistance):
 
     def fit(self, pixels: Tensor) -> Tensor:
         """pixels as the classifier reads them."""
-        config = self.classifier.config
-        if config.channels == 1:
-            pixels = (pixels * self.luma).sum(1, keepdim=True)
-        if tuple(pixels.shape[-2:]) != config.height_width:
-            pixels = F.interpolate(pixels, config.height_width, mode="bilinear", antialias=True)
-        return pixels
+        return fit_pixels(pixels, self.classifier.config)
+
+
+def fit_pixels(pixels: Tensor, config: ClassifierConfig) -> Tensor:
+    """pixels (batch, 3, height, width) as a classifier of `config` reads them: resized to its size, and where
+    it reads grey, to their luma."""
+    if config.channels == 1:
+        pixels = (pixels * pixels.new_tensor(LUMA).view(1, -1, 1, 1)).sum(1, keepdim=True)
+    if tuple(pixels.shape[-2:]) != config.height_width:
+        pixels = F.interpolate(pixels, config.height_width, mode="bilinear", antialias=True)
+    return pixels

@@ -103,7 +103,7 @@ class Codebook(nn.Module):
 
     def vectors(self) -> Tensor:
         """The codes, (codebook_size, code_width), each of length 1."""
-        return F.normalize(self.sums, dim=-1)
+        return F.normalize(self.sums.clone() if self.learns else self.sums, dim=-1)  # revival is in place
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """vectors (..., code_width) of length 1 → each one's nearest code, (...), compared in float32."""
@@ -189,8 +189,9 @@ class LinearCodebook(nn.Module):
             return (vectors.square().sum(-1) - 2 * encoded.float() @ vectors.T).argmin(-1)
 
     def vectors(self) -> Tensor:
-        """The codes, (codebook_size, code_width)."""
-        return self.mix(self.frozen)
+        """The codes, (codebook_size, code_width), in float32."""
+        with torch.autocast(self.frozen.device.type, enabled=False):
+            return self.mix(self.frozen)
 
 
 class FiniteScalar(nn.Module):
@@ -235,7 +236,7 @@ class FiniteScalar(nn.Module):
 
     def number(self, digits: Tensor) -> Tensor:
         """Rounded digits (..., dimensions) → codes (...), int64."""
-        return ((digits.round().long() + self.levels // 2) * self.place_values).sum(-1)
+        return ((digits.round().nan_to_num().long() + self.levels // 2) * self.place_values).sum(-1)
 
 
 QUANTIZERS = {"vq": Codebook, "simvq": LinearCodebook, "fsq": FiniteScalar}
