@@ -1,0 +1,63 @@
+"""Where a classifier looks: attention rollout (Abnar & Zuidema, 2005.00928), as the ViT paper draws it."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from mmvit.core.attention import Attention
+from mmvit.core.positions import rotate
+from mmvit.models.classifier import Classifier
+
+
+@torch.no_grad()
+def attention_weights(classifier: Classifier, pixels: Tensor) -> list[Tensor]:
+    """The attention of every block for `pixels` (batch, channels, height, width): (batch, heads, tokens,
+    tokens), each row with sum 1. Computed by plain products, whatever kernel the model uses."""
+    found: list[Tensor] = []
+
+    def keep(attention: Attention, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, _, rotations, *_ = inputs
+        query, key, _ = rearrange(
+            attention.qkv(x),
+            "batch tokens (three heads dim) -> three batch heads tokens dim",
+            three=3,
+            heads=attention.num_heads,
+        )
+        query, key = attention.query_norm(query), attention.key_norm(key)
+        if rotations is not None:
+            query, key = rotate(query, rotations), rotate(key, rotations)
+        logits = (query * attention.head_dim**-0.5) @ key.transpose(-1, -2)
+        found.append(logits.float().softmax(-1))
+
+    hooks = [block.attention.register_forward_hook(keep) for block in classifier.core.blocks]
+    try:
+        classifier.features(pixels)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def rollout(weights: list[Tensor]) -> Tensor:
+    """How much each token at the end is made of each token at the start, (batch, tokens, tokens): the product
+    over blocks of the heads' mean attention, half of it replaced by the identity for the residual path."""
+    mixed = None
+    for layer in weights:
+        mean = layer.mean(1)
+        own = 0.5 * mean + 0.5 * torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+        mixed = own if mixed is None else own @ mixed
+    return mixed
+
+
+def attention_maps(classifier: Classifier, pixels: Tensor) -> Tensor:
+    """What the head's vector is made of, as a picture of the images' size (batch, height, width) from 0 to 1:
+    the rollout from [CLS], or from the mean of all patches, to the patches."""
+    mixed = rollout(attention_weights(classifier, pixels))
+    prefix = classifier.num_prefix
+    read = mixed[:, :1] if classifier.config.pooling == "cls" else mixed[:, prefix:]
+    grid = read[:, :, prefix:].mean(1).unflatten(1, classifier.config.grid)[:, None]
+    sized = F.interpolate(grid, pixels.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    return sized / sized.amax((1, 2), keepdim=True)

@@ -1,0 +1,49 @@
+"""Whether a classifier is as sure as it is right, and what it takes for what."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Expected calibration error (1706.04599): the mean difference of confidence and accuracy over bins of
+    equal width of confidence, each with its share of the samples as its weight.
+
+    Args:
+        probabilities: (samples, classes), each row with sum 1; `labels` (samples,).
+    """
+    confidence, predicted = probabilities.double().max(1)
+    right = (predicted == labels).double()
+    places = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    differences = torch.zeros(bins, dtype=torch.float64).index_add_(0, places, confidence - right)
+    return (differences.abs().sum() / len(labels)).item()
+
+
+def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """(true class, predicted class) → how often, int64."""
+    places = labels * num_classes + predicted
+    return torch.bincount(places, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def draw_confusion(counts: Tensor, names: list[str], path: Path) -> None:
+    """Draws `confusion_matrix` with each true class's shares in a row."""
+    from matplotlib.figure import Figure  # takes half a second to import
+
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    side = max(4.0, 1.5 + 0.45 * len(names))
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(names) <= 40:
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+    if len(names) <= 20:
+        for row, column in (shares > 0.005).nonzero().tolist():
+            share = shares[row, column].item()
+            colour = "white" if share > 0.5 else "black"
+            text = {"ha": "center", "va": "center", "fontsize": 7, "color": colour}
+            axes.text(column, row, f"{100 * share:.0f}", **text)
+    axes.set(xlabel="predicted", ylabel="true", title="percent of each true class")
+    figure.colorbar(image, shrink=0.8)
+    figure.savefig(path, dpi=110)

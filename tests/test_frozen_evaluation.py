@@ -1,0 +1,134 @@
+"""Classifiers judged without training: exact values of each measure, and the script on tiny shards."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from mmvit.core.transformer import TransformerConfig
+from mmvit.evaluation.attention_maps import attention_maps, attention_weights, rollout
+from mmvit.evaluation.calibration import calibration_error, confusion_matrix
+from mmvit.evaluation.frozen import (
+    draw_shots,
+    few_shot_accuracy,
+    linear_probe_accuracy,
+    nearest_neighbour_accuracy,
+)
+from mmvit.models.classifier import Classifier, ClassifierConfig
+
+
+def clouds(number: int, dimensions: int, seed: int, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points around three centres, and which."""
+    centres = 3 * torch.randn(3, dimensions, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(number) % 3
+    noise = torch.randn(number, dimensions, generator=torch.Generator().manual_seed(seed))
+    return centres[labels] + spread * noise, labels
+
+
+@pytest.mark.parametrize(("number", "dimensions"), [(30, 5), (30, 200)])  # the primal form, and the dual
+def test_few_shot_regression_is_ridge_in_closed_form(number, dimensions):
+    features, labels = clouds(number, dimensions, 1, spread=6.0)
+    unseen, truth = clouds(300, dimensions, 2, spread=6.0)
+    mean, deviation = features.mean(0), features.std(0, correction=0) + 1e-5
+    known, others = (
+        torch.cat([(each - mean) / deviation, torch.full((len(each), 1), 100.0)], 1).double()
+        for each in (features, unseen)
+    )
+    targets = torch.where(labels[:, None] == torch.arange(3), 1.0, -1.0).double()
+    stacked = torch.cat([known, 1024**0.5 * torch.eye(known.shape[1])])  # least squares of both terms
+    zeros = torch.zeros(known.shape[1], 3, dtype=torch.float64)
+    weights = torch.linalg.lstsq(stacked, torch.cat([targets, zeros])).solution
+    expected = ((others @ weights).argmax(1) == truth).double().mean().item()
+    assert few_shot_accuracy(features, labels, unseen, truth) == expected
+    assert 0.4 < expected < 1
+
+
+def test_shots_are_so_many_of_each_class_and_a_draw_of_its_own():
+    labels = torch.tensor([0] * 10 + [1] * 3 + [5] * 10)
+    drawn = draw_shots(labels, 5, seed=0)
+    assert labels[drawn].bincount().tolist() == [5, 3, 0, 0, 0, 5]
+    assert len(drawn.unique()) == 13
+    assert torch.equal(drawn, draw_shots(labels, 5, seed=0))
+    assert not torch.equal(drawn, draw_shots(labels, 5, seed=1))
+
+
+def test_neighbours_vote_with_their_weights():
+    known = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, 0.6], [0.0, 1.0]])
+    labels, unseen = torch.tensor([2, 0, 0, 1]), torch.tensor([[2.0, 0.0]])
+    # similarities 1, 0.8, 0.8: exp(1 / t) against 2 exp(0.8 / t), equal at t = 0.2 / ln 2 = 0.289
+    vote = {"neighbours": 3}
+    assert nearest_neighbour_accuracy(known, labels, unseen, torch.tensor([2]), temperature=0.28, **vote) == 1
+    assert nearest_neighbour_accuracy(known, labels, unseen, torch.tensor([0]), temperature=0.30, **vote) == 1
+
+
+def test_the_linear_probe_separates_what_can_be_separated():
+    features, labels = clouds(60, 8, 1)
+    unseen, truth = clouds(300, 8, 2)
+    assert linear_probe_accuracy(features, labels * 4, unseen, truth * 4) > 0.99
+    assert linear_probe_accuracy(features, labels, unseen, (truth + 1) % 3) < 0.01
+
+
+def test_calibration_has_its_exact_value():
+    sure = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.35, 0.65], [0.35, 0.65]])
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    expected = 4 / 6 * abs(0.9 - 3 / 4) + 2 / 6 * abs(0.65 - 1)
+    assert calibration_error(sure, labels, bins=10) == pytest.approx(expected)
+    counts = confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 2]), 3)
+    assert counts.tolist() == [[1, 1, 0], [0, 0, 0], [0, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("pooling", "positions"), [("cls", "learned_1d"), ("mean", "rotary_2d"), ("mean_beside_cls", "none")]
+)
+@torch.no_grad()
+def test_attention_maps_are_made_of_the_attention_that_the_model_computes(pooling, positions):
+    torch.manual_seed(0)
+    core = TransformerConfig(width=16, depth=2, num_heads=2, qk_norm=True)
+    config = ClassifierConfig(
+        image_size=(16, 32), patch_size=8, num_classes=3, pooling=pooling, positions=positions, core=core
+    )
+    model = Classifier(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    pixels = torch.randn(2, 3, 16, 32)
+    seen = []
+    attention = model.core.blocks[1].attention
+    hook = attention.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    weights = attention_weights(model, pixels)
+    hook.remove()
+    (x, output), tokens = seen[0], 8 + model.num_prefix
+    assert [w.shape for w in weights] == [(2, 2, tokens, tokens)] * 2
+    value = attention.qkv(x).chunk(3, -1)[2].unflatten(-1, (2, 8)).transpose(1, 2)
+    by_weights = attention.out((weights[1] @ value).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(by_weights, output)
+    first, second = (0.5 * w.mean(1) + 0.5 * torch.eye(tokens) for w in weights)
+    torch.testing.assert_close(rollout(weights), second @ first)
+    torch.testing.assert_close(rollout(weights).sum(-1), torch.ones(2, tokens))
+    maps = attention_maps(model, pixels)
+    assert maps.shape == (2, 16, 32)
+    torch.testing.assert_close(maps.amax((1, 2)), torch.ones(2))
+    assert maps.min() > 0
+
+
+def test_the_script_measures_and_draws(run_script, tiny_shards, tmp_path):
+    core = TransformerConfig(width=16, depth=1, num_heads=2)
+    torch.manual_seed(0)
+    model = Classifier(ClassifierConfig(image_size=16, patch_size=8, num_classes=4, core=core))
+    torch.nn.init.normal_(model.head.weight)
+    model.save_pretrained(tmp_path / "model")
+    out = tmp_path / "new" / "sheet.png"
+    arguments = (tmp_path / "model", tiny_shards, "--split", "heldout", "--features", "--out", out)
+    ran = run_script("pipelines/evaluate_classifier.py", *arguments)
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads(out.with_suffix(".json").read_text())
+    assert figures["pictures"] == 8
+    assert len(figures["accuracy_of_class"]) == 4
+    assert sum(figures["accuracy_of_class"].values()) / 4 == pytest.approx(figures["accuracy"])
+    assert figures["linear_probe_accuracy"] == figures["25_shot_accuracy"] == 1  # colours are easy
+    assert figures["nearest_neighbour_accuracy"] > 0.9
+    assert Image.open(out).width > 300
+    assert Image.open(out.with_name("sheet-attention.png")).height > 8 * 96
+    ran = run_script("pipelines/evaluate_classifier.py", tmp_path / "model", tiny_shards, "--split", "none")
+    assert ran.returncode == 2
+    assert "none-*.tar" in ran.stderr
