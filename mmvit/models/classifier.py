@@ -126,18 +126,24 @@ class Classifier(Pretrained, nn.Module):
         expected = (self.config.channels, *self.config.height_width)
         if tuple(pixels.shape[1:]) != expected:
             raise ValueError(f"pixels are {tuple(pixels.shape[1:])}, this classifier reads {expected}")
-        x = self.stem(pixels)
+        x = self.tokens(self.stem(pixels), normalized=not self.config.norm_after_pooling)
+        x = x[:, 0] if self.config.pooling == "cls" else x[:, self.num_prefix :].mean(1)
+        if self.config.norm_after_pooling:
+            x = self.core.norm(x)
+        return self.representation(x).tanh() if self.config.representation_width else x
+
+    def tokens(self, patches: Tensor, normalized: bool = True) -> Tensor:
+        """patches (batch, rows · columns, width), as the stem gives them → what the core makes of [CLS], if
+        there is one, and of the patches, (batch, [1 +] patches, width); in training of those that patch
+        dropout leaves."""
+        x = patches
         if self.num_prefix:
             x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
         x = self.dropout(self.positions.add(x))
         rotations = self.positions.rotations(0, x.shape[1])
         if self.training and self.config.patch_dropout:
             x, rotations = self.drop_patches(x, rotations)
-        x = self.core(x, rotations=rotations, normalized=not self.config.norm_after_pooling)
-        x = x[:, 0] if self.config.pooling == "cls" else x[:, self.num_prefix :].mean(1)
-        if self.config.norm_after_pooling:
-            x = self.core.norm(x)
-        return self.representation(x).tanh() if self.config.representation_width else x
+        return self.core(x, rotations=rotations, normalized=normalized)
 
     def drop_patches(
         self, x: Tensor, rotations: tuple[Tensor, Tensor] | None

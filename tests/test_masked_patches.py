@@ -1,0 +1,100 @@
+"""Masked patch prediction as in the paper's appendix: what is corrupted, what is predicted, from where."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmvit.core.transformer import TransformerConfig
+from mmvit.errors import UserError
+from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.masked_patches import MaskedPatches, MaskedPatchesConfig, colours, cut
+
+CORE = TransformerConfig(width=16, depth=1, num_heads=2)
+
+
+def objective(shape: dict | None = None, **settings) -> MaskedPatches:
+    torch.manual_seed(0)
+    config = ClassifierConfig(
+        **{"image_size": 32, "patch_size": 4, "num_classes": 3, "core": CORE, **(shape or {})}
+    )
+    return MaskedPatches(Classifier(config), MaskedPatchesConfig(**settings))
+
+
+def test_half_of_the_patches_are_corrupted_and_most_of_them_masked():
+    model, embedded = objective(), torch.randn(200, 64, 16)
+    result, corrupted = model.corrupt(embedded)
+    assert (corrupted.sum(1) == 32).all()
+    assert torch.equal(result[~corrupted], embedded[~corrupted])
+    masked = (result == model.mask).all(-1)
+    same = (result == embedded).all(-1)
+    elsewhere = (result.unsqueeze(2) == embedded.unsqueeze(1)).all(-1).any(-1) & ~same  # of the same image
+    shares = [kind[corrupted].float().mean().item() for kind in (masked, elsewhere, same)]
+    assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.02)
+    assert (masked | elsewhere | same).all()
+    assert not (masked | elsewhere)[~corrupted].any()
+    assert corrupted.float().mean(0).std() < 0.06  # every place as often
+
+
+def test_colours_are_three_bits_a_channel():
+    patch = torch.tensor([[-1.0, 0.99, 0.01], [1.0, -0.26, -0.24]]).view(2, 3, 1, 1).expand(-1, -1, 4, 4)
+    assert colours(patch, 1).tolist() == [[0 * 64 + 7 * 8 + 4], [7 * 64 + 2 * 8 + 3]]
+    halves = torch.cat([torch.full((1, 1, 8, 4), -0.9), torch.full((1, 1, 8, 4), 0.9)], -1)
+    assert colours(halves, 1).tolist() == [[4]]  # the mean is 0
+    assert colours(halves, 2).tolist() == [[0, 7, 0, 7]]
+
+
+def test_patches_are_cut_in_the_order_of_the_tokens():
+    model, pixels = objective(), torch.randn(2, 3, 32, 32)
+    stem = model.classifier.stem
+    torch.testing.assert_close(stem.proj(cut(pixels, 4).flatten(2)), stem(pixels))
+
+
+@pytest.mark.parametrize("target", ["mean_colour", "colour_grid", "pixels"])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_the_loss_is_over_every_corrupted_patch_and_no_other(target, pooling):
+    model, pixels = objective({"pooling": pooling}, target=target), torch.rand(3, 3, 32, 32) * 2 - 1
+    torch.manual_seed(1)
+    loss, metrics = model.loss({"pixels": pixels})
+    torch.manual_seed(1)
+    classifier = model.classifier
+    embedded, corrupted = model.corrupt(classifier.stem(pixels))
+    predicted = model.predict(classifier.tokens(embedded)[:, classifier.num_prefix :])
+    patches = pixels.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+    total, number = 0.0, 0
+    for image, place in corrupted.nonzero().tolist():
+        made, patch = predicted[image, place], patches[image, place]
+        if target == "pixels":
+            total += F.mse_loss(made, patch.flatten())
+        elif target == "mean_colour":
+            total += F.cross_entropy(made, colours(patch[None], 1)[0, 0])
+        else:
+            total += F.cross_entropy(made.view(16, 512), colours(patch[None], 4)[0])
+        number += 1
+    torch.testing.assert_close(loss, total / number)
+    assert ("accuracy" in metrics) == (target != "pixels")
+    loss.backward()
+    untouched = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert untouched == set()
+    assert model.mask.grad.any()
+    assert classifier.head.weight.grad is None
+
+
+def test_it_learns_what_is_around():
+    model = objective({"image_size": 16})
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for step in range(100):
+        ends = torch.randint(2, (16, 3, 1, 1), generator=torch.Generator().manual_seed(step)) * 1.8 - 0.9
+        loss, _ = model.loss({"pixels": ends.expand(-1, -1, 16, 16)})
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.5  # of 6.2: pictures of one of 8 colours
+
+
+def test_what_cannot_be_predicted_is_refused():
+    with pytest.raises(UserError, match="patch_size 2 cannot be cut into 4x4 cells"):
+        objective({"patch_size": 2}, target="colour_grid")
+    with pytest.raises(UserError, match=r"patch_dropout leaves out what masked patches predict"):
+        objective({"patch_dropout": 0.5})
+    with pytest.raises(UserError, match=r"masked 0\.8 and swapped 0\.3 are more than all"):
+        objective(swapped=0.3)
