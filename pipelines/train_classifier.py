@@ -7,7 +7,8 @@
     deepspeed pipelines/train_classifier.py configs/fashion_mnist.toml \\
         --deepspeed configs/deepspeed/zero2.json --optimizer.name adamw
 
-    python pipelines/train_classifier.py configs/fashion_mnist_finetune.toml --start.model runs/fashion-mnist
+    python pipelines/train_classifier.py configs/fashion_mnist_vit.toml \\
+        --start.model runs/fashion-mnist-masked
 
 With `start.model` a run begins from trained weights (a run folder, or what pipelines/convert_weights.py has
 written): `[model]` needs only what differs, positions are resized to its grid, and the head is a new one of

@@ -2,6 +2,7 @@
 alone, configs load."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,7 +116,7 @@ def recipes() -> dict[str, str]:
     found = {}
     for config in sorted((ROOT / "configs").glob("*.toml")):
         lines = config.read_text(encoding="utf-8").splitlines()
-        commands = [line for line in lines if line.startswith("#") and "/train_" in line]
+        commands = [line for line in lines if re.match(r"#.*/(pre)?train_", line)]
         assert commands, f"{config} does not say its command on top"
         found[config.name] = next(word for word in commands[0].split() if word.endswith(".py"))
     return found

@@ -1,5 +1,7 @@
 """Masked patch prediction as in the paper's appendix: what is corrupted, what is predicted, from where."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,3 +100,38 @@ def test_what_cannot_be_predicted_is_refused():
         objective({"patch_dropout": 0.5})
     with pytest.raises(UserError, match=r"masked 0\.8 and swapped 0\.3 are more than all"):
         objective(swapped=0.3)
+
+
+def test_a_classifier_is_pre_trained_without_classes_and_started_from(run_script, tiny_shards, tmp_path):
+    data = f"""
+        [data]
+        train = "{tiny_shards}/train-*.tar"
+        held_out = "{tiny_shards}/heldout-*.tar"
+        [model]
+        image_size = 16
+        patch_size = 4
+        num_classes = 4
+        core = {{ width = 16, depth = 1, num_heads = 2 }}
+        [train]
+        steps = 2
+        batch_size = 8
+        num_workers = 0
+        precision = "fp32"
+        """
+    recipes = {name: tmp_path / f"{name}.toml" for name in ("masked", "tuned")}
+    for name, path in recipes.items():
+        path.write_text(f'output = "{tmp_path / name}"\n{data}')
+    ran = run_script("pipelines/pretrain_classifier.py", recipes["masked"])
+    assert ran.returncode == 0, ran.stderr
+    held_out = json.loads((tmp_path / "masked/metrics.jsonl").read_text().splitlines()[-1])
+    assert {"loss", "accuracy"} <= held_out.keys()
+    start = Classifier.from_pretrained(tmp_path / "masked")
+    ran = run_script(
+        "pipelines/train_classifier.py", recipes["tuned"], "--start.model", tmp_path / "masked",
+        "--start.freeze", '["stem", "core"]',
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    tuned = Classifier.from_pretrained(tmp_path / "tuned")
+    assert torch.equal(tuned.core.norm.weight, start.core.norm.weight)
+    assert torch.equal(tuned.stem.proj.weight, start.stem.proj.weight)
+    assert tuned.head.weight.any()

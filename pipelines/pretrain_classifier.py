@@ -1,0 +1,79 @@
+"""Pre-trains a classifier on shards of pictures without classes, by masked patch prediction.
+
+    python pipelines/pretrain_classifier.py configs/fashion_mnist_masked.toml
+    python pipelines/train_classifier.py configs/fashion_mnist_vit.toml \\
+        --start.model runs/fashion-mnist-masked
+
+The run folder (`output` in the recipe) gets config.toml, metrics.jsonl, curves.png, checkpoints/, and the
+exported classifiers best/ (by held-out loss) and last/, from which train_classifier.py starts. Ctrl-C saves
+first; --resume continues exactly there.
+"""
+
+from pydantic import Field
+from torch import nn
+
+from mmvit.config import Config
+from mmvit.data.augment import AugmentConfig
+from mmvit.data.samples import PixelsSample
+from mmvit.data.shards import ShardPatterns
+from mmvit.data.stream import ShardStream
+from mmvit.errors import run_script
+from mmvit.evaluation.likelihood import mean_loss
+from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.masked_patches import MaskedPatches, MaskedPatchesConfig
+from mmvit.training import Recipe, open_session, train
+
+
+class DataConfig(Config):
+    """Shards with `png|jpg|webp`, and what is done to the training pictures."""
+
+    train: ShardPatterns
+    held_out: ShardPatterns
+    shuffle_buffer: int = Field(10_000, ge=0)
+    augment: AugmentConfig = AugmentConfig()
+
+
+class PretrainingRecipe(Recipe):
+    """CONFIG.toml of this script."""
+
+    data: DataConfig
+    model: ClassifierConfig
+    masked_patches: MaskedPatchesConfig = MaskedPatchesConfig()
+
+
+def main() -> None:
+    with open_session(PretrainingRecipe, __doc__) as session:
+        recipe, data, processes = session.recipe, session.recipe.data, session.processes
+        place = {"rank": processes.rank, "world_size": processes.world_size}
+        stream = ShardStream(
+            data.train,
+            PixelsSample(recipe.model.height_width, data.augment),
+            session.micro_batch_size,
+            seed=recipe.train.seed,
+            num_workers=recipe.train.num_workers,
+            shuffle_buffer=data.shuffle_buffer,
+            **place,
+        )
+        held_out = ShardStream(
+            data.held_out,
+            PixelsSample(recipe.model.height_width),
+            session.micro_batch_size,
+            shuffle_buffer=0,
+            repeat=False,
+            **place,
+        )
+
+        def evaluate(objective: nn.Module) -> dict[str, float]:
+            return mean_loss(objective, held_out, count="pixels")
+
+        train(
+            session,
+            MaskedPatches(Classifier(recipe.model), recipe.masked_patches),
+            stream,
+            evaluate,
+            export=lambda objective, folder: objective.classifier.save_pretrained(folder),
+        )
+
+
+if __name__ == "__main__":
+    run_script(main)
