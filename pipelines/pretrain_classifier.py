@@ -1,4 +1,5 @@
-"""Pre-trains a classifier on shards of pictures without classes, by masked patch prediction.
+"""Pre-trains a classifier on shards of pictures without classes: by masked patch prediction as in the ViT
+paper, or by BYOL (`method = "byol"`).
 
     python pipelines/pretrain_classifier.py configs/fashion_mnist_masked.toml
     python pipelines/train_classifier.py configs/fashion_mnist_vit.toml \\
@@ -9,6 +10,8 @@ exported classifiers best/ (by held-out loss) and last/, from which train_classi
 first; --resume continues exactly there.
 """
 
+from typing import Literal
+
 from pydantic import Field
 from torch import nn
 
@@ -17,8 +20,10 @@ from mmvit.data.augment import AugmentConfig
 from mmvit.data.samples import PixelsSample
 from mmvit.data.shards import ShardPatterns
 from mmvit.data.stream import ShardStream
+from mmvit.data.views import Views, ViewsConfig
 from mmvit.errors import run_script
 from mmvit.evaluation.likelihood import mean_loss
+from mmvit.models.byol import BYOL, BYOLConfig
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.masked_patches import MaskedPatches, MaskedPatchesConfig
 from mmvit.training import Recipe, open_session, train
@@ -38,7 +43,10 @@ class PretrainingRecipe(Recipe):
 
     data: DataConfig
     model: ClassifierConfig
+    method: Literal["masked_patches", "byol"] = "masked_patches"
     masked_patches: MaskedPatchesConfig = MaskedPatchesConfig()
+    byol: BYOLConfig = BYOLConfig()
+    views: ViewsConfig = ViewsConfig()
 
 
 def main() -> None:
@@ -63,14 +71,25 @@ def main() -> None:
             **place,
         )
 
+        classifier, prepare = Classifier(recipe.model), None
+        if recipe.method == "byol":
+            objective: nn.Module = BYOL(
+                classifier, recipe.byol, recipe.train.steps * recipe.train.accumulation
+            )
+            prepare = Views(recipe.views, recipe.model.height_width)
+        else:
+            objective = MaskedPatches(classifier, recipe.masked_patches)
+
         def evaluate(objective: nn.Module) -> dict[str, float]:
-            return mean_loss(objective, held_out, count="pixels")
+            batches = held_out if prepare is None else map(prepare, held_out)
+            return mean_loss(objective, batches, count="pixels")
 
         train(
             session,
-            MaskedPatches(Classifier(recipe.model), recipe.masked_patches),
+            objective,
             stream,
             evaluate,
+            prepare=prepare,
             export=lambda objective, folder: objective.classifier.save_pretrained(folder),
         )
 

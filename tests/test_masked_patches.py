@@ -102,7 +102,10 @@ def test_what_cannot_be_predicted_is_refused():
         objective(swapped=0.3)
 
 
-def test_a_classifier_is_pre_trained_without_classes_and_started_from(run_script, tiny_shards, tmp_path):
+@pytest.mark.parametrize("method", ["masked_patches", "byol"])
+def test_a_classifier_is_pre_trained_without_classes_and_started_from(
+    method, run_script, tiny_shards, tmp_path
+):
     data = f"""
         [data]
         train = "{tiny_shards}/train-*.tar"
@@ -121,10 +124,10 @@ def test_a_classifier_is_pre_trained_without_classes_and_started_from(run_script
     recipes = {name: tmp_path / f"{name}.toml" for name in ("masked", "tuned")}
     for name, path in recipes.items():
         path.write_text(f'output = "{tmp_path / name}"\n{data}')
-    ran = run_script("pipelines/pretrain_classifier.py", recipes["masked"])
+    ran = run_script("pipelines/pretrain_classifier.py", recipes["masked"], "--method", method)
     assert ran.returncode == 0, ran.stderr
     held_out = json.loads((tmp_path / "masked/metrics.jsonl").read_text().splitlines()[-1])
-    assert {"loss", "accuracy"} <= held_out.keys()
+    assert {"loss", "accuracy" if method == "masked_patches" else "spread"} <= held_out.keys()
     start = Classifier.from_pretrained(tmp_path / "masked")
     ran = run_script(
         "pipelines/train_classifier.py", recipes["tuned"], "--start.model", tmp_path / "masked",
