@@ -52,6 +52,7 @@ TRAIN, HELD_OUT = ("train-*.tar",), ("combinations-*.tar", "heldout-*.tar")
 
 OURS: dict[str, dict[str, Any]] = {
     "vq": {},
+    "vq-slow": {"codebook_decay": 0.99},
     "vq-gradient": {"codebook_update": "gradient"},
     "vq-kmeans": {"kmeans_steps": 10},
     "simvq": {"quantizer": "simvq"},

@@ -38,7 +38,7 @@ class QuantizerConfig(Config):
     codebook_update: Literal["ema", "gradient"] = Field(
         "ema", description="of vq: averages of the vectors that chose a code, or the optimizer"
     )
-    codebook_decay: float = Field(0.99, ge=0, lt=1, description="of the averages of a code's vectors and use")
+    codebook_decay: float = Field(0.95, ge=0, lt=1, description="of the averages of a code's vectors and use")
     kmeans_steps: int = Field(0, ge=0, description="of k-means on the first batch, that vq starts from")
     revive_below: float = Field(
         0.01, ge=0, lt=REVIVED_USE, description="a code is dead below this share of the average code's use"
