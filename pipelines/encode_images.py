@@ -86,8 +86,12 @@ def find_splits(folder: Path) -> dict[str, list[Path]]:
     """`train-000000.tar`, ... by split."""
     splits: dict[str, list[Path]] = {}
     for shard in expand_shards(folder):
-        splits.setdefault(shard.stem.rpartition("-")[0] or shard.stem, []).append(shard)
+        splits.setdefault(split_of(shard), []).append(shard)
     return splits
+
+
+def split_of(shard: Path) -> str:
+    return shard.stem.rpartition("-")[0] or shard.stem
 
 
 def make_room(out: Path, splits: Iterable[str]) -> None:
@@ -96,7 +100,7 @@ def make_room(out: Path, splits: Iterable[str]) -> None:
     Raises:
         UserError: when some would stay, because the source has nothing in their place.
     """
-    there = {path.stem.rpartition("-")[0] or path.stem for path in out.glob("*.tar")}
+    there = {split_of(shard) for shard in out.glob("*.tar")}
     if left := there - set(splits):
         raise UserError(
             f"{out} holds shards of {', '.join(sorted(left))}, which the source does not have; remove them, "

@@ -81,6 +81,18 @@ class Attention(nn.Module):
             cache: the cache and this layer's number; keys and values of earlier tokens are then taken from
                 it.
         """
+        query, key, value = self.heads(x, rotations)
+        if cache is not None:
+            store, layer = cache
+            key, value = store.extend(layer, key, value)
+        attended = attend(query, key, value, mask, is_causal, self.kernel)
+        return self.out(rearrange(attended, "batch heads tokens dim -> batch tokens (heads dim)"))
+
+    def heads(
+        self, x: Tensor, rotations: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (batch, tokens, width) → queries, keys and values as they meet, each (batch, heads, tokens,
+        head_dim)."""
         query, key, value = rearrange(
             self.qkv(x),
             "batch tokens (three heads dim) -> three batch heads tokens dim",
@@ -90,11 +102,7 @@ class Attention(nn.Module):
         query, key = self.query_norm(query), self.key_norm(key)
         if rotations is not None:
             query, key = rotate(query, rotations), rotate(key, rotations)
-        if cache is not None:
-            store, layer = cache
-            key, value = store.extend(layer, key, value)
-        attended = attend(query, key, value, mask, is_causal, self.kernel)
-        return self.out(rearrange(attended, "batch heads tokens dim -> batch tokens (heads dim)"))
+        return query, key, value
 
 
 def attend(

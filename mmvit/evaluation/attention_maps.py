@@ -4,11 +4,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from mmvit.core.attention import Attention
-from mmvit.core.positions import rotate
 from mmvit.models.classifier import Classifier
 
 
@@ -20,15 +18,7 @@ def attention_weights(classifier: Classifier, pixels: Tensor) -> list[Tensor]:
 
     def keep(attention: Attention, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, _, _, rotations, *_ = inputs
-        query, key, _ = rearrange(
-            attention.qkv(x),
-            "batch tokens (three heads dim) -> three batch heads tokens dim",
-            three=3,
-            heads=attention.num_heads,
-        )
-        query, key = attention.query_norm(query), attention.key_norm(key)
-        if rotations is not None:
-            query, key = rotate(query, rotations), rotate(key, rotations)
+        query, key, _ = attention.heads(x, rotations)
         logits = (query * attention.head_dim**-0.5) @ key.transpose(-1, -2)
         found.append(logits.float().softmax(-1))
 

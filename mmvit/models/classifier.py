@@ -12,7 +12,7 @@ from mmvit.core.dropout import Dropout
 from mmvit.core.positions import PositionKind, Positions
 from mmvit.core.transformer import Transformer, TransformerConfig
 from mmvit.hub import Pretrained
-from mmvit.models.resnet import GROUPS, classification_loss
+from mmvit.models.resnet import GROUPS, classification_loss, stem_stride
 from mmvit.models.stems import SMALLEST_PATCH, StemKind, build_stem
 
 
@@ -65,7 +65,7 @@ class ClassifierConfig(Config):
         return self
 
     def _check_resnet(self) -> None:
-        stride = 4 * 2 ** (len(self.stem_blocks) - 1)
+        stride = stem_stride(self.stem_blocks)
         if not self.stem_blocks or self.patch_size % stride:
             raise ValueError(
                 f"stem_blocks {self.stem_blocks} of a resnet stem give places of {stride} pixels, of which "

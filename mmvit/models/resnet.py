@@ -110,6 +110,11 @@ class ResNetStem(nn.Module):
         return self.proj(x.transpose(1, 2))
 
 
+def stem_stride(depths: tuple[int, ...]) -> int:
+    """Pixels, along each side, of a place that a `ResNetStem` of these stages gives."""
+    return 4 * 2 ** (len(depths) - 1)
+
+
 class StandardizedConv(nn.Conv2d):
     """A convolution without bias whose kernels have mean 0 and variance 1 (weight standardisation,
     1903.10520). `same` pads as TensorFlow does, which is not even where the stride is 2."""

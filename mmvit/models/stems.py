@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmvit.core.hidden import HiddenLayers
-from mmvit.models.resnet import ResNetStem
+from mmvit.models.resnet import ResNetStem, stem_stride
 
 StemKind = Literal["patch", "conv", "residual", "resnet"]
 SMALLEST_PATCH = {"patch": 1, "conv": 2, "residual": 4}  # of each kind; convolutions need a power of two
@@ -129,8 +129,8 @@ def build_stem(
     stem_blocks: tuple[int, ...] = (2, 1),
 ) -> nn.Module:
     if kind == "resnet":
-        stride = 4 * 2 ** (len(stem_blocks) - 1)
-        return ResNetStem(channels, width, stem_width, stem_blocks, patch_size // stride)
+        squares = patch_size // stem_stride(stem_blocks)
+        return ResNetStem(channels, width, stem_width, stem_blocks, squares)
     if kind == "residual":
         return ResidualStem(patch_size, channels, width, stem_width, stem_blocks)
     return (PatchStem if kind == "patch" else ConvStem)(patch_size, channels, width)
