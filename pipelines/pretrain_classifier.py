@@ -1,5 +1,5 @@
 """Pre-trains a classifier on shards of pictures without classes: by masked patch prediction as in the ViT
-paper, or by BYOL (`method = "byol"`).
+paper, by BYOL (`method = "byol"`) or by MAE (`method = "mae"`).
 
     python pipelines/pretrain_classifier.py configs/fashion_mnist_masked.toml
     python pipelines/train_classifier.py configs/fashion_mnist_vit.toml \\
@@ -25,6 +25,7 @@ from mmvit.errors import run_script
 from mmvit.evaluation.likelihood import mean_loss
 from mmvit.models.byol import BYOL, BYOLConfig
 from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderConfig
 from mmvit.models.masked_patches import MaskedPatches, MaskedPatchesConfig
 from mmvit.training import Recipe, open_session, train
 
@@ -43,10 +44,20 @@ class PretrainingRecipe(Recipe):
 
     data: DataConfig
     model: ClassifierConfig
-    method: Literal["masked_patches", "byol"] = "masked_patches"
+    method: Literal["masked_patches", "byol", "mae"] = "masked_patches"
     masked_patches: MaskedPatchesConfig = MaskedPatchesConfig()
     byol: BYOLConfig = BYOLConfig()
+    mae: MaskedAutoencoderConfig = MaskedAutoencoderConfig()
     views: ViewsConfig = ViewsConfig()
+
+
+def build_objective(recipe: PretrainingRecipe) -> nn.Module:
+    classifier = Classifier(recipe.model)
+    if recipe.method == "byol":
+        return BYOL(classifier, recipe.byol, recipe.train.steps * recipe.train.accumulation)
+    if recipe.method == "mae":
+        return MaskedAutoencoder(classifier, recipe.mae)
+    return MaskedPatches(classifier, recipe.masked_patches)
 
 
 def main() -> None:
@@ -71,14 +82,8 @@ def main() -> None:
             **place,
         )
 
-        classifier, prepare = Classifier(recipe.model), None
-        if recipe.method == "byol":
-            objective: nn.Module = BYOL(
-                classifier, recipe.byol, recipe.train.steps * recipe.train.accumulation
-            )
-            prepare = Views(recipe.views, recipe.model.height_width)
-        else:
-            objective = MaskedPatches(classifier, recipe.masked_patches)
+        objective = build_objective(recipe)
+        prepare = Views(recipe.views, recipe.model.height_width) if recipe.method == "byol" else None
 
         def evaluate(objective: nn.Module) -> dict[str, float]:
             batches = held_out if prepare is None else map(prepare, held_out)

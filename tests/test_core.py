@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from mmvit.core.attention import attend
+from mmvit.core.attention import Attention, attend
 from mmvit.core.dropout import Dropout
 from mmvit.core.masks import additive, causal, prefix
 from mmvit.core.norm import RMSNorm
-from mmvit.core.positions import Positions, rotate, sincos
+from mmvit.core.positions import Positions, RelativePositions, rotate, sincos
 from mmvit.core.transformer import Transformer, TransformerConfig
 
 VARIANTS = {
@@ -134,6 +134,34 @@ def test_learned_2d_is_row_plus_column():
     added = positions.add(torch.zeros(1, 17, 4))[0]
     torch.testing.assert_close(added[2 + 1 * 5 + 4], positions.row_table[1] + positions.column_table[4])
     torch.testing.assert_close(added[:2], positions.prefix_table)
+
+
+def test_learned_2d_concat_is_half_row_half_column():
+    positions = Positions("learned_2d_concat", 8, 4, prefix_length=1, grid=(2, 3))
+    found = positions.add(torch.zeros(1, 7, 8))[0]
+    assert torch.equal(found[0], positions.prefix_table[0])
+    expected = torch.cat([positions.row_table[1], positions.column_table[2]])
+    assert torch.equal(found[1 + 5], expected)
+
+
+@pytest.mark.parametrize("kernel", ["plain", "sdpa"])
+def test_relative_positions_add_what_each_query_says_of_each_offset(kernel):
+    torch.manual_seed(0)
+    attention = Attention(8, 2, kernel=kernel)
+    relative = RelativePositions(1, length=3, head_dim=4)
+    torch.nn.init.normal_(relative.table)
+    x, offsets = torch.randn(2, 3, 8), relative.table[0]
+    mask = additive(causal(3), torch.float32)
+    query, key, value = attention.heads(x)
+    logits = torch.empty(2, 2, 3, 3)
+    for q in range(3):
+        for k in range(3):
+            towards = key[:, :, k] + offsets[q - k + 2]
+            logits[:, :, q, k] = (query[:, :, q] * towards).sum(-1) / 2
+    expected = attention.out(((logits + mask).softmax(-1) @ value).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x, mask, offsets=offsets), expected)
+    with pytest.raises(ValueError, match="2 tokens have 3 offsets, 5 were given"):
+        attention(x[:, :2], offsets=offsets)
 
 
 def test_rmsnorm_equals_torch():

@@ -80,6 +80,24 @@ def test_a_fine_tuned_classifier_is_the_trained_one_with_another_head(positions)
     assert torch.equal(wide.core.norm.weight, source.core.norm.weight)
 
 
+def test_positions_of_every_layer_are_resized_and_relative_ones_cannot_be():
+    settings = {"positions": "learned_2d_concat", "positions_at": "every_layer"}
+    source = trained(CONFIG.model_copy(update=settings))
+    model = fine_tuned(source, CONFIG.model_copy(update={**settings, "image_size": (24, 12)}))
+    (own,), (theirs,) = model.layer_positions, source.layer_positions
+    assert (len(own.row_table), len(own.column_table)) == (6, 3)
+    for end in (0, -1):  # the official way keeps the corners
+        torch.testing.assert_close(own.row_table[end], theirs.row_table[end])
+        torch.testing.assert_close(own.column_table[end], theirs.column_table[end])
+    assert torch.equal(own.prefix_table, theirs.prefix_table)
+    relative = CONFIG.model_copy(update={"positions": "relative_1d"})
+    assert torch.equal(
+        fine_tuned(trained(relative), relative).relative.table, trained(relative).relative.table
+    )
+    with pytest.raises(UserError, match=r"positions of \(4, 4\) patches cannot become those of \(6, 3\)"):
+        fine_tuned(trained(relative), relative.model_copy(update={"image_size": (24, 12)}))
+
+
 def test_weights_of_another_model_are_refused_by_what_differs():
     config = CONFIG.model_copy(update={"patch_size": 8, "core": CORE.model_copy(update={"width": 32})})
     with pytest.raises(UserError, match=r"patch_size = 8 instead of 4; core\.width = 32 instead of 16"):

@@ -79,7 +79,8 @@ def test_calibration_has_its_exact_value():
 
 
 @pytest.mark.parametrize(
-    ("pooling", "positions"), [("cls", "learned_1d"), ("mean", "rotary_2d"), ("mean_beside_cls", "none")]
+    ("pooling", "positions"),
+    [("cls", "learned_1d"), ("mean", "rotary_2d"), ("mean_beside_cls", "relative_1d")],
 )
 @torch.no_grad()
 def test_attention_maps_are_made_of_the_attention_that_the_model_computes(pooling, positions):
@@ -108,6 +109,7 @@ def test_attention_maps_are_made_of_the_attention_that_the_model_computes(poolin
     maps = attention_maps(model, pixels)
     assert maps.shape == (2, 16, 32)
     torch.testing.assert_close(maps.amax((1, 2)), torch.ones(2))
+    assert ((maps == 1).float().mean((1, 2)) > 0.04).all()  # a twentieth, so that the rest is not dark
     assert maps.min() > 0
 
 

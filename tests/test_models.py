@@ -15,7 +15,7 @@ from mmvit.models.presets import MODELS, PRESETS, preset
 from mmvit.models.stems import PatchStem
 
 CORE = TransformerConfig(width=32, depth=2, num_heads=2)
-POSITIONS = ["none", "learned_1d", "learned_2d", "sincos_2d", "rotary_2d"]
+POSITIONS = ["none", "learned_1d", "learned_2d", "learned_2d_concat", "sincos_2d", "rotary_2d"]
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -81,7 +81,7 @@ def test_patch_stem_equals_a_strided_convolution():
 
 @pytest.mark.parametrize("stem", ["patch", "conv", "residual"])
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("positions", [*POSITIONS, "relative_1d"])
 def test_classifier_learns_one_batch(stem, pooling, positions):
     torch.manual_seed(0)
     config = ClassifierConfig(
@@ -131,6 +131,44 @@ def test_patch_dropout_is_the_core_on_the_patches_that_are_left(pooling, positio
         expected = alone[:, 0] if prefix else alone.mean(1)
         torch.testing.assert_close(left_out[image : image + 1], expected)
     assert not torch.allclose(left_out, whole)
+
+
+@pytest.mark.parametrize("positions", ["learned_1d", "learned_2d_concat", "sincos_2d"])
+@pytest.mark.parametrize("positions_at", ["every_layer", "shared"])
+def test_positions_at_every_layer_are_added_in_front_of_every_block(positions, positions_at):
+    torch.manual_seed(0)
+    config = ClassifierConfig(
+        image_size=8, patch_size=4, positions=positions, positions_at=positions_at, core=CORE
+    )
+    model, pixels = Classifier(config), torch.randn(2, 3, 8, 8)
+    tables = [model.positions, *model.layer_positions]
+    if positions_at == "shared":
+        tables *= CORE.depth
+    assert len(tables) == CORE.depth
+    x = torch.cat([model.cls_token.expand(2, -1, -1), model.stem(pixels)], dim=1)
+    for block, table in zip(model.core.blocks, tables, strict=True):
+        x = block(table.add(x))
+    torch.testing.assert_close(model.features(pixels), model.core.norm(x)[:, 0])
+    dropping = Classifier(config.model_copy(update={"patch_dropout": 0.5}))
+    dropping.load_state_dict(model.state_dict())
+    x, chosen = dropping.positions.add(x), torch.tensor([[0, 2, 3], [0, 1, 4]])
+    places = torch.arange(2)[:, None], chosen
+    left = x[places]
+    for layer, (block, table) in enumerate(zip(dropping.core.blocks, tables, strict=True)):
+        left = block(left + table.vectors()[chosen] if layer else left)
+    torch.testing.assert_close(dropping.read(x, chosen), dropping.core.norm(left))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"positions": "rotary_2d", "positions_at": "shared"}, "'rotary_2d' are not added"),
+        ({"positions": "relative_1d", "patch_dropout": 0.5}, "gaps between places"),
+    ],
+)
+def test_positions_that_do_not_go_together_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ClassifierConfig(**settings)
 
 
 def test_classifier_refuses_other_sizes():

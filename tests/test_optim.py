@@ -158,7 +158,7 @@ def test_rate_warms_up_and_ends_at_its_final_ratio(schedule, expected):
 def test_layers_learn_the_slower_the_lower_they_are():
     model = Classifier(MODEL)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for optimizer in ("adamw", "sgd", "muon"):
+    for optimizer in ("adamw", "sgd", "lars", "muon"):
         config = OptimizerConfig(name=optimizer, lr=0.1, layer_decay=0.5, warmup_steps=0)
         rates = {}
         for part in Optimizer(model, config, total_steps=10).parts:
@@ -186,3 +186,37 @@ def test_sgd_is_that_of_the_formula():
         velocity = 0.5 * velocity + gradient + 0.2 * weight
         weight = weight - 0.1 * velocity
         torch.testing.assert_close(layer.weight.detach(), weight)
+
+
+def test_lars_is_that_of_the_formula():
+    """Rates by layer for what decays; biases take plain momentum steps (BYOL, 2006.07733)."""
+    layer = nn.Linear(2, 2)
+    nn.init.ones_(layer.bias)
+    config = OptimizerConfig(
+        name="lars", lr=0.5, momentum=0.5, weight_decay=0.2, trust=0.01, warmup_steps=0, schedule="constant"
+    )
+    optimizer = Optimizer(layer, config, total_steps=3)
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    velocities = [torch.zeros(2, 2), torch.zeros(2)]
+    for number in (1, 2, 3):
+        gradient = torch.tensor([[1.0, -number], [0.5, 2.0]])
+        layer.weight.grad, layer.bias.grad = gradient.clone(), gradient[0].clone()
+        optimizer.set_rate(number)
+        optimizer.step()
+        update = gradient + 0.2 * weight
+        velocities[0] = 0.5 * velocities[0] + update * 0.01 * weight.norm() / update.norm()
+        velocities[1] = 0.5 * velocities[1] + gradient[0]
+        weight, bias = weight - 0.5 * velocities[0], bias - 0.5 * velocities[1]
+        torch.testing.assert_close(layer.weight.detach(), weight)
+        torch.testing.assert_close(layer.bias.detach(), bias)
+
+
+def test_lars_moves_weights_of_zeros_by_their_gradient():
+    layer = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(layer.weight)
+    config = OptimizerConfig(name="lars", lr=0.5, warmup_steps=0, schedule="constant")
+    optimizer = Optimizer(layer, config, total_steps=1)
+    layer.weight.grad = torch.tensor([[1.0, -2.0]])
+    optimizer.set_rate(1)
+    optimizer.step()
+    assert layer.weight.tolist() == [[-0.5, 1.0]]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmvit.core.masks import additive, causal
 from mmvit.core.norm import RMSNorm
-from mmvit.core.positions import rotate
+from mmvit.core.positions import relative_logits, rotate
 
 Kernel = Literal["auto", "plain", "sdpa"]
 # On a CPU, in training, plain products beat the fused kernel up to this length (benchmarks/attention.py).
@@ -69,6 +69,7 @@ class Attention(nn.Module):
         is_causal: bool = False,
         rotations: tuple[Tensor, Tensor] | None = None,
         cache: tuple[KeyValueCache, int] | None = None,
+        offsets: Tensor | None = None,
     ) -> Tensor:
         """x (batch, tokens, width) → the same shape.
 
@@ -80,8 +81,13 @@ class Attention(nn.Module):
             rotations: cosines and sines of the tokens' places (see `Positions.rotations`).
             cache: the cache and this layer's number; keys and values of earlier tokens are then taken from
                 it.
+            offsets: this layer's relative positions, (2 · tokens − 1, head_dim) (`relative_logits`); not with
+                a cache or `is_causal`.
         """
         query, key, value = self.heads(x, rotations)
+        if offsets is not None:
+            where = relative_logits(query, offsets)
+            mask = where if mask is None else where + mask
         if cache is not None:
             store, layer = cache
             key, value = store.extend(layer, key, value)

@@ -1,8 +1,8 @@
 """Where a token stands: a 1-D prefix (caption tokens, [CLS]) followed by a 2-D grid (patches or image codes)
 in raster order.
 
-Additive kinds are added to the token vectors once, in front of the core. Rotary ones turn queries and keys in
-every layer.
+Additive kinds are added to the token vectors, in front of the core or of each block. Rotary ones turn queries
+and keys in every layer, relative ones add to its logits.
 """
 
 from typing import Literal
@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-PositionKind = Literal["none", "learned_1d", "learned_2d", "sincos_2d", "rotary_2d"]
+PositionKind = Literal["none", "learned_1d", "learned_2d", "learned_2d_concat", "sincos_2d", "rotary_2d"]
+LEARNED_2D = ("learned_2d", "learned_2d_concat")
 
 
 class Positions(nn.Module):
@@ -19,6 +20,7 @@ class Positions(nn.Module):
     - `none`: nothing; attention sees a set.
     - `learned_1d`: one vector per place in the sequence (ViT, 2010.11929).
     - `learned_2d`: one vector per prefix place; row vector + column vector on the grid (DALL·E, 2102.12092).
+    - `learned_2d_concat`: as `learned_2d`, but row and column each say one half of the vector (ViT's 2-D).
     - `sincos_2d`: fixed sines and cosines; on the grid half of the width for rows, half for columns (MoCo v3,
       big_vision).
     - `rotary_2d`: rotary embedding (RoFormer, 2104.09864) of (row, column), half of each head's pairs for
@@ -41,10 +43,13 @@ class Positions(nn.Module):
         self.length = prefix_length + rows * columns
         if kind == "learned_1d":
             self.table = nn.Parameter(torch.empty(self.length, width))
-        elif kind == "learned_2d":
+        elif kind in LEARNED_2D:
+            if width % 2:
+                raise ValueError(f"{kind} positions need an even width, got {width}")
+            share = width // 2 if kind == "learned_2d_concat" else width
             self.prefix_table = nn.Parameter(torch.empty(prefix_length, width))
-            self.row_table = nn.Parameter(torch.empty(rows, width))
-            self.column_table = nn.Parameter(torch.empty(columns, width))
+            self.row_table = nn.Parameter(torch.empty(rows, share))
+            self.column_table = nn.Parameter(torch.empty(columns, share))
         elif kind == "sincos_2d":
             if width % 4:
                 raise ValueError(f"sincos_2d positions need a width divisible by 4, got {width}")
@@ -69,10 +74,24 @@ class Positions(nn.Module):
 
     def add(self, x: Tensor, start: int = 0) -> Tensor:
         """Adds the vectors of places `start`... to x (batch, tokens, width)."""
-        if self.kind in ("none", "rotary_2d"):
+        if not self.is_additive:
             return x
-        table = self._learned_2d_table() if self.kind == "learned_2d" else self.table
-        return x + table[start : start + x.shape[1]].to(x.dtype)
+        return x + self.vectors()[start : start + x.shape[1]].to(x.dtype)
+
+    @property
+    def is_additive(self) -> bool:
+        return self.kind not in ("none", "rotary_2d")
+
+    def vectors(self) -> Tensor:
+        """What an additive kind adds at every place, (length, width)."""
+        if self.kind not in LEARNED_2D:
+            return self.table
+        rows, columns = self.row_table[:, None], self.column_table[None, :]
+        if self.kind == "learned_2d":
+            square = rows + columns  # (rows, columns, width)
+        else:
+            square = torch.cat([rows.expand(-1, self.grid[1], -1), columns.expand(self.grid[0], -1, -1)], -1)
+        return torch.cat([self.prefix_table, square.flatten(0, 1)])
 
     def rotations(self, start: int, length: int) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines, each (length, head_dim / 2), of places `start`...; None where the kind is not
@@ -82,9 +101,34 @@ class Positions(nn.Module):
         angles = self.angles[start : start + length]
         return angles.cos(), angles.sin()
 
-    def _learned_2d_table(self) -> Tensor:
-        square = self.row_table[:, None] + self.column_table[None, :]  # (rows, columns, width)
-        return torch.cat([self.prefix_table, square.flatten(0, 1)])
+
+class RelativePositions(nn.Module):
+    """A learnt vector for every offset between two of `length` tokens in a row, in each layer, the same for
+    all its heads (1803.02155; ViT's relative attention, 2010.11929, appendix D.4)."""
+
+    def __init__(self, depth: int, length: int, head_dim: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(depth, 2 * length - 1, head_dim))
+        nn.init.normal_(self.table, std=0.02)
+
+
+def relative_logits(query: Tensor, offsets: Tensor) -> Tensor:
+    """What queries (batch, heads, tokens, head_dim) say of where the keys are, (batch, heads, tokens,
+    tokens): their products, over √head_dim, with the vector of query's place − key's place.
+
+    Args:
+        offsets: (2 · tokens − 1, head_dim), from that of 1 − tokens to that of tokens − 1.
+
+    Raises:
+        ValueError: for another number of offsets.
+    """
+    tokens = query.shape[2]
+    if len(offsets) != 2 * tokens - 1:
+        raise ValueError(f"{tokens} tokens have {2 * tokens - 1} offsets, {len(offsets)} were given")
+    logits = (query * query.shape[-1] ** -0.5) @ offsets.to(query.dtype).T
+    place = torch.arange(tokens, device=query.device)
+    offset = place[:, None] - place[None, :] + tokens - 1
+    return logits.gather(3, offset.expand(*query.shape[:2], -1, -1))
 
 
 def sincos(coordinates: Tensor, width: int, base: float = 10000.0) -> Tensor:

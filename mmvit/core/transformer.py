@@ -1,6 +1,7 @@
 """The shared core: a pre-norm Transformer over vectors. It knows no pixels, captions or devices; masks are
 arguments."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -111,8 +112,10 @@ class Block(HiddenLayers):
         self.mlp = Mlp(config)
         self.branch1, self.branch2 = Branch(config, drop_probability), Branch(config, drop_probability)
 
-    def forward(self, x: Tensor, mask=None, is_causal=False, rotations=None, cache=None) -> Tensor:
-        x = x + self.branch1(self.attention(self.norm1(x), mask, is_causal, rotations, cache))
+    def forward(
+        self, x: Tensor, mask=None, is_causal=False, rotations=None, cache=None, offsets=None
+    ) -> Tensor:
+        x = x + self.branch1(self.attention(self.norm1(x), mask, is_causal, rotations, cache, offsets))
         return x + self.branch2(self.mlp(self.norm2(x)))
 
 
@@ -149,6 +152,8 @@ class Transformer(nn.Module):
         rotations: tuple[Tensor, Tensor] | None = None,
         cache: KeyValueCache | None = None,
         normalized: bool = True,
+        added: Sequence[Tensor] = (),
+        offsets: Tensor | None = None,
     ) -> Tensor:
         """x (batch, tokens, width) → the same shape, through the last norm where `normalized`.
 
@@ -159,9 +164,14 @@ class Transformer(nn.Module):
             is_causal: causal attention without a mask of one's own.
             rotations: `Positions.rotations` of x's places.
             cache: earlier tokens' keys and values; x's are appended.
+            added: positions (tokens, width) or (batch, tokens, width) that are added to x in front of the
+                second block, the third, and so on.
+            offsets: relative positions of every layer, (depth, 2 · tokens − 1, head_dim).
         """
         if is_causal and mask is not None:
             raise ValueError("give a mask or is_causal, not both")
+        if offsets is not None and (is_causal or cache is not None):
+            raise ValueError("relative positions go with a mask, not with is_causal or a cache")
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))  # the residual stream, too, is kept in lower precision
@@ -169,10 +179,13 @@ class Transformer(nn.Module):
             mask = additive(mask, x.dtype)
         for layer, block in enumerate(self.blocks):
             slot = None if cache is None else (cache, layer)
+            inputs = (mask, is_causal, rotations, slot, None if offsets is None else offsets[layer])
+            if added and layer:
+                x = x + added[layer - 1].to(x.dtype)
             if self.config.activation_checkpointing and self.training:
-                x = checkpoint(block, x, mask, is_causal, rotations, slot, use_reentrant=False)
+                x = checkpoint(block, x, *inputs, use_reentrant=False)
             else:
-                x = block(x, mask, is_causal, rotations, slot)
+                x = block(x, *inputs)
         if cache is not None:
             cache.length += x.shape[1]
         return self.norm(x) if normalized else x

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvit.core.attention import Attention
+from mmvit.core.positions import relative_logits
 from mmvit.models.classifier import Classifier
 
 
@@ -17,9 +18,11 @@ def attention_weights(classifier: Classifier, pixels: Tensor) -> list[Tensor]:
     found: list[Tensor] = []
 
     def keep(attention: Attention, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, _, rotations, *_ = inputs
+        x, _, _, rotations, _, offsets = inputs
         query, key, _ = attention.heads(x, rotations)
         logits = (query * attention.head_dim**-0.5) @ key.transpose(-1, -2)
+        if offsets is not None:
+            logits = logits + relative_logits(query, offsets)
         found.append(logits.float().softmax(-1))
 
     hooks = [block.attention.register_forward_hook(keep) for block in classifier.core.blocks]
@@ -44,10 +47,12 @@ def rollout(weights: list[Tensor]) -> Tensor:
 
 def attention_maps(classifier: Classifier, pixels: Tensor) -> Tensor:
     """What the head's vector is made of, as a picture of the images' size (batch, height, width) from 0 to 1:
-    the rollout from [CLS], or from the mean of all patches, to the patches."""
+    the rollout from [CLS], or from the mean of all patches, to the patches; what the strongest twentieth of
+    the places have is 1, so that one strong patch does not leave the rest dark."""
     mixed = rollout(attention_weights(classifier, pixels))
     prefix = classifier.num_prefix
     read = mixed[:, :1] if classifier.config.pooling == "cls" else mixed[:, prefix:]
     grid = read[:, :, prefix:].mean(1).unflatten(1, classifier.config.grid)[:, None]
     sized = F.interpolate(grid, pixels.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-    return sized / sized.amax((1, 2), keepdim=True)
+    strong = sized.flatten(1).quantile(0.95, dim=1)[:, None, None]
+    return (sized / strong).clamp(max=1)

@@ -52,6 +52,7 @@ def refuse_parts(config: ClassifierConfig, naming: Naming) -> None:
     found = {
         "stem": config.stem != "patch",
         "positions": config.positions != "learned_1d",
+        "positions_at": config.positions_at != "stem",
         "core.norm": core.norm != "layernorm",
         "core.mlp": core.mlp == "swiglu",
         "core.bias": not core.bias,

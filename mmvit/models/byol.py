@@ -34,9 +34,7 @@ class BYOL(nn.Module):
         super().__init__()
         self.config, self.total = config, passes
         self.classifier = classifier
-        for part in ("head", "representation"):
-            if hasattr(classifier, part):
-                getattr(classifier, part).requires_grad_(False)
+        classifier.freeze_head()
         width = classifier.head.in_features
         self.projector = mlp(width, config.hidden, config.projection)
         self.predictor = mlp(config.projection, config.hidden, config.projection)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmvit.config import Config
 from mmvit.core.dropout import Dropout
-from mmvit.core.positions import PositionKind, Positions
+from mmvit.core.positions import PositionKind, Positions, RelativePositions
 from mmvit.core.transformer import Transformer, TransformerConfig
 from mmvit.hub import Pretrained
 from mmvit.models.resnet import GROUPS, classification_loss, stem_stride
@@ -38,7 +38,12 @@ class ClassifierConfig(Config):
     representation_width: int | None = Field(
         None, gt=0, description="of a tanh layer in front of the head, as in the paper's pre-training"
     )
-    positions: PositionKind = "learned_1d"
+    positions: PositionKind | Literal["relative_1d"] = "learned_1d"
+    positions_at: Literal["stem", "every_layer", "shared"] = Field(
+        "stem",
+        description="where positions are added: in front of the first block; or of every block, each with "
+        "its own vectors or all the same (Table 8); rotary and relative ones are in every layer anyway",
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     patch_dropout: float = Field(0.0, ge=0, lt=1, description="share of the patches left out in training")
     core: TransformerConfig = TransformerConfig()
@@ -47,6 +52,7 @@ class ClassifierConfig(Config):
     def _patches_tile_the_image(self):
         if any(side % self.patch_size for side in self.height_width):
             raise ValueError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
+        self._check_positions()
         if self.stem == "resnet":
             self._check_resnet()
             return self
@@ -63,6 +69,12 @@ class ClassifierConfig(Config):
                 f"{self.patch_size.bit_length() - 1} numbers"
             )
         return self
+
+    def _check_positions(self) -> None:
+        if self.positions in ("none", "rotary_2d", "relative_1d") and self.positions_at != "stem":
+            raise ValueError(f"positions {self.positions!r} are not added: leave positions_at out")
+        if self.positions == "relative_1d" and self.patch_dropout:
+            raise ValueError("patch_dropout leaves gaps between places, which relative_1d positions lack")
 
     def _check_resnet(self) -> None:
         stride = stem_stride(self.stem_blocks)
@@ -105,9 +117,15 @@ class Classifier(Pretrained, nn.Module):
         self.num_prefix = int(config.has_class_token)
         if self.num_prefix:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.positions = Positions(
-            config.positions, width, config.core.head_dim, self.num_prefix, config.grid
-        )
+        relative = config.positions == "relative_1d"
+        kind = "none" if relative else config.positions
+        places = (kind, width, config.core.head_dim, self.num_prefix, config.grid)
+        self.positions = Positions(*places)
+        others = config.core.depth - 1 if config.positions_at == "every_layer" else 0
+        self.layer_positions = nn.ModuleList(Positions(*places) for _ in range(others))
+        self.relative = None
+        if relative:
+            self.relative = RelativePositions(config.core.depth, self.positions.length, config.core.head_dim)
         self.dropout = Dropout(config.core.dropout)
         self.core = Transformer(config.core)
         if config.representation_width:
@@ -136,29 +154,49 @@ class Classifier(Pretrained, nn.Module):
         """patches (batch, rows · columns, width), as the stem gives them → what the core makes of [CLS], if
         there is one, and of the patches, (batch, [1 +] patches, width); in training of those that patch
         dropout leaves."""
+        x, chosen = self.embed(patches), None
+        if self.training and self.config.patch_dropout:
+            kept = max(1, round(patches.shape[1] * (1 - self.config.patch_dropout)))
+            chosen = self.choose_patches(len(x), kept, x.device)
+        return self.read(x, chosen, normalized)
+
+    def embed(self, patches: Tensor) -> Tensor:
+        """patches (batch, rows · columns, width) → [CLS], if there is one, and patches, with positions."""
         x = patches
         if self.num_prefix:
             x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
-        x = self.dropout(self.positions.add(x))
-        rotations = self.positions.rotations(0, x.shape[1])
-        if self.training and self.config.patch_dropout:
-            x, rotations = self.drop_patches(x, rotations)
-        return self.core(x, rotations=rotations, normalized=normalized)
+        return self.dropout(self.positions.add(x))
 
-    def drop_patches(
-        self, x: Tensor, rotations: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Keeps [CLS] and, of each image, its own random choice of patches (PatchDropout, 2208.07220): less
-        work for the core, and an augmentation."""
-        batch, tokens, width = x.shape
-        patches = tokens - self.num_prefix
-        kept = max(1, round(patches * (1 - self.config.patch_dropout)))
-        chosen = torch.rand(batch, patches, device=x.device).argsort(1)[:, :kept] + self.num_prefix
-        prefix = torch.arange(self.num_prefix, device=x.device).expand(batch, -1)
-        chosen = torch.cat([prefix, chosen], dim=1)
-        if rotations is not None:
-            rotations = tuple(table[chosen].unsqueeze(1) for table in rotations)  # the same for all heads
-        return x.gather(1, chosen.unsqueeze(-1).expand(-1, -1, width)), rotations
+    def choose_patches(self, batch: int, kept: int, device: torch.device) -> Tensor:
+        """[CLS] and, of each image, its own random choice of patches (PatchDropout, 2208.07220), as places of
+        tokens (batch, [1 +] kept): less work for the core, and an augmentation."""
+        patches = self.config.grid[0] * self.config.grid[1]
+        chosen = torch.rand(batch, patches, device=device).argsort(1)[:, :kept] + self.num_prefix
+        prefix = torch.arange(self.num_prefix, device=device).expand(batch, -1)
+        return torch.cat([prefix, chosen], dim=1)
+
+    def read(self, x: Tensor, chosen: Tensor | None = None, normalized: bool = True) -> Tensor:
+        """x (batch, tokens, width), with positions → what the core makes of it, or of the tokens at the
+        `chosen` places (batch, kept) alone."""
+        rotations = self.positions.rotations(0, x.shape[1])
+        added: list[Tensor] = []
+        if self.config.positions_at == "shared":
+            added = [self.positions.vectors()] * (self.config.core.depth - 1)
+        elif self.config.positions_at == "every_layer":
+            added = [positions.vectors() for positions in self.layer_positions]
+        if chosen is not None:
+            x = x.gather(1, chosen.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+            added = [vectors[chosen] for vectors in added]
+            if rotations is not None:
+                rotations = tuple(table[chosen].unsqueeze(1) for table in rotations)  # the same for all heads
+        offsets = None if self.relative is None else self.relative.table
+        return self.core(x, rotations=rotations, normalized=normalized, added=added, offsets=offsets)
+
+    def freeze_head(self) -> None:
+        """Takes what comes after the core out of training, for objectives that have a head of their own."""
+        for part in ("head", "representation"):
+            if hasattr(self, part):
+                getattr(self, part).requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (batch, channels, height, width) in [-1, 1] → logits (batch, num_classes)."""

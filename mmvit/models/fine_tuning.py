@@ -34,15 +34,18 @@ def fine_tuned(source: Classifier, config: ClassifierConfig, resize: ResizeMode 
     refuse_differences(source.config, config)
     model = Classifier(config)
     own, weights = model.state_dict(), source.state_dict()
-    if config.positions == "learned_1d":
-        grids = source.config.grid, config.grid
-        weights["positions.table"] = resize_table(
-            weights["positions.table"], model.num_prefix, *grids, resize
+    grids = source.config.grid, config.grid
+    if config.positions == "relative_1d" and grids[0] != grids[1]:
+        raise UserError(
+            f"relative_1d positions of {grids[0]} patches cannot become those of {grids[1]}: keep image_size"
         )
-    elif config.positions == "learned_2d":
-        for name, size in zip(("row_table", "column_table"), config.grid, strict=True):
-            table = weights[f"positions.{name}"]
-            weights[f"positions.{name}"] = resize_table(table, 0, (len(table), 1), (size, 1), resize)
+    for name, tensor in weights.items():
+        last = name.rpartition(".")[2]
+        if "positions." in name and last == "table" and config.positions == "learned_1d":
+            weights[name] = resize_table(tensor, model.num_prefix, *grids, resize)
+        elif "positions." in name and last in ("row_table", "column_table"):
+            size = config.grid[0 if last == "row_table" else 1]
+            weights[name] = resize_table(tensor, 0, (len(tensor), 1), (size, 1), resize)
     for name, tensor in own.items():
         if not name.startswith("head."):
             tensor.copy_(weights[name])  # shares its memory with the model

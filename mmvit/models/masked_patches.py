@@ -47,9 +47,7 @@ class MaskedPatches(nn.Module):
                 f"patch_size {shape.patch_size} cannot be cut into {CELLS}x{CELLS} cells: use mean_colour"
             )
         self.config, self.classifier = config, classifier
-        for part in ("head", "representation"):
-            if hasattr(classifier, part):
-                getattr(classifier, part).requires_grad_(False)
+        classifier.freeze_head()
         width, colours = shape.core.width, 2 ** (BITS * shape.channels)
         self.mask = nn.Parameter(torch.zeros(width))
         nn.init.normal_(self.mask, std=0.02)

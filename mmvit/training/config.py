@@ -43,7 +43,7 @@ class TrainConfig(Config):
 class OptimizerConfig(Config):
     """The optimizer and its rate: linear warm-up to `lr`, then `schedule` down to `final_lr_ratio` of it."""
 
-    name: Literal["adamw", "muon", "sgd"] = "adamw"
+    name: Literal["adamw", "muon", "sgd", "lars"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = Field(1e-8, gt=0)
@@ -51,7 +51,8 @@ class OptimizerConfig(Config):
     muon_lr: float | None = Field(
         None, gt=0, description="of the hidden layers; scaled to suit AdamW's rate, which is the default"
     )
-    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd and lars")
+    trust: float = Field(1e-3, gt=0, description="of lars: a step's size as a share of the weights' norm")
     layer_decay: float = Field(
         1.0,
         gt=0,

@@ -1,4 +1,4 @@
-"""The optimizer: parameter groups, AdamW, Muon beside AdamW, or SGD, and the learning rate at each step."""
+"""The optimizer: parameter groups; AdamW, Muon beside AdamW, SGD or LARS; the learning rate at each step."""
 
 import math
 import re
@@ -10,6 +10,7 @@ from torch import nn
 from mmvit.core.hidden import HiddenLayers
 from mmvit.errors import UserError
 from mmvit.training.config import OptimizerConfig
+from mmvit.training.lars import Lars
 
 DECAYED = (
     nn.Linear,
@@ -67,7 +68,7 @@ class Optimizer:
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW or SGD over everything, or Muon over the hidden layers' weights and AdamW over the rest."""
+    """AdamW, SGD or LARS over everything, or Muon over the hidden layers' weights and AdamW over the rest."""
     decayed, plain, hidden = split_parameters(model)
     if config.name != "muon":
         decayed, hidden = [*decayed, *hidden], []
@@ -77,7 +78,12 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
             "(mmvit.core.hidden); use adamw"
         )
     scales = layer_scales(model, config.layer_decay)
-    groups = by_rate(decayed, scales, config.lr, config.weight_decay) + by_rate(plain, scales, config.lr, 0.0)
+    decaying = by_rate(decayed, scales, config.lr, config.weight_decay)
+    others = by_rate(plain, scales, config.lr, 0.0)
+    if config.name == "lars":
+        groups = [*decaying, *({**group, "adapted": False} for group in others)]
+        return [Lars(groups, config.lr, config.momentum, config.trust)]
+    groups = decaying + others
     fused = all(
         p.device.type in ("cpu", "cuda") for p in model.parameters()
     )  # 4 to 30 times faster than foreach and for
