@@ -224,6 +224,53 @@ def test_a_model_without_a_head_gets_one_of_zeros(tmp_path):
         torch.testing.assert_close(loaded.features(pixels), expected, rtol=0, atol=1e-5)
 
 
+HYBRID = {"image_size": 64, "patch_size": 32, "stem": "resnet", "stem_blocks": (2, 2, 2, 2)}
+
+
+@torch.no_grad()
+def test_hybrids_go_to_timm_and_back(timm, tmp_path):
+    """In float64: of float32 the rounding in 13 random bottlenecks comes to some 1e-5."""
+    model = ours(**HYBRID, core={"mlp": "gelu_tanh"})
+    pixels = pictures(model.config).double()
+    folder = save_vit(model, tmp_path / "timm", "timm")
+    peer = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert_equal(vit_to_weights(model, "timm"), peer.state_dict())
+    expected = peer.double()(pixels)
+    there = load_vit(folder)
+    torch.testing.assert_close(there.double()(pixels), expected, rtol=0, atol=1e-10)
+    path = save_vit(model, tmp_path / "R26.npz", "official")
+    peer = timm.create_model(f"local-dir:{folder}").eval()
+    peer.load_pretrained(str(path))
+    torch.testing.assert_close(peer.double()(pixels), expected, rtol=0, atol=1e-10)
+    again = load_vit(path)
+    assert again.config == model.config
+    for loaded in (again, load_vit(folder)):
+        assert_equal(loaded.state_dict(), model.state_dict())
+
+
+def test_hybrids_of_the_official_code_may_take_squares_of_places(tmp_path):
+    shape = {"image_size": 32, "patch_size": 16, "stem": "resnet", "stem_blocks": (1, 2), "stem_width": 32}
+    model = ours(**shape, channels=1, core={"mlp": "gelu_tanh"})
+    weights = vit_to_weights(model, "official")
+    assert weights["embedding/kernel"].shape == (2, 2, 256, 24)
+    assert weights["block2/unit1/conv2/kernel"].shape == (3, 3, 64, 64)
+    wide = {name: t[None, None, None] if "gn" in name else t for name, t in weights.items()}
+    np.savez(tmp_path / "a.npz", **{name: tensor.numpy() for name, tensor in wide.items()})
+    again = load_vit(tmp_path / "a.npz")
+    assert again.config == model.config
+    assert_equal(again.state_dict(), model.state_dict())
+    for name in ("block1/unit1/gn_proj/scale", "block2/unit2/conv1/kernel", "gn_root/bias"):
+        without = {other: t for other, t in weights.items() if other != name}
+        with pytest.raises(UserError, match=f"{name} is missing"):
+            vit_from_weights(without, "official")
+    bare = {name: t for name, t in weights.items() if not name.startswith("block")}
+    with pytest.raises(UserError, match="a ResNet's root without stages"):
+        vit_from_weights(bare, "official")
+    for naming in ("timm", "transformers5", "big_vision"):
+        with pytest.raises(UserError, match=f"the ViT of {naming} has nothing like stem = 'resnet'"):
+            vit_to_weights(model, naming)
+
+
 @pytest.mark.parametrize("naming", ["official", "big_vision", "timm", "transformers4", "transformers5"])
 def test_every_weight_that_does_not_match_is_named(naming):
     weights = vit_to_weights(ours(**SHAPES["square"], core={"mlp": "gelu_tanh"}), naming)

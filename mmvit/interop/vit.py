@@ -1,5 +1,6 @@
 """Vision Transformers of other projects become ours: Google's official .npz files and big_vision's, timm's,
-and those of transformers 4 and 5. The way back is mmvit.interop.vit_export.
+and those of transformers 4 and 5; ResNet hybrids, too, of the first and of timm. The way back is
+mmvit.interop.vit_export.
 
     model = load_vit("ViT-B_16.npz")
 
@@ -11,6 +12,7 @@ and `settings` win over both.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,20 @@ from mmvit.errors import UserError
 from mmvit.interop.files import read_config, read_tensors, refuse_misfits
 from mmvit.interop.vit_names import Naming, entries
 from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.resnet import stem_stride
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of the published widths
 PREFIXES = ("opt/target/", "params/img/", "params/")
 GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
+FLAT = re.compile(r"(^|/)gn_?\w*/(scale|bias)$")  # some files have them as (1, 1, 1, channels)
 SETTINGS = ("num_heads", "mlp", "norm_eps", "pooling", "image_size", "num_classes")
+RESNETS = {  # a hybrid's first weight, and the names of its blocks
+    "official": ("conv_root/kernel", r"block(\d+)/unit(\d+)/"),
+    "timm": (
+        "patch_embed.backbone.stem.conv.weight",
+        r"patch_embed\.backbone\.stages\.(\d+)\.blocks\.(\d+)\.",
+    ),
+}
 HEAD_PARTS = ("representation.weight", "representation.bias", "head.weight", "head.bias")
 
 Weights = dict[str, Tensor]
@@ -44,7 +55,7 @@ def load_vit(path: str | Path, **settings: Any) -> Classifier:
             of zeros takes its place.
 
     Raises:
-        UserError: when nothing can be read there, or it is no plain ViT: weights that are missing,
+        UserError: when nothing can be read there, or it is no such ViT: weights that are missing,
             unexpected or misshapen are named.
     """
     path = Path(path)
@@ -75,7 +86,7 @@ def recognise(weights: Weights, source: Path | str = "the weights") -> tuple[Nam
         if any(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
     if "embedding/kernel" in weights:
-        weights = apart(weights)
+        weights = {name: t.flatten() if FLAT.search(name) else t for name, t in apart(weights).items()}
         return ("big_vision" if "pos_embedding" in weights else "official"), weights
     if "patch_embed.proj.weight" in weights:
         return "timm", weights
@@ -171,7 +182,7 @@ def infer_config(
     def shape(part: str) -> tuple[int, ...]:
         (name, *_) = names_of(naming, part)
         if name not in weights:
-            raise UserError(f"{source}: {name} is missing, so this is no plain ViT with learnt positions")
+            raise UserError(f"{source}: {name} is missing, so this is no ViT with learnt positions")
         return tuple(weights[name].shape)
 
     has_head = names_of(naming, "head.weight")[0] in weights
@@ -180,9 +191,11 @@ def infer_config(
         raise UserError(f"{source} has no head: give num_classes, and a new one of zeros takes its place")
     is_flax = naming in ("official", "big_vision")
     kernel = shape("stem.proj.weight")
-    patch, channels, width = (
+    side, channels, width = (
         (kernel[0], kernel[2], kernel[3]) if is_flax else (kernel[2], kernel[1], kernel[0])
     )
+    stem = infer_resnet(weights, naming, side, source) or {"patch_size": side, "channels": channels}
+    patch = stem["patch_size"]
     token = names_of(naming, "cls_token")[0] in weights
     norm_after_pooling = "fc_norm.weight" in weights
     pooling = settings.get("pooling", "mean" if norm_after_pooling or not token else "cls")
@@ -199,8 +212,7 @@ def infer_config(
     }
     values = {
         "image_size": image_size(places, patch, settings.get("image_size"), source),
-        "patch_size": patch,
-        "channels": channels,
+        **stem,
         "num_classes": settings.get("num_classes") or shape("head.weight")[1 if is_flax else 0],
         "pooling": pooling,
         "norm_after_pooling": norm_after_pooling,
@@ -210,6 +222,28 @@ def infer_config(
     if with_head and representation in weights:
         values["representation_width"] = weights[representation].shape[1 if is_flax else 0]
     return build_config(ClassifierConfig, values, source), with_head
+
+
+def infer_resnet(weights: Weights, naming: Naming, side: int, source: str) -> dict[str, Any]:
+    """What the weights tell of a hybrid's stem, whose patches are squares of `side` places; nothing where it
+    is a plain ViT."""
+    root, block = RESNETS.get(naming, ("", ""))
+    if root not in weights:
+        return {}
+    blocks = {(int(m[1]), int(m[2])) for m in (re.match(block, name) for name in weights) if m}
+    stages = Counter(stage for stage, _ in blocks)
+    if not stages:
+        raise UserError(f"{source} has a ResNet's root without stages, which no stem of ours is")
+    depths = tuple(stages[stage] for stage in sorted(stages))
+    kernel = weights[root].shape
+    channels, width = (kernel[2], kernel[3]) if naming == "official" else (kernel[1], kernel[0])
+    return {
+        "stem": "resnet",
+        "stem_blocks": depths,
+        "stem_width": width,
+        "patch_size": side * stem_stride(depths),
+        "channels": channels,
+    }
 
 
 def names_of(naming: Naming, part: str) -> tuple[str, ...]:

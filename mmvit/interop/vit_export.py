@@ -1,4 +1,4 @@
-"""Our plain ViT classifiers for other projects: the way back of mmvit.interop.vit.
+"""Our plain ViT classifiers, and hybrids, for other projects: the way back of mmvit.interop.vit.
 
 save_vit(model, "ViT-B_16.npz", "official")
 save_vit(model, "vit-b16", "transformers5")
@@ -15,6 +15,7 @@ from mmvit.errors import UserError
 from mmvit.hub import write_json, write_weights
 from mmvit.interop.vit_names import Naming, entries
 from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.resnet import stem_places
 
 POOLINGS = {
     "official": ("cls", "mean"),
@@ -24,6 +25,12 @@ POOLINGS = {
     "transformers5": ("cls",),
 }
 TIMM = "vit_base_patch16_224"  # whose every size timm lets one change
+TIMM_HYBRIDS = {  # of which timm lets one change all but the ResNet
+    (3, 4, 9): "vit_base_r50_s16_224",
+    (3, 4, 6, 3): "vit_large_r50_s32_224",
+    (2, 2, 2, 2): "vit_small_r26_s32_224",
+}
+HYBRID_WIDTH = 64  # of timm's, where the ResNet begins
 
 
 def vit_to_weights(model: Classifier, naming: Naming) -> dict[str, Tensor]:
@@ -50,7 +57,7 @@ def vit_to_weights(model: Classifier, naming: Naming) -> dict[str, Tensor]:
 def refuse_parts(config: ClassifierConfig, naming: Naming) -> None:
     core = config.core
     found = {
-        "stem": config.stem != "patch",
+        "stem": not has_stem(config, naming),
         "positions": config.positions != "learned_1d",
         "positions_at": config.positions_at != "stem",
         "core.norm": core.norm != "layernorm",
@@ -77,6 +84,14 @@ def refuse_parts(config: ClassifierConfig, naming: Naming) -> None:
                     "it to whoever loads them",
                     stacklevel=3,
                 )
+
+
+def has_stem(config: ClassifierConfig, naming: Naming) -> bool:
+    if config.stem == "resnet" and naming == "timm":
+        _, *side = stem_places(config.patch_size, config.stem_width, config.stem_blocks)
+        known = config.stem_blocks in TIMM_HYBRIDS and config.stem_width == HYBRID_WIDTH
+        return known and side == [1, 1]
+    return config.stem == "patch" or (config.stem == "resnet" and naming == "official")
 
 
 def save_vit(model: Classifier, path: str | Path, naming: Naming) -> Path:
@@ -107,13 +122,15 @@ def save_vit(model: Classifier, path: str | Path, naming: Naming) -> Path:
 
 def timm_config(config: ClassifierConfig) -> dict[str, Any]:
     core, pool = config.core, "token" if config.pooling == "cls" else "avg"
+    is_hybrid = config.stem == "resnet"
+    first = "backbone.stem.conv" if is_hybrid else "proj"
     return {
-        "architecture": TIMM,
+        "architecture": TIMM_HYBRIDS[config.stem_blocks] if is_hybrid else TIMM,
         "num_classes": config.num_classes,
         "global_pool": pool,
         "model_args": {
             "img_size": config.height_width,
-            "patch_size": config.patch_size,
+            **({} if is_hybrid else {"patch_size": config.patch_size}),
             "in_chans": config.channels,
             "embed_dim": core.width,
             "depth": core.depth,
@@ -128,7 +145,7 @@ def timm_config(config: ClassifierConfig) -> dict[str, Any]:
             "num_classes": config.num_classes,
             "input_size": (config.channels, *config.height_width),
             "fixed_input_size": True,
-            "first_conv": "patch_embed.proj",
+            "first_conv": f"patch_embed.{first}",
             "classifier": "head",
             "mean": [0.5] * 3,
             "std": [0.5] * 3,

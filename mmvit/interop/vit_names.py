@@ -1,4 +1,4 @@
-"""Where each weight of a plain ViT is in the files of other projects: one table for each naming.
+"""Where each weight of a ViT or a ResNet hybrid is in the files of other projects: one table for each naming.
 
 A table says for every weight of our `Classifier` which weights of theirs hold the same numbers, and how they
 are laid out there. It is read in both directions, and only moves numbers: what goes out and comes back is
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvit.models.classifier import ClassifierConfig
+from mmvit.models.resnet import stem_places
 
 Naming = Literal["official", "big_vision", "timm", "transformers4", "transformers5"]
 
@@ -35,6 +36,9 @@ def heads(config: ClassifierConfig) -> tuple[int, int]:
 
 
 def patch(config: ClassifierConfig) -> tuple[int, int, int]:
+    """Channels, rows and columns of what becomes a token."""
+    if config.stem == "resnet":
+        return stem_places(config.patch_size, config.stem_width, config.stem_blocks)
     return config.channels, config.patch_size, config.patch_size
 
 
@@ -59,6 +63,9 @@ PATCHES = Layout(lambda theirs, _: theirs[0].flatten(1), lambda ours, c: [ours.u
 THREE = Layout(lambda theirs, _: torch.cat(tuple(theirs)), lambda ours, _: ours.chunk(3))
 # Of flax: dense kernels are (in, out), those of convolutions (rows, columns, in, out); heads are apart.
 KERNEL = Layout(lambda theirs, _: theirs[0].T, lambda ours, _: [ours.T])
+CONV_KERNEL = Layout(
+    lambda theirs, _: theirs[0].permute(3, 2, 0, 1), lambda ours, _: [ours.permute(2, 3, 1, 0)]
+)
 PATCH_KERNEL = Layout(
     lambda theirs, _: theirs[0].permute(3, 2, 0, 1).flatten(1),
     lambda ours, c: [ours.unflatten(1, patch(c)).permute(2, 3, 1, 0)],
@@ -105,6 +112,17 @@ def big_vision(config: ClassifierConfig) -> Iterator[Entry]:
 
 
 def flax(config: ClassifierConfig, attention: str, mlp: str, norm2: str) -> Iterator[Entry]:
+    if config.stem == "resnet":
+        yield Entry("stem.root.weight", ("conv_root/kernel",), CONV_KERNEL)
+        yield from flax_norm("stem.norm", "gn_root")
+        for stage, unit, ours in units(config):
+            theirs = f"block{stage + 1}/unit{unit + 1}"
+            for n in (1, 2, 3):
+                yield Entry(f"{ours}.conv{n}.weight", (f"{theirs}/conv{n}/kernel",), CONV_KERNEL)
+                yield from flax_norm(f"{ours}.norm{n}", f"{theirs}/gn{n}")
+            if not unit:
+                yield Entry(f"{ours}.shortcut.0.weight", (f"{theirs}/conv_proj/kernel",), CONV_KERNEL)
+                yield from flax_norm(f"{ours}.shortcut.1", f"{theirs}/gn_proj")
     yield Entry("stem.proj.weight", ("embedding/kernel",), PATCH_KERNEL)
     yield Entry("stem.proj.bias", ("embedding/bias",), AS_IS)
     for layer in range(config.core.depth):
@@ -125,6 +143,14 @@ def flax(config: ClassifierConfig, attention: str, mlp: str, norm2: str) -> Iter
     yield from flax_dense("head", "head")
 
 
+def units(config: ClassifierConfig) -> Iterator[tuple[int, int, str]]:
+    """Of a hybrid's ResNet: stage, place in the stage, and our name, of every block. The first of each stage
+    has a shortcut with weights."""
+    for stage, depth in enumerate(config.stem_blocks):
+        for unit in range(depth):
+            yield stage, unit, f"stem.stages.{stage}.{unit}"
+
+
 def flax_norm(ours: str, theirs: str) -> Iterator[Entry]:
     yield Entry(f"{ours}.weight", (f"{theirs}/scale",), AS_IS)
     yield Entry(f"{ours}.bias", (f"{theirs}/bias",), AS_IS)
@@ -136,10 +162,22 @@ def flax_dense(ours: str, theirs: str) -> Iterator[Entry]:
 
 
 def timm(config: ClassifierConfig) -> Iterator[Entry]:
-    """timm's `VisionTransformer`."""
+    """timm's `VisionTransformer`, and its hybrids."""
     if config.has_class_token:
         yield Entry("cls_token", ("cls_token",), AS_IS)
     yield Entry("positions.table", ("pos_embed",), TABLE)
+    if config.stem == "resnet":
+        body = "patch_embed.backbone"
+        yield Entry("stem.root.weight", (f"{body}.stem.conv.weight",), AS_IS)
+        yield from same("stem.norm", f"{body}.stem.norm")
+        for stage, unit, ours in units(config):
+            theirs = f"{body}.stages.{stage}.blocks.{unit}"
+            for n in (1, 2, 3):
+                yield Entry(f"{ours}.conv{n}.weight", (f"{theirs}.conv{n}.weight",), AS_IS)
+                yield from same(f"{ours}.norm{n}", f"{theirs}.norm{n}")
+            if not unit:
+                yield Entry(f"{ours}.shortcut.0.weight", (f"{theirs}.downsample.conv.weight",), AS_IS)
+                yield from same(f"{ours}.shortcut.1", f"{theirs}.downsample.norm")
     yield Entry("stem.proj.weight", ("patch_embed.proj.weight",), PATCHES)
     yield Entry("stem.proj.bias", ("patch_embed.proj.bias",), AS_IS)
     for layer in range(config.core.depth):

@@ -110,6 +110,12 @@ class ResNetStem(nn.Module):
         return self.proj(x.transpose(1, 2))
 
 
+def stem_places(patch_size: int, width: int, depths: tuple[int, ...]) -> tuple[int, int, int]:
+    """What a `ResNetStem` makes a token of: channels, rows and columns of places."""
+    side = patch_size // stem_stride(depths)
+    return 4 * width * 2 ** (len(depths) - 1), side, side
+
+
 def stem_stride(depths: tuple[int, ...]) -> int:
     """Pixels, along each side, of a place that a `ResNetStem` of these stages gives."""
     return 4 * 2 ** (len(depths) - 1)
