@@ -1,9 +1,10 @@
-"""Makes shards of your own images, each with a caption, a class, or both.
+"""Makes shards of your own images, each with a caption, a class, or both; or neither, with --unlabelled.
 
     python pipelines/make_shards.py photos/ data/photos        # photos/a.jpg with photos/a.txt beside it
     python pipelines/make_shards.py pets/ data/pets            # class folders: pets/cat/1.jpg, pets/dog/2.jpg
     python pipelines/make_shards.py list.csv data/list         # columns: path, caption and/or class
     python pipelines/make_shards.py list.jsonl data/list --max-side 512      # the same as JSON lines
+    python pipelines/make_shards.py scans/ data/scans --unlabelled           # pictures alone, to pre-train on
 
 A folder's captions are used where there are .txt files beside the images; otherwise the folder names are
 classes. Paths in a list are relative to it; `captions` in JSON lines may hold {language: caption}. Images
@@ -54,6 +55,9 @@ def main() -> None:
     parser.add_argument(
         "--heldout-share", type=float, default=0.05, help="share of the samples in the split heldout"
     )
+    parser.add_argument(
+        "--unlabelled", action="store_true", help="pictures alone, without captions and classes"
+    )
     parser.add_argument("--max-side", type=int, help="scale images down so that no side is longer, in pixels")
     parser.add_argument("--samples-per-shard", type=int, default=1000)
     arguments = parser.parse_args()
@@ -63,31 +67,38 @@ def main() -> None:
         raise UserError(f"--max-side {arguments.max_side} is not a size in pixels")
 
     outcome = Outcome()
-    entries = drop_duplicates(find_entries(arguments.source, outcome), outcome)
+    entries = drop_duplicates(find_entries(arguments.source, arguments.unlabelled, outcome), outcome)
     if not entries:
         raise UserError(f"nothing usable in {arguments.source}: {describe_skipped(outcome)}")
     write(entries, arguments, outcome)
     outcome.print(arguments.out)
 
 
-def find_entries(source: Path, outcome: Outcome) -> list[Entry]:
+def find_entries(source: Path, unlabelled: bool, outcome: Outcome) -> list[Entry]:
     """All entries of a folder or list. Raises UserError if `source` is neither."""
     if source.is_dir():
-        return entries_of_folder(source, outcome)
+        images = images_of_folder(source)
+        if unlabelled:
+            return [Entry(path, key_of(path.relative_to(source))) for path in images]
+        return entries_of_folder(source, images, outcome)
     if not source.is_file():
         raise UserError(f"{source} does not exist; give a folder of images, a .csv or a .jsonl")
     if source.suffix not in (".csv", ".jsonl"):
         raise UserError(f"{source} is neither a folder nor a .csv nor a .jsonl")
     try:
-        return entries_of_list(source, outcome)
+        return entries_of_list(source, unlabelled, outcome)
     except UnicodeDecodeError as error:
         raise UserError(f"{source} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
 
 
-def entries_of_folder(folder: Path, outcome: Outcome) -> list[Entry]:
+def images_of_folder(folder: Path) -> list[Path]:
     images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (*STORED_AS_IS, *CONVERTED))
     if not images:
         raise UserError(f"{folder} holds no images ({', '.join([*STORED_AS_IS, *CONVERTED])})")
+    return images
+
+
+def entries_of_folder(folder: Path, images: list[Path], outcome: Outcome) -> list[Entry]:
     captioned = any(path.with_suffix(".txt").is_file() for path in images)
     entries = []
     for path in images:
@@ -114,7 +125,7 @@ def entries_of_folder(folder: Path, outcome: Outcome) -> list[Entry]:
     return entries
 
 
-def entries_of_list(source: Path, outcome: Outcome) -> list[Entry]:
+def entries_of_list(source: Path, unlabelled: bool, outcome: Outcome) -> list[Entry]:
     entries = []
     for line, row in read_rows(source):
         where = f"{source.name}:{line}"
@@ -124,6 +135,8 @@ def entries_of_list(source: Path, outcome: Outcome) -> list[Entry]:
         path, caption, captions, label = (row.get(name) for name in ("path", "caption", "captions", "class"))
         if not isinstance(path, str) or not path:
             outcome.skip("no path", where)
+        elif unlabelled:
+            entries.append(Entry(source.parent / path, key_of(Path(path))))
         elif not isinstance(caption, str | None):
             outcome.skip("caption is not text", where)
         elif caption is None and not captions and label in (None, ""):
@@ -171,18 +184,39 @@ def drop_duplicates(entries: list[Entry], outcome: Outcome) -> list[Entry]:
     return list(by_key.values())
 
 
-def name_classes(entries: list[Entry]) -> list[str]:
-    """The names of the classes; by their number if all are numbers 0 to n - 1, otherwise sorted."""
+def name_classes(entries: list[Entry], source: Path) -> list[str]:
+    """The names of the classes, sorted; by their number if all are different numbers.
+
+    Raises:
+        UserError: for a list whose numbers have a gap, and for one class alone where there are no captions.
+    """
     names = {entry.label for entry in entries if entry.label is not None}
-    numbers = sorted(int(name) for name in names if name.isdecimal())
-    if numbers == list(range(len(names))):
-        return [str(number) for number in numbers]
-    return sorted(names)
+    captioned = any(entry.caption is not None or entry.captions for entry in entries)
+    if len(names) == 1 and not captioned:
+        raise UserError(
+            f"{source} has one class alone, {min(names)!r}: a classifier needs two or more; give each its "
+            "own folder or name, or leave it out (--unlabelled)"
+        )
+    numbers = {int(name) for name in names if name.isdecimal()}
+    if len(numbers) < len(names) or not names:
+        return sorted(names)
+    missing = sorted({*range(max(numbers) + 1)} - numbers)
+    if missing and not source.is_dir():  # folders may well be called 1999 and 2020
+        raise UserError(
+            f"{source} numbers its classes up to {max(numbers)}, but {shorten(missing)} "
+            f"{'has' if len(missing) == 1 else 'have'} no image: number them from 0 without gaps, or give "
+            "names"
+        )
+    return sorted(names, key=int)
+
+
+def shorten(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:3])) + (f" and {len(numbers) - 3} more" if len(numbers) > 3 else "")
 
 
 def write(entries: list[Entry], arguments: argparse.Namespace, outcome: Outcome) -> None:
     """Writes both splits in an order mixed by the hash of the key, and `dataset.json`."""
-    out, classes = arguments.out, name_classes(entries)
+    out, classes = arguments.out, name_classes(entries, arguments.source)
     numbers = {name: number for number, name in enumerate(classes)}
     hashes = {entry.key: hashlib.sha256(entry.key.encode()).digest() for entry in entries}
     entries = sorted(entries, key=lambda entry: hashes[entry.key])

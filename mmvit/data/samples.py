@@ -10,7 +10,9 @@ from mmvit.data.augment import Augment, AugmentConfig
 from mmvit.data.captions import TextTokenizer, read_caption
 from mmvit.data.codes import unpack_codes
 from mmvit.data.images import MAX_PIXELS, decode_image, to_unit_range
-from mmvit.data.shards import BadSample, Sample
+from mmvit.data.shards import BadSample, Sample, expand_shards
+from mmvit.data.writing import read_dataset_card
+from mmvit.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "jpeg")
 
@@ -105,6 +107,17 @@ class CaptionCodesSample:
             "captions": caption,
             "counts": {"captions": 1, "captions cut": num_cut},
         }
+
+
+def check_classes(patterns: list[str], num_classes: int) -> None:
+    """Raises UserError when the dataset.json beside the shards names another number of classes."""
+    for folder in sorted({shard.parent for shard in expand_shards(patterns)}):
+        classes = read_dataset_card(folder).get("classes")
+        if classes and len(classes) != num_classes:
+            raise UserError(
+                f"{folder / 'dataset.json'} names {len(classes)} classes, model.num_classes is "
+                f"{num_classes}: set it to {len(classes)}"
+            )
 
 
 def image_bytes(sample: Sample) -> bytes:

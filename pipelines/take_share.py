@@ -1,0 +1,67 @@
+"""Takes a share of a split with its classes, as many of each: to measure how far few labels go.
+
+    python pipelines/take_share.py data/fashion-mnist data/fashion-mnist-1 --share 0.01 --seed 0
+
+Of each class the samples with the smallest hash of seed and key are taken, rounded to the nearest number and
+at least one; so a smaller share of the same seed is part of a larger one. The other splits stay where they
+are.
+"""
+
+import argparse
+import hashlib
+from pathlib import Path
+
+from mmvit.data.shards import BadShard, expand_shards, read_shard
+from mmvit.data.writing import Outcome, ShardWriter, read_dataset_card, with_progress, write_dataset_card
+from mmvit.errors import UserError, run_script
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="folder of shards with cls")
+    parser.add_argument("out", type=Path, help="folder to write shards to")
+    parser.add_argument("--share", type=float, required=True, help="of each class, from 0 to 1")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", default="train", help="which to take from (%(default)s)")
+    options = parser.parse_args()
+    if not 0 < options.share <= 1:
+        raise UserError(f"--share {options.share} is not in (0, 1]")
+    if options.source.resolve() == options.out.resolve():
+        raise UserError(f"{options.out} is the source itself; name another folder")
+    outcome, places = Outcome(), {}
+    for sample in read_samples(options.source, options.split, outcome):
+        if "cls" not in sample.files:
+            outcome.skip("no cls", sample.key)
+            continue
+        place = hashlib.sha256(f"{options.seed} {sample.key}".encode()).digest()
+        places.setdefault(sample.files["cls"].strip(), []).append((place, sample.key))
+    if not places:
+        raise UserError(f"no sample of {options.split} in {options.source} has a cls")
+    taken = {
+        key
+        for members in places.values()
+        for _, key in sorted(members)[: max(1, round(options.share * len(members)))]
+    }
+    with ShardWriter(options.out, options.split) as writer:
+        samples = read_samples(options.source, options.split, Outcome())
+        chosen = (sample for sample in samples if sample.key in taken)
+        for sample in with_progress(chosen, len(taken), f"writing {options.split}"):
+            writer.write(sample.key, sample.files)
+            outcome.wrote(options.split)
+    card = {name: fact for name, fact in read_dataset_card(options.source).items() if name != "samples"}
+    write_dataset_card(options.out, outcome, **card, share=options.share, seed=options.seed)
+    outcome.print(options.out)
+
+
+def read_samples(folder: Path, split: str, outcome: Outcome):
+    for shard in expand_shards(folder / f"{split}-*.tar"):
+        try:
+            yield from read_shard(shard)
+        except BadShard as error:
+            outcome.skip("truncated or damaged shard", str(error))
+
+
+if __name__ == "__main__":
+    run_script(main)
