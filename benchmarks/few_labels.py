@@ -7,8 +7,8 @@ the same FLOPs in all.
 `run` calls the scripts of pipelines/ for each seed: scratch trains on 1%, 10% and 100% of the labels for the
 FLOPs of `--images` supervised pictures; each pre-training takes three quarters of these FLOPs on the pictures
 of the whole train split, and fine-tuning on the same labels the last quarter. FLOPs are counted from the real
-objectives, views, targets and decoders included. A figure that the log has already is not measured again, so a
-run that was stopped goes on.
+objectives, views, targets and decoders included. A figure that the log has already is not measured again, so
+a run that was stopped goes on.
 
 `table` prints the mean of the seeds and its 95% interval (Student's t), and draws them.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from speed import count_flops
 
 from mmvit.config import load_config
 from mmvit.errors import UserError, run_script
@@ -34,6 +34,7 @@ SHARES = (0.01, 0.1, 1.0)
 METHODS = ("scratch", "masked", "byol", "mae")
 PRETRAINING = 0.75  # share of the FLOPs
 BATCH = 64
+FINE_TUNING = ("--optimizer.layer_decay", "0.8")
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5% quantile of t by the number of seeds
 DATA: dict[str, tuple[str, ...]] = {
     "fashion-mnist": (),
@@ -84,9 +85,7 @@ def measure(options: argparse.Namespace) -> None:
                     left = total * (1 - PRETRAINING)
                 out = options.runs / f"{options.data}-{method}-{seed}-{share}"
                 labels = ("--data.train", f"{take_share(options, share, seed)}/train-*.tar")
-                more = (
-                    () if start is None else ("--start.model", str(start), "--optimizer.layer_decay", "0.8")
-                )
+                more = () if start is None else ("--start.model", str(start), *FINE_TUNING)
                 steps = round(left / supervised / BATCH)
                 accuracy = train(options, "vit", (*settings, *labels, *more), out, seed, steps)
                 record = {
@@ -147,9 +146,7 @@ def cost(options: argparse.Namespace, name: str, settings: tuple[str, ...]) -> f
     objective = names["Classifier"](recipe.model) if name == "vit" else names["build_objective"](recipe)
     pixels = torch.randn(8, recipe.model.channels, *recipe.model.height_width)
     batch = {"pixels": pixels, "other_pixels": pixels, "labels": torch.zeros(8, dtype=torch.long)}
-    with FlopCounterMode(display=False) as counter:
-        objective.loss(batch)[0].backward()
-    return counter.get_total_flops() / len(pixels)
+    return count_flops(lambda: objective.loss(batch)[0].backward()) / len(pixels)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -161,7 +158,7 @@ def show(records: list[dict[str, Any]], plot: Path | None) -> None:
         raise UserError("the log holds no figures yet")
     for data in dict.fromkeys(record["data"] for record in records):
         own = [record for record in records if record["data"] == data]
-        print(f"\n{data}, {own[0]['flops'] / 1e15:.3g} PFLOP a figure\n")
+        print(f"\n{data}, {own[0]['flops'] / 1e12:.3g} TFLOP a figure\n")
         print("| | " + " | ".join(f"{share:.0%} of the labels" for share in SHARES) + " |")
         print("|---|" + "---|" * len(SHARES))
         for method, cells in summarise(own):
@@ -189,14 +186,13 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     data = list(dict.fromkeys(record["data"] for record in records))
+    shares = [100 * share for share in SHARES]
     figure = Figure(figsize=(5 * len(data), 4), layout="constrained")
     for place, name in enumerate(data, start=1):
         axes = figure.add_subplot(1, len(data), place)
         for method, cells in summarise([record for record in records if record["data"] == name]):
             means, halves = ([100 * value for value in column] for column in zip(*cells, strict=True))
-            axes.errorbar(
-                [100 * share for share in SHARES], means, halves, label=method, marker="o", capsize=3
-            )
+            axes.errorbar(shares, means, halves, label=method, marker="o", capsize=3)
         axes.set(xscale="log", xlabel="% of the labels", ylabel="test accuracy, %", title=name)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
