@@ -16,8 +16,8 @@ from typing import get_args
 
 from mmvit.config import parse_value
 from mmvit.errors import UserError, run_script
-from mmvit.hub import CONFIG, download
-from mmvit.interop.files import read_config
+from mmvit.hub import download
+from mmvit.interop.files import find_ours
 from mmvit.interop.vit import load_vit
 from mmvit.interop.vit_export import save_vit
 from mmvit.interop.vit_names import Naming
@@ -56,12 +56,12 @@ def main() -> None:
 
 
 def read(source: Path, settings: dict) -> Classifier:
-    for folder in (source, source / "best", source / "last"):
-        if (folder / CONFIG).is_file() and "kind" in read_config(folder / CONFIG):
-            if settings:
-                raise UserError(f"{folder} is ours and tells everything: leave --set out")
-            return Classifier.from_pretrained(folder)
-    return load_vit(source, **settings)
+    folder = find_ours(source)
+    if folder is None:
+        return load_vit(source, **settings)
+    if settings:
+        raise UserError(f"{folder} is ours and tells everything: leave --set out")
+    return Classifier.from_pretrained(folder)
 
 
 if __name__ == "__main__":

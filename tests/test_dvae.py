@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mmvit.errors import UserError
 from mmvit.interop.openai_dvae import dvae_from_openai, dvae_to_openai, load_openai_dvae
@@ -225,6 +226,20 @@ def test_pickled_modules_load_without_running_their_classes(theirs, tmp_path):
     torch.save(theirs[0], tmp_path / "old.pkl", _use_new_zipfile_serialization=False)
     with pytest.raises(UserError, match=r"old.pkl is no encoder.pkl .* openai/DALL-E: Only persistent_load"):
         load_openai_dvae(tmp_path / "old.pkl", tmp_path / "decoder.pkl")
+
+
+def test_the_script_writes_state_dicts_for_openais_modules(theirs, tmp_path, run_script):
+    for name, module in zip(("encoder.pkl", "decoder.pkl"), theirs, strict=True):
+        torch.save(module, tmp_path / name)
+    script = "tokenizers/convert_image_tokenizer.py"
+    sources = (tmp_path / "encoder.pkl", tmp_path / "decoder.pkl", tmp_path / "ours")
+    for arguments in (sources, (tmp_path / "ours", tmp_path / "back", "--to", "openai")):
+        ran = run_script(script, *arguments)
+        assert ran.returncode == 0, ran.stderr
+    for name, module in zip(("encoder", "decoder"), theirs, strict=True):
+        written = load_file(tmp_path / "back" / f"{name}.safetensors")
+        assert written.keys() == module.state_dict().keys()
+        assert all(torch.equal(written[key], tensor) for key, tensor in module.state_dict().items())
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path):

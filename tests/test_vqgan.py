@@ -18,6 +18,7 @@ from mmvit.interop.vqgan import (
     vqgan_to_diffusers,
     vqgan_to_janus,
 )
+from mmvit.interop.vqgan_export import save_vqgan
 from mmvit.models.image_tokenizer import load_image_tokenizer
 from mmvit.models.vqgan import VQGAN, VQGANConfig
 
@@ -348,6 +349,41 @@ def test_a_saved_folder_of_any_format_is_recognised(peer, request, tmp_path):
     assert not model.training
 
 
+def test_diffusers_loads_the_folder_that_is_written(model, tmp_path):
+    folder = save_vqgan(model, tmp_path, "diffusers")
+    theirs = type(diffusers_model()).from_pretrained(folder).eval()
+    assert_weights_equal(vqgan_to_diffusers(model), theirs.state_dict())
+    codes, decoded = run_diffusers(theirs, pixels_of(1))
+    assert_codes_equal(model.encode(pixels_of(1)), codes)
+    assert_pixels_equal(model.decode(codes), decoded)
+
+
+@pytest.mark.parametrize("name", ["janus", "chameleon"])
+def test_transformers_loads_the_folder_that_is_written(name, request, tmp_path):
+    peer = request.getfixturevalue(f"{name}_vq")
+    read = {"janus": vqgan_from_janus, "chameleon": vqgan_from_chameleon}[name]
+    model = read(peer.config.to_dict(), peer.state_dict())
+    folder = save_vqgan(model, tmp_path, name)
+    theirs = type(peer).from_pretrained(folder).eval()
+    assert_weights_equal(theirs.state_dict(), peer.state_dict())
+    assert_codes_equal(
+        model.encode(pixels_of(1)).flatten(), theirs.encode(pixels_of(1)).image_tokens.flatten()
+    )
+    assert load_vqgan(folder).config == model.config
+
+
+def test_what_a_folder_cannot_tell_is_warned_of_or_refused(model, tmp_path):
+    black = VQGAN(SMALL.model_copy(update={"black": 0}))
+    with pytest.warns(UserWarning, match="does not tell black, which is 0 here and -1 there"):
+        save_vqgan(black, tmp_path, "diffusers")
+    for changes, words in (
+        ({"widths": (8, 12)}, r"multiples of stem_width 8, not \[12\]"),
+        ({"middle_attention": False}, "only beside that in the middle"),
+    ):
+        with pytest.raises(UserError, match=words):
+            save_vqgan(VQGAN(SMALL.model_copy(update=changes)), tmp_path, "chameleon")
+
+
 def test_the_script_converts_a_folder(diffusers_vq, tmp_path, run_script):
     diffusers_vq.save_pretrained(tmp_path / "theirs")
     script = "tokenizers/convert_image_tokenizer.py"
@@ -356,7 +392,17 @@ def test_the_script_converts_a_folder(diffusers_vq, tmp_path, run_script):
     ours = load_image_tokenizer(tmp_path / "ours")
     expected = load_vqgan(tmp_path / "theirs", black=0)
     assert_codes_equal(ours.encode(pixels_of(1)), expected.encode(pixels_of(1)))
+    ran = run_script(script, tmp_path / "ours", tmp_path / "back", "--to", "diffusers")
+    assert ran.returncode == 0, ran.stderr
+    back = load_vqgan(tmp_path / "back", black=0)
+    assert back.config == expected.config
+    assert_weights_equal(back.state_dict(), expected.state_dict())
     for arguments, words in (
+        (
+            (tmp_path / "ours", tmp_path / "x", "--to", "openai"),
+            "--to openai is for a dvae, and this is a vqgan",
+        ),
+        ((tmp_path / "ours", tmp_path / "x", "--set", "black=0"), "is ours and tells everything"),
         ((tmp_path / "nowhere", tmp_path / "x"), "nowhere"),
         ((tmp_path / "theirs", tmp_path / "x", "--set", "blak=0"), "blak"),
         ((tmp_path / "a.pkl", tmp_path / "b.pkl", tmp_path / "x"), "there is no file"),

@@ -1,21 +1,32 @@
-"""Turns other people's image tokenizers into a folder of ours, which every script takes.
+"""Turns other people's image tokenizers into ours, which every script takes, and ours into theirs.
 
     python tokenizers/convert_image_tokenizer.py FOLDER runs/their-tokenizer
     python tokenizers/convert_image_tokenizer.py FOLDER runs/their-tokenizer --set cosine=true
     python tokenizers/convert_image_tokenizer.py encoder.pkl decoder.pkl runs/dalle-dvae
+    python tokenizers/convert_image_tokenizer.py runs/their-tokenizer for-diffusers --to diffusers
 
 FOLDER holds config.json and safetensors of a diffusers `VQModel`, or of transformers' Janus or Chameleon,
 alone or inside the whole model. The two .pkl files are OpenAI's discrete VAE; nothing in them is run. Then,
 for example, `pipelines/encode_images.py data/emoji data/emoji-codes --tokenizer runs/their-tokenizer`.
+
+The way back is from a folder of ours (a `VQGAN`, or a `DiscreteVAE` for openai) to one for `from_pretrained`
+of diffusers or transformers; openai gets the state dicts of `dall_e.Encoder` and `Decoder` as safetensors.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any, get_args
 
 from mmvit.config import parse_value
 from mmvit.errors import UserError, run_script
-from mmvit.interop.openai_dvae import load_openai_dvae
+from mmvit.hub import write_weights
+from mmvit.interop.files import find_ours
+from mmvit.interop.openai_dvae import dvae_to_openai, load_openai_dvae
 from mmvit.interop.vqgan import load_vqgan
+from mmvit.interop.vqgan_export import VQGANFormat, save_vqgan
+from mmvit.models.dvae import DiscreteVAE
+from mmvit.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
+from mmvit.models.vqgan import VQGAN
 
 
 def main() -> None:
@@ -24,6 +35,7 @@ def main() -> None:
     )
     parser.add_argument("source", type=Path, nargs="+", help="a folder, or encoder.pkl decoder.pkl")
     parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--to", choices=["mmvit", *get_args(VQGANFormat), "openai"], default="mmvit")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=VALUE",
         help="settings that their config.json does not say: cosine=true for Janus codes as its authors "
@@ -34,17 +46,42 @@ def main() -> None:
         raise UserError(f"{options.out} is the source itself; name another folder to write")
     settings = dict(pair.partition("=")[::2] for pair in options.set)
     if len(options.source) == 1:
-        model = load_vqgan(options.source[0], **{name: parse_value(text) for name, text in settings.items()})
+        model = read_folder(options.source[0], {name: parse_value(text) for name, text in settings.items()})
     elif len(options.source) == 2 and not settings:
         model = load_openai_dvae(*options.source)
     else:
         raise UserError("give a folder, or encoder.pkl and decoder.pkl without --set, then where to write")
-    model.save_pretrained(options.out)
+    write(model, options.out, options.to)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{options.out}: {model.kind}, {model.codebook_size} codes, one for {model.factor}x{model.factor} "
         f"pixels, {parameters:,} parameters"
     )
+
+
+def read_folder(folder: Path, settings: dict[str, Any]) -> ImageTokenizer:
+    """Of ours, or of others."""
+    if find_ours(folder) is None:
+        return load_vqgan(folder, **settings)
+    if settings:
+        raise UserError(f"{folder} is ours and tells everything: leave --set out")
+    return load_image_tokenizer(folder)
+
+
+def write(model: ImageTokenizer, out: Path, to: str) -> None:
+    """Raises UserError for a model of another kind than the format is for."""
+    if to == "mmvit":
+        model.save_pretrained(out)
+        return
+    kind = DiscreteVAE if to == "openai" else VQGAN
+    if not isinstance(model, kind):
+        raise UserError(f"--to {to} is for a {kind.kind}, and this is a {model.kind}")
+    if to != "openai":
+        save_vqgan(model, out, to)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for name, weights in zip(("encoder", "decoder"), dvae_to_openai(model), strict=True):
+        write_weights(weights, out / f"{name}.safetensors")
 
 
 if __name__ == "__main__":

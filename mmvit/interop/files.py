@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmvit.errors import UserError
-from mmvit.hub import read_weights
+from mmvit.hub import CONFIG, read_weights
 
 UNREADABLE = (
     zipfile.BadZipFile, RuntimeError, EOFError, AttributeError, ValueError, LookupError, TypeError, OSError
@@ -30,6 +30,14 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} holds a {type(config).__name__}, not the settings of a model")
     return config
+
+
+def find_ours(path: Path) -> Path | None:
+    """The folder of a model of ours: `path`, or the best or last of a run; None where it is another's."""
+    for folder in (path, path / "best", path / "last"):
+        if (folder / CONFIG).is_file() and "kind" in read_config(folder / CONFIG):
+            return folder
+    return None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
