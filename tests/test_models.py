@@ -159,6 +159,26 @@ def test_positions_at_every_layer_are_added_in_front_of_every_block(positions, p
     torch.testing.assert_close(dropping.read(x, chosen), dropping.core.norm(left))
 
 
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_registers_stand_between_the_class_token_and_the_patches_and_are_not_read(pooling):
+    torch.manual_seed(0)
+    config = ClassifierConfig(
+        image_size=(8, 12), patch_size=4, pooling=pooling, registers=2, patch_dropout=0.5, core=CORE
+    )
+    model, pixels = randomise(Classifier(config)), torch.randn(2, 3, 8, 12)
+    prefix = [model.cls_token] if pooling == "cls" else []
+    x = torch.cat([part.expand(2, -1, -1) for part in (*prefix, model.registers)], dim=1)
+    x = torch.cat([x, model.stem(pixels)], dim=1) + model.positions.table
+    tokens = model.core(x)
+    expected = tokens[:, 0] if pooling == "cls" else tokens[:, 2:].mean(1)
+    torch.testing.assert_close(model.eval().features(pixels), expected)
+    chosen = model.choose_patches(2, 3, pixels.device)
+    assert torch.equal(chosen[:, : model.num_prefix], torch.arange(model.num_prefix).expand(2, -1))
+    assert chosen[:, model.num_prefix :].min() >= model.num_prefix
+    model.train().loss({"pixels": pixels, "labels": torch.tensor([0, 1])})[0].backward()
+    assert model.registers.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

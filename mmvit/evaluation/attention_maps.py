@@ -47,8 +47,8 @@ def rollout(weights: list[Tensor]) -> Tensor:
 
 def attention_maps(classifier: Classifier, pixels: Tensor) -> Tensor:
     """What the head's vector is made of, as a picture of the images' size (batch, height, width) from 0 to 1:
-    the rollout from [CLS], or from the mean of all patches, to the patches; what the strongest twentieth of
-    the places have is 1, so that one strong patch does not leave the rest dark."""
+    the rollout from [CLS], or from the mean of all patches, to the patches, without registers; what the
+    strongest twentieth of the places have is 1, so that one strong patch does not leave the rest dark."""
     mixed = rollout(attention_weights(classifier, pixels))
     prefix = classifier.num_prefix
     read = mixed[:, :1] if classifier.config.pooling == "cls" else mixed[:, prefix:]

@@ -59,6 +59,7 @@ def refuse_parts(config: ClassifierConfig, naming: Naming) -> None:
     found = {
         "stem": not has_stem(config, naming),
         "positions": config.positions != "learned_1d",
+        "registers": config.registers > 0,
         "positions_at": config.positions_at != "stem",
         "core.norm": core.norm != "layernorm",
         "core.mlp": core.mlp == "swiglu",

@@ -34,6 +34,9 @@ class ClassifierConfig(Config):
     pooling: Literal["cls", "mean", "mean_beside_cls"] = Field(
         "cls", description="what the head reads: [CLS], or the mean of the patches, without or with a [CLS]"
     )
+    registers: int = Field(
+        0, ge=0, description="learnt tokens that nobody reads, for the core to write in (2309.16588)"
+    )
     norm_after_pooling: bool = Field(False, description="of a mean, as in timm; otherwise of every token")
     representation_width: int | None = Field(
         None, gt=0, description="of a tanh layer in front of the head, as in the paper's pre-training"
@@ -114,9 +117,12 @@ class Classifier(Pretrained, nn.Module):
         self.stem = build_stem(
             config.stem, config.patch_size, config.channels, width, config.stem_width, config.stem_blocks
         )
-        self.num_prefix = int(config.has_class_token)
-        if self.num_prefix:
+        self.num_prefix = config.has_class_token + config.registers
+        if config.has_class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        if config.registers:
+            self.registers = nn.Parameter(torch.empty(1, config.registers, width))
+            nn.init.normal_(self.registers, std=0.02)
         relative = config.positions == "relative_1d"
         kind = "none" if relative else config.positions
         places = (kind, width, config.core.head_dim, self.num_prefix, config.grid)
@@ -151,9 +157,9 @@ class Classifier(Pretrained, nn.Module):
         return self.representation(x).tanh() if self.config.representation_width else x
 
     def tokens(self, patches: Tensor, normalized: bool = True) -> Tensor:
-        """patches (batch, rows · columns, width), as the stem gives them → what the core makes of [CLS], if
-        there is one, and of the patches, (batch, [1 +] patches, width); in training of those that patch
-        dropout leaves."""
+        """patches (batch, rows · columns, width), as the stem gives them → what the core makes of [CLS] and
+        registers, if there are any, and of the patches, (batch, prefix + patches, width); in training of
+        those that patch dropout leaves."""
         x, chosen = self.embed(patches), None
         if self.training and self.config.patch_dropout:
             kept = max(1, round(patches.shape[1] * (1 - self.config.patch_dropout)))
@@ -161,15 +167,18 @@ class Classifier(Pretrained, nn.Module):
         return self.read(x, chosen, normalized)
 
     def embed(self, patches: Tensor) -> Tensor:
-        """patches (batch, rows · columns, width) → [CLS], if there is one, and patches, with positions."""
-        x = patches
-        if self.num_prefix:
-            x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
-        return self.dropout(self.positions.add(x))
+        """patches (batch, rows · columns, width) → [CLS] and registers, if there are any, and patches, with
+        positions."""
+        parts = [patches]
+        if self.config.registers:
+            parts.insert(0, self.registers.to(patches.dtype).expand(len(patches), -1, -1))
+        if self.config.has_class_token:
+            parts.insert(0, self.cls_token.to(patches.dtype).expand(len(patches), -1, -1))
+        return self.dropout(self.positions.add(torch.cat(parts, dim=1)))
 
     def choose_patches(self, batch: int, kept: int, device: torch.device) -> Tensor:
-        """[CLS] and, of each image, its own random choice of patches (PatchDropout, 2208.07220), as places of
-        tokens (batch, [1 +] kept): less work for the core, and an augmentation."""
+        """[CLS], registers and, of each image, its own random choice of patches (PatchDropout, 2208.07220),
+        as places of tokens (batch, prefix + kept): less work for the core, and an augmentation."""
         patches = self.config.grid[0] * self.config.grid[1]
         chosen = torch.rand(batch, patches, device=device).argsort(1)[:, :kept] + self.num_prefix
         prefix = torch.arange(self.num_prefix, device=device).expand(batch, -1)
