@@ -14,28 +14,21 @@ a run that was stopped goes on.
 """
 
 import argparse
-import json
-import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from speed import count_flops
+from classifier_runs import ROOT, call, flops_of, interval, read_log, train, write_log
 
-from mmvit.config import load_config
 from mmvit.errors import UserError, run_script
 
-ROOT = Path(__file__).resolve().parent.parent
 SHARES = (0.01, 0.1, 1.0)
-METHODS = ("scratch", "masked", "byol", "mae")
+SCRATCH = "scratch"
+METHODS = (SCRATCH, "masked", "byol", "mae")
 PRETRAINING = 0.75  # share of the FLOPs
 BATCH = 64
 FINE_TUNING = ("--optimizer.layer_decay", "0.8")
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5% quantile of t by the number of seeds
 DATA: dict[str, tuple[str, ...]] = {
     "fashion-mnist": (),
     "emoji-groups": (
@@ -68,54 +61,52 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> None:
     options.runs.mkdir(parents=True, exist_ok=True)
-    settings = DATA[options.data]
-    supervised = cost(options, "vit", settings)
-    total = supervised * options.images
+    total = flops(SCRATCH, options.data) * options.images
     done = {(r["data"], r["method"], r["share"], r["seed"], r["images"]) for r in read_log(options.log)}
     for seed in range(options.seeds):
         for method in METHODS:
-            start, left, began = None, total, time.monotonic()
             for share in SHARES:
                 if (options.data, method, share, seed, options.images) in done:
                     continue
-                if method != "scratch" and start is None:
-                    start = options.runs / f"{options.data}-{method}-{seed}"
-                    steps = round(PRETRAINING * total / cost(options, method, settings) / BATCH)
-                    train(options, method, settings, start, seed, steps)
+                began = time.monotonic()
+                start, left = (), total
+                if method != SCRATCH:  # once for all shares
                     left = total * (1 - PRETRAINING)
-                out = options.runs / f"{options.data}-{method}-{seed}-{share}"
+                    folder = options.runs / f"{options.data}-{method}-{seed}"
+                    run(options, method, folder, seed, total - left)
+                    start = ("--start.model", folder, *FINE_TUNING)
                 labels = ("--data.train", f"{take_share(options, share, seed)}/train-*.tar")
-                more = () if start is None else ("--start.model", str(start), *FINE_TUNING)
-                steps = round(left / supervised / BATCH)
-                accuracy = train(options, "vit", (*settings, *labels, *more), out, seed, steps)
+                out = options.runs / f"{options.data}-{method}-{seed}-{share}"
+                found = run(options, SCRATCH, out, seed, left, *labels, *start)
                 record = {
                     "data": options.data, "method": method, "share": share, "seed": seed,
-                    "images": options.images, "flops": total, "accuracy": accuracy,
+                    "images": options.images, "flops": total, "accuracy": found["accuracy"],
                     "minutes": (time.monotonic() - began) / 60,
                 }  # fmt: skip
-                began = time.monotonic()
-                with options.log.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-                print(json.dumps(record), flush=True)
+                write_log(options.log, record)
 
 
-def train(
-    options: argparse.Namespace, name: str, settings: tuple[str, ...], out: Path, seed: int, steps: int
-) -> float | None:
-    """Runs the script of configs/fashion_mnist_NAME.toml with `settings`; returns the last accuracy."""
-    script = "train_classifier" if name == "vit" else "pretrain_classifier"
-    if not (out / "last").is_dir():
-        call(
-            f"pipelines/{script}.py", f"configs/fashion_mnist_{name}.toml", "--output", out,
-            "--data.train", f"data/{options.data}/train-*.tar",
-            "--data.held_out", f"data/{options.data}/test-*.tar",
-            "--train.seed", seed, "--train.steps", steps, "--train.batch_size", BATCH,
-            "--train.evaluate_every", steps, "--train.checkpoint_every", steps,
-            "--optimizer.warmup_steps", max(1, steps // 20), *settings,
-            *(("--resume",) if (out / "checkpoints").is_dir() else ()),
-        )  # fmt: skip
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return next(r for r in reversed(records) if r["kind"] == "held_out").get("accuracy")
+def recipe_of(method: str) -> tuple[str, Path]:
+    """Script and config of a pre-training, or of training from labels."""
+    if method == SCRATCH:
+        return "pipelines/train_classifier.py", ROOT / "configs/fashion_mnist_vit.toml"
+    return "pipelines/pretrain_classifier.py", ROOT / f"configs/fashion_mnist_{method}.toml"
+
+
+def flops(method: str, data: str) -> float:
+    return flops_of(*recipe_of(method), DATA[data])
+
+
+def run(
+    options: argparse.Namespace, method: str, out: Path, seed: int, budget: float, *settings: Any
+) -> dict[str, Any]:
+    """Trains for `budget` FLOPs; returns the last held-out figures."""
+    steps = round(budget / flops(method, options.data) / BATCH)
+    return train(
+        *recipe_of(method), out, steps, "--train.seed", seed, "--train.batch_size", BATCH,
+        "--data.train", f"data/{options.data}/train-*.tar",
+        "--data.held_out", f"data/{options.data}/test-*.tar", *DATA[options.data], *settings,
+    )  # fmt: skip
 
 
 def take_share(options: argparse.Namespace, share: float, seed: int) -> Path:
@@ -126,31 +117,6 @@ def take_share(options: argparse.Namespace, share: float, seed: int) -> Path:
     if not (out / "dataset.json").is_file():
         call("pipelines/take_share.py", source, out, "--share", share, "--seed", seed)
     return out
-
-
-def call(script: str, *arguments: Any) -> None:
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise UserError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}")
-
-
-def cost(options: argparse.Namespace, name: str, settings: tuple[str, ...]) -> float:
-    """FLOPs of training on one picture, forward and backward, by the objective of a config."""
-    import runpy
-
-    script = "train_classifier" if name == "vit" else "pretrain_classifier"
-    names = runpy.run_path(str(ROOT / f"pipelines/{script}.py"))
-    recipe_class = names["ClassifierRecipe" if name == "vit" else "PretrainingRecipe"]
-    recipe = load_config(recipe_class, ROOT / f"configs/fashion_mnist_{name}.toml", list(settings))
-    objective = names["Classifier"](recipe.model) if name == "vit" else names["build_objective"](recipe)
-    pixels = torch.randn(8, recipe.model.channels, *recipe.model.height_width)
-    batch = {"pixels": pixels, "other_pixels": pixels, "labels": torch.zeros(8, dtype=torch.long)}
-    return count_flops(lambda: objective.loss(batch)[0].backward()) / len(pixels)
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def show(records: list[dict[str, Any]], plot: Path | None) -> None:
@@ -170,16 +136,13 @@ def show(records: list[dict[str, Any]], plot: Path | None) -> None:
 def summarise(records: list[dict[str, Any]]) -> Iterator[tuple[str, list[tuple[float, float]]]]:
     """Mean and half of the 95% interval of every method by share."""
     for method in METHODS:
-        cells = []
-        for share in SHARES:
-            found = [r["accuracy"] for r in records if (r["method"], r["share"]) == (method, share)]
-            if not found:
-                cells.append((float("nan"), float("nan")))
-                continue
-            spread = statistics.stdev(found) if len(found) > 1 else float("nan")
-            quantile = STUDENT.get(len(found), 1.96)
-            cells.append((statistics.mean(found), quantile * spread / len(found) ** 0.5))
-        yield method, cells
+        yield (
+            method,
+            [
+                interval([r["accuracy"] for r in records if (r["method"], r["share"]) == (method, share)])
+                for share in SHARES
+            ],
+        )
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:

@@ -1,0 +1,72 @@
+"""What the studies of classifiers share: runs of the pipelines' scripts, their FLOPs, logs and intervals."""
+
+import json
+import runpy
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from speed import count_flops
+
+from mmvit.config import load_config
+from mmvit.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5% quantile of t by the number of figures
+PICTURES = 8  # of a batch whose FLOPs are counted
+
+
+def call(script: str, *arguments: Any) -> None:
+    """Runs a script of the checkout to its end; raises UserError with what it said if it fails."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}")
+
+
+def train(script: str, config: Path, out: Path, steps: int, *settings: Any) -> dict[str, Any]:
+    """Trains `out`, or goes on with it, evaluated at its end alone; returns what metrics.jsonl says then."""
+    if not (out / "last").is_dir():
+        resume = ("--resume",) if (out / "checkpoints").is_dir() else ()
+        call(
+            script, config, "--output", out, "--train.steps", steps, "--train.evaluate_every", steps,
+            "--train.checkpoint_every", steps, "--optimizer.warmup_steps", max(1, steps // 20),
+            *settings, *resume,
+        )  # fmt: skip
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return next(record for record in reversed(records) if record["kind"] == "held_out")
+
+
+def flops_of(script: str, config: Path, settings: Sequence[str] = ()) -> float:
+    """FLOPs of training on one picture, forward and backward, by the objective of a recipe."""
+    names = runpy.run_path(str(ROOT / script))
+    is_pretraining = "PretrainingRecipe" in names
+    recipe = load_config(
+        names["PretrainingRecipe" if is_pretraining else "ClassifierRecipe"], config, list(settings)
+    )
+    objective = names["build_objective"](recipe) if is_pretraining else names["Classifier"](recipe.model)
+    pixels = torch.randn(PICTURES, recipe.model.channels, *recipe.model.height_width)
+    batch = {"pixels": pixels, "other_pixels": pixels, "labels": torch.zeros(PICTURES, dtype=torch.long)}
+    return count_flops(lambda: objective.loss(batch)[0].backward()) / PICTURES
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def write_log(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    print(json.dumps(record), flush=True)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half of its 95% interval; NaN where there are too few values for it."""
+    if not values:
+        return float("nan"), float("nan")
+    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return statistics.mean(values), STUDENT.get(len(values), 1.96) * spread / len(values) ** 0.5

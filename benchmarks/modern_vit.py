@@ -1,0 +1,117 @@
+"""What each part of a modern small ViT buys: the plain ViT with one part exchanged at a time, all for the
+same FLOPs, and all that help together.
+
+    python benchmarks/modern_vit.py run --images 60000 --log modern-vit.jsonl
+    python benchmarks/modern_vit.py table modern-vit.jsonl
+
+A part that makes a step dearer gets fewer steps, one that makes it cheaper more. Muon's own products are not
+counted; minutes stand beside. The plain ViT is configs/fashion_mnist_vit.toml, on Fashion-MNIST, 10,000 test
+pictures; mean and 95% interval of the seeds (Student's t).
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from classifier_runs import ROOT, flops_of, interval, read_log, train, write_log
+
+from mmvit.errors import UserError, run_script
+
+RECIPE = ("pipelines/train_classifier.py", ROOT / "configs/fashion_mnist_vit.toml")
+BATCH = 64
+SMALL, SMALL_SHARE = ("--model.image_size", "20"), 0.5  # where progressive resolution begins, for how long
+PROGRESSIVE = "progressive resolution"
+PLAIN = "plain ViT"
+VARIANTS: dict[str, tuple[str, ...]] = {
+    PLAIN: (),
+    "convolutional stem": ("--model.stem", "conv"),
+    "residual stem": ("--model.stem", "residual", "--model.stem_width", "48"),
+    "mean pooling": ("--model.pooling", "mean"),
+    "2-D rotary": ("--model.positions", "rotary_2d"),
+    "row + column positions": ("--model.positions", "learned_2d"),
+    "RMSNorm": ("--model.core.norm", "rmsnorm"),
+    "SwiGLU": ("--model.core.mlp", "swiglu"),
+    "QK-norm": ("--model.core.qk_norm", "true"),
+    "LayerScale 0.1": ("--model.core.layer_scale", "0.1"),
+    "4 registers": ("--model.registers", "4"),
+    "patch dropout 0.5": ("--model.patch_dropout", "0.5"),
+    "Muon": ("--optimizer.name", "muon", "--optimizer.lr", "3e-3"),
+    PROGRESSIVE: (),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("--images", type=int, default=60_000, help="pictures that the plain ViT trains on")
+    run.add_argument("--seeds", type=int, default=3)
+    run.add_argument("--only", nargs="+", choices=[*VARIANTS, "all that help"], metavar="VARIANT")
+    run.add_argument("--all-that-help", nargs="+", choices=VARIANTS, default=[], metavar="VARIANT")
+    run.add_argument("--log", type=Path, default=Path("modern-vit.jsonl"))
+    run.add_argument("--runs", type=Path, default=Path("runs/modern-vit"), help="where runs go")
+    table = commands.add_parser("table")
+    table.add_argument("log", type=Path)
+    options = parser.parse_args()
+    if options.command == "run":
+        measure(options)
+    else:
+        show(read_log(options.log))
+
+
+def measure(options: argparse.Namespace) -> None:
+    variants = dict(VARIANTS)
+    if options.all_that_help:
+        variants["all that help"] = tuple(word for name in options.all_that_help for word in VARIANTS[name])
+    if options.only:
+        variants = {name: variants[name] for name in options.only}
+    total = flops_of(*RECIPE) * options.images
+    done = {(r["variant"], r["seed"], r["images"]) for r in read_log(options.log)}
+    for seed in range(options.seeds):
+        for name, settings in variants.items():
+            if (name, seed, options.images) in done:
+                continue
+            began, out = time.monotonic(), options.runs / f"{name.replace(' ', '-')}-{seed}"
+            if name == PROGRESSIVE:
+                small = out.with_name(f"{out.name}-small")
+                train_for(total * SMALL_SHARE, small, seed, *SMALL)
+                found = train_for(total * (1 - SMALL_SHARE), out, seed, start=small)
+            else:
+                found = train_for(total, out, seed, *settings)
+            minutes = (time.monotonic() - began) / 60
+            record = {"variant": name, "seed": seed, "images": options.images, "flops": total}
+            write_log(options.log, {**record, "accuracy": found["accuracy"], "minutes": minutes})
+
+
+def train_for(
+    budget: float, out: Path, seed: int, *settings: str, start: Path | None = None
+) -> dict[str, Any]:
+    """Trains for `budget` FLOPs; returns the last held-out figures."""
+    steps = round(budget / flops_of(*RECIPE, settings) / BATCH)
+    more = () if start is None else ("--start.model", start)
+    return train(*RECIPE, out, steps, "--train.seed", seed, "--train.batch_size", BATCH, *settings, *more)
+
+
+def show(records: list[dict[str, Any]]) -> None:
+    if not records:
+        raise UserError("the log holds no figures yet")
+    print(f"{records[0]['flops'] / 1e12:.3g} TFLOP a figure\n")
+    print("| | accuracy | against the plain ViT | minutes |\n|---|---|---|---|")
+    plain = {r["seed"]: r["accuracy"] for r in records if r["variant"] == PLAIN}
+    for name in dict.fromkeys(record["variant"] for record in records):
+        own = [record for record in records if record["variant"] == name]
+        mean, half = interval([record["accuracy"] for record in own])
+        gains = [r["accuracy"] - plain[r["seed"]] for r in own if r["seed"] in plain]
+        gain, gain_half = interval(gains)
+        minutes, _ = interval([record["minutes"] for record in own])
+        print(
+            f"| {name} | {100 * mean:.2f} ± {100 * half:.2f} | {100 * gain:+.2f} ± {100 * gain_half:.2f} | "
+            f"{minutes:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    run_script(main)
