@@ -13,6 +13,7 @@ from mmvit.config import build_config
 from mmvit.errors import UserError
 from mmvit.evaluation.code_use import code_counts, use_metrics
 from mmvit.evaluation.reconstruction import reconstruction_metrics
+from mmvit.hub import fingerprint
 from mmvit.models.quantizers import REVIVED_USE, Codebook, FiniteScalar, LinearCodebook, QuantizerConfig
 from mmvit.models.vq import VQConfig, VQModel
 
@@ -301,6 +302,13 @@ def test_fsq_passes_the_gradient_of_its_bounds_straight_through():
     shift = torch.tan(torch.tensor([0.5, 0, 0]) / half)
     expected = (1 - torch.tanh(encoded.detach() + shift) ** 2) * half / torch.tensor([4, 2, 1])
     torch.testing.assert_close(encoded.grad, expected)
+
+
+def test_fsq_levels_are_part_of_the_fingerprint():
+    shapes = {"quantizer": "fsq", "codebook_size": 32}
+    one, other = (small_model(**shapes, levels=levels) for levels in ((8, 4), (4, 8)))
+    other.load_state_dict(one.state_dict())
+    assert fingerprint(one) != fingerprint(other)
 
 
 def test_fsq_levels_must_make_the_codebook():

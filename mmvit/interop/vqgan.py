@@ -102,6 +102,7 @@ def vqgan_from_diffusers(
     config: dict[str, Any], weights: dict[str, Tensor], source: str = "diffusers' VQModel", **settings: Any
 ) -> VQGAN:
     """A `VQGAN` of the config.json and the state dict of a `VQModel`; raises as `load_vqgan` does."""
+    config = without_nulls(config)
     widths = config.get("block_out_channels", (64,))
     down = config.get("down_block_types", ("DownEncoderBlock2D",))
     up = config.get("up_block_types", ("UpDecoderBlock2D",))
@@ -150,6 +151,7 @@ def vqgan_from_janus(
     """A `VQGAN` of the config.json (of Janus or its VQ model) and the state dict of a `JanusVQVAE`; raises as
     `load_vqgan` does."""
     config = config.get("vq_config", config)
+    config = without_nulls(config)
     refuse_others(config, {"in_channels": (3,), "out_channels": (3,), "double_latent": (False,)}, source)
     values = read_transformers(config, num_codes=16384, code_width=8)
     lowest = [len(values["widths"]) - 1]
@@ -163,6 +165,7 @@ def vqgan_from_chameleon(
     """A `VQGAN` of the config.json (of Chameleon or its VQ model) and the state dict of a `ChameleonVQVAE`,
     which has no decoder; raises as `load_vqgan` does."""
     config = config.get("vq_config", config)
+    config = without_nulls(config)
     refuse_others(config, {"in_channels": (3,), "double_latent": (False,)}, source)
     values = read_transformers(config, num_codes=8192, code_width=256)
     attention = config.get("attn_type", "vanilla") == "vanilla"
@@ -231,6 +234,11 @@ def read_transformers(config: dict[str, Any], num_codes: int, code_width: int) -
         "widths": [width * times for times in config.get("channel_multiplier", (1, 1, 2, 2, 4))],
         "blocks_per_level": config.get("num_res_blocks", 2),
     }
+
+
+def without_nulls(config: dict[str, Any]) -> dict[str, Any]:
+    """What is null in a config.json has the default."""
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def rename_to_transformers(model: VQGAN) -> dict[str, Tensor]:

@@ -64,6 +64,11 @@ class VQModel(ImageTokenizer):
     def factor(self) -> int:
         return self.config.factor
 
+    @property
+    def fingerprinted(self) -> tuple[str, ...]:
+        """Settings that change the codes, but no weight (mmvit.hub.fingerprint)."""
+        return ("levels",) if self.config.quantizer == "fsq" else ()
+
     def code_vectors(self) -> Tensor:
         """What each code stands for, (codebook_size, code_width)."""
         return self.codebook.vectors()
