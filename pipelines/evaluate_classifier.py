@@ -6,7 +6,7 @@ it looks.
 
 Top-1 and top-5 accuracy, that of every class, and the calibration error. OUT.png shows which class is taken
 for which; OUT-attention.png what the classifier reads its answer from (attention rollout), from the pictures
-that it gets wrong most surely to those that it gets right; OUT.json keeps the figures.
+that it gets wrong most surely to those that it gets right, and not of a ResNet; OUT.json keeps the figures.
 
 With --features, the features that the head reads are judged without training them, on the train split's
 classes: ridge regression on 1, 5, 10 and 25 pictures of each class in closed form (three draws), the nearest
@@ -29,9 +29,10 @@ from mmvit.errors import UserError, run_script
 from mmvit.evaluation.attention_maps import attention_maps
 from mmvit.evaluation.calibration import calibration_error, confusion_matrix, draw_confusion
 from mmvit.evaluation.frozen import few_shot_accuracies, linear_probe_accuracy, nearest_neighbour_accuracy
-from mmvit.hub import write_json
+from mmvit.hub import find_model_folder, read_description, write_json
 from mmvit.models.classifier import Classifier
 from mmvit.models.perceptual import fit_pixels
+from mmvit.models.resnet import ResNet
 from mmvit.sampling.generator import pictures_from_pixels
 from mmvit.sampling.grids import labelled_grid
 
@@ -40,7 +41,7 @@ DRAWN = 16  # pictures with their attention
 
 def main() -> None:
     options = parse_arguments()
-    model = Classifier.from_pretrained(options.model, "cuda" if torch.cuda.is_available() else "cpu")
+    model = load(options.model, "cuda" if torch.cuda.is_available() else "cpu")
     names = class_names(options.data, model.config.num_classes)
     unseen = read(model, options.data, options.split)
     logits, labels = unseen["logits"], unseen["labels"]
@@ -52,6 +53,7 @@ def main() -> None:
         "split": options.split,
         "pictures": len(labels),
         "accuracy": ranked[:, 0].double().mean().item(),
+        "mean_accuracy_of_classes": recalls[counts.sum(1) > 0].mean().item(),
         "top5_accuracy": ranked.any(1).double().mean().item(),
         "loss": F.cross_entropy(logits, labels).item(),
         "calibration_error": calibration_error(probabilities, labels),
@@ -61,14 +63,17 @@ def main() -> None:
         figures |= judge_features(model, options, unseen)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     draw_confusion(counts, names, options.out)
-    attention = options.out.with_name(f"{options.out.stem}-attention.png")
-    draw_attention(model, unseen, names).save(attention)
+    drawn = f"confusion: {options.out}"
+    if isinstance(model, Classifier):
+        attention = options.out.with_name(f"{options.out.stem}-attention.png")
+        draw_attention(model, unseen, names).save(attention)
+        drawn += f"; attention: {attention}"
     kept = options.out.with_suffix(".json")
     write_json(figures, kept)
     for name, value in figures.items():
         if not isinstance(value, dict):
             print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
-    print(f"figures: {kept}; confusion: {options.out}; attention: {attention}")
+    print(f"figures: {kept}; {drawn}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -84,6 +89,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def load(path: Path, device: str) -> Classifier | ResNet:
+    folder = find_model_folder(path)
+    kinds = {kind.kind: kind for kind in (Classifier, ResNet)}
+    kind = read_description(folder)["kind"]
+    if kind not in kinds:
+        raise UserError(f"{folder} holds a {kind}, not a classifier ({', '.join(kinds)})")
+    return kinds[kind].from_pretrained(folder, device)
+
+
 def class_names(data: Path, num_classes: int) -> list[str]:
     """What dataset.json calls the classes, or their numbers."""
     names = read_dataset_card(data).get("classes") or [str(number) for number in range(num_classes)]
@@ -93,7 +107,7 @@ def class_names(data: Path, num_classes: int) -> list[str]:
 
 
 @torch.inference_mode()
-def read(model: Classifier, data: Path, split: str) -> dict[str, Tensor]:
+def read(model: Classifier | ResNet, data: Path, split: str) -> dict[str, Tensor]:
     """`pixels`, `labels`, `features` and `logits` of a split."""
     config, device = model.config, next(model.parameters()).device
     sample = ClassifierSample(config.height_width, config.num_classes)
@@ -110,7 +124,7 @@ def read(model: Classifier, data: Path, split: str) -> dict[str, Tensor]:
 
 
 def judge_features(
-    model: Classifier, options: argparse.Namespace, unseen: dict[str, Tensor]
+    model: Classifier | ResNet, options: argparse.Namespace, unseen: dict[str, Tensor]
 ) -> dict[str, Any]:
     known = read(model, options.data, options.train)
     data = (known["features"], known["labels"], unseen["features"], unseen["labels"])

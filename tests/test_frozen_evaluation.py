@@ -16,6 +16,7 @@ from mmvit.evaluation.frozen import (
     nearest_neighbour_accuracy,
 )
 from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.resnet import ResNet, ResNetConfig
 
 
 def clouds(number: int, dimensions: int, seed: int, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,10 +128,19 @@ def test_the_script_measures_and_draws(run_script, tiny_shards, tmp_path):
     assert figures["pictures"] == 8
     assert len(figures["accuracy_of_class"]) == 4
     assert sum(figures["accuracy_of_class"].values()) / 4 == pytest.approx(figures["accuracy"])
+    assert figures["mean_accuracy_of_classes"] == pytest.approx(figures["accuracy"])  # as many of each
     assert figures["linear_probe_accuracy"] == figures["25_shot_accuracy"] == 1  # colours are easy
     assert figures["nearest_neighbour_accuracy"] > 0.9
     assert Image.open(out).width > 300
     assert Image.open(out.with_name("sheet-attention.png")).height > 8 * 96
+    resnet = ResNet(ResNetConfig(image_size=16, num_classes=4, width=32, depths=(1,), root="small"))
+    resnet.save_pretrained(tmp_path / "resnet")
+    out = tmp_path / "resnet.png"
+    arguments = (tmp_path / "resnet", tiny_shards, "--split", "heldout", "--out", out)
+    ran = run_script("pipelines/evaluate_classifier.py", *arguments)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(out.with_suffix(".json").read_text())["accuracy"] == 0.25  # a head of zeros
+    assert not out.with_name("resnet-attention.png").exists()
     ran = run_script("pipelines/evaluate_classifier.py", tmp_path / "model", tiny_shards, "--split", "none")
     assert ran.returncode == 2
     assert "none-*.tar" in ran.stderr
