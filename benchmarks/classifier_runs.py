@@ -16,7 +16,9 @@ from mmvit.config import load_config
 from mmvit.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5% quantile of t by the number of figures
+# 97.5% quantile of Student's t by the number of figures
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+PLAIN_KERNEL = ("--model.core.attention_kernel", "plain")  # whose products are seen by the counter
 PICTURES = 8  # of a batch whose FLOPs are counted
 
 
@@ -30,24 +32,31 @@ def call(script: str, *arguments: Any) -> None:
 
 def train(script: str, config: Path, out: Path, steps: int, *settings: Any) -> dict[str, Any]:
     """Trains `out`, or goes on with it, evaluated at its end alone; returns what metrics.jsonl says then."""
-    if not (out / "last").is_dir():
-        resume = ("--resume",) if (out / "checkpoints").is_dir() else ()
+    if (found := last_figures(out, steps)) is None:
+        resume = ("--resume",) if out.is_dir() else ()
         call(
             script, config, "--output", out, "--train.steps", steps, "--train.evaluate_every", steps,
             "--train.checkpoint_every", steps, "--optimizer.warmup_steps", max(1, steps // 20),
             *settings, *resume,
         )  # fmt: skip
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return next(record for record in reversed(records) if record["kind"] == "held_out")
+        found = last_figures(out, steps)
+    if found is None:
+        raise UserError(f"{out} was not evaluated at step {steps}; it may be of another length: remove it")
+    return found
+
+
+def last_figures(run: Path, steps: int) -> dict[str, Any] | None:
+    """The held-out figures of a run at its last step; None where it is not there yet."""
+    records = [r for r in read_log(run / "metrics.jsonl") if r["kind"] == "held_out" and r["step"] == steps]
+    return records[-1] if records else None
 
 
 def flops_of(script: str, config: Path, settings: Sequence[str] = ()) -> float:
     """FLOPs of training on one picture, forward and backward, by the objective of a recipe."""
     names = runpy.run_path(str(ROOT / script))
     is_pretraining = "PretrainingRecipe" in names
-    recipe = load_config(
-        names["PretrainingRecipe" if is_pretraining else "ClassifierRecipe"], config, list(settings)
-    )
+    kind = names["PretrainingRecipe" if is_pretraining else "ClassifierRecipe"]
+    recipe = load_config(kind, config, [*settings, *PLAIN_KERNEL])
     objective = names["build_objective"](recipe) if is_pretraining else names["Classifier"](recipe.model)
     pixels = torch.randn(PICTURES, recipe.model.channels, *recipe.model.height_width)
     batch = {"pixels": pixels, "other_pixels": pixels, "labels": torch.zeros(PICTURES, dtype=torch.long)}
@@ -68,5 +77,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half of its 95% interval; NaN where there are too few values for it."""
     if not values:
         return float("nan"), float("nan")
-    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return statistics.mean(values), STUDENT.get(len(values), 1.96) * spread / len(values) ** 0.5
+    if len(values) == 1:
+        return values[0], float("nan")
+    quantile = STUDENT.get(len(values), 2.26)  # a little wide for more than ten
+    return statistics.mean(values), quantile * statistics.stdev(values) / len(values) ** 0.5

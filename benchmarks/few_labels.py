@@ -60,7 +60,8 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    options.runs.mkdir(parents=True, exist_ok=True)
+    runs = options.runs / f"{options.data}-{options.images}"
+    runs.mkdir(parents=True, exist_ok=True)
     total = flops(SCRATCH, options.data) * options.images
     done = {(r["data"], r["method"], r["share"], r["seed"], r["images"]) for r in read_log(options.log)}
     for seed in range(options.seeds):
@@ -72,11 +73,11 @@ def measure(options: argparse.Namespace) -> None:
                 start, left = (), total
                 if method != SCRATCH:  # once for all shares
                     left = total * (1 - PRETRAINING)
-                    folder = options.runs / f"{options.data}-{method}-{seed}"
+                    folder = runs / f"{method}-{seed}"
                     run(options, method, folder, seed, total - left)
                     start = ("--start.model", folder, *FINE_TUNING)
                 labels = ("--data.train", f"{take_share(options, share, seed)}/train-*.tar")
-                out = options.runs / f"{options.data}-{method}-{seed}-{share}"
+                out = runs / f"{method}-{seed}-{share}"
                 found = run(options, SCRATCH, out, seed, left, *labels, *start)
                 record = {
                     "data": options.data, "method": method, "share": share, "seed": seed,
@@ -122,9 +123,9 @@ def take_share(options: argparse.Namespace, share: float, seed: int) -> Path:
 def show(records: list[dict[str, Any]], plot: Path | None) -> None:
     if not records:
         raise UserError("the log holds no figures yet")
-    for data in dict.fromkeys(record["data"] for record in records):
-        own = [record for record in records if record["data"] == data]
-        print(f"\n{data}, {own[0]['flops'] / 1e12:.3g} TFLOP a figure\n")
+    for data, images in dict.fromkeys((record["data"], record["images"]) for record in records):
+        own = [record for record in records if (record["data"], record["images"]) == (data, images)]
+        print(f"\n{data}, {own[0]['flops'] / 1e12:.3g} TFLOP a figure (of {images:,} pictures)\n")
         print("| | " + " | ".join(f"{share:.0%} of the labels" for share in SHARES) + " |")
         print("|---|" + "---|" * len(SHARES))
         for method, cells in summarise(own):
@@ -148,12 +149,12 @@ def summarise(records: list[dict[str, Any]]) -> Iterator[tuple[str, list[tuple[f
 def draw(records: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    data = list(dict.fromkeys(record["data"] for record in records))
+    data = list(dict.fromkeys((record["data"], record["images"]) for record in records))
     shares = [100 * share for share in SHARES]
     figure = Figure(figsize=(5 * len(data), 4), layout="constrained")
-    for place, name in enumerate(data, start=1):
+    for place, (name, images) in enumerate(data, start=1):
         axes = figure.add_subplot(1, len(data), place)
-        for method, cells in summarise([record for record in records if record["data"] == name]):
+        for method, cells in summarise([r for r in records if (r["data"], r["images"]) == (name, images)]):
             means, halves = ([100 * value for value in column] for column in zip(*cells, strict=True))
             axes.errorbar(shares, means, halves, label=method, marker="o", capsize=3)
         axes.set(xscale="log", xlabel="% of the labels", ylabel="test accuracy, %", title=name)

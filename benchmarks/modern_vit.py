@@ -1,7 +1,8 @@
 """What each part of a modern small ViT buys: the plain ViT with one part exchanged at a time, all for the
-same FLOPs, and all that help together.
+same FLOPs, and those that help together.
 
     python benchmarks/modern_vit.py run --images 60000 --log modern-vit.jsonl
+    python benchmarks/modern_vit.py run --images 60000 --log modern-vit.jsonl --together Muon "mean pooling"
     python benchmarks/modern_vit.py table modern-vit.jsonl
 
 A part that makes a step dearer gets fewer steps, one that makes it cheaper more. Muon's own products are not
@@ -49,8 +50,11 @@ def main() -> None:
     run = commands.add_parser("run")
     run.add_argument("--images", type=int, default=60_000, help="pictures that the plain ViT trains on")
     run.add_argument("--seeds", type=int, default=3)
-    run.add_argument("--only", nargs="+", choices=[*VARIANTS, "all that help"], metavar="VARIANT")
-    run.add_argument("--all-that-help", nargs="+", choices=VARIANTS, default=[], metavar="VARIANT")
+    run.add_argument("--only", nargs="+", choices=VARIANTS, default=[*VARIANTS], metavar="VARIANT")
+    run.add_argument(
+        "--together", nargs="+", choices=[name for name in VARIANTS if VARIANTS[name]], metavar="VARIANT",
+        help="measure these in one model, instead of each alone",
+    )  # fmt: skip
     run.add_argument("--log", type=Path, default=Path("modern-vit.jsonl"))
     run.add_argument("--runs", type=Path, default=Path("runs/modern-vit"), help="where runs go")
     table = commands.add_parser("table")
@@ -63,18 +67,20 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    variants = dict(VARIANTS)
-    if options.all_that_help:
-        variants["all that help"] = tuple(word for name in options.all_that_help for word in VARIANTS[name])
-    if options.only:
-        variants = {name: variants[name] for name in options.only}
+    variants = {name: VARIANTS[name] for name in options.only}
+    if options.together:
+        settings = tuple(word for name in options.together for word in VARIANTS[name])
+        if len(set(settings[::2])) < len(settings[::2]):
+            raise UserError(f"{' and '.join(options.together)} set the same thing twice: leave one out")
+        variants = {" + ".join(options.together): settings}
     total = flops_of(*RECIPE) * options.images
     done = {(r["variant"], r["seed"], r["images"]) for r in read_log(options.log)}
     for seed in range(options.seeds):
         for name, settings in variants.items():
             if (name, seed, options.images) in done:
                 continue
-            began, out = time.monotonic(), options.runs / f"{name.replace(' ', '-')}-{seed}"
+            began = time.monotonic()
+            out = options.runs / f"{options.images}" / f"{name.replace(' ', '-')}-{seed}"
             if name == PROGRESSIVE:
                 small = out.with_name(f"{out.name}-small")
                 train_for(total * SMALL_SHARE, small, seed, *SMALL)
@@ -98,8 +104,13 @@ def train_for(
 def show(records: list[dict[str, Any]]) -> None:
     if not records:
         raise UserError("the log holds no figures yet")
-    print(f"{records[0]['flops'] / 1e12:.3g} TFLOP a figure\n")
-    print("| | accuracy | against the plain ViT | minutes |\n|---|---|---|---|")
+    for images in dict.fromkeys(record["images"] for record in records):
+        show_table([record for record in records if record["images"] == images])
+
+
+def show_table(records: list[dict[str, Any]]) -> None:
+    of = f"{records[0]['flops'] / 1e12:.3g} TFLOP a figure (of {records[0]['images']:,} pictures)"
+    print(f"\n{of}\n\n| | accuracy | against the plain ViT | minutes |\n|---|---|---|---|")
     plain = {r["seed"]: r["accuracy"] for r in records if r["variant"] == PLAIN}
     for name in dict.fromkeys(record["variant"] for record in records):
         own = [record for record in records if record["variant"] == name]

@@ -33,7 +33,8 @@ def main() -> None:
     parser.add_argument("--to", choices=["mmvit", *get_args(Naming)], default="mmvit")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=VALUE",
-        help="what is not told there: num_heads, mlp (gelu, gelu_tanh), norm_eps, image_size, pooling; "
+        help="what is not told there: num_heads, mlp (gelu, gelu_tanh), norm_eps, stem_epsilons (official, "
+        "timm), image_size, pooling; "
         "num_classes leaves its head out, and a new one of zeros takes its place",
     )  # fmt: skip
     options = parser.parse_args()

@@ -18,8 +18,16 @@ import torch
 from mmvit.data.codes import MAX_CODES, pack_codes
 from mmvit.data.images import decode_image, parse_size, to_unit_range
 from mmvit.data.samples import IMAGE_EXTENSIONS, image_bytes
-from mmvit.data.shards import BadSample, BadShard, Sample, expand_shards, read_shard
-from mmvit.data.writing import Outcome, ShardWriter, read_dataset_card, with_progress, write_dataset_card
+from mmvit.data.shards import BadSample, Sample, expand_shards
+from mmvit.data.writing import (
+    Outcome,
+    ShardWriter,
+    inherited_facts,
+    read_dataset_card,
+    read_samples,
+    with_progress,
+    write_dataset_card,
+)
 from mmvit.errors import UserError, run_script
 from mmvit.hub import fingerprint
 from mmvit.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
@@ -61,7 +69,7 @@ def main() -> None:
         "codebook_size": tokenizer.codebook_size,
         "fingerprint": fingerprint(tokenizer),
     }
-    facts = {name: value for name, value in card.items() if name != "samples"}
+    facts = inherited_facts(options.source)
     write_dataset_card(options.out, outcome, **{**facts, "image_tokenizer": made})
     outcome.print(options.out)
 
@@ -114,18 +122,11 @@ def read_pictures(
 ) -> Iterator[tuple[Sample, np.ndarray]]:
     """Samples with their pixels (3, height, width) in [-1, 1]; those without a readable picture are
     counted."""
-    for shard in shards:
+    for sample in read_samples(shards, outcome):
         try:
-            for sample in read_shard(shard):
-                if not any(name in sample.files for name in IMAGE_EXTENSIONS):
-                    outcome.skip("no picture", f"{sample.key} has {', '.join(sorted(sample.files))}")
-                    continue
-                try:
-                    yield sample, to_unit_range(decode_image(image_bytes(sample), size))
-                except BadSample as bad:
-                    outcome.skip(bad.reason, sample.key)
-        except BadShard as error:
-            outcome.skip("truncated or damaged shard", str(error))
+            yield sample, to_unit_range(decode_image(image_bytes(sample), size))
+        except BadSample as bad:
+            outcome.skip(bad.reason, sample.key)
 
 
 def encode(

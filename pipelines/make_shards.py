@@ -16,6 +16,7 @@ import argparse
 import csv
 import hashlib
 import io
+import itertools
 import json
 import re
 from collections import Counter
@@ -200,18 +201,13 @@ def name_classes(entries: list[Entry], source: Path) -> list[str]:
     numbers = {int(name) for name in names if name.isdecimal()}
     if len(numbers) < len(names) or not names:
         return sorted(names)
-    missing = sorted({*range(max(numbers) + 1)} - numbers)
-    if missing and not source.is_dir():  # folders may well be called 1999 and 2020
+    if max(numbers) >= len(numbers) and not source.is_dir():  # folders may well be called 1999 and 2020
+        missing = next(number for number in itertools.count() if number not in numbers)
         raise UserError(
-            f"{source} numbers its classes up to {max(numbers)}, but {shorten(missing)} "
-            f"{'has' if len(missing) == 1 else 'have'} no image: number them from 0 without gaps, or give "
-            "names"
+            f"{source} numbers its classes up to {max(numbers)}, but class {missing} has no image: number "
+            "them from 0 without gaps, or give names"
         )
     return sorted(names, key=int)
-
-
-def shorten(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:3])) + (f" and {len(numbers) - 3} more" if len(numbers) > 3 else "")
 
 
 def write(entries: list[Entry], arguments: argparse.Namespace, outcome: Outcome) -> None:

@@ -15,13 +15,19 @@ import argparse
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from mmvit.data.images import decode_image
 from mmvit.data.samples import image_bytes
-from mmvit.data.shards import BadSample, BadShard, Sample, expand_shards, read_shard
-from mmvit.data.writing import Outcome, ShardWriter, read_dataset_card, with_progress, write_dataset_card
+from mmvit.data.shards import BadSample, Sample, expand_shards
+from mmvit.data.writing import (
+    Outcome,
+    ShardWriter,
+    inherited_facts,
+    read_samples,
+    with_progress,
+    write_dataset_card,
+)
 from mmvit.errors import UserError, run_script
 
 EVERY = 5  # how many emoji there are for one in the test
@@ -43,7 +49,7 @@ def main() -> None:
     numbers = {name: number for number, name in enumerate(classes)}
     splits: dict[str, list[Sample]] = {"train": [], "test": []}
     pictures: dict[str, str] = {}
-    for sample in read_samples(options.source, outcome):
+    for sample in read_samples(expand_shards(options.source), outcome):
         try:
             base, pictures[sample.key] = base_of(sample), picture_of(sample)
         except BadSample as bad:
@@ -67,8 +73,7 @@ def main() -> None:
                 outcome.wrote(split)
     if not outcome.written:
         raise UserError(f"no sample of {options.source} has a group; is it of prepare_emoji.py?")
-    card = {name: fact for name, fact in read_dataset_card(options.source).items() if name != "samples"}
-    write_dataset_card(options.out, outcome, **{**card, "classes": classes})
+    write_dataset_card(options.out, outcome, **{**inherited_facts(options.source), "classes": classes})
     outcome.print(options.out)
 
 
@@ -93,14 +98,6 @@ def key_of(code_points: str) -> str:
     """`1F469-200D-2764-FE0F` → `1f469-200d-2764`; without the zeros that pad short ones."""
     points = (point.lstrip("0") for point in code_points.lower().split("-"))
     return "-".join(point for point in points if point != VARIATION_SELECTOR)
-
-
-def read_samples(folder: Path, outcome: Outcome) -> Iterator[Sample]:
-    for shard in expand_shards(folder):
-        try:
-            yield from read_shard(shard)
-        except BadShard as error:
-            outcome.skip("truncated or damaged shard", str(error))
 
 
 def base_of(sample: Sample) -> str:

@@ -11,8 +11,15 @@ import argparse
 import hashlib
 from pathlib import Path
 
-from mmvit.data.shards import BadShard, expand_shards, read_shard
-from mmvit.data.writing import Outcome, ShardWriter, read_dataset_card, with_progress, write_dataset_card
+from mmvit.data.shards import expand_shards
+from mmvit.data.writing import (
+    Outcome,
+    ShardWriter,
+    inherited_facts,
+    read_samples,
+    with_progress,
+    write_dataset_card,
+)
 from mmvit.errors import UserError, run_script
 
 
@@ -31,7 +38,8 @@ def main() -> None:
     if options.source.resolve() == options.out.resolve():
         raise UserError(f"{options.out} is the source itself; name another folder")
     outcome, places = Outcome(), {}
-    for sample in read_samples(options.source, options.split, outcome):
+    shards = expand_shards(options.source / f"{options.split}-*.tar")
+    for sample in read_samples(shards, outcome):
         if "cls" not in sample.files:
             outcome.skip("no cls", sample.key)
             continue
@@ -45,22 +53,13 @@ def main() -> None:
         for _, key in sorted(members)[: max(1, round(options.share * len(members)))]
     }
     with ShardWriter(options.out, options.split) as writer:
-        samples = read_samples(options.source, options.split, Outcome())
-        chosen = (sample for sample in samples if sample.key in taken)
+        chosen = (sample for sample in read_samples(shards, Outcome()) if sample.key in taken)
         for sample in with_progress(chosen, len(taken), f"writing {options.split}"):
             writer.write(sample.key, sample.files)
             outcome.wrote(options.split)
-    card = {name: fact for name, fact in read_dataset_card(options.source).items() if name != "samples"}
-    write_dataset_card(options.out, outcome, **card, share=options.share, seed=options.seed)
+    facts = {**inherited_facts(options.source), "share": options.share, "seed": options.seed}
+    write_dataset_card(options.out, outcome, **facts)
     outcome.print(options.out)
-
-
-def read_samples(folder: Path, split: str, outcome: Outcome):
-    for shard in expand_shards(folder / f"{split}-*.tar"):
-        try:
-            yield from read_shard(shard)
-        except BadShard as error:
-            outcome.skip("truncated or damaged shard", str(error))
 
 
 if __name__ == "__main__":

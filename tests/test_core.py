@@ -149,8 +149,9 @@ def test_relative_positions_add_what_each_query_says_of_each_offset(kernel):
     torch.manual_seed(0)
     attention = Attention(8, 2, kernel=kernel)
     relative = RelativePositions(1, length=3, head_dim=4)
-    torch.nn.init.normal_(relative.table)
-    x, offsets = torch.randn(2, 3, 8), relative.table[0]
+    (offsets,) = relative.tables
+    torch.nn.init.normal_(offsets)
+    x = torch.randn(2, 3, 8)
     mask = additive(causal(3), torch.float32)
     query, key, value = attention.heads(x)
     logits = torch.empty(2, 2, 3, 3)

@@ -54,11 +54,13 @@ def test_the_loss_is_that_of_the_hidden_patches_painted_from_the_kept_ones(shape
 
 
 def test_the_core_reads_no_hidden_patch():
-    model, pixels = objective(), torch.randn(1, 3, 16, 32)
-    read = []
-    model.classifier.core.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape))
+    model, pixels = objective(), torch.randn(1, 3, 16, 32, requires_grad=True)
+    said = []
+    model.classifier.core.register_forward_hook(lambda _, inputs, output: said.append(output))
     model.loss({"pixels": pixels})
-    assert read == [(1, 1 + 2, 16)]
+    assert said[0].shape == (1, 1 + 2, 16)
+    said[0].sum().backward()
+    assert (cut(pixels.grad, 8).flatten(2).abs().sum(2) > 0).sum() == 2  # of 8 patches
 
 
 def test_a_flat_patch_is_normalized_to_zero():
@@ -88,6 +90,7 @@ def test_it_learns_and_leaves_the_head_alone():
     [
         ({"patch_dropout": 0.5}, {}, "set it to 0"),
         ({"positions": "relative_1d"}, {}, "use others"),
+        ({"stem": "conv"}, {}, "'conv' would tell MAE of the patches that it hides"),
         ({}, {"masked": 0.05}, "0.05 of 8 patches is none"),
     ],
 )

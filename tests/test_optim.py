@@ -11,7 +11,7 @@ from mmvit.errors import UserError
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.training import OptimizerConfig, Processes, TrainConfig
 from mmvit.training.engine import TorchEngine
-from mmvit.training.optim import Muon, Optimizer, rate_scale, split_parameters
+from mmvit.training.optim import Muon, Optimizer, layer_scales, rate_scale, split_parameters
 
 ALONE = Processes(rank=0, world_size=1, device=torch.device("cpu"))
 MODEL = ClassifierConfig(
@@ -171,6 +171,23 @@ def test_layers_learn_the_slower_the_lower_they_are():
             assert rate == pytest.approx(0.1 * 0.5**below), name
     with pytest.raises(UserError, match="layer_decay needs a core of blocks, and Linear has none"):
         Optimizer(nn.Linear(2, 2), OptimizerConfig(layer_decay=0.9), total_steps=10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "first"),
+    [
+        ({"positions_at": "every_layer"}, "layer_positions.{}.", 1),
+        ({"positions": "relative_1d", "patch_dropout": 0.0}, "relative.tables.{}", 0),
+    ],
+)
+def test_positions_of_a_block_learn_as_the_block(settings, name, first):
+    core = MODEL.core.model_copy(update={"depth": 3})
+    model = Classifier(MODEL.model_copy(update={"core": core, **settings}))
+    scales, parameters = layer_scales(model, 0.5), dict(model.named_parameters())
+    for number in range(3 - first):
+        own = next(p for full, p in parameters.items() if full.startswith(name.format(number)))
+        block = parameters[f"core.blocks.{number + first}.norm1.weight"]
+        assert scales[id(own)] == scales[id(block)]
 
 
 def test_sgd_is_that_of_the_formula():

@@ -385,9 +385,9 @@ def test_of_few_images_one_is_held_out_and_empty_captions_are_told(run_script, t
         (
             "gaps.csv",
             "path,class\na.png,0\nb.png,3\n",
-            "classes up to 3, but 1, 2 have no image",
+            "classes up to 3, but class 1 has no image",
         ),
-        ("from-1.csv", "path,class\na.png,1\nb.png,2\n", "classes up to 2, but 0 has no image"),
+        ("from-1.csv", "path,class\na.png,1\nb.png,2\n", "classes up to 2, but class 0 has no image"),
         ("gone.jsonl", '{"path": "gone.png", "caption": "x"}\n', "no image of .* could be used: 1 x missing"),
     ],
 )
@@ -453,6 +453,8 @@ def test_a_share_has_as_many_of_each_class_and_is_part_of_a_larger_one(run_scrip
         assert all(sample.files == original[key].files for key, sample in samples.items())
         keys[share, seed] = samples.keys()
         assert json.loads((out / "dataset.json").read_text())["share"] == share
+    done = run_script("pipelines/take_share.py", tmp_path / "0.5-0", tmp_path / "again", "--share", 0.5)
+    assert (done.returncode, len(read_split(tmp_path / "again", "train"))) == (0, 12), done.stderr
     assert keys[0.1, 0] < keys[0.5, 0]
     assert keys[0.1, 0] != keys[0.1, 1]
     for arguments, message in (

@@ -10,7 +10,7 @@ from mmvit.config import build_config
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
 from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.models.resnet import ResNet, ResNetConfig, StandardizedConv
+from mmvit.models.resnet import ResNet, ResNetConfig, StandardizedConv, conv_and_norm
 
 CORE = TransformerConfig(width=32, depth=1, num_heads=2)
 
@@ -58,8 +58,9 @@ def test_the_stem_of_the_hybrids_is_timms(timm):
     )  # fmt: skip
     randomized(peer)
     config = ClassifierConfig(
-        image_size=(64, 48), patch_size=8, stem="resnet", stem_width=32, stem_blocks=(2, 2), core=CORE
-    )
+        image_size=(64, 48), patch_size=8, stem="resnet", stem_width=32, stem_blocks=(2, 2), core=CORE,
+        stem_epsilons="timm",
+    )  # fmt: skip
     stem = Classifier(config).eval().stem
     weights = by_timms_names(peer.state_dict(), post=True)
     stem.load_state_dict({**weights, **{f"proj.{name}": t for name, t in stem.proj.state_dict().items()}})
@@ -67,6 +68,28 @@ def test_the_stem_of_the_hybrids_is_timms(timm):
     features = peer.forward_features(pixels)
     expected = stem.proj(features.flatten(2).transpose(1, 2))
     torch.testing.assert_close(stem(pixels), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_official_epsilons_are_those_of_the_official_code():
+    """google-research/vision_transformer: kernels over their deviation + 1e-5, norms of flax with 1e-6."""
+    torch.manual_seed(0)
+    convolution, norm = conv_and_norm(3, 64, 3, 1, "official")
+    convolution.weight.mul_(1e-4)  # where the epsilon is large
+    pixels = torch.randn(2, 3, 6, 6).double()
+    kernel = convolution.weight.double()
+    centred = kernel - kernel.mean((1, 2, 3), keepdim=True)
+    kernel = centred / (centred.square().mean((1, 2, 3), keepdim=True).sqrt() + 1e-5)
+    expected = nn.functional.conv2d(pixels, kernel, padding=1)
+    found = convolution.double()(pixels)
+    torch.testing.assert_close(found, expected)
+    grouped = 1e-3 * found.view(2, 32, -1)
+    variance, mean = torch.var_mean(grouped, -1, correction=0, keepdim=True)
+    expected = ((grouped - mean) / (variance + 1e-6).sqrt()).view_as(found)
+    torch.testing.assert_close(norm.double()(1e-3 * found), expected)
+    other, _ = conv_and_norm(3, 64, 3, 1, "timm")
+    other.load_state_dict(convolution.state_dict())
+    assert (other.double()(pixels) - found).abs().max() > 0.1
 
 
 def test_a_hybrid_may_take_squares_of_places():

@@ -39,6 +39,9 @@ def test_another_number_of_classes_than_a_data_set_names_is_refused(tmp_path):
     check_classes(patterns, 2)
     with pytest.raises(UserError, match=r"named.dataset\.json names 2 classes, model\.num_classes is 3: set"):
         check_classes(patterns, 3)
+    write_dataset_card(tmp_path / "silent", Outcome(), classes=["y", "x"])
+    with pytest.raises(UserError, match=r"different classes in dataset\.json: x, y and y, x"):
+        check_classes(patterns, 2)
 
 
 # Images

@@ -224,7 +224,10 @@ def test_a_model_without_a_head_gets_one_of_zeros(tmp_path):
         torch.testing.assert_close(loaded.features(pixels), expected, rtol=0, atol=1e-5)
 
 
-HYBRID = {"image_size": 64, "patch_size": 32, "stem": "resnet", "stem_blocks": (2, 2, 2, 2)}
+HYBRID = {
+    "image_size": 64, "patch_size": 32, "stem": "resnet", "stem_blocks": (2, 2, 2, 2),
+    "stem_epsilons": "timm",
+}  # fmt: skip
 
 
 @torch.no_grad()
@@ -238,11 +241,13 @@ def test_hybrids_go_to_timm_and_back(timm, tmp_path):
     expected = peer.double()(pixels)
     there = load_vit(folder)
     torch.testing.assert_close(there.double()(pixels), expected, rtol=0, atol=1e-10)
-    path = save_vit(model, tmp_path / "R26.npz", "official")
+    with pytest.warns(UserWarning, match="do not tell stem_epsilons, which is timm here and official there"):
+        path = save_vit(model, tmp_path / "R26.npz", "official")
     peer = timm.create_model(f"local-dir:{folder}").eval()
     peer.load_pretrained(str(path))
     torch.testing.assert_close(peer.double()(pixels), expected, rtol=0, atol=1e-10)
-    again = load_vit(path)
+    assert load_vit(path).config.stem_epsilons == "official"
+    again = load_vit(path, stem_epsilons="timm")
     assert again.config == model.config
     for loaded in (again, load_vit(folder)):
         assert_equal(loaded.state_dict(), model.state_dict())

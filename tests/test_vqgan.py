@@ -328,9 +328,13 @@ def test_settings_that_vqgan_does_not_have_are_refused(reader, config, message):
 
 
 def test_what_is_null_in_a_config_has_the_default(diffusers_vq, chameleon_vq):
-    config = {**diffusers_vq.config, "norm_type": None, "act_fn": None, "mid_block_add_attention": None}
+    config = {**diffusers_vq.config, "norm_type": None, "act_fn": None}
     assert vqgan_from_diffusers(config, diffusers_vq.state_dict()).config.middle_attention
-    config = {**chameleon_vq.config.to_dict(), "double_latent": None, "channel_multiplier": None}
+    with pytest.raises(UserError, match=r"mid_block.attentions.* is unexpected"):
+        vqgan_from_diffusers({**config, "mid_block_add_attention": None}, diffusers_vq.state_dict())
+    config = {**chameleon_vq.config.to_dict(), "double_latent": None, "vq_config": None}
+    assert vqgan_from_chameleon(config, chameleon_vq.state_dict()).config.middle_attention
+    config["channel_multiplier"] = None
     with pytest.raises(UserError, match="weights do not fit"):  # of (1, 1, 2, 2, 4)
         vqgan_from_chameleon(config, chameleon_vq.state_dict())
 

@@ -44,9 +44,10 @@ class Positions(nn.Module):
         if kind == "learned_1d":
             self.table = nn.Parameter(torch.empty(self.length, width))
         elif kind in LEARNED_2D:
-            if width % 2:
+            halves = kind == "learned_2d_concat"
+            if halves and width % 2:
                 raise ValueError(f"{kind} positions need an even width, got {width}")
-            share = width // 2 if kind == "learned_2d_concat" else width
+            share = width // 2 if halves else width
             self.prefix_table = nn.Parameter(torch.empty(prefix_length, width))
             self.row_table = nn.Parameter(torch.empty(rows, share))
             self.column_table = nn.Parameter(torch.empty(columns, share))
@@ -108,8 +109,8 @@ class RelativePositions(nn.Module):
 
     def __init__(self, depth: int, length: int, head_dim: int):
         super().__init__()
-        self.table = nn.Parameter(torch.empty(depth, 2 * length - 1, head_dim))
-        nn.init.normal_(self.table, std=0.02)
+        shape = 2 * length - 1, head_dim
+        self.tables = nn.ParameterList(nn.Parameter(0.02 * torch.randn(shape)) for _ in range(depth))
 
 
 def relative_logits(query: Tensor, offsets: Tensor) -> Tensor:

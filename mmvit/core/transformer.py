@@ -153,7 +153,7 @@ class Transformer(nn.Module):
         cache: KeyValueCache | None = None,
         normalized: bool = True,
         added: Sequence[Tensor] = (),
-        offsets: Tensor | None = None,
+        offsets: Sequence[Tensor] = (),
     ) -> Tensor:
         """x (batch, tokens, width) → the same shape, through the last norm where `normalized`.
 
@@ -166,11 +166,11 @@ class Transformer(nn.Module):
             cache: earlier tokens' keys and values; x's are appended.
             added: positions (tokens, width) or (batch, tokens, width) that are added to x in front of the
                 second block, the third, and so on.
-            offsets: relative positions of every layer, (depth, 2 · tokens − 1, head_dim).
+            offsets: relative positions of every layer, each (2 · tokens − 1, head_dim).
         """
         if is_causal and mask is not None:
             raise ValueError("give a mask or is_causal, not both")
-        if offsets is not None and (is_causal or cache is not None):
+        if offsets and (is_causal or cache is not None):
             raise ValueError("relative positions go with a mask, not with is_causal or a cache")
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
@@ -179,7 +179,7 @@ class Transformer(nn.Module):
             mask = additive(mask, x.dtype)
         for layer, block in enumerate(self.blocks):
             slot = None if cache is None else (cache, layer)
-            inputs = (mask, is_causal, rotations, slot, None if offsets is None else offsets[layer])
+            inputs = (mask, is_causal, rotations, slot, offsets[layer] if offsets else None)
             if added and layer:
                 x = x + added[layer - 1].to(x.dtype)
             if self.config.activation_checkpointing and self.training:

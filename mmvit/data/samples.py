@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from mmvit.data.images import MAX_PIXELS, decode_image, to_unit_range
 from mmvit.data.shards import BadSample, Sample, expand_shards
 from mmvit.data.writing import read_dataset_card
 from mmvit.errors import UserError
+from mmvit.hub import shorten
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "jpeg")
 
@@ -110,10 +112,20 @@ class CaptionCodesSample:
 
 
 def check_classes(patterns: list[str], num_classes: int) -> None:
-    """Raises UserError when the dataset.json beside the shards names another number of classes."""
+    """Raises UserError when the dataset.json beside the shards names another number of classes, or other
+    classes in one place than in another."""
+    first: tuple[Path, list[str]] | None = None
     for folder in sorted({shard.parent for shard in expand_shards(patterns)}):
         classes = read_dataset_card(folder).get("classes")
-        if classes and len(classes) != num_classes:
+        if not classes:
+            continue
+        if first is not None and classes != first[1]:
+            raise UserError(
+                f"{first[0]} and {folder} name different classes in dataset.json: {shorten(first[1])} and "
+                f"{shorten(classes)}; make both with the same"
+            )
+        first = first or (folder, classes)
+        if len(classes) != num_classes:
             raise UserError(
                 f"{folder / 'dataset.json'} names {len(classes)} classes, model.num_classes is "
                 f"{num_classes}: set it to {len(classes)}"
@@ -121,7 +133,11 @@ def check_classes(patterns: list[str], num_classes: int) -> None:
 
 
 def image_bytes(sample: Sample) -> bytes:
-    return next(sample.files[name] for name in IMAGE_EXTENSIONS if name in sample.files)
+    """Raises BadSample where there is no picture."""
+    for name in IMAGE_EXTENSIONS:
+        if name in sample.files:
+            return sample.files[name]
+    raise BadSample("no picture", f"{sample.key} has {', '.join(sorted(sample.files))}")
 
 
 def read_class(data: bytes, num_classes: int) -> int:

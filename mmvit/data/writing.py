@@ -13,6 +13,7 @@ from rich.progress import track
 from rich.table import Table
 from webdataset.writer import TarWriter
 
+from mmvit.data.shards import BadShard, Sample, read_shard
 from mmvit.errors import UserError
 from mmvit.hub import write_json
 
@@ -152,9 +153,23 @@ def progress_line(what: str, number: int, total: int | None, seconds: float) -> 
     return f"{what}: {number:,}{of_total}, {number / max(seconds, 1e-9):,.0f}/s"
 
 
+def read_samples(shards: Iterable[Path], outcome: Outcome) -> Iterator[Sample]:
+    """The samples of `shards`, one after the other; a shard that breaks off is counted as skipped."""
+    for shard in shards:
+        try:
+            yield from read_shard(shard)
+        except BadShard as error:
+            outcome.skip("truncated or damaged shard", str(error))
+
+
 def write_dataset_card(folder: Path, outcome: Outcome, **facts: Any) -> None:
     """Writes `dataset.json` beside the shards: samples per split, and facts such as source and licence."""
     write_json({"samples": dict(outcome.written), **facts}, Path(folder) / "dataset.json")
+
+
+def inherited_facts(folder: Path) -> dict[str, Any]:
+    """What dataset.json of the shards that others are made of says of those, too: all but their number."""
+    return {name: fact for name, fact in read_dataset_card(folder).items() if name != "samples"}
 
 
 def read_dataset_card(folder: Path) -> dict[str, Any]:

@@ -4,10 +4,10 @@ mmvit.interop.vit_export.
 
     model = load_vit("ViT-B_16.npz")
 
-Numbers are moved, never changed. Three things are in no file of weights and differ between the projects: the
-GELU (flax's default is the tanh form), the norms' epsilon (1e-6, in transformers 1e-12), and the number of
-heads (of .npz files the shapes tell it). They are taken from the source's config.json or its code's default,
-and `settings` win over both.
+Numbers are moved, never changed. Four things are in no file of weights and differ between the projects: the
+GELU (flax's default is the tanh form), the norms' epsilon (1e-6, in transformers 1e-12), those of a hybrid's
+ResNet (in which timm is not the official code), and the number of heads (of .npz files the shapes tell it).
+They are taken from the source's config.json or its code's default, and `settings` win over both.
 """
 
 import math
@@ -32,7 +32,7 @@ HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of the published widths
 PREFIXES = ("opt/target/", "params/img/", "params/")
 GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
 FLAT = re.compile(r"(^|/)gn_?\w*/(scale|bias)$")  # some files have them as (1, 1, 1, channels)
-SETTINGS = ("num_heads", "mlp", "norm_eps", "pooling", "image_size", "num_classes")
+SETTINGS = ("num_heads", "mlp", "norm_eps", "stem_epsilons", "pooling", "image_size", "num_classes")
 RESNETS = {  # a hybrid's first weight, and the names of its blocks
     "official": ("conv_root/kernel", r"block(\d+)/unit(\d+)/"),
     "timm": (
@@ -50,7 +50,8 @@ def load_vit(path: str | Path, **settings: Any) -> Classifier:
     config.json; in evaluation mode.
 
     Args:
-        settings: what no file tells: `num_heads`, `mlp` ("gelu" or "gelu_tanh"), `norm_eps`, `pooling`,
+        settings: what no file tells: `num_heads`, `mlp` ("gelu" or "gelu_tanh"), `norm_eps`,
+            `stem_epsilons` ("official" or "timm"), `pooling`,
             `image_size` where the grid is not square. With `num_classes` the head is left out, and a new one
             of zeros takes its place.
 
@@ -196,6 +197,8 @@ def infer_config(
     )
     stem = infer_resnet(weights, naming, side, source) or {"patch_size": side, "channels": channels}
     patch = stem["patch_size"]
+    if "stem" in stem:
+        stem["stem_epsilons"] = settings.get("stem_epsilons", naming)
     token = names_of(naming, "cls_token")[0] in weights
     norm_after_pooling = "fc_norm.weight" in weights
     pooling = settings.get("pooling", "mean" if norm_after_pooling or not token else "cls")

@@ -76,6 +76,8 @@ def refuse_parts(config: ClassifierConfig, naming: Naming) -> None:
         raise UserError(f"the ViT of {naming} has nothing like {said}: this classifier cannot go there")
     if naming not in ("transformers4", "transformers5"):
         wants = {"core.norm_eps": (core.norm_eps, 1e-6)}
+        if config.stem == "resnet":
+            wants["stem_epsilons"] = (config.stem_epsilons, naming)
         if naming != "timm":
             wants["core.mlp"] = (core.mlp, "gelu_tanh")
         for name, (value, default) in wants.items():

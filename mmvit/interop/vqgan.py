@@ -150,8 +150,7 @@ def vqgan_from_janus(
 ) -> VQGAN:
     """A `VQGAN` of the config.json (of Janus or its VQ model) and the state dict of a `JanusVQVAE`; raises as
     `load_vqgan` does."""
-    config = config.get("vq_config", config)
-    config = without_nulls(config)
+    config = without_nulls(without_nulls(config).get("vq_config", config))
     refuse_others(config, {"in_channels": (3,), "out_channels": (3,), "double_latent": (False,)}, source)
     values = read_transformers(config, num_codes=16384, code_width=8)
     lowest = [len(values["widths"]) - 1]
@@ -164,8 +163,7 @@ def vqgan_from_chameleon(
 ) -> VQGAN:
     """A `VQGAN` of the config.json (of Chameleon or its VQ model) and the state dict of a `ChameleonVQVAE`,
     which has no decoder; raises as `load_vqgan` does."""
-    config = config.get("vq_config", config)
-    config = without_nulls(config)
+    config = without_nulls(without_nulls(config).get("vq_config", config))
     refuse_others(config, {"in_channels": (3,), "double_latent": (False,)}, source)
     values = read_transformers(config, num_codes=8192, code_width=256)
     attention = config.get("attn_type", "vanilla") == "vanilla"
@@ -237,8 +235,10 @@ def read_transformers(config: dict[str, Any], num_codes: int, code_width: int) -
 
 
 def without_nulls(config: dict[str, Any]) -> dict[str, Any]:
-    """What is null in a config.json has the default."""
-    return {key: value for key, value in config.items() if value is not None}
+    """What is null in a config.json has the default, but for what null turns off."""
+    off = {"mid_block_add_attention": False, "attn_type": "none"}
+    filled = {key: off.get(key) if value is None else value for key, value in config.items()}
+    return {key: value for key, value in filled.items() if value is not None}
 
 
 def rename_to_transformers(model: VQGAN) -> dict[str, Tensor]:

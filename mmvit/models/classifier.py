@@ -12,7 +12,7 @@ from mmvit.core.dropout import Dropout
 from mmvit.core.positions import PositionKind, Positions, RelativePositions
 from mmvit.core.transformer import Transformer, TransformerConfig
 from mmvit.hub import Pretrained
-from mmvit.models.resnet import GROUPS, classification_loss, stem_stride
+from mmvit.models.resnet import GROUPS, Epsilons, classification_loss, stem_stride
 from mmvit.models.stems import SMALLEST_PATCH, StemKind, build_stem
 
 
@@ -31,6 +31,7 @@ class ClassifierConfig(Config):
         description="of each of their stages: of residual a number for each halving of the image, of "
         "resnet for each beyond the first quarter",
     )
+    stem_epsilons: Epsilons = Field("official", description="of a resnet stem: whose (mmvit.models.resnet)")
     pooling: Literal["cls", "mean", "mean_beside_cls"] = Field(
         "cls", description="what the head reads: [CLS], or the mean of the patches, without or with a [CLS]"
     )
@@ -115,7 +116,13 @@ class Classifier(Pretrained, nn.Module):
         self.config = config
         width = config.core.width
         self.stem = build_stem(
-            config.stem, config.patch_size, config.channels, width, config.stem_width, config.stem_blocks
+            config.stem,
+            config.patch_size,
+            config.channels,
+            width,
+            config.stem_width,
+            config.stem_blocks,
+            config.stem_epsilons,
         )
         self.num_prefix = config.has_class_token + config.registers
         if config.has_class_token:
@@ -198,7 +205,7 @@ class Classifier(Pretrained, nn.Module):
             added = [vectors[chosen] for vectors in added]
             if rotations is not None:
                 rotations = tuple(table[chosen].unsqueeze(1) for table in rotations)  # the same for all heads
-        offsets = None if self.relative is None else self.relative.table
+        offsets = () if self.relative is None else [*self.relative.tables]
         return self.core(x, rotations=rotations, normalized=normalized, added=added, offsets=offsets)
 
     def freeze_head(self) -> None:

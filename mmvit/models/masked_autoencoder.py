@@ -44,6 +44,11 @@ class MaskedAutoencoder(nn.Module):
         shape = classifier.config
         if shape.patch_dropout:
             raise UserError("model.patch_dropout is MAE's own matter (mae.masked): set it to 0")
+        if shape.stem != "patch":
+            raise UserError(
+                f"the convolutions of model.stem {shape.stem!r} would tell MAE of the patches that it hides: "
+                "use patch"
+            )
         if shape.positions == "relative_1d":
             raise UserError("MAE leaves gaps between places, which relative_1d positions lack: use others")
         self.config, self.classifier = config, classifier
@@ -63,7 +68,8 @@ class MaskedAutoencoder(nn.Module):
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error per value over the masked patches of `batch["pixels"]` (batch, channels, height,
-        width) in [-1, 1]; 1 is what a prediction of zeros has where targets are normalized."""
+        width) in [-1, 1]; where targets are normalized, a prediction of zeros has 1 less the share of
+        patches of one colour."""
         pixels, classifier = batch["pixels"], self.classifier
         x = classifier.embed(classifier.stem(pixels))
         chosen = classifier.choose_patches(len(x), self.kept, x.device)

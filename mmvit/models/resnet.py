@@ -2,6 +2,8 @@
 (1912.11370), and the older order of layers as the stem of ViT's hybrids (2010.11929, section 3.1).
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +16,7 @@ from mmvit.core.hidden import HiddenLayers
 from mmvit.hub import Pretrained
 
 GROUPS = 32  # of GroupNorm
+Epsilons = Literal["official", "timm"]  # whose, in a hybrid's stem
 
 
 class ResNetConfig(Config):
@@ -90,13 +93,26 @@ def classification_loss(
 
 class ResNetStem(nn.Module):
     """The hybrids' stem: ResNet-50 with its last stage's blocks in the third, each of whose places becomes a
-    token, or each square of `patch` places."""
+    token, or each square of `patch` places.
 
-    def __init__(self, channels: int, width: int, root_width: int, depths: tuple[int, ...], patch: int = 1):
+    Args:
+        epsilons: the official code adds 1e-5 to the deviation of a kernel, and norms have 1e-6; in timm's
+            port it is 1e-8 to the variance, and 1e-5. Weights of the one give other features in the other.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        root_width: int,
+        depths: tuple[int, ...],
+        patch: int = 1,
+        epsilons: Epsilons = "official",
+    ):
         super().__init__()
-        self.root = StandardizedConv(channels, root_width, 7, stride=2, same=True)
-        self.norm = nn.GroupNorm(GROUPS, root_width)
-        self.stages, last = build_stages(root_width, root_width, depths, PostActivation)
+        block = partial(PostActivation, epsilons=epsilons)
+        self.root, self.norm = conv_and_norm(channels, root_width, 7, 2, epsilons)
+        self.stages, last = build_stages(root_width, root_width, depths, block)
         self.patch = patch
         self.proj = nn.Linear(last * patch**2, width)
         nn.init.trunc_normal_(self.proj.weight, std=self.proj.in_features**-0.5)
@@ -123,19 +139,23 @@ def stem_stride(depths: tuple[int, ...]) -> int:
 
 class StandardizedConv(nn.Conv2d):
     """A convolution without bias whose kernels have mean 0 and variance 1 (weight standardisation,
-    1903.10520). `same` pads as TensorFlow does, which is not even where the stride is 2."""
+    1903.10520). `same` pads as TensorFlow does, which is not even where the stride is 2; `added` is an
+    epsilon beside the deviation, in place of one beside the variance."""
 
-    def __init__(self, before: int, after: int, kernel: int, stride: int = 1, same: bool = False):
+    def __init__(
+        self, before: int, after: int, kernel: int, stride: int = 1, same: bool = False, added: float = 0.0
+    ):
         padding = 0 if same else kernel // 2
         super().__init__(before, after, kernel, stride=stride, padding=padding, bias=False)
-        self.same = same
+        self.same, self.added = same, added
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         if self.same:
             x = pad_as_tensorflow(x, self.kernel_size[0], self.stride[0])
         variance, mean = torch.var_mean(self.weight, (1, 2, 3), correction=0, keepdim=True)
-        weight = (self.weight - mean) * torch.rsqrt(variance + 1e-8)
+        scale = 1 / (variance.sqrt() + self.added) if self.added else torch.rsqrt(variance + 1e-8)
+        weight = (self.weight - mean) * scale
         return F.conv2d(x, weight.to(x.dtype), None, self.stride, self.padding)
 
 
@@ -169,17 +189,15 @@ class PostActivation(HiddenLayers):
     """A bottleneck whose norms come after its convolutions, as in the first residual networks
     (1512.03385)."""
 
-    def __init__(self, before: int, inner: int, stride: int):
+    def __init__(self, before: int, inner: int, stride: int, epsilons: Epsilons = "official"):
         super().__init__()
         after = 4 * inner
-        self.conv1, self.norm1 = StandardizedConv(before, inner, 1, same=True), nn.GroupNorm(GROUPS, inner)
-        self.conv2 = StandardizedConv(inner, inner, 3, stride, same=True)
-        self.norm2 = nn.GroupNorm(GROUPS, inner)
-        self.conv3, self.norm3 = StandardizedConv(inner, after, 1, same=True), nn.GroupNorm(GROUPS, after)
+        self.conv1, self.norm1 = conv_and_norm(before, inner, 1, 1, epsilons)
+        self.conv2, self.norm2 = conv_and_norm(inner, inner, 3, stride, epsilons)
+        self.conv3, self.norm3 = conv_and_norm(inner, after, 1, 1, epsilons)
         self.shortcut = None
         if stride > 1 or before != after:
-            convolution = StandardizedConv(before, after, 1, stride, same=True)
-            self.shortcut = nn.Sequential(convolution, nn.GroupNorm(GROUPS, after))
+            self.shortcut = nn.Sequential(*conv_and_norm(before, after, 1, stride, epsilons))
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.shortcut is None else self.shortcut(x)
@@ -188,8 +206,17 @@ class PostActivation(HiddenLayers):
         return F.relu(shortcut + self.norm3(self.conv3(inner)))
 
 
+def conv_and_norm(
+    before: int, after: int, kernel: int, stride: int, epsilons: Epsilons
+) -> tuple[StandardizedConv, nn.GroupNorm]:
+    """Of a hybrid's stem."""
+    is_official = epsilons == "official"
+    convolution = StandardizedConv(before, after, kernel, stride, same=True, added=1e-5 * is_official)
+    return convolution, nn.GroupNorm(GROUPS, after, eps=1e-6 if is_official else 1e-5)
+
+
 def build_stages(
-    before: int, width: int, depths: tuple[int, ...], block: type[nn.Module]
+    before: int, width: int, depths: tuple[int, ...], block: Callable[..., nn.Module]
 ) -> tuple[nn.Sequential, int]:
     """Stages of `depths` blocks, each but the first at half the resolution and twice the width of the one
     before; and the width of what they give."""

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmvit.core.hidden import HiddenLayers
-from mmvit.models.resnet import ResNetStem, stem_stride
+from mmvit.models.resnet import Epsilons, ResNetStem, stem_stride
 
 StemKind = Literal["patch", "conv", "residual", "resnet"]
 SMALLEST_PATCH = {"patch": 1, "conv": 2, "residual": 4}  # of each kind; convolutions need a power of two
@@ -127,10 +127,11 @@ def build_stem(
     width: int,
     stem_width: int = 64,
     stem_blocks: tuple[int, ...] = (2, 1),
+    epsilons: Epsilons = "official",
 ) -> nn.Module:
     if kind == "resnet":
         squares = patch_size // stem_stride(stem_blocks)
-        return ResNetStem(channels, width, stem_width, stem_blocks, squares)
+        return ResNetStem(channels, width, stem_width, stem_blocks, squares, epsilons)
     if kind == "residual":
         return ResidualStem(patch_size, channels, width, stem_width, stem_blocks)
     return (PatchStem if kind == "patch" else ConvStem)(patch_size, channels, width)

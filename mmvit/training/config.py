@@ -52,7 +52,9 @@ class OptimizerConfig(Config):
         None, gt=0, description="of the hidden layers; scaled to suit AdamW's rate, which is the default"
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd and lars")
-    trust: float = Field(1e-3, gt=0, description="of lars: a step's size as a share of the weights' norm")
+    trust: float = Field(
+        1e-3, gt=0, description="of lars: the size of a matrix's gradient as a share of its norm"
+    )
     layer_decay: float = Field(
         1.0,
         gt=0,

@@ -222,10 +222,10 @@ def check_supported(stage: Any, train: TrainConfig, optimizer: OptimizerConfig, 
         raise UserError(f"zero_optimization.stage is {stage!r}; use 0, 1, 2 or 3")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"DeepSpeed trains on cpu or cuda here, not on {device.type}; leave --deepspeed out")
-    if optimizer.name == "muon":
+    if optimizer.name in ("muon", "lars"):
         raise UserError(
-            "optimizer.name = muon works without --deepspeed only: ZeRO cuts the matrices that Muon "
-            "needs whole; use adamw"
+            f"optimizer.name = {optimizer.name} works without --deepspeed only: ZeRO cuts the matrices that "
+            "it needs whole; use adamw"
         )
     if train.compile:
         raise UserError("train.compile works without --deepspeed only; set it to false")

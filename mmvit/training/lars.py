@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 class Lars(torch.optim.Optimizer):
-    """SGD with momentum in which each parameter's gradient, decay included, is first scaled to `trust` of the
-    parameter's own norm. A group with `adapted` False (biases, norms) takes its gradients as they are.
+    """SGD with momentum in which the gradient of each matrix, decay included, is first scaled to `trust` of
+    the matrix's own norm. Vectors (biases, scales of norms) take their gradients as they are.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float = 0.9, trust: float = 1e-3):
-        defaults = {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0, "adapted": True}
+        defaults = {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0}
         super().__init__(groups, defaults)
 
     @torch.no_grad()
@@ -22,7 +22,7 @@ class Lars(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 update = parameter.grad + group["weight_decay"] * parameter
-                if group["adapted"]:
+                if parameter.ndim > 1:
                     update *= trust_ratio(parameter, update, group["trust"])
                 state = self.state[parameter]
                 if not state:

@@ -23,6 +23,10 @@ DECAYED = (
 )
 
 
+# of the parameters that belong to one layer: the number of the first such layer, where 1 is the first block
+LAYERS = {r"core\.blocks\.(\d+)\.": 1, r"layer_positions\.(\d+)\.": 2, r"relative\.tables\.(\d+)$": 1}
+
+
 class Optimizer:
     """One or two torch optimizers behind one face. The rate depends on the step alone: no scheduler."""
 
@@ -80,10 +84,9 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     scales = layer_scales(model, config.layer_decay)
     decaying = by_rate(decayed, scales, config.lr, config.weight_decay)
     others = by_rate(plain, scales, config.lr, 0.0)
-    if config.name == "lars":
-        groups = [*decaying, *({**group, "adapted": False} for group in others)]
-        return [Lars(groups, config.lr, config.momentum, config.trust)]
     groups = decaying + others
+    if config.name == "lars":
+        return [Lars(groups, config.lr, config.momentum, config.trust)]
     fused = all(
         p.device.type in ("cpu", "cuda") for p in model.parameters()
     )  # 4 to 30 times faster than foreach and for
@@ -114,12 +117,17 @@ def by_rate(
 
 def layer_scales(model: nn.Module, decay: float) -> dict[int, float]:
     """Every parameter's learning rate as a share of the head's: `decay` once for each layer below it, of
-    which what stands in front of the core's blocks is the lowest (BEiT, 2106.08254, appendix)."""
+    which what stands in front of the core's blocks is the lowest (BEiT, 2106.08254, appendix). Positions of a
+    block's own learn as the block."""
     if decay == 1:
         return {id(parameter): 1.0 for parameter in model.parameters()}
     names = {name: id(parameter) for name, parameter in model.named_parameters()}
-    found = {name: re.match(r"core\.blocks\.(\d+)\.", name) for name in names}
-    numbers = {name: int(match[1]) + 1 for name, match in found.items() if match}
+    numbers = {
+        name: int(match[1]) + first
+        for pattern, first in LAYERS.items()
+        for name in names
+        if (match := re.match(pattern, name))
+    }
     if not numbers:
         raise UserError(
             f"optimizer.layer_decay needs a core of blocks, and {type(model).__name__} has none; set it to 1"
