@@ -7,7 +7,7 @@ import torch
 
 from mmvit.core.attention import Attention, attend
 from mmvit.core.dropout import Dropout
-from mmvit.core.masks import additive, causal, prefix
+from mmvit.core.masks import additive, causal, prefix, sparse_causal
 from mmvit.core.norm import RMSNorm
 from mmvit.core.positions import Positions, RelativePositions, rotate, sincos
 from mmvit.core.transformer import Transformer, TransformerConfig
@@ -54,6 +54,43 @@ def test_masks_written_out_by_hand():
     ]
     with pytest.raises(ValueError, match="prefix_length 5"):
         prefix(4, 5)
+
+
+# A 4x4 grid in raster order; the marked codes are what the one marked Q sees, itself included.
+SPARSE_BY_HAND = {
+    ("row", 10): "......XXXXQ.....",
+    ("row", 2): "XXQ.............",
+    ("row", 12): "........XXXXQ...",
+    ("column", 10): "..X...X...Q.....",
+    ("column", 12): "X...X...X...Q...",
+    ("convolution", 10): ".....XXX.XQ.....",
+    ("convolution", 8): "...XXX.XQ.......",  # goes on at the other side, one row higher
+    ("convolution", 11): "......XXX.XQ....",
+    ("convolution", 1): "XQ..............",
+}
+
+
+@pytest.mark.parametrize(("kind", "query"), SPARSE_BY_HAND)
+def test_dalles_masks_by_hand(kind, query):
+    mask = sparse_causal(kind, prefix_length=3, grid=(4, 4), kernel=3)
+    assert mask[:3].tolist() == [[True] + [False] * 18, [True] * 2 + [False] * 17, [True] * 3 + [False] * 16]
+    assert mask[3:, :3].all()  # every code sees the whole caption
+    seen = mask[3 + query, 3:].tolist()
+    drawn = "".join("Q" if key == query else ".X"[is_seen] for key, is_seen in enumerate(seen))
+    assert drawn == SPARSE_BY_HAND[kind, query]
+    assert mask[3 + query, 3 + query]
+
+
+def test_dalles_convolution_is_the_square_around_every_code():
+    rows, columns, kernel = 6, 7, 5
+    mask = sparse_causal("convolution", 0, (rows, columns), kernel)
+    for query in range(rows * columns):
+        for key in range(rows * columns):
+            offsets = [(down, right) for down in range(-2, 1) for right in range(-2, 3)]
+            covered = any(query + down * columns + right == key for down, right in offsets)
+            assert mask[query, key] == (covered and key <= query)
+    with pytest.raises(ValueError, match="odd and at most the 7 columns, not 9"):
+        sparse_causal("convolution", 0, (rows, columns), 9)
 
 
 @pytest.mark.parametrize("parts", VARIANTS.values(), ids=VARIANTS)

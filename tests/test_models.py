@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from mmvit.core.masks import additive, sparse_causal
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
 from mmvit.hub import write_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.models.generator import GeneratorConfig, GeneratorTransformer, caption_loss
+from mmvit.models.generator import GeneratorConfig, GeneratorTransformer, caption_loss, dalle_layers
 from mmvit.models.presets import MODELS, PRESETS, preset
 from mmvit.models.stems import PatchStem
 
@@ -207,12 +208,13 @@ def test_classifier_refuses_other_sizes():
         model(torch.zeros(1, 1, 8, 8))
 
 
-@pytest.mark.parametrize("attention", ["causal", "prefix"])
+@pytest.mark.parametrize("attention", ["causal", "prefix", "dalle"])
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_cached_decoding_equals_uncached_logits_at_every_step(attention, positions):
     model = small_generator(
-        attention=attention, positions=positions, text_loss_weight=float(attention == "causal")
-    )
+        attention=attention, positions=positions, text_loss_weight=float(attention != "prefix"),
+        convolution=3, core=CORE.model_copy(update={"depth": 3}),
+    )  # fmt: skip
     captions, codes = captions_and_codes()
     with torch.inference_mode():
         expected = model(captions, codes)[1]
@@ -220,6 +222,20 @@ def test_cached_decoding_equals_uncached_logits_at_every_step(attention, positio
         logits = [model.prefill(captions, cache)] + [model.step(codes[:, i], cache) for i in range(11)]
     torch.testing.assert_close(torch.stack(logits, 1), expected, atol=1e-5, rtol=1e-5)
     assert cache.length == cache.capacity == 17
+
+
+def test_dalles_layers_see_by_column_by_row_and_at_last_by_convolution():
+    assert dalle_layers(64) == [*(["row", "column", "row", "row"] * 16)[:63], "convolution"]
+    model = small_generator(attention="dalle", convolution=3, core=CORE.model_copy(update={"depth": 3}))
+    captions, codes = captions_and_codes()
+    x = torch.cat([model.embed_captions(captions), model.code_embedding(codes[:, :-1])], dim=1)
+    expected, rotations = x, model.positions.rotations(0, x.shape[1])
+    for block, kind in zip(model.core.blocks, ("row", "column", "convolution"), strict=True):
+        mask = sparse_causal(kind, 6, (3, 4), kernel=3)[:-1, :-1]
+        expected = block(expected, additive(mask, x.dtype), rotations=rotations)
+    torch.testing.assert_close(model.run_core(x), model.core.norm(expected))
+    with pytest.raises(ValueError, match="convolution is 11; it is odd and at most the grid's 4 columns"):
+        small_generator(attention="dalle")
 
 
 @pytest.mark.parametrize("attention", ["causal", "prefix"])

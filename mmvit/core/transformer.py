@@ -147,7 +147,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | Sequence[Tensor] | None = None,
         is_causal: bool = False,
         rotations: tuple[Tensor, Tensor] | None = None,
         cache: KeyValueCache | None = None,
@@ -159,8 +159,8 @@ class Transformer(nn.Module):
 
         Args:
             mask: boolean (queries, keys) or broadcastable to (batch, heads, queries, keys), True where a
-                query sees a key; None for full attention. With a cache, keys are the cached tokens followed
-                by x's own.
+                query sees a key; None for full attention; or one for each layer. With a cache, keys are the
+                cached tokens followed by x's own.
             is_causal: causal attention without a mask of one's own.
             rotations: `Positions.rotations` of x's places.
             cache: earlier tokens' keys and values; x's are appended.
@@ -175,11 +175,10 @@ class Transformer(nn.Module):
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))  # the residual stream, too, is kept in lower precision
-        if mask is not None:
-            mask = additive(mask, x.dtype)
+        masks = bias_of_layers(mask, len(self.blocks), x.dtype)
         for layer, block in enumerate(self.blocks):
             slot = None if cache is None else (cache, layer)
-            inputs = (mask, is_causal, rotations, slot, offsets[layer] if offsets else None)
+            inputs = (masks[layer], is_causal, rotations, slot, offsets[layer] if offsets else None)
             if added and layer:
                 x = x + added[layer - 1].to(x.dtype)
             if self.config.activation_checkpointing and self.training:
@@ -196,6 +195,19 @@ class Transformer(nn.Module):
         """An empty cache for `capacity` tokens of this core."""
         config = self.config
         return KeyValueCache(config.depth, batch, config.num_heads, capacity, config.head_dim, dtype, device)
+
+
+def bias_of_layers(
+    mask: Tensor | Sequence[Tensor] | None, depth: int, dtype: torch.dtype
+) -> Sequence[Tensor | None]:
+    """One bias on attention logits for each layer, each different mask turned into one once."""
+    if mask is None or isinstance(mask, Tensor):
+        return [None if mask is None else additive(mask, dtype)] * depth
+    if len(mask) != depth:
+        raise ValueError(f"{len(mask)} masks were given for {depth} layers")
+    made = {id(one): one for one in mask}
+    made = {key: additive(one, dtype) for key, one in made.items()}
+    return [made[id(one)] for one in mask]
 
 
 def build_norm(config: TransformerConfig) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmvit.config import Config
 from mmvit.core.attention import KeyValueCache
 from mmvit.core.dropout import Dropout
-from mmvit.core.masks import prefix
+from mmvit.core.masks import Sparse, prefix, sparse_causal
 from mmvit.core.positions import PositionKind, Positions
 from mmvit.core.transformer import Transformer, TransformerConfig
 from mmvit.hub import Pretrained
@@ -22,16 +22,18 @@ PAD = 0  # the text tokenizer's padding id; a caption of nothing but padding is 
 class GeneratorConfig(Config):
     """A generator of `grid` = (rows, columns) image codes from captions of up to `text_length` tokens.
 
-    `attention` is `causal` over the whole sequence (DALL·E), or `prefix`: the caption's tokens see each other
-    in both directions, and then cannot be predicted, so `text_loss_weight` must be 0. The two losses are
-    weighted 1 : 7 by default.
+    `attention` is `causal` over the whole sequence; `prefix`: the caption's tokens see each other in both
+    directions, and then cannot be predicted, so `text_loss_weight` must be 0; or `dalle`: codes see the
+    caption, and of each other what DALL·E's layers let them, by row, by column, and in the last layer by a
+    convolution. The two losses are weighted 1 : 7 by default.
     """
 
     vocab_size: int = Field(4096, gt=1)
     text_length: int = Field(32, gt=0)
     codebook_size: int = Field(1024, gt=1)
     grid: tuple[int, int] = (8, 8)
-    attention: Literal["causal", "prefix"] = "causal"
+    attention: Literal["causal", "prefix", "dalle"] = "causal"
+    convolution: int = Field(11, gt=0, description="side of dalle's last layer's square of codes")
     positions: PositionKind = "rotary_2d"
     text_loss_weight: float = Field(1.0, ge=0)
     image_loss_weight: float = Field(7.0, gt=0)
@@ -44,6 +46,14 @@ class GeneratorConfig(Config):
     def _prefix_captions_are_not_predicted(self):
         if self.attention == "prefix" and self.text_loss_weight > 0:
             raise ValueError("with attention = 'prefix' the caption sees itself, so set text_loss_weight = 0")
+        return self
+
+    @model_validator(mode="after")
+    def _convolution_fits(self):
+        if self.attention == "dalle" and (self.convolution % 2 == 0 or self.convolution > self.grid[1]):
+            raise ValueError(
+                f"convolution is {self.convolution}; it is odd and at most the grid's {self.grid[1]} columns"
+            )
         return self
 
     @property
@@ -77,6 +87,10 @@ class GeneratorTransformer(Pretrained, nn.Module):
         )
         self.dropout = Dropout(config.core.dropout)
         self.core = Transformer(config.core)
+        self.layer_kinds = dalle_layers(config.core.depth) if config.attention == "dalle" else []
+        for kind in {*self.layer_kinds}:
+            mask = sparse_causal(kind, self.prefix_length, config.grid, config.convolution)
+            self.register_buffer(f"{kind}_mask", mask, persistent=False)
         self.image_head = nn.Linear(width, config.codebook_size)
         self.text_head = nn.Linear(width, config.vocab_size) if config.text_loss_weight else None
         for table in (self.start, self.padding, self.text_embedding.weight, self.code_embedding.weight):
@@ -121,6 +135,10 @@ class GeneratorTransformer(Pretrained, nn.Module):
         length = x.shape[1]
         x = self.dropout(self.positions.add(x, start))
         rotations = self.positions.rotations(start, length)
+        if self.layer_kinds:
+            end = start + length
+            masks = {kind: getattr(self, f"{kind}_mask")[start:end, :end] for kind in {*self.layer_kinds}}
+            return self.core(x, [masks[kind] for kind in self.layer_kinds], rotations=rotations, cache=cache)
         if start:  # one token after another: each sees all that is in the cache
             return self.core(x, rotations=rotations, cache=cache)
         if self.config.attention == "causal":
@@ -194,6 +212,14 @@ class GeneratorTransformer(Pretrained, nn.Module):
         weight = self.image_head.weight
         capacity = self.prefix_length + self.config.num_codes - 1
         return self.core.new_cache(batch, capacity, weight.dtype, weight.device)
+
+
+def dalle_layers(depth: int) -> list[Sparse]:
+    """The attention of DALL·E's layers: of every four the second by column, the others by row; the last by
+    convolution (2102.12092, appendix B.1)."""
+    kinds: list[Sparse] = ["column" if layer % 4 == 1 else "row" for layer in range(depth)]
+    kinds[-1] = "convolution"
+    return kinds
 
 
 def caption_loss(logits: Tensor, caption_ids: Tensor, is_dropped: Tensor) -> Tensor:

@@ -73,9 +73,10 @@ GENERATORS = {
         vocab_size=16384, text_length=120, codebook_size=16384, grid=(16, 16),
         core=core(1280, 36, 20, norm="rmsnorm", mlp="swiglu", bias=False),
     ),
-    # DALL·E (2102.12092, appendix B): 64 layers of 62 heads, 32 × 32 codes; here with dense causal attention
+    # DALL·E (2102.12092, appendix B): 64 layers of 62 heads, 32 × 32 codes
     "dalle-12b": GeneratorConfig(
         vocab_size=16384, text_length=256, codebook_size=8192, grid=(32, 32), positions="learned_2d",
+        attention="dalle",
         core=core(3968, 64, 62, mlp="gelu"),
     ),
 }  # fmt: skip
