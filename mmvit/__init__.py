@@ -1,12 +1,17 @@
 """mmvit: one Transformer core that reads image patches, text tokens and image codes."""
 
 from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.clip import CLIP, CLIPConfig
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
 from mmvit.models.presets import preset
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.sampling.generator import Generator
+from mmvit.sampling.rerank import CaptionScorer
 
 __all__ = [
+    "CLIP",
+    "CLIPConfig",
+    "CaptionScorer",
     "Classifier",
     "ClassifierConfig",
     "Generator",

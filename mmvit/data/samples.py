@@ -75,6 +75,28 @@ class CaptionPixelsSample(PixelsSample):
         return {**super().__call__(sample, rng), "captions": read_caption(sample, self.languages, rng)}
 
 
+class CaptionIdsPixelsSample(CaptionPixelsSample):
+    """→ {"pixels": as above, "captions": str, "caption_ids": int64 (text_length,)}; `report()` of the stream
+    counts `captions` and `captions cut`."""
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        text_length: int,
+        size: tuple[int, int],
+        languages: Sequence[str] = ("en",),
+        dropout: float = 0.0,
+        augment: AugmentConfig | None = None,
+    ):
+        super().__init__(size, languages, augment)
+        self.tokenizer, self.text_length, self.dropout = tokenizer, text_length, dropout
+
+    def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
+        found = super().__call__(sample, rng)
+        ids, num_cut = self.tokenizer.encode([found["captions"]], self.text_length, self.dropout, rng)
+        return {**found, "caption_ids": ids[0], "counts": {"captions": 1, "captions cut": num_cut}}
+
+
 class CaptionCodesSample:
     """→ {"caption_ids": int64 (text_length,), "codes": int64 (rows * cols,), "captions": str}.
 

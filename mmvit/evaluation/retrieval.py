@@ -1,5 +1,5 @@
 """Does a generated picture find the one that its caption names? Nearest neighbours in pixels among all real
-pictures."""
+pictures; and ranks of what belongs together by any score."""
 
 import torch
 from torch import Tensor
@@ -33,6 +33,20 @@ def pixel_ranks(generated: Tensor, references: Tensor, own: Tensor, chunk: int =
         true = squares.gather(1, places.unsqueeze(1))
         ranks.append((squares < true - TIE * sizes.mean()).sum(1))
     return torch.cat(ranks)
+
+
+def caption_ranks(scores: Tensor, belongs: Tensor) -> Tensor:
+    """How many candidates that are not its own score higher than the best of its own, for each row, int64
+    (rows,). Half of those that score exactly as high count, too, rounded up: equal scores for all are no hit.
+
+    Args:
+        scores: (rows, candidates).
+        belongs: boolean, of the same shape: which candidates are a row's own; each has one at least.
+    """
+    best = scores.masked_fill(~belongs, float("-inf")).amax(1, keepdim=True)
+    others = ~belongs
+    higher, same = ((scores > best) & others).sum(1), ((scores == best) & others).sum(1)
+    return higher + (same + 1) // 2
 
 
 def recall(ranks: Tensor, k: int) -> float:

@@ -6,6 +6,7 @@ from mmvit.config import Config
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
 from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.clip import CLIP, CLIPConfig
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
 from mmvit.models.resnet import ResNet, ResNetConfig
@@ -15,7 +16,7 @@ from mmvit.models.vqgan import VQGAN, VQGANConfig
 # the model that a configuration is of
 MODELS = {
     model.config_class: model
-    for model in (Classifier, ResNet, GeneratorTransformer, VQModel, DiscreteVAE, VQGAN)
+    for model in (Classifier, ResNet, GeneratorTransformer, CLIP, VQModel, DiscreteVAE, VQGAN)
 }
 
 
@@ -90,7 +91,14 @@ IMAGE_TOKENIZERS = {
     "vqgan-f16": VQGANConfig(),  # 2012.09841, 16384 codes
 }
 
-PRESETS = {**CLASSIFIERS, **GENERATORS, **IMAGE_TOKENIZERS}
+CLIPS = {
+    # 2103.00020, table 20: ViT-B/32 beside a text Transformer of width 512, a space of 512
+    "clip-b32": CLIPConfig(
+        image=vit(32, BASE), text=core(512, 12, 8), vocab_size=49408, text_length=77, embedding_width=512
+    ),
+}
+
+PRESETS = {**CLASSIFIERS, **GENERATORS, **CLIPS, **IMAGE_TOKENIZERS}
 
 
 def preset(name: str) -> Config:

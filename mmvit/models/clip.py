@@ -1,0 +1,125 @@
+"""CLIP: a tower for pictures and one for captions, which put what belongs together near each other
+(2103.00020)."""
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
+
+from mmvit.config import Config
+from mmvit.core.positions import Positions
+from mmvit.core.transformer import Transformer, TransformerConfig
+from mmvit.hub import Pretrained
+from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.generator import PAD
+
+COLDEST = 100.0  # of logits per cosine, as in the paper
+
+
+class CLIPConfig(Config):
+    """`image` is a classifier's configuration, whose head and classes have no part in it."""
+
+    kind: Literal["clip"] = "clip"
+    image: ClassifierConfig = ClassifierConfig()
+    text: TransformerConfig = TransformerConfig()
+    vocab_size: int = Field(4096, gt=1)
+    text_length: int = Field(32, gt=0)
+    embedding_width: int = Field(256, gt=0, description="of the space that pictures and captions share")
+    temperature: float = Field(0.07, gt=0, description="at the start; it is learnt")
+
+    @model_validator(mode="after")
+    def _no_tanh_layer(self):
+        if self.image.representation_width:
+            raise ValueError("image.representation_width belongs to a classifier's head: leave it out")
+        return self
+
+
+class CLIP(Pretrained, nn.Module):
+    """pixels, caption ids → unit vectors, whose products say how well they fit."""
+
+    config_class, kind = CLIPConfig, "clip"
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.config = config
+        width = config.text.width
+        self.image = Classifier(config.image)
+        self.image.head = nn.Identity()
+        self.start = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.text_embedding = nn.Embedding(config.vocab_size, width)
+        nn.init.normal_(self.text_embedding.weight, std=0.02)
+        self.positions = Positions(
+            "learned_1d", width, config.text.head_dim, 1 + config.text_length, grid=(0, 0)
+        )
+        self.text = Transformer(config.text)
+        self.image_projection = projection(config.image.core.width, config.embedding_width)
+        self.text_projection = projection(width, config.embedding_width)
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
+
+    @property
+    def scale(self) -> Tensor:
+        """Logits per cosine, 1 / temperature."""
+        return self.log_scale.exp().clamp(max=COLDEST)
+
+    def embed_pictures(self, pixels: Tensor) -> Tensor:
+        """pixels (batch, channels, height, width) in [-1, 1] → unit vectors (batch, embedding_width)."""
+        return F.normalize(self.image_projection(self.image.features(pixels)).float(), dim=1)
+
+    def embed_captions(self, caption_ids: Tensor) -> Tensor:
+        """caption_ids (batch, text_length), padded → unit vectors (batch, embedding_width), which padding
+        does not change.
+
+        Raises:
+            ValueError: for captions of another length.
+        """
+        if caption_ids.shape[1] != self.config.text_length:
+            raise ValueError(
+                f"captions have {caption_ids.shape[1]} places, this CLIP reads {self.config.text_length}"
+            )
+        tokens = self.text_embedding(caption_ids)
+        x = self.positions.add(torch.cat([self.start.expand(len(tokens), -1, -1), tokens], dim=1))
+        is_token = F.pad(caption_ids != PAD, (1, 0), value=True)
+        x = self.text(x, mask=is_token[:, None, None, :])
+        return F.normalize(self.text_projection(x[:, 0]).float(), dim=1)
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean of both cross-entropies, of finding each picture's caption and each caption's picture
+        among those of the batch, over all processes. Captions that are the same belong to all their pictures
+        (UniCL, 2204.03610), which for different captions is CLIP's own loss.
+
+        Returns:
+            loss, and metrics: loss, `accuracy` of finding a picture's caption, `temperature`.
+        """
+        ids = batch["caption_ids"]
+        pictures, captions = self.embed_pictures(batch["pixels"]), self.embed_captions(ids)
+        every_picture, every_caption, every_id = gather(pictures), gather(captions), gather(ids)
+        belongs = (ids[:, None] == every_id[None]).all(-1).float()
+        wanted = belongs / belongs.sum(1, keepdim=True)
+        of_pictures = self.scale * pictures @ every_caption.T
+        of_captions = self.scale * captions @ every_picture.T
+        loss = (F.cross_entropy(of_pictures, wanted) + F.cross_entropy(of_captions, wanted)) / 2
+        found = belongs.gather(1, of_pictures.argmax(1, keepdim=True)).mean()
+        metrics = {"loss": loss.detach(), "accuracy": found, "temperature": 1 / self.scale.detach()}
+        return loss, metrics
+
+
+def projection(before: int, after: int) -> nn.Linear:
+    layer = nn.Linear(before, after, bias=False)
+    nn.init.normal_(layer.weight, std=before**-0.5)
+    return layer
+
+
+def gather(rows: Tensor) -> Tensor:
+    """The rows of all processes, in their order, with gradients to each."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows
+    if rows.is_floating_point():
+        return torch.cat(all_gather(rows.contiguous()))
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
