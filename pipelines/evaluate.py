@@ -38,8 +38,10 @@ from mmvit.hub import find_model_folder, read_description, write_json
 from mmvit.models.classifier import Classifier
 from mmvit.models.image_tokenizer import KINDS, ImageTokenizer, load_image_tokenizer
 from mmvit.models.perceptual import fit_pixels
-from mmvit.sampling.generator import Generator, pictures_from_pixels
+from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import check_picture_name, labelled_grid, side_by_side
+from mmvit.sampling.pictures import pictures_from_pixels
+from mmvit.sampling.rerank import CaptionScorer
 
 
 def main() -> None:
@@ -127,6 +129,8 @@ def evaluate_generator(options: argparse.Namespace) -> None:
     codes = encode(generator.image_tokenizer, unseen["pixels"])
     drawn = generator.generate_codes(
         unseen["captions"],
+        candidates=options.candidates,
+        scorer=CaptionScorer.from_pretrained(options.scorer) if options.scorer else None,
         guidance_scale=options.guidance_scale,
         temperature=options.temperature,
         top_k=options.top_k,
@@ -143,8 +147,11 @@ def evaluate_generator(options: argparse.Namespace) -> None:
     for name, pixels in (("retrieval", generated), ("reconstruction_retrieval", reconstructed)):
         ranks = pixel_ranks(pixels, real["pixels"], own)
         figures |= {f"{name}@1": recall(ranks, 1), f"{name}@5": recall(ranks, 5)}
+    names = ("guidance_scale", "temperature", "top_k", "top_p", "seed")
     settings = {
-        name: getattr(options, name) for name in ("guidance_scale", "temperature", "top_k", "top_p", "seed")
+        **{name: getattr(options, name) for name in names},
+        "candidates_drawn": options.candidates,
+        "scorer": options.scorer,
     }
     if options.model.is_dir():
         write_json({**figures, **settings}, options.model / f"evaluation-{options.split}.json")
@@ -178,6 +185,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--features", type=Path, help="a classifier's folder, for a tokenizer")
     parser.add_argument("--guidance-scale", type=float, default=2.0)
     parser.add_argument("--temperature", type=float, default=0.3)
+    parser.add_argument(
+        "--candidates",
+        type=int,
+        default=1,
+        help="a generator's pictures of which each is the best (%(default)s)",
+    )
+    parser.add_argument("--scorer", help="a CLIP that chooses; without it the generator itself does")
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)

@@ -33,8 +33,8 @@ from mmvit.hub import find_model_folder, read_description, write_json
 from mmvit.models.classifier import Classifier
 from mmvit.models.perceptual import fit_pixels
 from mmvit.models.resnet import ResNet
-from mmvit.sampling.generator import pictures_from_pixels
 from mmvit.sampling.grids import labelled_grid
+from mmvit.sampling.pictures import pictures_from_pixels
 
 DRAWN = 16  # pictures with their attention
 

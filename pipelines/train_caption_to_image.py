@@ -148,7 +148,10 @@ def grid_drawer(
     def draw(model: nn.Module, step: int) -> None:
         generator = Generator(model, text_tokenizer, image_tokenizer)
         pictures = generator.generate(
-            settings.captions, settings.num_images, settings.guidance_scale, settings.temperature
+            settings.captions,
+            settings.num_images,
+            guidance_scale=settings.guidance_scale,
+            temperature=settings.temperature,
         )
         rows = [pictures[i : i + settings.num_images] for i in range(0, len(pictures), settings.num_images)]
         folder.mkdir(exist_ok=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch.multiprocessing import start_processes
 
 from mmvit.core.transformer import TransformerConfig
@@ -161,6 +162,19 @@ def test_the_script_trains_what_finds_captions(trained, tiny_shards):
     captions = [sample.files["txt"].decode() for sample in samples]
     own, others = scorer.scores(pixels, captions), scorer.scores(pixels, captions[1:] + captions[:1])
     assert (own > others).all()
+
+
+def test_pictures_are_named_from_the_command_line(trained, run_script, tmp_path):
+    captions = tmp_path / "captions.txt"
+    captions.write_text("red square\nblue square\n\n")
+    Image.new("RGB", (20, 20), (0, 0, 250)).save(tmp_path / "blue.png")
+    arguments = (trained, tmp_path / "blue.png", "--captions-file", captions)
+    ran = run_script("pipelines/caption_images.py", *arguments)
+    assert ran.returncode == 0, ran.stderr
+    assert [line.split()[-2] for line in ran.stdout.splitlines()[1:]] == ["blue", "red"]
+    captions.write_text("\n")
+    ran = run_script("pipelines/caption_images.py", *arguments)
+    assert (ran.returncode, "holds no captions" in ran.stderr) == (2, True)
 
 
 def test_a_clip_of_another_tokenizer_is_refused(trained, tokenizer):

@@ -39,8 +39,8 @@ from mmvit.models.perceptual import FeatureDistance
 from mmvit.models.presets import MODELS
 from mmvit.models.tokenizer_objective import ObjectiveConfig, TokenizerObjective
 from mmvit.models.vq import VQConfig, VQModel
-from mmvit.sampling.generator import pictures_from_pixels
 from mmvit.sampling.grids import labelled_grid
+from mmvit.sampling.pictures import pictures_from_pixels
 from mmvit.training import Recipe, Session, open_session, train
 from mmvit.training.deepspeed_engine import read_settings
 

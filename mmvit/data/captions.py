@@ -125,6 +125,19 @@ class TextTokenizer:
         return self.tokenizer.decode([number for number in numbers if number != self.pad_id]).strip()
 
 
+def read_caption_file(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file, without the empty ones."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read the caption file {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    if not (captions := [line.strip() for line in lines if line.strip()]):
+        raise UserError(f"{path} holds no captions; write one on each line")
+    return captions
+
+
 def read_caption(sample: Sample, languages: Sequence[str], rng: random.Random) -> str:
     """The caption of a sample: in one of `languages`, drawn evenly from those in its `json`, else its `txt`.
 

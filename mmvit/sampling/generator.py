@@ -1,10 +1,10 @@
 """Captions to pictures: a generator transformer with the two tokenizers that it was trained on, kept in one
 folder."""
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -16,8 +16,24 @@ from mmvit.hub import find_model_folder
 from mmvit.models.generator import GeneratorTransformer
 from mmvit.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from mmvit.sampling.decoding import sample_codes
+from mmvit.sampling.pictures import pictures_from_pixels, pixels_from_pictures
+from mmvit.sampling.prompts import Prompt, encode_prompts, list_prompts
+from mmvit.sampling.rerank import CaptionScorer
+from mmvit.sampling.scoring import caption_evidence
+from mmvit.sampling.settings import SamplingSettings
 
 TEXT, IMAGE = "text_tokenizer", "image_tokenizer"
+
+Pictures = Sequence[Image.Image] | Tensor  # pixels (pictures, 3, height, width) in [-1, 1]
+
+
+@dataclass
+class Drawn:
+    """Codes (pictures, rows, columns), the seed of each, and the scores that some were chosen by."""
+
+    codes: Tensor
+    seeds: list[int]
+    scores: Tensor | None = None
 
 
 class Generator:
@@ -69,29 +85,14 @@ class Generator:
         return self.transformer.save_pretrained(folder, dtype)
 
     def generate(
-        self,
-        captions: str | Sequence[str],
-        num_images: int = 1,
-        guidance_scale: float = 1.0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        seed: int = 0,
-        batch_size: int = 64,
-        on_step: Callable[[Tensor], None] | None = None,
+        self, captions: Prompt | Sequence[Prompt], num_images: int = 1, **settings: Any
     ) -> list[Image.Image]:
         """Draws `num_images` pictures of each caption.
 
         Args:
-            captions: one or several; an empty one is drawn unconditionally, one that is too long is cut.
-            guidance_scale: above 1 follows the caption more closely (2207.12598); needs a model trained with
-                caption dropout.
-            temperature: below 1 is more cautious; 0 always takes the likeliest code.
-            top_k: draw among the k likeliest codes alone.
-            top_p: draw among the likeliest codes that together have this probability.
-            seed: picture j of a caption is drawn with seed + j, so it can be drawn again alone.
-            batch_size: pictures drawn at a time.
-            on_step: see `sample_codes`.
+            captions: one or several; an empty one is drawn unconditionally, one that is too long is cut. A
+                mapping of captions to weights mixes them: each gets its weight of the guidance.
+            settings: what `draw` takes.
 
         Returns:
             RGB pictures, all of the first caption, then all of the second, ...
@@ -99,57 +100,152 @@ class Generator:
         Raises:
             UserError: for no captions, or settings outside their range.
         """
-        codes = self.generate_codes(
-            captions, num_images, guidance_scale, temperature, top_k, top_p, seed, batch_size, on_step
-        )
-        return self.pictures(codes)
+        return self.pictures(self.draw(captions, num_images, **settings).codes)
 
     def generate_codes(
-        self,
-        captions: str | Sequence[str],
-        num_images: int = 1,
-        guidance_scale: float = 1.0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        seed: int = 0,
-        batch_size: int = 64,
-        on_step: Callable[[Tensor], None] | None = None,
+        self, captions: Prompt | Sequence[Prompt], num_images: int = 1, **settings: Any
     ) -> Tensor:
         """What `generate` draws, as codes (pictures, rows, columns)."""
-        captions = [captions] if isinstance(captions, str) else list(captions)
-        check_settings(self.transformer, captions, num_images, guidance_scale, temperature, top_k, top_p)
-        length = self.transformer.config.text_length
-        caption_ids, num_cut = self.text_tokenizer.encode(captions, length)
-        if num_cut:
-            warnings.warn(
-                f"{num_cut} of {len(captions)} captions have more than {length} tokens and are cut there",
-                stacklevel=2,
+        return self.draw(captions, num_images, **settings).codes
+
+    def draw(
+        self,
+        captions: Prompt | Sequence[Prompt],
+        num_images: int = 1,
+        *,
+        negative: str = "",
+        candidates: int = 1,
+        scorer: CaptionScorer | None = None,
+        given: Tensor | None = None,
+        on_step: Callable[[Tensor], None] | None = None,
+        **settings: Any,
+    ) -> Drawn:
+        """What `generate` draws, with its seeds and scores.
+
+        Args:
+            negative: what guidance leads away from, instead of from any picture.
+            candidates: pictures drawn for each that is returned: the best ones, by `scorer`, or without one
+                by this model's own likelihood of the caption given the picture (`caption_evidence`).
+            given: codes (captions, rows, columns) that stay as they are, -1 where one is drawn.
+            on_step: see `sample_codes`.
+            settings: fields of `SamplingSettings`: guidance_scale, temperature, top_k, top_p, seed,
+                batch_size.
+        """
+        how = SamplingSettings.of(settings)
+        prompts = list_prompts(captions)
+        if min(num_images, candidates) < 1:
+            raise UserError(f"num_images is {num_images}, candidates {candidates}; at least 1 is drawn")
+        self.check_guidance(prompts, how, negative, candidates > 1 and scorer is None)
+        config = self.transformer.config
+        ids, weights = encode_prompts(prompts, self.text_tokenizer, config.text_length)
+        each = num_images * candidates
+        rows, scales = ids.to(self.device), (how.guidance_scale * weights).to(self.device)
+        rows, scales = (part.repeat_interleave(each, dim=0) for part in (rows, scales))
+        seeds = [how.seed + j for _ in prompts for j in range(each)]
+        base = self.text_tokenizer.encode([negative], config.text_length)[0].to(self.device)
+        if given is not None:
+            given = check_given(given, len(prompts), config.grid, config.codebook_size)
+            given = given.flatten(1).to(self.device).repeat_interleave(each, dim=0)
+        parts = []
+        for first in range(0, len(seeds), how.batch_size):
+            part = slice(first, first + how.batch_size)
+            is_plain = rows.shape[1] == 1  # one caption each
+            parts.append(
+                sample_codes(
+                    self.transformer,
+                    rows[part, 0] if is_plain else rows[part],
+                    seeds[part],
+                    how.guidance_scale if is_plain and not has_weights(prompts) else scales[part],
+                    how.temperature,
+                    how.top_k,
+                    how.top_p,
+                    on_step,
+                    base.expand(len(seeds[part]), -1) if negative else None,
+                    None if given is None else given[part],
+                )
             )
-        caption_ids = caption_ids.repeat_interleave(num_images, dim=0).to(self.device)
-        seeds = [seed + j for _ in captions for j in range(num_images)]
-        parts = [
-            sample_codes(
-                self.transformer, caption_ids[first : first + batch_size], seeds[first : first + batch_size],
-                guidance_scale, temperature, top_k, top_p, on_step,
+        drawn = Drawn(torch.cat(parts).unflatten(1, config.grid), seeds)
+        if candidates == 1:
+            return drawn
+        return self.choose(drawn, prompts, num_images, scorer)
+
+    def choose(
+        self,
+        drawn: Drawn,
+        prompts: Sequence[Mapping[str, float]],
+        num_images: int,
+        scorer: CaptionScorer | None,
+    ) -> Drawn:
+        """Of each prompt's pictures the best `num_images`, the best first."""
+        each = len(drawn.seeds) // len(prompts)
+        if scorer is None:
+            rate = self.evidence
+        else:
+            pixels = self.decode(drawn.codes)
+
+            def rate(captions: Sequence[str], codes: Tensor) -> Tensor:
+                return scorer.scores(pixels, captions)
+
+        most = max(len(prompt) for prompt in prompts)
+        scores = torch.zeros(len(drawn.seeds))
+        for place in range(most):
+            pairs = [[*prompt.items(), *[("", 0.0)] * most][place] for prompt in prompts for _ in range(each)]
+            weights = torch.tensor([weight for _, weight in pairs])
+            scores += weights * rate([caption for caption, _ in pairs], drawn.codes).cpu()
+        best = scores.view(-1, each).topk(num_images, dim=1).indices
+        best = (best + each * torch.arange(len(prompts)).unsqueeze(1)).flatten()
+        return Drawn(drawn.codes[best.to(drawn.codes.device)], [drawn.seeds[i] for i in best], scores[best])
+
+    def evidence(self, captions: Sequence[str], codes: Tensor) -> Tensor:
+        """`caption_evidence` of codes (pictures, rows, columns), each for its own caption, (pictures,)."""
+        ids, _ = self.text_tokenizer.encode(captions, self.transformer.config.text_length)
+        return caption_evidence(self.transformer, ids.to(self.device), codes.flatten(1).to(self.device))
+
+    def check_guidance(
+        self, prompts: Sequence[Mapping[str, float]], how: SamplingSettings, negative: str, own_score: bool
+    ) -> None:
+        """Raises UserError for what a model cannot do that never saw pictures without captions."""
+        if self.transformer.config.caption_dropout > 0:
+            return
+        asked = {
+            f"guidance_scale is {how.guidance_scale}": how.guidance_scale != 1,
+            "captions are mixed by weights": has_weights(prompts),
+            f"the negative caption is {negative!r}": bool(negative),
+            "candidates are to be chosen by the model itself (give a scorer)": own_score,
+        }
+        if found := [what for what, is_asked in asked.items() if is_asked]:
+            raise UserError(
+                f"{found[0]}, but this model was trained without caption dropout and knows no unconditional "
+                "pictures; train with model.caption_dropout = 0.1"
             )
-            for first in range(0, len(seeds), batch_size)
-        ]  # fmt: skip
-        return torch.cat(parts).unflatten(1, self.transformer.config.grid)
 
     @torch.inference_mode()
+    def encode(self, pictures: Pictures, batch_size: int = 64) -> Tensor:
+        """Pictures, which are resized, or pixels (pictures, 3, height, width) in [-1, 1] of the size that is
+        drawn, as codes (pictures, rows, columns).
+
+        Raises:
+            UserError: for pixels of another size.
+        """
+        factor = self.image_tokenizer.factor
+        height, width = (side * factor for side in self.transformer.config.grid)
+        pixels = pictures if isinstance(pictures, Tensor) else pixels_from_pictures(pictures, height, width)
+        if tuple(pixels.shape[1:]) != (3, height, width):
+            raise UserError(
+                f"pixels are {tuple(pixels.shape[1:])}, this generator draws {(3, height, width)}"
+            )
+        parts = [self.image_tokenizer.encode(part.to(self.device)) for part in pixels.split(batch_size)]
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor, batch_size: int = 64) -> Tensor:
+        """Codes (pictures, rows, columns) as pixels (pictures, 3, height, width) in [-1, 1]."""
+        parts = [self.image_tokenizer.decode(part) for part in codes.to(self.device).split(batch_size)]
+        return torch.cat(parts)
+
     def pictures(self, codes: Tensor, batch_size: int = 64) -> list[Image.Image]:
         """Codes (pictures, rows, columns) as RGB pictures."""
-        pixels = torch.cat(
-            [self.image_tokenizer.decode(part) for part in codes.to(self.device).split(batch_size)]
-        )
-        return pictures_from_pixels(pixels)
-
-
-def pictures_from_pixels(pixels: Tensor) -> list[Image.Image]:
-    """Pixels (pictures, 3, height, width) in [-1, 1] as RGB pictures."""
-    levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return [Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()) for picture in levels]
+        return pictures_from_pixels(self.decode(codes, batch_size))
 
 
 def check_fit(
@@ -169,28 +265,17 @@ def check_fit(
         )
 
 
-def check_settings(
-    transformer: GeneratorTransformer,
-    captions: list[str],
-    num_images: int,
-    guidance_scale: float,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-) -> None:
-    """Raises UserError for a setting of `Generator.generate` outside its range."""
-    if not captions:
-        raise UserError("no captions to draw; give at least one, '' for an unconditional picture")
-    if num_images < 1:
-        raise UserError(f"num_images is {num_images}; at least 1 is drawn")
-    if temperature < 0:
-        raise UserError(f"temperature is {temperature}; it is 0 (the likeliest code) or more")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k is {top_k}; at least 1 code must remain")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}; it is above 0 and at most 1")
-    if guidance_scale != 1 and transformer.config.caption_dropout == 0:
+def check_given(given: Tensor, pictures: int, grid: tuple[int, int], codebook_size: int) -> Tensor:
+    """Raises UserError for given codes of another shape than (pictures, *grid), or that are none."""
+    if tuple(given.shape) != (pictures, *grid):
+        raise UserError(f"given codes are {tuple(given.shape)}; they have to be {(pictures, *grid)}")
+    if given.min() < -1 or given.max() >= codebook_size:
         raise UserError(
-            f"guidance_scale is {guidance_scale}, but this model was trained without caption dropout and "
-            "knows no unconditional pictures; use 1, or train with model.caption_dropout = 0.1"
+            f"given codes are from {int(given.min())} to {int(given.max())}; they are 0 to "
+            f"{codebook_size - 1}, and -1 where one is drawn"
         )
+    return given
+
+
+def has_weights(prompts: Sequence[Mapping[str, float]]) -> bool:
+    return any([*prompt.values()] != [1.0] for prompt in prompts)

@@ -1,0 +1,78 @@
+"""From a picture to others, and to its caption, with a generator that learnt captions to pictures alone."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmvit.errors import UserError
+from mmvit.sampling.generator import Generator, Pictures
+from mmvit.sampling.prompts import Prompt, list_prompts
+
+
+def complete(
+    generator: Generator,
+    pictures: Pictures,
+    kept: Tensor,
+    captions: Prompt | Sequence[Prompt] = "",
+    num_images: int = 1,
+    **settings,
+) -> list[Image.Image]:
+    """Draws pictures again where they are not `kept`.
+
+    Codes are drawn in raster order, so what follows a kept upper part is drawn from it. Kept codes below a
+    drawn one do not guide it; with `candidates` those pictures are chosen which they fit best.
+
+    Args:
+        pictures: RGB pictures, or pixels (pictures, 3, height, width) in [-1, 1].
+        kept: boolean (rows, columns) of codes, or (pictures, rows, columns); True stays.
+        captions: one for all, or one for each picture.
+        settings: as for `Generator.draw`.
+
+    Returns:
+        `num_images` of each picture.
+
+    Raises:
+        UserError: for a mask of another size than the grid of codes, or another number of captions.
+    """
+    codes = generator.encode(pictures)
+    if kept.dtype != torch.bool or kept.shape not in (codes.shape, codes.shape[1:]):
+        rows, columns = codes.shape[1:]
+        raise UserError(
+            f"the mask is {tuple(kept.shape)} of {kept.dtype}; it has to be boolean, of the {rows}x{columns} "
+            "codes of a picture"
+        )
+    prompts = list_prompts(captions)
+    if len(prompts) == 1:
+        prompts = prompts * len(codes)
+    if len(prompts) != len(codes):
+        raise UserError(f"{len(prompts)} captions for {len(codes)} pictures; give one, or one for each")
+    given = codes.masked_fill(~kept.to(codes.device), -1)
+    return generator.generate(prompts, num_images, given=given, **settings)
+
+
+def variations(
+    generator: Generator,
+    picture: Image.Image,
+    caption: Prompt = "",
+    num_images: int = 4,
+    keep: float = 0.5,
+    seed: int = 0,
+    **settings,
+) -> list[Image.Image]:
+    """Pictures that each share a random `keep` of the codes of `picture`; the j-th is drawn with seed + j."""
+    if not 0 <= keep <= 1:
+        raise UserError(f"keep is {keep}; it is the share of the codes that stay, from 0 to 1")
+    drawn = []
+    for own in range(seed, seed + num_images):
+        numbers = torch.rand(generator.transformer.config.grid, generator=torch.Generator().manual_seed(own))
+        drawn += complete(generator, [picture], numbers < keep, caption, seed=own, **settings)
+    return drawn
+
+
+def rank_captions(generator: Generator, pictures: Pictures, captions: Sequence[str]) -> Tensor:
+    """`caption_evidence` of every caption for every picture, (pictures, captions): the highest is what the
+    picture most likely shows, of captions that are equally likely beforehand."""
+    codes = generator.encode(pictures)
+    return torch.stack([generator.evidence(captions, own.expand(len(captions), -1, -1)) for own in codes])

@@ -1,0 +1,52 @@
+"""What is asked of a generator: captions, mixtures of them, and what they are held against, as token ids."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mmvit.data.captions import TextTokenizer
+from mmvit.errors import UserError
+
+# a caption, or several with their weights: {"red apple": 0.5, "green apple": 0.5}
+Prompt = str | Mapping[str, float]
+
+
+def list_prompts(prompts: Prompt | Sequence[Prompt]) -> list[dict[str, float]]:
+    """Each prompt as captions with weights; a caption alone has weight 1.
+
+    Raises:
+        UserError: for no prompt, or one without captions or with a weight that is no number.
+    """
+    if isinstance(prompts, str | Mapping):
+        prompts = [prompts]
+    listed = [{prompt: 1.0} if isinstance(prompt, str) else dict(prompt) for prompt in prompts]
+    if not listed:
+        raise UserError("no captions to draw; give at least one, '' for an unconditional picture")
+    for prompt in listed:
+        if not prompt:
+            raise UserError("a mixture of no captions; give at least one with its weight")
+        for caption, weight in prompt.items():
+            if not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise UserError(f"the weight of {caption!r} is {weight!r}; it is a number")
+    return listed
+
+
+def encode_prompts(
+    prompts: Sequence[Mapping[str, float]], tokenizer: TextTokenizer, length: int
+) -> tuple[Tensor, Tensor]:
+    """Token ids (prompts, captions, length) and weights (prompts, captions), where each prompt has as many
+    captions as the longest: those that it lacks are empty and have weight 0. Captions that are too long are
+    cut, with a warning."""
+    most = max(len(prompt) for prompt in prompts)
+    captions = [caption for prompt in prompts for caption in [*prompt, *[""] * (most - len(prompt))]]
+    ids, num_cut = tokenizer.encode(captions, length)
+    if num_cut:
+        warnings.warn(
+            f"{num_cut} of {len(captions)} captions have more than {length} tokens and are cut there",
+            stacklevel=4,
+        )
+    weights = [[*prompt.values(), *[0.0] * (most - len(prompt))] for prompt in prompts]
+    return ids.unflatten(0, (len(prompts), most)), torch.tensor(weights)

@@ -1,0 +1,83 @@
+"""Draws a part of a picture again with a trained generator, or variations of the whole.
+
+    python pipelines/edit_images.py runs/emoji apple.png "green apple" --keep top --num 4 --out edited.png
+    python pipelines/edit_images.py runs/emoji apple.png "red apple" --keep 0.5
+    python pipelines/edit_images.py runs/emoji apple.png "red apple" --keep mask.png
+
+--keep says what stays: a half (top, bottom, left, right), a random share of the codes, another for each
+picture, or a picture whose white parts are drawn again and whose black ones stay. Codes are drawn from what
+is above and left of them; what is kept below guides the choice among --candidates alone.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmvit import Generator
+from mmvit.errors import UserError, run_script
+from mmvit.sampling.editing import complete, variations
+from mmvit.sampling.grids import check_picture_name, labelled_grid
+from mmvit.sampling.pictures import read_picture
+
+HALVES = ("top", "bottom", "left", "right")
+
+
+def main() -> None:
+    options = parse_arguments()
+    check_picture_name(options.out)
+    picture = read_picture(options.picture)
+    generator = Generator.from_pretrained(options.model)
+    settings = {
+        name: getattr(options, name)
+        for name in ("candidates", "guidance_scale", "temperature", "top_k", "top_p", "seed")
+    }
+    try:
+        share = float(options.keep)
+    except ValueError:
+        kept = kept_codes(options.keep, generator.transformer.config.grid)
+        drawn = complete(generator, [picture], kept, options.caption, options.num, **settings)
+    else:
+        drawn = variations(generator, picture, options.caption, options.num, share, **settings)
+    own = generator.pictures(generator.encode([picture]))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    labelled_grid([[*own, *drawn]], [options.caption], ["caption", "given"]).save(options.out)
+    print(f"{len(drawn)} drawn, the given one on the left: {options.out}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="a run folder, a generator's folder or a Hub repository")
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("caption", nargs="?", default="", help="of the new picture; any picture without one")
+    parser.add_argument("--keep", default="top", help="(%(default)s)")
+    parser.add_argument("--num", type=int, default=4, help="pictures (%(default)s)")
+    parser.add_argument("--candidates", type=int, default=1, help="drawn for each that is kept (%(default)s)")
+    parser.add_argument("--guidance-scale", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("edited.png"), help="(%(default)s)")
+    return parser.parse_args()
+
+
+def kept_codes(keep: str, grid: tuple[int, int]) -> Tensor:
+    """Boolean (rows, columns) of a half or of a mask's picture. Raises UserError for anything else."""
+    rows, columns = grid
+    row, column = torch.arange(rows).unsqueeze(1), torch.arange(columns).unsqueeze(0)
+    upper, left = (row < rows // 2).expand(grid), (column < columns // 2).expand(grid)
+    if keep in HALVES:
+        return dict(zip(HALVES, (upper, ~upper, left, ~left), strict=True))[keep]
+    if not Path(keep).is_file():
+        raise UserError(f"--keep {keep}: it is {', '.join(HALVES)}, a share such as 0.5, or a picture's file")
+    mask = read_picture(Path(keep)).convert("L").resize((columns, rows), Image.Resampling.BOX)
+    return torch.tensor(list(mask.tobytes())).view(grid) < 128
+
+
+if __name__ == "__main__":
+    run_script(main)

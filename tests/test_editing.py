@@ -1,0 +1,246 @@
+"""Mixed and negative captions, choosing among candidates, completing pictures, and naming them."""
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from mmvit.core.transformer import TransformerConfig
+from mmvit.data.captions import TextTokenizer
+from mmvit.errors import UserError
+from mmvit.models.classifier import ClassifierConfig
+from mmvit.models.clip import CLIP, CLIPConfig
+from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
+from mmvit.models.vq import VQConfig, VQModel
+from mmvit.sampling.decoding import sample_codes
+from mmvit.sampling.editing import complete, rank_captions, variations
+from mmvit.sampling.filters import draw, filter_logits, uniforms
+from mmvit.sampling.generator import Generator
+from mmvit.sampling.pictures import pixels_from_pictures
+from mmvit.sampling.rerank import CaptionScorer
+from mmvit.sampling.scoring import caption_evidence, log_likelihood
+
+CORE = TransformerConfig(width=32, depth=2, num_heads=2)
+APPLE, PEAR = torch.tensor([[3, 4, 0, 0]]), torch.tensor([[5, 6, 7, 8]])
+EMPTY = torch.zeros_like(APPLE)
+
+
+def randomised(model: nn.Module, std: float = 0.3) -> nn.Module:
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=std)
+    return model.eval()
+
+
+@pytest.fixture
+def transformer() -> GeneratorTransformer:
+    config = GeneratorConfig(vocab_size=20, text_length=4, codebook_size=15, grid=(2, 3), core=CORE)
+    return randomised(GeneratorTransformer(config))
+
+
+@pytest.fixture
+def generator(tokenizer: TextTokenizer) -> Generator:
+    config = GeneratorConfig(
+        vocab_size=tokenizer.vocab_size, text_length=6, codebook_size=16, grid=(2, 3), core=CORE
+    )
+    torch.manual_seed(0)
+    image_tokenizer = VQModel(VQConfig(codebook_size=16))
+    return Generator(randomised(GeneratorTransformer(config)), tokenizer, image_tokenizer)
+
+
+def test_a_mixture_is_the_weighted_sum_of_what_each_caption_changes(transformer):
+    captions = torch.stack([APPLE[0], PEAR[0]]).unsqueeze(0)
+    scales = torch.tensor([[1.5, -0.5]])
+    codes = sample_codes(transformer, captions, [4], scales, base_ids=EMPTY)
+    apple, pear, base = (transformer(ids, codes)[1] for ids in (APPLE, PEAR, EMPTY))
+    logits = base + 1.5 * (apple - base) - 0.5 * (pear - base)
+    numbers = uniforms([4], 6)
+    again = torch.stack([draw(filter_logits(logits[:, i]), numbers[:, i]) for i in range(6)], 1)
+    assert torch.equal(codes, again)
+
+
+def test_a_mixture_of_one_caption_is_the_caption(generator):
+    settings = {"guidance_scale": 2.0, "seed": 3}
+    alone = generator.generate_codes("red apple", 2, **settings)
+    assert torch.equal(generator.generate_codes({"red apple": 1.0}, 2, **settings), alone)
+    both = generator.generate_codes(["red apple", {"red apple": 1, "pear": 0}], **settings)
+    assert torch.equal(both[0], both[1])
+    away = generator.generate_codes({"red apple": 1, "pear": -1}, 8, **settings)
+    assert not torch.equal(away, generator.generate_codes("red apple", 8, **settings))
+
+
+def test_a_negative_caption_takes_the_empty_ones_place(transformer):
+    codes = sample_codes(transformer, APPLE, [2], 3.0, base_ids=PEAR)
+    wanted, against = transformer(APPLE, codes)[1], transformer(PEAR, codes)[1]
+    numbers = uniforms([2], 6)
+    logits = against + 3 * (wanted - against)
+    again = torch.stack([draw(filter_logits(logits[:, i]), numbers[:, i]) for i in range(6)], 1)
+    assert torch.equal(codes, again)
+    by_default = sample_codes(transformer, APPLE, [2], 3.0)
+    assert torch.equal(sample_codes(transformer, APPLE, [2], 3.0, base_ids=EMPTY), by_default)
+
+
+def test_given_codes_stay_and_guide_what_follows(transformer):
+    given = torch.tensor([[7, -1, -1, 9, -1, -1]])
+    codes = sample_codes(transformer, APPLE, [5], given=given)
+    assert codes[0, [0, 3]].tolist() == [7, 9]
+    logits, numbers = transformer(APPLE, codes)[1], uniforms([5], 6)
+    for place in (1, 2, 4, 5):
+        assert codes[:, place] == draw(filter_logits(logits[:, place]), numbers[:, place])
+
+
+def test_likelihood_and_evidence_by_hand(transformer):
+    codes = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    expected = []
+    for ids in (APPLE, EMPTY):
+        logs = transformer(ids, codes)[1].log_softmax(-1)
+        expected.append(sum(logs[0, place, code] for place, code in enumerate(codes[0].tolist())))
+    torch.testing.assert_close(log_likelihood(transformer, APPLE, codes)[0], expected[0])
+    torch.testing.assert_close(caption_evidence(transformer, APPLE, codes)[0], expected[0] - expected[1])
+
+
+def test_the_best_candidates_by_the_models_own_evidence_are_returned(generator):
+    every = generator.draw(["red apple", "pear"], 6, seed=10)
+    scores = generator.evidence(["red apple"] * 6 + ["pear"] * 6, every.codes).view(2, 6)
+    drawn = generator.draw(["red apple", "pear"], 2, candidates=3, seed=10)
+    best = scores.topk(2, dim=1).indices
+    assert drawn.seeds == (10 + best).flatten().tolist()
+    assert torch.equal(drawn.codes, torch.cat([every.codes[:6][best[0]], every.codes[6:][best[1]]]))
+    torch.testing.assert_close(drawn.scores, scores.gather(1, best).flatten())
+
+
+def test_candidates_are_chosen_by_a_scorer(generator, tokenizer):
+    image = ClassifierConfig(image_size=16, patch_size=8, core=CORE)
+    config = CLIPConfig(image=image, text=CORE, vocab_size=tokenizer.vocab_size, text_length=6)
+    scorer = CaptionScorer(randomised(CLIP(config)), tokenizer)
+    every = generator.draw("pear", 5)
+    scores = scorer.scores(generator.decode(every.codes), ["pear"] * 5)
+    drawn = generator.draw("pear", candidates=5, scorer=scorer)
+    assert drawn.seeds == [int(scores.argmax())]
+    assert torch.equal(drawn.codes[0], every.codes[scores.argmax()])
+
+
+def test_a_kept_upper_half_stays_in_every_picture(generator):
+    (picture,) = generator.generate("red apple", seed=1)
+    codes, kept = generator.encode([picture]), torch.tensor([[True] * 3, [False] * 3])
+    pictures = complete(generator, [picture], kept, "pear", num_images=3)
+    assert len(pictures) == 3
+    given = codes.masked_fill(~kept, -1)
+    drawn = generator.generate_codes("pear", 3, given=given)
+    assert (drawn[:, 0] == codes[:, 0]).all()
+    assert [one.tobytes() for one in generator.pictures(drawn)] == [one.tobytes() for one in pictures]
+    two = complete(generator, [picture, picture], torch.stack([kept, ~kept]), ["pear", "red apple"])
+    assert len(two) == 2
+
+
+def test_variations_keep_their_share(generator):
+    (picture,) = generator.generate("red apple", seed=1)
+    pixels = pixels_from_pictures(generator.pictures(generator.encode([picture])), 16, 24)
+    (same,) = variations(generator, picture, "pear", num_images=1, keep=1.0)
+    torch.testing.assert_close(pixels_from_pictures([same], 16, 24), pixels)
+    four = variations(generator, picture, "pear", keep=0.5, seed=7)
+    assert len({one.tobytes() for one in four}) > 1
+    (again,) = variations(generator, picture, "pear", num_images=1, keep=0.5, seed=8)
+    assert again.tobytes() == four[1].tobytes()
+
+
+def test_captions_are_ranked_by_the_evidence_of_a_picture(generator):
+    pictures = generator.generate(["red apple", "pear"])
+    captions = ["red apple", "pear", ""]
+    ranked = rank_captions(generator, pictures, captions)
+    codes = generator.encode(pictures)
+    for row in range(2):
+        expected = generator.evidence(captions, codes[row].expand(3, -1, -1))
+        torch.testing.assert_close(ranked[row], expected)
+    assert ranked[:, 2].abs().max() < 1e-4  # the empty caption says nothing
+
+
+def test_the_scripts_edit_and_name(generator, run_script, tmp_path):
+    model = generator.save_pretrained(tmp_path / "model")
+    Image.new("RGB", (24, 16), "red").save(tmp_path / "red.png")
+    mask = Image.new("L", (24, 16), 0)
+    mask.paste(255, (0, 8, 24, 16))
+    mask.save(tmp_path / "mask.png")
+    sheets = []
+    for keep in ("top", tmp_path / "mask.png", 0.5):
+        out = tmp_path / f"{len(sheets)}.png"
+        arguments = (model, tmp_path / "red.png", "red apple", "--keep", keep, "--num", 2, "--out", out)
+        ran = run_script("pipelines/edit_images.py", *arguments)
+        assert ran.returncode == 0, ran.stderr
+        sheets.append(out.read_bytes())
+    assert sheets[0] == sheets[1] != sheets[2]
+    captions = tmp_path / "captions.txt"
+    captions.write_text("red apple\npear\n")
+    picture = tmp_path / "red.png"
+    ran = run_script("pipelines/caption_images.py", model, picture, "--captions-file", captions, "--top", 1)
+    assert ran.returncode == 0, ran.stderr
+    best = rank_captions(generator, [Image.open(picture)], ["red apple", "pear"])[0]
+    assert ["red apple", "pear"][best.argmax()] in ran.stdout
+    out = tmp_path / "best.png"
+    arguments = (model, "pear", "--num", 2, "--candidates", 3, "--negative", "red apple", "--out", out)
+    ran = run_script("pipelines/sample_images.py", *arguments, "--guidance-scale", 2)
+    assert ran.returncode == 0, ran.stderr
+    drawn = generator.draw("pear", 2, candidates=3, negative="red apple", guidance_scale=2.0)
+    names = {f"000-pear-seed{seed}.png" for seed in drawn.seeds}
+    assert {path.name for path in out.with_suffix("").iterdir()} == names
+    for arguments, words in (
+        (("gone.png",), "cannot read gone.png"),
+        ((picture, "--keep", "middle"), "--keep middle: it is top, bottom"),
+        ((captions,), "captions.txt is no picture that can be read (undecodable image)"),
+    ):
+        ran = run_script("pipelines/edit_images.py", model, *arguments)
+        assert ran.returncode == 2
+        assert words in ran.stderr
+
+
+def test_pictures_become_pixels_over_white():
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert (pixels_from_pictures([clear, Image.new("RGB", (9, 9), "white")], 2, 3) == 1).all()
+    assert pixels_from_pictures([clear], 2, 3).shape == (1, 3, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "message"),
+    [
+        (({"a": float("nan")},), {}, "the weight of 'a' is nan"),
+        (({},), {}, "a mixture of no captions"),
+        (("a",), {"candidates": 0}, "candidates 0; at least 1"),
+        (("a",), {"guidance": 2.0}, "there is no setting 'guidance' for sampling; there are guidance_scale"),
+        (("a",), {"guidance_scale": float("inf")}, "guidance_scale is inf"),
+        (("a",), {"batch_size": 0}, "batch_size is 0"),
+        (("a",), {"given": torch.zeros(1, 3, 3)}, r"given codes are \(1, 3, 3\); they have"),
+        (("a",), {"given": torch.full((1, 2, 3), 16)}, "from 16 to 16; they are 0 to 15"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(generator, arguments, settings, message):
+    with pytest.raises(UserError, match=message):
+        generator.generate(*arguments, **settings)
+
+
+def test_masks_and_captions_that_do_not_fit_are_refused(generator):
+    (picture,) = generator.generate("red apple")
+    with pytest.raises(UserError, match=r"the mask is \(3, 3\) of torch.bool; it has .* of the 2x3 codes"):
+        complete(generator, [picture], torch.ones(3, 3, dtype=torch.bool))
+    with pytest.raises(UserError, match=r"of torch.float32; it has to be boolean"):
+        complete(generator, [picture], torch.ones(2, 3))
+    with pytest.raises(UserError, match="2 captions for 1 pictures"):
+        complete(generator, [picture], torch.ones(2, 3, dtype=torch.bool), ["a", "b"])
+    with pytest.raises(UserError, match="keep is 2"):
+        variations(generator, picture, keep=2)
+    with pytest.raises(UserError, match=r"pixels are \(3, 8, 8\), this generator draws \(3, 16, 24\)"):
+        generator.encode(torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "message"),
+    [
+        (({"a": 0.5},), {}, "captions are mixed by weights"),
+        (("a",), {"negative": "b"}, "the negative caption is 'b'"),
+        (("a",), {"candidates": 2}, r"by the model itself \(give a scorer\)"),
+    ],
+)
+def test_what_needs_caption_dropout_says_so(generator, arguments, settings, message):
+    config = generator.transformer.config.model_copy(update={"caption_dropout": 0.0})
+    unguided = Generator(GeneratorTransformer(config), generator.text_tokenizer, generator.image_tokenizer)
+    with pytest.raises(UserError, match=message):
+        unguided.generate(*arguments, **settings)
