@@ -1,10 +1,11 @@
 """What classifiers cost, against the figures of the paper and of plain arithmetic."""
 
 import pytest
+import torch
 
-from mmvit.core.transformer import TransformerConfig
+from mmvit.core.transformer import Transformer, TransformerConfig
 from mmvit.models.classifier import ClassifierConfig
-from mmvit.models.cost import forward_macs, training_flops
+from mmvit.models.cost import core_activations, forward_macs, training_flops, training_memory
 from mmvit.models.presets import preset
 
 MACS = {  # billions, at 224 and 384 pixels: plain arithmetic on the architecture
@@ -61,3 +62,57 @@ def test_the_table_is_printed(run_script, monkeypatch):
     assert ran.returncode == 2
     assert "did you mean vit-b16?" in ran.stderr
     assert run_script("pipelines/list_presets.py", "vit-b16", "--image-size", 100).returncode == 2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_activations_are_about_what_a_core_keeps(mlp, checkpointing):
+    parts = {"mlp": mlp, "activation_checkpointing": checkpointing, "attention_kernel": "sdpa"}
+    config = TransformerConfig(width=64, depth=4, num_heads=4, **parts)
+    core, kept = Transformer(config), {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in core.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        alive = core(torch.randn(2, 48, 64, requires_grad=True))
+    measured, planned = sum(kept.values()) / 2, 2 * core_activations(config, 48)  # of 32 bits a value
+    if checkpointing:  # the block that is computed again comes later
+        block = {"depth": 1, "activation_checkpointing": False}
+        planned -= 2 * core_activations(config.model_copy(update=block), 48)
+    assert alive.requires_grad
+    assert measured == pytest.approx(planned, rel=0.2)
+
+
+def test_zero_shares_out_moments_then_gradients_then_weights():
+    """1910.02054, with float32 weights and bf16 copies of them."""
+    core, plans = TransformerConfig(), []
+    for stage in range(4):
+        plan = training_memory(1000, core, tokens=10, stage=stage, processes=4, average=stage < 3)
+        plans.append((plan.weights, plan.gradients, plan.moments, plan.average))
+    assert plans == [
+        (6000, 4000, 8000, 4000),
+        (6000 + 1000, 4000, 2000, 4000),
+        (6000 + 1000, 1000, 2000, 4000),
+        (1500, 1000, 2000, 0),
+    ]
+    alone = training_memory(1000, core, tokens=10, precision="fp32")
+    assert alone.state == 16_000
+    assert alone.activations == 2 * training_memory(1000, core, tokens=10).activations
+
+
+def test_a_plan_is_printed_for_each_stage(run_script, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    ran = run_script("pipelines/plan_memory.py", "dalle-12b", "--gpus", "64")
+    assert ran.returncode == 0, ran.stderr
+    assert "12,292,840,960 parameters, 1,281 tokens" in ran.stdout
+    rows = [line for line in ran.stdout.splitlines() if line.startswith("│")]
+    assert [row.split("│")[2].strip() for row in rows] == ["0", "1", "2", "3"]
+    assert "no room" in rows[0]
+    assert "no room" not in rows[3]
+    ran = run_script("pipelines/plan_memory.py", "vq-f8")
+    assert (ran.returncode, "vq-f8 has no Transformer core" in ran.stderr) == (2, True)

@@ -1,8 +1,12 @@
-"""What a classifier costs to run and to train, from its shape alone: nothing is allocated."""
+"""What models cost to run and to train, from their shapes alone: nothing is allocated."""
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmvit.core.transformer import TransformerConfig
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.resnet import ResNet, ResNetConfig
 
@@ -24,3 +28,65 @@ def training_flops(macs: int, images: float) -> float:
     """FLOPs of training on `images` in all: a step takes about three forward passes, whose FLOPs are twice
     their `macs`."""
     return 6 * macs * images
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one process holds while it trains, in bytes; `activations` are of one example."""
+
+    weights: float
+    gradients: float
+    moments: float
+    average: float
+    activations: float
+
+    @property
+    def state(self) -> float:
+        """All that does not grow with the batch."""
+        return self.weights + self.gradients + self.moments + self.average
+
+
+def training_memory(
+    parameters: int,
+    core: TransformerConfig,
+    tokens: int,
+    stage: int = 0,
+    processes: int = 1,
+    precision: Literal["fp32", "bf16"] = "bf16",
+    average: bool = False,
+) -> Memory:
+    """An estimate for AdamW under ZeRO `stage` (1910.02054) as our engines train: weights, gradients and both
+    moments in float32, to which bf16 adds the copies that products read. Buffers of communication, what is
+    lost between allocations, and embeddings' and heads' activations are not counted.
+
+    Args:
+        parameters: of the whole model.
+        tokens: of one example, in the core.
+        average: whether an average of the weights is kept (`train.ema_decay`).
+    """
+    share = 1 / processes
+    of_weights, of_gradients, of_moments = (share if stage >= first else 1.0 for first in (3, 2, 1))
+    copies = 2 if precision == "bf16" else 0
+    master = 4 * share if stage in (1, 2) else 0  # DeepSpeed updates a flat copy of its own part
+    return Memory(
+        weights=parameters * ((4 + copies) * of_weights + master),
+        gradients=parameters * 4 * of_gradients,
+        moments=parameters * 8 * of_moments,
+        average=parameters * 4 * average,
+        activations=core_activations(core, tokens) * (1 if precision == "bf16" else 2),
+    )
+
+
+def core_activations(core: TransformerConfig, tokens: int) -> float:
+    """Bytes of 16 bits a value that a core keeps of one example for its gradient (2205.05198, without their
+    dropout masks; attention by a fused kernel): with checkpointing what is between blocks, and one block."""
+    widths = {
+        "norm1, its output, queries, keys, values and what attention makes of them": 6 * core.width,
+        "norm2 and its output": 2 * core.width,
+        "the MLP": (3 if core.mlp == "swiglu" else 2) * core.mlp_width,
+        "both sums": 2 * core.width,
+    }
+    block = 2.0 * tokens * sum(widths.values())
+    if core.activation_checkpointing:
+        return (core.depth + 1) * 2.0 * tokens * core.width + block
+    return core.depth * block
