@@ -59,7 +59,12 @@ def main() -> None:
 
 def evaluate_image_tokenizer(options: argparse.Namespace) -> None:
     tokenizer = load_image_tokenizer(options.model, "cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer.grid(*options.size)
+    height, width = options.size
+    if height % tokenizer.factor or width % tokenizer.factor:
+        raise UserError(
+            f"--size {height}x{width}: {options.model} has a code for every "
+            f"{tokenizer.factor}x{tokenizer.factor} pixels; give sides that are multiples of that"
+        )
     space, features = feature_space(options.features)
     unseen = read_split(options.data, options.split, PixelsSample(options.size))
     pixels = unseen["pixels"]

@@ -11,6 +11,7 @@ three times as many. Without options, steps and exaFLOPs are those of Table 6 of
 """
 
 import argparse
+import sys
 
 import torch
 from rich.console import Console
@@ -40,7 +41,8 @@ def main() -> None:
     data = f"{options.images:,.0f} images for {options.epochs:g} epochs"
     table = Table(title=f"presets; training on {data} in batches of {options.batch}")
     for column in ("name", "layers", "width", "heads", "tokens", "parameters", "GMACs", "steps", "exaFLOPs"):
-        table.add_column(column, justify="left" if column == "name" else "right")
+        justify = "left" if column == "name" else "right"
+        table.add_column(column, justify=justify, no_wrap=True, min_width=16 if column == "name" else None)
     for name in options.names or PRESETS:
         config = preset(name)
         if options.image_size and isinstance(config, ClassifierConfig | ResNetConfig):
@@ -58,7 +60,7 @@ def main() -> None:
             exaflops = training_flops(macs, examples) / 1e18
             cost = (f"{macs / 1e9:.3f}", f"{examples / options.batch:,.0f}", f"{exaflops:.3g}")
         table.add_row(name, *map(str, shape), f"{parameters:,}", *cost)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 130).print(table)
 
 
 if __name__ == "__main__":

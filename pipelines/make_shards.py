@@ -20,8 +20,9 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,14 +217,15 @@ def write(entries: list[Entry], arguments: argparse.Namespace, outcome: Outcome)
     numbers = {name: number for number, name in enumerate(classes)}
     hashes = {entry.key: hashlib.sha256(entry.key.encode()).digest() for entry in entries}
     entries = sorted(entries, key=lambda entry: hashes[entry.key])
-    held_out = choose_held_out(hashes, arguments.heldout_share)
+    files_of = {entry.key: partial(image_files, entry.path, arguments.max_side) for entry in entries}
+    held_out = choose_held_out(hashes, arguments.heldout_share, lambda key: is_usable(files_of[key]))
     with (
         ShardWriter(out, "train", arguments.samples_per_shard) as train,
         ShardWriter(out, "heldout", arguments.samples_per_shard) as heldout,
     ):
         for entry in with_progress(entries, len(entries), "writing shards"):
             try:
-                files = {**image_files(entry.path, arguments.max_side), **text_files(entry, numbers)}
+                files = {**files_of[entry.key](), **text_files(entry, numbers)}
             except BadSample as bad:
                 outcome.skip(bad.reason, str(entry.path))
                 continue
@@ -236,15 +238,25 @@ def write(entries: list[Entry], arguments: argparse.Namespace, outcome: Outcome)
     write_dataset_card(out, outcome, source=str(arguments.source), **facts)
 
 
-def choose_held_out(hashes: dict[str, bytes], share: float) -> set[str]:
-    """The keys to hold out, by a rule of the key alone; where it would choose none or all of several, the
-    next one is held out or kept."""
+def choose_held_out(hashes: dict[str, bytes], share: float, is_usable: Callable[[str], bool]) -> set[str]:
+    """The keys to hold out, by a rule of the key alone; where it would choose none or all of several, or none
+    that is usable, the next one is held out or kept."""
     places = {key: int.from_bytes(hashlib.sha256(hashes[key]).digest()[:8]) / 2**64 for key in hashes}
     ranked = sorted(places, key=places.get)
     number = sum(place < share for place in places.values())
     if share > 0 and len(ranked) > 1:
         number = min(max(number, 1), len(ranked) - 1)
+        while number < len(ranked) - 1 and not any(map(is_usable, ranked[:number])):
+            number += 1
     return set(ranked[:number])
+
+
+def is_usable(read: Callable[[], dict[str, bytes]]) -> bool:
+    try:
+        read()
+    except BadSample:
+        return False
+    return True
 
 
 def image_files(path: Path, max_side: int | None) -> dict[str, bytes]:

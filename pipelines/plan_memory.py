@@ -17,7 +17,7 @@ from rich.table import Table
 
 from mmvit.errors import UserError, run_script
 from mmvit.models.cost import training_memory
-from mmvit.models.presets import MODELS, preset
+from mmvit.models.presets import MODELS, PRESETS, preset
 
 GB = 1e9
 STAGES = (0, 1, 2, 3)
@@ -30,7 +30,10 @@ def main() -> None:
     config = preset(options.name)
     core = getattr(config, "core", None)
     if core is None:
-        raise UserError(f"{options.name} has no Transformer core, of which memory is planned here")
+        known = ", ".join(name for name, each in PRESETS.items() if hasattr(each, "core"))
+        raise UserError(
+            f"{options.name} has no Transformer core, of which memory is planned here; these have: {known}"
+        )
     with torch.device("meta"):
         model = MODELS[type(config)](config)
     parameters, tokens = sum(parameter.numel() for parameter in model.parameters()), model.positions.length

@@ -144,7 +144,7 @@ def test_evaluation_of_an_image_tokenizer_goes_from_worst_to_best(place, tiny_sh
     assert json.loads(out.with_suffix(".json").read_text())["frechet_distance_grey"] > 0
     ran = run_script("pipelines/evaluate.py", *arguments, "--size", 20)
     assert ran.returncode == 2
-    assert "20x20 pixels cannot be cut into patches of 8x8" in ran.stderr
+    assert "has a code for every 8x8 pixels; give sides that are multiples" in ran.stderr
 
 
 def test_sampling_writes_a_grid_and_single_pictures(run, run_script, tmp_path):

@@ -356,6 +356,19 @@ def test_held_out_share_is_a_rule_of_the_key(run_script, tmp_path):
         assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "b" / shard).read_bytes()
 
 
+def test_where_the_one_to_hold_out_cannot_be_read_the_next_one_is_held_out(run_script, tmp_path):
+    for number in range(4):
+        save_image(tmp_path / "source" / f"{number}.png", (1, 1))
+    options = ("pipelines/make_shards.py", tmp_path / "source", tmp_path / "out", "--unlabelled")
+    assert run_script(*options).returncode == 0
+    (held_out,) = read_split(tmp_path / "out", "heldout")
+    (tmp_path / "source" / f"{held_out}.png").write_bytes(b"damaged")
+    assert run_script(*options).returncode == 0
+    (other,) = read_split(tmp_path / "out", "heldout")
+    assert other != held_out
+    assert len(read_split(tmp_path / "out", "train")) == 2
+
+
 def test_of_few_images_one_is_held_out_and_empty_captions_are_told(run_script, tmp_path):
     for number in range(3):
         save_image(tmp_path / "source" / f"{number}.png", (1, 1))

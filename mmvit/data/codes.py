@@ -75,9 +75,10 @@ def check_codes_fit(folder: Path, grid: tuple[int, int], codebook_size: int, fin
     wanted = {"grid": list(grid), "codebook_size": codebook_size, "fingerprint": fingerprint}
     for name, value in wanted.items():
         if made.get(name) != value:
+            maker = f" (made by {made['path']})" if "path" in made else ""
             raise UserError(
-                f"the codes in {folder} are of {name} {made.get(name)}, the tokenizer in use has {value}; "
-                f"{ENCODE_AGAIN}"
+                f"the codes in {folder} are of {name} {made.get(name)}{maker}, the tokenizer in use has "
+                f"{value}: set data.image_tokenizer to the one that made them, or {ENCODE_AGAIN}"
             )
 
 

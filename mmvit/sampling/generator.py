@@ -133,8 +133,9 @@ class Generator:
         """
         how = SamplingSettings.of(settings)
         prompts = list_prompts(captions)
-        if min(num_images, candidates) < 1:
-            raise UserError(f"num_images is {num_images}, candidates {candidates}; at least 1 is drawn")
+        for name, number in (("num_images", num_images), ("candidates", candidates)):
+            if number < 1:
+                raise UserError(f"{name} is {number}; at least 1 is drawn")
         self.check_guidance(prompts, how, negative, candidates > 1 and scorer is None)
         config = self.transformer.config
         ids, weights = encode_prompts(prompts, self.text_tokenizer, config.text_length)
