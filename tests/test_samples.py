@@ -290,5 +290,5 @@ def test_codes_of_another_tokenizer_are_refused(tmp_path):
     made = {"grid": [8, 8], "codebook_size": 1024, "fingerprint": "abc"}
     write_dataset_card(tmp_path, Outcome(), image_tokenizer=made)
     check_codes_fit(tmp_path, (8, 8), 1024, "abc")
-    with pytest.raises(UserError, match=r"of fingerprint abc.*, the tokenizer in use has def: set data.image_tokenizer"):
+    with pytest.raises(UserError, match=r"abc.*, the tokenizer in use has def: set data.image_tokenizer"):
         check_codes_fit(tmp_path, (8, 8), 1024, "def")
