@@ -1,5 +1,6 @@
 """What the studies of classifiers share: runs of the pipelines' scripts, their FLOPs, logs and intervals."""
 
+import functools
 import json
 import runpy
 import statistics
@@ -51,7 +52,8 @@ def last_figures(run: Path, steps: int) -> dict[str, Any] | None:
     return records[-1] if records else None
 
 
-def flops_of(script: str, config: Path, settings: Sequence[str] = ()) -> float:
+@functools.cache
+def flops_of(script: str, config: Path, settings: tuple[str, ...] = ()) -> float:
     """FLOPs of training on one picture, forward and backward, by the objective of a recipe."""
     names = runpy.run_path(str(ROOT / script))
     is_pretraining = "PretrainingRecipe" in names

@@ -57,12 +57,8 @@ def main() -> None:
 
 
 def read(source: Path, settings: dict) -> Classifier:
-    folder = find_ours(source)
-    if folder is None:
-        return load_vit(source, **settings)
-    if settings:
-        raise UserError(f"{folder} is ours and tells everything: leave --set out")
-    return Classifier.from_pretrained(folder)
+    folder = find_ours(source, settings)
+    return load_vit(source, **settings) if folder is None else Classifier.from_pretrained(folder)
 
 
 if __name__ == "__main__":

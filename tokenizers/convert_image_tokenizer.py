@@ -61,11 +61,8 @@ def main() -> None:
 
 def read_folder(folder: Path, settings: dict[str, Any]) -> ImageTokenizer:
     """Of ours, or of others."""
-    if find_ours(folder) is None:
-        return load_vqgan(folder, **settings)
-    if settings:
-        raise UserError(f"{folder} is ours and tells everything: leave --set out")
-    return load_image_tokenizer(folder)
+    ours = find_ours(folder, settings)
+    return load_vqgan(folder, **settings) if ours is None else load_image_tokenizer(ours)
 
 
 def write(model: ImageTokenizer, out: Path, to: str) -> None:

@@ -32,10 +32,13 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def find_ours(path: Path) -> Path | None:
-    """The folder of a model of ours: `path`, or the best or last of a run; None where it is another's."""
+def find_ours(path: Path, settings: Mapping[str, Any]) -> Path | None:
+    """The folder of a model of ours: `path`, or the best or last of a run; None where it is another's. Raises
+    UserError where one of ours is given `settings`, which only another's needs."""
     for folder in (path, path / "best", path / "last"):
         if (folder / CONFIG).is_file() and "kind" in read_config(folder / CONFIG):
+            if settings:
+                raise UserError(f"{folder} is ours and tells everything: leave --set out")
             return folder
     return None
 

@@ -7,8 +7,10 @@ from PIL import Image
 from torch import Tensor
 
 from mmvit.errors import UserError
+from mmvit.models.generator import PAD
 from mmvit.sampling.generator import Generator, Pictures
 from mmvit.sampling.prompts import Prompt, list_prompts
+from mmvit.sampling.scoring import log_likelihood
 
 
 def complete(
@@ -74,5 +76,9 @@ def variations(
 def rank_captions(generator: Generator, pictures: Pictures, captions: Sequence[str]) -> Tensor:
     """`caption_evidence` of every caption for every picture, (pictures, captions): the highest is what the
     picture most likely shows, of captions that are equally likely beforehand."""
-    codes = generator.encode(pictures)
-    return torch.stack([generator.evidence(captions, own.expand(len(captions), -1, -1)) for own in codes])
+    model, codes = generator.transformer, generator.encode(pictures).flatten(1)
+    ids, _ = generator.text_tokenizer.encode(captions, model.config.text_length)
+    ids = ids.to(generator.device)
+    given = [log_likelihood(model, ids, own.expand(len(ids), -1)) for own in codes]
+    empty = ids.new_full((len(codes), ids.shape[1]), PAD)
+    return torch.stack(given) - log_likelihood(model, empty, codes).unsqueeze(1)

@@ -17,7 +17,7 @@ from mmvit.models.generator import GeneratorTransformer
 from mmvit.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from mmvit.sampling.decoding import sample_codes
 from mmvit.sampling.pictures import pictures_from_pixels, pixels_from_pictures
-from mmvit.sampling.prompts import Prompt, encode_prompts, list_prompts
+from mmvit.sampling.prompts import Prompt, encode_prompts, list_prompts, pad_prompts
 from mmvit.sampling.rerank import CaptionScorer
 from mmvit.sampling.scoring import caption_evidence
 from mmvit.sampling.settings import SamplingSettings
@@ -140,6 +140,7 @@ class Generator:
         config = self.transformer.config
         ids, weights = encode_prompts(prompts, self.text_tokenizer, config.text_length)
         each = num_images * candidates
+        is_mixed = has_weights(prompts)
         rows, scales = ids.to(self.device), (how.guidance_scale * weights).to(self.device)
         rows, scales = (part.repeat_interleave(each, dim=0) for part in (rows, scales))
         seeds = [how.seed + j for _ in prompts for j in range(each)]
@@ -150,13 +151,12 @@ class Generator:
         parts = []
         for first in range(0, len(seeds), how.batch_size):
             part = slice(first, first + how.batch_size)
-            is_plain = rows.shape[1] == 1  # one caption each
             parts.append(
                 sample_codes(
                     self.transformer,
-                    rows[part, 0] if is_plain else rows[part],
+                    rows[part],
                     seeds[part],
-                    how.guidance_scale if is_plain and not has_weights(prompts) else scales[part],
+                    scales[part] if is_mixed else how.guidance_scale,
                     how.temperature,
                     how.top_k,
                     how.top_p,
@@ -187,10 +187,9 @@ class Generator:
             def rate(captions: Sequence[str], codes: Tensor) -> Tensor:
                 return scorer.scores(pixels, captions)
 
-        most = max(len(prompt) for prompt in prompts)
         scores = torch.zeros(len(drawn.seeds))
-        for place in range(most):
-            pairs = [[*prompt.items(), *[("", 0.0)] * most][place] for prompt in prompts for _ in range(each)]
+        for column in zip(*pad_prompts(prompts), strict=True):
+            pairs = [pair for pair in column for _ in range(each)]
             weights = torch.tensor([weight for _, weight in pairs])
             scores += weights * rate([caption for caption, _ in pairs], drawn.codes).cpu()
         best = scores.view(-1, each).topk(num_images, dim=1).indices

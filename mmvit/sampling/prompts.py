@@ -34,19 +34,25 @@ def list_prompts(prompts: Prompt | Sequence[Prompt]) -> list[dict[str, float]]:
     return listed
 
 
+def pad_prompts(prompts: Sequence[Mapping[str, float]]) -> list[list[tuple[str, float]]]:
+    """The captions and weights of each prompt, as many as the longest has: those that it lacks are empty and
+    have weight 0."""
+    most = max(len(prompt) for prompt in prompts)
+    return [[*prompt.items(), *[("", 0.0)] * (most - len(prompt))] for prompt in prompts]
+
+
 def encode_prompts(
     prompts: Sequence[Mapping[str, float]], tokenizer: TextTokenizer, length: int
 ) -> tuple[Tensor, Tensor]:
-    """Token ids (prompts, captions, length) and weights (prompts, captions), where each prompt has as many
-    captions as the longest: those that it lacks are empty and have weight 0. Captions that are too long are
-    cut, with a warning."""
-    most = max(len(prompt) for prompt in prompts)
-    captions = [caption for prompt in prompts for caption in [*prompt, *[""] * (most - len(prompt))]]
+    """Token ids (prompts, captions, length) and weights (prompts, captions), padded as `pad_prompts` does.
+    Captions that are too long are cut, with a warning."""
+    rows = pad_prompts(prompts)
+    captions = [caption for row in rows for caption, _ in row]
     ids, num_cut = tokenizer.encode(captions, length)
     if num_cut:
         warnings.warn(
             f"{num_cut} of {len(captions)} captions have more than {length} tokens and are cut there",
             stacklevel=4,
         )
-    weights = [[*prompt.values(), *[0.0] * (most - len(prompt))] for prompt in prompts]
-    return ids.unflatten(0, (len(prompts), most)), torch.tensor(weights)
+    weights = [[weight for _, weight in row] for row in rows]
+    return ids.unflatten(0, (len(rows), -1)), torch.tensor(weights)
