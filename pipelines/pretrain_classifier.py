@@ -19,7 +19,6 @@ from mmvit.config import Config
 from mmvit.data.augment import AugmentConfig
 from mmvit.data.samples import PixelsSample
 from mmvit.data.shards import ShardPatterns
-from mmvit.data.stream import ShardStream
 from mmvit.data.views import Views, ViewsConfig
 from mmvit.errors import run_script
 from mmvit.evaluation.likelihood import mean_loss
@@ -27,7 +26,7 @@ from mmvit.models.byol import BYOL, BYOLConfig
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderConfig
 from mmvit.models.masked_patches import MaskedPatches, MaskedPatchesConfig
-from mmvit.training import Recipe, open_session, train
+from mmvit.training import Recipe, one_epoch, open_session, train, training_stream
 
 
 class DataConfig(Config):
@@ -62,28 +61,13 @@ def build_objective(recipe: PretrainingRecipe) -> nn.Module:
 
 def main() -> None:
     with open_session(PretrainingRecipe, __doc__) as session:
-        recipe, data, processes = session.recipe, session.recipe.data, session.processes
-        place = {"rank": processes.rank, "world_size": processes.world_size}
-        stream = ShardStream(
-            data.train,
-            PixelsSample(recipe.model.height_width, data.augment),
-            session.micro_batch_size,
-            seed=recipe.train.seed,
-            num_workers=recipe.train.num_workers,
-            shuffle_buffer=data.shuffle_buffer,
-            **place,
-        )
-        held_out = ShardStream(
-            data.held_out,
-            PixelsSample(recipe.model.height_width),
-            session.micro_batch_size,
-            shuffle_buffer=0,
-            repeat=False,
-            **place,
-        )
+        recipe, data = session.recipe, session.recipe.data
+        size = recipe.model.height_width
+        stream = training_stream(session, data.train, PixelsSample(size, data.augment), data.shuffle_buffer)
+        held_out = one_epoch(session, data.held_out, PixelsSample(size))
 
         objective = build_objective(recipe)
-        prepare = Views(recipe.views, recipe.model.height_width) if recipe.method == "byol" else None
+        prepare = Views(recipe.views, size) if recipe.method == "byol" else None
 
         def evaluate(objective: nn.Module) -> dict[str, float]:
             batches = held_out if prepare is None else map(prepare, held_out)

@@ -20,7 +20,6 @@ from mmvit.data.captions import TextTokenizer
 from mmvit.data.codes import check_codes_fit, grid_of_codes
 from mmvit.data.samples import CaptionCodesSample
 from mmvit.data.shards import ShardPatterns, expand_shards
-from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.likelihood import mean_loss
 from mmvit.hub import fingerprint
@@ -28,7 +27,7 @@ from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
 from mmvit.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import labelled_grid
-from mmvit.training import Recipe, Session, open_session, train
+from mmvit.training import Recipe, Session, one_epoch, open_session, train, training_stream
 
 
 class DataConfig(Config):
@@ -75,8 +74,10 @@ def main() -> None:
                 f"{data.image_tokenizer} cannot decode, so this generator could not draw pictures"
             )
 
-        stream = build_stream(session, data.train, config, text_tokenizer)
-        held_out = build_stream(session, data.held_out, config, text_tokenizer, is_training=False)
+        shape = (text_tokenizer, config.text_length, config.grid, config.codebook_size)
+        decode = CaptionCodesSample(*shape, data.languages, data.bpe_dropout)
+        stream = training_stream(session, data.train, decode, data.shuffle_buffer)
+        held_out = one_epoch(session, data.held_out, CaptionCodesSample(*shape, data.languages[:1]))
 
         model = GeneratorTransformer(config)
         model.start_from_codebook(image_tokenizer.code_vectors())
@@ -112,31 +113,6 @@ def check_shards(data: DataConfig, config: GeneratorConfig, image_tokenizer: Ima
     """Raises UserError unless the shards were encoded by this image tokenizer, in this grid."""
     for folder in {shard.parent for shard in expand_shards([*data.train, *data.held_out])}:
         check_codes_fit(folder, config.grid, config.codebook_size, fingerprint(image_tokenizer))
-
-
-def build_stream(
-    session: Session[GeneratorRecipe],
-    shards: list[str],
-    config: GeneratorConfig,
-    text_tokenizer: TextTokenizer,
-    is_training: bool = True,
-) -> ShardStream:
-    data, processes = session.recipe.data, session.processes
-    languages = data.languages if is_training else data.languages[:1]
-    dropout = data.bpe_dropout if is_training else 0.0
-    return ShardStream(
-        shards,
-        CaptionCodesSample(
-            text_tokenizer, config.text_length, config.grid, config.codebook_size, languages, dropout
-        ),
-        session.micro_batch_size,
-        seed=session.recipe.train.seed,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        num_workers=session.recipe.train.num_workers if is_training else 0,
-        shuffle_buffer=data.shuffle_buffer if is_training else 0,
-        repeat=is_training,
-    )
 
 
 def grid_drawer(

@@ -28,7 +28,6 @@ from mmvit.data.augment import AugmentConfig
 from mmvit.data.mixing import Mixing, MixingConfig
 from mmvit.data.samples import ClassifierSample, check_classes
 from mmvit.data.shards import ShardPatterns
-from mmvit.data.stream import ShardStream
 from mmvit.errors import run_script
 from mmvit.evaluation.accuracy import classification_metrics
 from mmvit.hub import find_model_folder, read_description
@@ -36,7 +35,7 @@ from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.fine_tuning import ResizeMode, fine_tuned, freeze
 from mmvit.models.presets import MODELS
 from mmvit.models.resnet import ResNetConfig
-from mmvit.training import Recipe, open_session, train
+from mmvit.training import Recipe, one_epoch, open_session, train, training_stream
 
 
 class DataConfig(Config):
@@ -79,28 +78,12 @@ class ClassifierRecipe(Recipe):
 
 def main() -> None:
     with open_session(ClassifierRecipe, __doc__) as session:
-        recipe, processes = session.recipe, session.processes
-        data, config = recipe.data, recipe.model
+        recipe, data, config = session.recipe, session.recipe.data, session.recipe.model
         check_classes([*data.train, *data.held_out], config.num_classes)
-        place = {"rank": processes.rank, "world_size": processes.world_size}
-        stream = ShardStream(
-            data.train,
-            ClassifierSample(config.height_width, config.num_classes, data.augment),
-            session.micro_batch_size,
-            seed=recipe.train.seed,
-            num_workers=recipe.train.num_workers,
-            shuffle_buffer=data.shuffle_buffer,
-            **place,
-        )
-        held_out = ShardStream(
-            data.held_out,
-            ClassifierSample(config.height_width, config.num_classes),
-            session.micro_batch_size,
-            num_workers=recipe.train.num_workers,
-            shuffle_buffer=0,
-            repeat=False,
-            **place,
-        )
+        decode = ClassifierSample(config.height_width, config.num_classes, data.augment)
+        stream = training_stream(session, data.train, decode, data.shuffle_buffer)
+        decode = ClassifierSample(config.height_width, config.num_classes)
+        held_out = one_epoch(session, data.held_out, decode, num_workers=recipe.train.num_workers)
 
         def evaluate(model: nn.Module) -> dict[str, float]:
             return classification_metrics(model, held_out)

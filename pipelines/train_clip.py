@@ -20,12 +20,11 @@ from mmvit.data.augment import AugmentConfig
 from mmvit.data.captions import TextTokenizer
 from mmvit.data.samples import CaptionIdsPixelsSample
 from mmvit.data.shards import ShardPatterns
-from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.retrieval import caption_ranks, recall
 from mmvit.models.clip import CLIP, CLIPConfig
 from mmvit.sampling.rerank import CaptionScorer
-from mmvit.training import Recipe, open_session, train
+from mmvit.training import Recipe, one_epoch, open_session, train, training_stream
 
 
 class DataConfig(Config):
@@ -51,7 +50,7 @@ class CLIPRecipe(Recipe):
 
 def main() -> None:
     with open_session(CLIPRecipe, __doc__) as session:
-        recipe, data, processes = session.recipe, session.recipe.data, session.processes
+        recipe, data = session.recipe, session.recipe.data
         text_tokenizer = TextTokenizer.from_file(data.text_tokenizer)
         config = recipe.model
         default = CLIPConfig.model_fields["vocab_size"].default
@@ -62,31 +61,15 @@ def main() -> None:
             )
         config = config.model_copy(update={"vocab_size": text_tokenizer.vocab_size})
 
-        def build_stream(shards: list[str], is_training: bool) -> ShardStream:
-            return ShardStream(
-                shards,
-                CaptionIdsPixelsSample(
-                    text_tokenizer,
-                    config.text_length,
-                    config.image.height_width,
-                    data.languages if is_training else data.languages[:1],
-                    data.bpe_dropout if is_training else 0.0,
-                    data.augment if is_training else None,
-                ),
-                session.micro_batch_size,
-                seed=recipe.train.seed,
-                rank=processes.rank if is_training else 0,
-                world_size=processes.world_size if is_training else 1,
-                num_workers=recipe.train.num_workers if is_training else 0,
-                shuffle_buffer=data.shuffle_buffer if is_training else 0,
-                repeat=is_training,
-            )
-
-        held_out = build_stream(data.held_out, is_training=False)  # whole in every process: all is compared
+        shape = (text_tokenizer, config.text_length, config.image.height_width)
+        decode = CaptionIdsPixelsSample(*shape, data.languages, data.bpe_dropout, data.augment)
+        stream = training_stream(session, data.train, decode, data.shuffle_buffer)
+        decode = CaptionIdsPixelsSample(*shape, data.languages[:1])
+        held_out = one_epoch(session, data.held_out, decode, whole=True)  # every pair is compared with all
         train(
             session,
             CLIP(config),
-            build_stream(data.train, is_training=True),
+            stream,
             evaluate=lambda model: retrieval(model, held_out),
             select="caption_at_1",
             mode="max",

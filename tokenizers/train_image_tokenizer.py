@@ -27,7 +27,6 @@ from mmvit.config import Config
 from mmvit.data.augment import AugmentConfig
 from mmvit.data.samples import PixelsSample
 from mmvit.data.shards import ShardPatterns
-from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.code_use import code_counts, draw_code_use, use_metrics
 from mmvit.evaluation.reconstruction import reconstruction_metrics
@@ -41,7 +40,7 @@ from mmvit.models.tokenizer_objective import ObjectiveConfig, TokenizerObjective
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.sampling.grids import labelled_grid
 from mmvit.sampling.pictures import pictures_from_pixels
-from mmvit.training import Recipe, Session, open_session, train
+from mmvit.training import Recipe, Session, one_epoch, open_session, train, training_stream
 from mmvit.training.deepspeed_engine import read_settings
 
 DRAWN = 12  # held-out pictures
@@ -104,17 +103,11 @@ def main() -> None:
             )
         model = MODELS[type(session.recipe.model)](session.recipe.model)
         model.grid(*data.image_size)
-        training_once, held_out = one_epoch(session, data.train), one_epoch(session, data.held_out)
-        stream = ShardStream(
-            data.train,
-            PixelsSample(data.image_size, data.augment),
-            session.micro_batch_size,
-            seed=session.recipe.train.seed,
-            rank=session.processes.rank,
-            world_size=session.processes.world_size,
-            num_workers=session.recipe.train.num_workers,
-            shuffle_buffer=data.shuffle_buffer,
-        )
+        plain = PixelsSample(data.image_size)
+        training_once = one_epoch(session, data.train, plain)
+        held_out = one_epoch(session, data.held_out, plain)
+        decode = PixelsSample(data.image_size, data.augment)
+        stream = training_stream(session, data.train, decode, data.shuffle_buffer)
 
         in_use: list[float] = []  # share of the codes, at each evaluation
 
@@ -135,7 +128,7 @@ def main() -> None:
 
         drawn = None
         if session.processes.is_main:
-            first = next(iter(one_epoch(session, data.held_out)), None)
+            first = next(iter(one_epoch(session, data.held_out, plain)), None)
             if first is None:
                 raise UserError(f"there is no picture in {', '.join(data.held_out)} to evaluate on")
             drawn = first["pixels"][:DRAWN]
@@ -195,19 +188,6 @@ def build_objective(session: Session[ImageTokenizerRecipe], model: VQModel) -> T
     objective = TokenizerObjective(model, config, distances)
     objective.check_size(*size)
     return objective
-
-
-def one_epoch(session: Session[ImageTokenizerRecipe], shards: list[str]) -> ShardStream:
-    """Every picture of `shards` once, as it is."""
-    return ShardStream(
-        shards,
-        PixelsSample(session.recipe.data.image_size),
-        session.micro_batch_size,
-        rank=session.processes.rank,
-        world_size=session.processes.world_size,
-        shuffle_buffer=0,
-        repeat=False,
-    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ A training script is a recipe and a call:
     def main() -> None:
         with open_session(MyRecipe, __doc__) as session:      # command line, processes, seeds, run folder
             recipe, processes = session.recipe, session.processes      # rank, world_size, device
-            stream = ...                   # of batches of session.micro_batch_size, for this process's rank
+            stream = training_stream(session, shards, decode, shuffle_buffer)  # this process's batches
             train(session, MyModel(recipe.model), stream, evaluate, select="loss")
 
     if __name__ == "__main__":
@@ -22,6 +22,7 @@ from mmvit.training.loop import train
 from mmvit.training.resume import Progress, Stream
 from mmvit.training.run import RunFolder
 from mmvit.training.session import Recipe, Session, open_session
+from mmvit.training.streams import one_epoch, training_stream
 
 __all__ = [
     "OptimizerConfig",
@@ -32,6 +33,8 @@ __all__ = [
     "Session",
     "Stream",
     "TrainConfig",
+    "one_epoch",
     "open_session",
     "train",
+    "training_stream",
 ]
