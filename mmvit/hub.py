@@ -19,6 +19,7 @@ from mmvit.config import Config, build_config
 from mmvit.errors import UserError
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+JOINT = "joint"  # the kind of a folder with several models on one core
 
 
 class Pretrained:
@@ -56,11 +57,14 @@ class Pretrained:
                 another shape (all are named).
         """
         folder = find_model_folder(path)
-        description = read_description(folder)
+        description = read_part(folder, cls.kind)
         if description["kind"] != cls.kind:
             raise UserError(f"{folder} holds a {description['kind']}, not a {cls.kind}")
         model = cls(build_config(cls.config_class, description["config"], source=str(folder / CONFIG)))
-        load_weights(model, read_weights(folder / WEIGHTS), source=str(folder / WEIGHTS))
+        weights = read_weights(folder / WEIGHTS)
+        if read_description(folder)["kind"] != cls.kind:
+            weights = weights_of_part(weights, cls.kind)
+        load_weights(model, weights, source=str(folder / WEIGHTS))
         return model.to(device).eval()
 
 
@@ -98,6 +102,24 @@ def read_description(folder: Path) -> dict:
         raise UserError(
             f"{folder / CONFIG} is not an mmvit model description (JSON with 'kind' and 'config')"
         ) from None
+
+
+def read_part(folder: Path, *kinds: str) -> dict:
+    """The same, of a folder with several models on one core (mmvit.models.joint) that of the first of
+    `kinds`."""
+    description = read_description(folder)
+    if description["kind"] == JOINT and isinstance(config := description["config"], dict):
+        for kind in kinds:
+            if kind in config:
+                return {"kind": kind, "config": config[kind]}
+    return description
+
+
+def weights_of_part(weights: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    """Of the weights of several models on one core those of the model `kind`, as it names them alone."""
+    core = {name: tensor for name, tensor in weights.items() if name.startswith("core.")}
+    own = f"{kind}."
+    return core | {name.removeprefix(own): t for name, t in weights.items() if name.startswith(own)}
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -30,9 +30,9 @@ from mmvit.data.samples import ClassifierSample, check_classes
 from mmvit.data.shards import ShardPatterns
 from mmvit.errors import run_script
 from mmvit.evaluation.accuracy import classification_metrics
-from mmvit.hub import find_model_folder, read_description
+from mmvit.hub import find_model_folder, read_part
 from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.models.fine_tuning import ResizeMode, fine_tuned, freeze
+from mmvit.models.fine_tuning import ResizeMode, fine_tuned, freeze, take_core
 from mmvit.models.presets import MODELS
 from mmvit.models.resnet import ResNetConfig
 from mmvit.training import Recipe, one_epoch, open_session, train, training_stream
@@ -49,11 +49,20 @@ class DataConfig(Config):
 
 
 class StartConfig(Config):
-    """The weights that training begins from; drawn at random where there is no `model`."""
+    """The weights that training begins from; drawn at random where there is no `model` or `core`."""
 
     model: str | None = Field(None, description="a run folder, exported classifier or Hub repository")
+    core: str | None = Field(
+        None, description="the same, or a generator or both in one, of which only the core is taken"
+    )
     resize: ResizeMode = Field("official", description="whose way of resizing learnt positions")
     freeze: list[str] = Field([], description="parts that stay as they are, as stem or core.blocks.0")
+
+    @model_validator(mode="after")
+    def _one_start(self):
+        if self.model and self.core:
+            raise ValueError("start.model brings its core: leave start.core out, or start.model")
+        return self
 
 
 class ClassifierRecipe(Recipe):
@@ -70,7 +79,7 @@ class ClassifierRecipe(Recipe):
             return values
         start = values.get("start")
         if isinstance(start, dict) and isinstance(start.get("model"), str):
-            trained = read_description(find_model_folder(start["model"]))["config"]
+            trained = read_part(find_model_folder(start["model"]), Classifier.kind)["config"]
             core = {**trained.get("core", {}), **own.get("core", {})}
             own = {**trained, **own, "representation_width": None, "core": core}
         return {**values, "model": {"kind": "vit", **own}} if own else values
@@ -92,6 +101,8 @@ def main() -> None:
         if recipe.start.model:
             source = Classifier.from_pretrained(recipe.start.model)
             model = fine_tuned(source, config, recipe.start.resize)
+        elif recipe.start.core:
+            take_core(model, recipe.start.core)
         freeze(model, recipe.start.freeze)
         prepare = None
         if data.mixing.does_anything:

@@ -1,4 +1,5 @@
-"""From a trained classifier to one for other pictures and classes (2010.11929, section 3.2)."""
+"""From a trained classifier to one for other pictures and classes (2010.11929, section 3.2); and from one
+model's core to another's."""
 
 from typing import Literal
 
@@ -6,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmvit.config import build_config
+from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
+from mmvit.hub import CONFIG, WEIGHTS, find_model_folder, load_weights, read_description, read_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 
 ResizeMode = Literal["official", "timm", "transformers"]
@@ -59,16 +63,43 @@ def refuse_differences(source: ClassifierConfig, config: ClassifierConfig) -> No
         for name in ours
         if name not in FREE and ours[name] != theirs[name]
     ]
-    ours, theirs = config.core.model_dump(), source.core.model_dump()
-    problems += [
+    problems += differences_of_cores(source.core, config.core)
+    if problems:
+        raise UserError(f"the trained weights are of another model: {'; '.join(problems)}")
+
+
+def differences_of_cores(source: TransformerConfig, config: TransformerConfig) -> list[str]:
+    ours, theirs = config.model_dump(), source.model_dump()
+    problems = [
         f"core.{name} = {ours[name]!r} instead of {theirs[name]!r}"
         for name in ours
         if name not in FREE_IN_CORE and ours[name] != theirs[name]
     ]
-    if (config.core.layer_scale is None) != (source.core.layer_scale is None):
+    if (config.layer_scale is None) != (source.layer_scale is None):
         problems.append("core.layer_scale on one side only")
-    if problems:
-        raise UserError(f"the trained weights are of another model: {'; '.join(problems)}")
+    return problems
+
+
+def take_core(model: nn.Module, source: str) -> None:
+    """Gives `model`, a classifier or generator, the core of another: a run folder, an exported model or a Hub
+    repository, of a classifier, a generator or both in one.
+
+    Raises:
+        UserError: where there is no core, or one that differs in what its weights depend on.
+    """
+    folder = find_model_folder(source)
+    description = read_description(folder)
+    if not isinstance(described := description["config"].get("core"), dict):
+        raise UserError(
+            f"{folder} holds a {description['kind']}, which has no core to take; a classifier has, or a "
+            "generator"
+        )
+    theirs = build_config(TransformerConfig, described, source=str(folder / CONFIG))
+    if problems := differences_of_cores(theirs, model.config.core):
+        raise UserError(f"the core of {folder} is another: {'; '.join(problems)}")
+    weights = read_weights(folder / WEIGHTS)
+    own = {name.removeprefix("core."): t for name, t in weights.items() if name.startswith("core.")}
+    load_weights(model.core, own, source=str(folder / WEIGHTS))
 
 
 def resize_table(

@@ -9,6 +9,7 @@ from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.clip import CLIP, CLIPConfig
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
+from mmvit.models.joint import Joint
 from mmvit.models.resnet import ResNet, ResNetConfig
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.models.vqgan import VQGAN, VQGANConfig
@@ -16,7 +17,7 @@ from mmvit.models.vqgan import VQGAN, VQGANConfig
 # the model that a configuration is of
 MODELS = {
     model.config_class: model
-    for model in (Classifier, ResNet, GeneratorTransformer, CLIP, VQModel, DiscreteVAE, VQGAN)
+    for model in (Classifier, ResNet, GeneratorTransformer, Joint, CLIP, VQModel, DiscreteVAE, VQGAN)
 }
 
 

@@ -78,11 +78,15 @@ class Generator:
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Writes all three parts, so that the folder is all that sampling needs."""
+        self.save_tokenizers(folder, dtype)
+        return self.transformer.save_pretrained(folder, dtype)
+
+    def save_tokenizers(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes what stands beside the transformer's own files."""
         folder = Path(folder)
         self.image_tokenizer.save_pretrained(folder / IMAGE, dtype)
         (folder / TEXT).mkdir(exist_ok=True)
         self.text_tokenizer.save(folder / TEXT / "tokenizer.json")
-        return self.transformer.save_pretrained(folder, dtype)
 
     def generate(
         self, captions: Prompt | Sequence[Prompt], num_images: int = 1, **settings: Any

@@ -1,0 +1,49 @@
+"""Batches of several streams beside each other, for a model that learns from all of them at once."""
+
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
+from functools import reduce
+from typing import Any
+
+from mmvit.data.stream import ShardStream
+from mmvit.data.tally import Tally
+
+
+class PairedStream:
+    """One batch of each of `streams` as one, with the entries of all and the keys one after another. It ends
+    with the shortest; its position is that of all.
+
+    Raises:
+        ValueError: when two streams give entries of the same name.
+    """
+
+    def __init__(self, streams: Sequence[ShardStream]):
+        self.streams = list(streams)
+
+    def __iter__(self) -> Generator[dict[str, Any], None, None]:
+        with ExitStack() as stack:
+            open_streams = [stack.enter_context(closing(iter(stream))) for stream in self.streams]
+            for batches in zip(*open_streams, strict=False):
+                yield join(batches)
+
+    @property
+    def tally(self) -> Tally:
+        return reduce(Tally.plus, (stream.tally for stream in self.streams))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"streams": [stream.state_dict() for stream in self.streams]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for stream, own in zip(self.streams, state["streams"], strict=True):
+            stream.load_state_dict(own)
+
+
+def join(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The entries of all batches, and `keys` one after another."""
+    joined: dict[str, Any] = {"keys": [key for batch in batches for key in batch["keys"]]}
+    for batch in batches:
+        own = {name: value for name, value in batch.items() if name != "keys"}
+        if twice := own.keys() & joined.keys():
+            raise ValueError(f"two streams give {', '.join(sorted(twice))}")
+        joined |= own
+    return joined

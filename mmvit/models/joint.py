@@ -1,0 +1,88 @@
+"""A classifier and a generator on one core: one set of weights that reads pictures as patches, and captions
+and pictures as tokens and codes."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mmvit.config import Config
+from mmvit.core.transformer import Transformer, TransformerConfig
+from mmvit.hub import Pretrained
+from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
+
+PARTS = ("classifier", "generator")
+
+
+class JointConfig(Config):
+    """`core` is that of both parts, whose own `core` need not be named."""
+
+    kind: Literal["joint"] = "joint"
+    classifier: ClassifierConfig = ClassifierConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    core: TransformerConfig = TransformerConfig()
+    classification_weight: float = Field(
+        1.0, gt=0, description="of the classifier's loss beside the generator's"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_core(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        core = values.get("core", {})
+        parts = {name: part for name in PARTS if isinstance(part := values.get(name, {}), dict)}
+        return {**values, **{name: {"core": core, **part} for name, part in parts.items()}}
+
+    @model_validator(mode="after")
+    def _parts_have_the_core(self) -> Self:
+        for name in PARTS:
+            if getattr(self, name).core != self.core:
+                raise ValueError(f"{name}.core differs from core: name the core once, as core")
+        return self
+
+
+class Joint(Pretrained, nn.Module):
+    """`classifier` and `generator`, each as if it were alone, with the same `core`.
+
+    Weights are named `core.…`, `classifier.…` and `generator.…`, the core's once.
+    `Classifier.from_pretrained` and `mmvit.Generator.from_pretrained` read their part of such a folder.
+    """
+
+    config_class, kind = JointConfig, "joint"
+
+    def __init__(self, config: JointConfig):
+        super().__init__()
+        self.config = config
+        self.core = Transformer(config.core)
+        self.classifier = Classifier(config.classifier)
+        self.generator = GeneratorTransformer(config.generator)
+        self.classifier.core = self.generator.core = self.core
+        self.register_state_dict_post_hook(forget_copies)
+        self.register_load_state_dict_pre_hook(restore_copies)
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Both losses, of a batch with what each needs: `pixels` and `labels`, `caption_ids` and `codes`."""
+        seen, classified = self.classifier.loss(batch)
+        drawn, generated = self.generator.loss(batch)
+        loss = self.config.classification_weight * seen + drawn
+        metrics = {"classification_loss": classified["loss"], "generation_loss": generated["loss"]}
+        rest = {**classified, **generated}
+        del rest["loss"]
+        return loss, {"loss": loss.detach(), **metrics, **rest}
+
+
+def forget_copies(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    """The core's weights have three names, of which that of `core` alone is kept."""
+    copies = tuple(f"{prefix}{part}.core." for part in PARTS)
+    for name in [name for name in state if name.startswith(copies)]:
+        del state[name]
+
+
+def restore_copies(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """The inverse of `forget_copies`."""
+    own = f"{prefix}core."
+    for name in [name for name in state if name.startswith(own)]:
+        for part in PARTS:
+            state[f"{prefix}{part}.{name.removeprefix(prefix)}"] = state[name]

@@ -1,0 +1,33 @@
+"""The grid of samples that a run draws of its generator at every evaluation."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from mmvit.config import Config
+from mmvit.sampling.generator import Generator
+from mmvit.sampling.grids import labelled_grid
+
+
+class PreviewConfig(Config):
+    """What is drawn; nothing without captions."""
+
+    captions: tuple[str, ...] = ()
+    num_images: int = Field(4, ge=1)
+    guidance_scale: float = 1.0
+    temperature: float = Field(0.7, ge=0)
+
+
+def draw_preview(generator: Generator, config: PreviewConfig, path: Path) -> None:
+    """Draws `num_images` pictures of every caption, a row each."""
+    if not config.captions:
+        return
+    pictures = generator.generate(
+        config.captions,
+        config.num_images,
+        guidance_scale=config.guidance_scale,
+        temperature=config.temperature,
+    )
+    rows = [pictures[i : i + config.num_images] for i in range(0, len(pictures), config.num_images)]
+    path.parent.mkdir(exist_ok=True)
+    labelled_grid(rows, config.captions).save(path)

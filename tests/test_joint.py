@@ -1,0 +1,227 @@
+"""One core for two tasks: its weights are there once, each part is what it would be alone, the script trains
+both, and one model's core becomes another's."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmvit.core.transformer import TransformerConfig
+from mmvit.data.paired import PairedStream
+from mmvit.data.samples import PixelsSample
+from mmvit.data.stream import ShardStream
+from mmvit.errors import UserError
+from mmvit.hub import read_weights
+from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.fine_tuning import take_core
+from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
+from mmvit.models.joint import Joint, JointConfig
+from mmvit.models.vq import VQConfig, VQModel
+from mmvit.sampling.generator import Generator
+from mmvit.training.engine import WeightAverage
+
+CORE = TransformerConfig(width=32, depth=2, num_heads=2)
+CLASSIFIER = {"image_size": 16, "patch_size": 8, "num_classes": 4}
+GENERATOR = {"vocab_size": 40, "text_length": 6, "codebook_size": 16, "grid": (2, 2)}
+
+
+def small() -> Joint:
+    torch.manual_seed(0)
+    model = Joint(
+        JointConfig.model_validate({"core": CORE, "classifier": CLASSIFIER, "generator": GENERATOR})
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def batch() -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    return {
+        "pixels": torch.randn(3, 3, 16, 16, generator=rng),
+        "labels": torch.tensor([0, 3, 1]),
+        "caption_ids": torch.tensor([[3, 4, 0, 0, 0, 0], [5, 6, 7, 0, 0, 0], [8, 0, 0, 0, 0, 0]]),
+        "codes": torch.randint(16, (3, 4), generator=rng),
+    }
+
+
+def test_the_core_is_there_once_and_each_part_reads_it_as_its_own(tmp_path):
+    model = small()
+    model.save_pretrained(tmp_path)
+    names = read_weights(tmp_path / "model.safetensors").keys()
+    assert sum(".attention.out.weight" in name for name in names) == CORE.depth
+    classifier, generator = (
+        Classifier.from_pretrained(tmp_path),
+        GeneratorTransformer.from_pretrained(tmp_path),
+    )
+    again, given = Joint.from_pretrained(tmp_path), batch()
+    assert again.classifier.core is again.generator.core is again.core
+    with torch.no_grad():
+        seen = model.classifier(given["pixels"])
+        drawn = model.generator(given["caption_ids"], given["codes"])[1]
+        for part in (classifier, again.classifier):
+            assert torch.equal(part(given["pixels"]), seen)
+        for part in (generator, again.generator):
+            assert torch.equal(part(given["caption_ids"], given["codes"])[1], drawn)
+        expected = classifier.loss(given)[0] + generator.loss(given)[0]
+        torch.testing.assert_close(model.loss(given)[0], expected)
+
+
+def test_both_losses_train_the_core():
+    model, given = small(), batch()
+    gradients = []
+    for loss in (model.classifier.loss, model.generator.loss, model.loss):
+        model.zero_grad()
+        loss(given)[0].backward()
+        gradients.append(model.core.blocks[0].mlp.up.weight.grad.clone())
+    torch.testing.assert_close(gradients[0] + gradients[1], gradients[2])
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+def test_averaged_weights_share_the_core_too():
+    average = WeightAverage(small(), 0.9).model
+    assert average.classifier.core is average.generator.core is average.core
+    assert len(average.state_dict()) == len(small().state_dict())
+
+
+def test_two_cores_are_refused():
+    other = {**CLASSIFIER, "core": {**CORE.model_dump(), "depth": 3}}
+    with pytest.raises(ValueError, match=r"classifier\.core differs from core"):
+        JointConfig.model_validate({"core": CORE.model_dump(), "classifier": other, "generator": GENERATOR})
+
+
+def test_paired_batches_resume_where_they_were(tiny_shards):
+    def paired() -> PairedStream:
+        sizes = {"pixels": 16, "small_pixels": 8}
+        streams = []
+        for name, side in sizes.items():
+            decode = Renamed((side, side), name)
+            streams.append(ShardStream(f"{tiny_shards}/train-*.tar", decode, 5, seed=side, shuffle_buffer=9))
+        return PairedStream(streams)
+
+    stream = paired()
+    batches = iter(stream)
+    for _ in range(3):
+        next(batches)
+    state, expected = stream.state_dict(), next(batches)
+    assert expected["pixels"].shape == (5, 3, 16, 16)
+    assert expected["small_pixels"].shape == (5, 3, 8, 8)
+    assert len(expected["keys"]) == 10
+    assert stream.tally.read >= 40
+    resumed = paired()
+    resumed.load_state_dict(state)
+    found = next(iter(resumed))
+    assert found["keys"] == expected["keys"]
+    assert torch.equal(found["small_pixels"], expected["small_pixels"])
+
+
+class Renamed(PixelsSample):
+    def __init__(self, size: tuple[int, int], name: str):
+        super().__init__(size)
+        self.name = name
+
+    def __call__(self, sample, rng):
+        return {self.name: super().__call__(sample, rng)["pixels"]}
+
+
+def test_streams_with_the_same_entry_are_refused(tiny_shards):
+    streams = [ShardStream(f"{tiny_shards}/train-*.tar", PixelsSample((8, 8)), 4) for _ in range(2)]
+    with pytest.raises(ValueError, match="two streams give pixels"):
+        next(iter(PairedStream(streams)))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_shards, run_script) -> Path:
+    """A run of the script for both tasks."""
+    place = tmp_path_factory.mktemp("joint")
+    tokenizer = VQModel(VQConfig(codebook_size=16, encoder_width=32, decoder_widths=(32, 16)))
+    tokenizer.save_pretrained(place / "tokenizer")
+    arguments = (tiny_shards, place / "codes", "--tokenizer", place / "tokenizer", "--size", 16)
+    assert run_script("pipelines/encode_images.py", *arguments).returncode == 0
+    root = Path(__file__).resolve().parent.parent
+    (place / "config.toml").write_text(
+        f"""
+        output = "{place / "run"}"
+        [classes]
+        train = "{tiny_shards}/train-*.tar"
+        held_out = "{tiny_shards}/heldout-*.tar"
+        [captions]
+        train = "{place}/codes/train-*.tar"
+        held_out = "{place}/codes/heldout-*.tar"
+        image_tokenizer = "{place}/tokenizer"
+        text_tokenizer = "{root}/tokenizers/emoji-text"
+        [model]
+        core = {{ width = 32, depth = 2, num_heads = 2 }}
+        classifier = {{ image_size = 16, patch_size = 8, num_classes = 4 }}
+        generator = {{ text_length = 8 }}
+        [samples]
+        captions = ["red square"]
+        [train]
+        steps = 6
+        batch_size = 8
+        num_workers = 0
+        evaluate_every = 3
+        checkpoint_every = 3
+        ema_decay = 0.9
+        """
+    )
+    ran = run_script("pipelines/train_joint.py", place / "config.toml")
+    assert ran.returncode == 0, ran.stderr
+    return place / "run"
+
+
+def test_one_run_classifies_and_draws(run, tiny_shards, run_script, tmp_path):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    held_out = [record for record in records if record["kind"] == "held_out"]
+    assert {"loss", "accuracy", "classification_loss", "image_loss"} <= held_out[-1].keys()
+    assert (run / "samples" / "step-000006.png").is_file()
+    assert Generator.from_pretrained(run).generate("red square", seed=1)[0].size == (16, 16)
+    out = tmp_path / "classes.png"
+    ran = run_script("pipelines/evaluate_classifier.py", run, tiny_shards, "--split", "heldout", "--out", out)
+    assert ran.returncode == 0, ran.stderr
+    assert out.is_file()
+
+
+def test_a_killed_joint_run_resumes_bit_identically(run, run_script, tmp_path):
+    config = run.parent / "config.toml"
+    whole = read_weights(run / "last" / "model.safetensors")
+    short = ("--output", tmp_path / "run")
+    assert run_script("pipelines/train_joint.py", config, *short).returncode == 0
+    for folder in sorted((tmp_path / "run" / "checkpoints").iterdir())[1:]:
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    ran = run_script("pipelines/train_joint.py", config, *short, "--resume")
+    assert ran.returncode == 0, ran.stderr
+    assert "resuming at step 3" in ran.stdout
+    again = read_weights(tmp_path / "run" / "last" / "model.safetensors")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_core_goes_from_one_task_to_the_other(run, tmp_path):
+    classifier = Classifier(ClassifierConfig(**CLASSIFIER, core=CORE))
+    classifier.save_pretrained(tmp_path / "classifier")
+    dropped = CORE.model_copy(update={"dropout": 0.1})  # a free setting
+    generator = GeneratorTransformer(GeneratorConfig(**GENERATOR, core=dropped))
+    take_core(generator, str(tmp_path / "classifier"))
+    pairs = zip(generator.core.parameters(), classifier.core.parameters(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    generator.save_pretrained(tmp_path / "generator")
+    take_core(classifier, str(tmp_path / "generator"))
+    take_core(classifier, str(run))
+    trained = Generator.from_pretrained(run).transformer.core
+    assert torch.equal(classifier.core.norm.weight, trained.norm.weight)
+
+
+def test_a_core_of_another_shape_is_refused(tmp_path):
+    classifier = Classifier(ClassifierConfig(**CLASSIFIER, core=CORE))
+    classifier.save_pretrained(tmp_path / "classifier")
+    VQModel(VQConfig(codebook_size=16)).save_pretrained(tmp_path / "tokenizer")
+    wide = CORE.model_copy(update={"width": 64})
+    generator = GeneratorTransformer(GeneratorConfig(**GENERATOR, core=wide))
+    with pytest.raises(UserError, match=r"core\.width = 64 instead of 32"):
+        take_core(generator, str(tmp_path / "classifier"))
+    with pytest.raises(UserError, match="holds a vq, which has no core"):
+        take_core(generator, str(tmp_path / "tokenizer"))
