@@ -5,6 +5,7 @@ import torch
 
 from mmvit.evaluation.code_use import use_metrics
 from mmvit.evaluation.frechet import coarse_pixels, frechet_distance
+from mmvit.evaluation.generated import diversity, nearest
 from mmvit.evaluation.reconstruction import image_psnr, image_ssim
 
 
@@ -64,3 +65,23 @@ def test_use_of_a_codebook_is_that_of_its_counts():
     figures = use_metrics(torch.tensor([5.0, 5, 0, 10]).double())
     assert figures["codes_in_use"] == 0.75
     assert figures["perplexity"] == pytest.approx(2**1.5)  # half, and two quarters: 1.5 bits
+
+
+def test_the_nearest_picture_and_its_distance():
+    references = torch.stack([torch.full((3, 4, 4), level) for level in (-1.0, 0.0, 1.0)])
+    pictures = torch.stack([torch.full((3, 4, 4), level) for level in (0.1, -0.9, 0.0)])
+    distances, places = nearest(pictures, references, chunk=2)
+    assert places.tolist() == [1, 0, 1]
+    torch.testing.assert_close(distances, torch.tensor([0.05, 0.05, 0.0]).double(), atol=1e-7, rtol=0)
+    with pytest.raises(ValueError, match="pictures are"):
+        nearest(pictures, references[:, :, :2])
+
+
+def test_diversity_within_and_between_captions():
+    levels = torch.tensor([[0.0, 0.2], [1.0, 0.8]])  # of two captions, two pictures each
+    pictures = levels[:, :, None, None, None].expand(-1, -1, 3, 2, 2)
+    within, between = diversity(pictures)
+    assert within == pytest.approx(0.1)  # 0.2 of [-1, 1]
+    assert between == pytest.approx((1 + 0.8 + 0.8 + 0.6) / 4 / 2)
+    with pytest.raises(ValueError, match="no pairs"):
+        diversity(pictures[:, :1])

@@ -22,8 +22,8 @@ FLOORS = {  # a room may import from rooms on lower floors, and from its own
     "data": 1,
     "training": 2,
     "sampling": 2,
-    "evaluation": 2,
     "interop": 2,
+    "evaluation": 3,  # it measures what sampling draws
 }
 ANYWHERE = {"errors", "config", "hub"}
 

@@ -8,13 +8,16 @@ import pytest
 from PIL import Image
 
 from mmvit.core.transformer import TransformerConfig
+from mmvit.data.captions import TextTokenizer
 from mmvit.data.codes import unpack_codes
 from mmvit.data.shards import read_shard
 from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.clip import CLIP, CLIPConfig
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.models.vqgan import VQGAN, VQGANConfig
 from mmvit.sampling.generator import Generator
+from mmvit.sampling.rerank import CaptionScorer
 
 SMALL_MODEL = "--model.text_length 8 --model.core.width 32 --model.core.depth 1"
 SHORT_RUN = "--train.steps 4 --train.batch_size 8 --train.num_workers 0 --train.evaluate_every 2"
@@ -98,7 +101,33 @@ def test_evaluation_writes_figures_and_a_picture(run, tiny_shards, run_script, t
     assert figures["captions"] == 8
     assert figures["candidates"] == 56
     assert 0 <= figures["retrieval@1"] <= figures["retrieval@5"] <= 1
+    assert figures["held_out_loss_of_picture"] == pytest.approx(4 * figures["held_out_loss"])
+    assert figures["copies"] <= 8
+    assert "frechet_distance_pixels-8x8" in figures
     assert out.is_file()
+
+
+def test_evaluation_by_a_clip_a_classifier_and_in_two_languages(run, tiny_shards, run_script, tmp_path):
+    tokenizer = TextTokenizer.from_file(run / "best" / "text_tokenizer")
+    core = TransformerConfig(width=16, depth=1, num_heads=1)
+    image = ClassifierConfig(image_size=16, patch_size=8, num_classes=4, core=core)
+    clip = CLIP(CLIPConfig(image=image, text=core, vocab_size=tokenizer.vocab_size))
+    CaptionScorer(clip, tokenizer).save_pretrained(tmp_path / "clip")
+    Classifier(image).save_pretrained(tmp_path / "classifier")
+    arguments = (run, tiny_shards, "--split", "heldout", "--out", tmp_path / "sheet.png")
+    more = ("--seeds", 2, "--clip", tmp_path / "clip", "--classifier", tmp_path / "classifier")
+    ran = run_script("pipelines/evaluate.py", *arguments, *more, "--language", "en", "de")
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads((run / "evaluation-heldout.json").read_text())
+    assert figures["languages"].keys() == {"en", "de"}
+    assert figures["languages"]["en"]["held_out_loss"] == figures["held_out_loss"]
+    assert figures["languages"]["de"]["held_out_loss"] != figures["held_out_loss"]
+    assert -1 <= figures["clip_score"] <= 1
+    assert figures["class_accuracy_of_real"] == 0.25  # its head is zero: all are of the first of four classes
+    assert figures["with_class"] == 8
+    assert figures["diversity"] > 0
+    ran = run_script("pipelines/evaluate.py", *arguments, "--language", "xx")
+    refused(ran, "has no caption in xx")
 
 
 def sheet_order(run_script, arguments) -> list[float]:
@@ -106,10 +135,10 @@ def sheet_order(run_script, arguments) -> list[float]:
     labels = []
     with (
         mock.patch(
-            "mmvit.sampling.grids.labelled_grid",
+            "mmvit.evaluation.tokenizer_report.labelled_grid",
             side_effect=lambda rows, names, *_, **__: labels.extend(names),
         ),
-        mock.patch("mmvit.sampling.grids.side_by_side", return_value=Image.new("RGB", (1, 1))),
+        mock.patch("mmvit.evaluation.tokenizer_report.side_by_side", return_value=Image.new("RGB", (1, 1))),
     ):
         assert run_script("pipelines/evaluate.py", *arguments).returncode == 0
     return [float(label.split()[-2]) for label in labels]

@@ -138,11 +138,14 @@ def read_caption_file(path: Path) -> list[str]:
     return captions
 
 
-def read_caption(sample: Sample, languages: Sequence[str], rng: random.Random) -> str:
-    """The caption of a sample: in one of `languages`, drawn evenly from those in its `json`, else its `txt`.
+def read_caption(
+    sample: Sample, languages: Sequence[str], rng: random.Random, falls_back: bool = True
+) -> str:
+    """The caption of a sample: in one of `languages`, drawn evenly from those in its `json`, else its `txt`
+    if it `falls_back`.
 
     Raises:
-        BadSample: not UTF-8, not JSON, or neither a `txt` nor any of the languages.
+        BadSample: not UTF-8, not JSON, or neither any of the languages nor a `txt` to fall back to.
     """
     if "json" in sample.files:
         try:
@@ -152,10 +155,11 @@ def read_caption(sample: Sample, languages: Sequence[str], rng: random.Random) -
         caption = choose_caption(facts, languages, rng)
         if caption is not None:
             return caption
-    if "txt" in sample.files:
+    if "txt" in sample.files and falls_back:
         return read_text(sample, "txt").strip()
+    no_text = "has no txt, and " if falls_back else "has "
     raise BadSample(
-        "no caption", f"has no txt, and no caption in {', '.join(languages) or 'any language'} in its json"
+        "no caption", f"{no_text}no caption in {', '.join(languages) or 'any language'} in its json"
     )
 
 

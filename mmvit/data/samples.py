@@ -56,8 +56,20 @@ class ClassifierSample(PixelsSample):
         return {**super().__call__(sample, rng), "labels": np.int64(label)}
 
 
+class ClassSample:
+    """→ {"labels": int64 ()}."""
+
+    needs = (("cls",),)
+
+    def __init__(self, num_classes: int):
+        self.num_classes = num_classes
+
+    def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
+        return {"labels": np.int64(read_class(sample.files["cls"], self.num_classes))}
+
+
 class CaptionPixelsSample(PixelsSample):
-    """→ {"pixels": as above, "captions": str}."""
+    """→ {"pixels": as above, "captions": str}; see `read_caption`."""
 
     needs = (IMAGE_EXTENSIONS, ("txt", "json"))
 
@@ -67,12 +79,14 @@ class CaptionPixelsSample(PixelsSample):
         languages: Sequence[str] = ("en",),
         augment: AugmentConfig | None = None,
         max_pixels: int = MAX_PIXELS,
+        falls_back: bool = True,
     ):
         super().__init__(size, augment, max_pixels)
-        self.languages = languages
+        self.languages, self.falls_back = languages, falls_back
 
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
-        return {**super().__call__(sample, rng), "captions": read_caption(sample, self.languages, rng)}
+        caption = read_caption(sample, self.languages, rng, self.falls_back)
+        return {**super().__call__(sample, rng), "captions": caption}
 
 
 class CaptionIdsPixelsSample(CaptionPixelsSample):
