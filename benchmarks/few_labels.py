@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from classifier_runs import ROOT, call, flops_of, interval, read_log, train, write_log
+from studies import ROOT, call, flops_of, interval, read_log, train, write_log
 
 from mmvit.errors import UserError, run_script
 

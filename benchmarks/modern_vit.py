@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from classifier_runs import ROOT, flops_of, interval, read_log, train, write_log
+from studies import ROOT, flops_of, interval, read_log, train, write_log
 
 from mmvit.errors import UserError, run_script
 

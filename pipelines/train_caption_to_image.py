@@ -27,10 +27,13 @@ from mmvit.training.caption_codes import CaptionCodesConfig, open_caption_codes
 
 
 class StartConfig(Config):
-    """What training begins from; everything is drawn at random where there is no `core`."""
+    """What training begins from; drawn at random where nothing is said."""
 
     core: str | None = Field(
         None, description="a run folder, model or Hub repository whose core is taken, as a classifier's"
+    )
+    codebook: bool = Field(
+        True, description="whether codes begin with vectors and logits of what they look like"
     )
 
 
@@ -48,7 +51,8 @@ def main() -> None:
         recipe = session.recipe
         data = open_caption_codes(session, recipe.data, recipe.model)
         model = GeneratorTransformer(data.config)
-        model.start_from_codebook(data.image_tokenizer.code_vectors())
+        if recipe.start.codebook:
+            model.start_from_codebook(data.image_tokenizer.code_vectors())
         if recipe.start.core:
             take_core(model, recipe.start.core)
 

@@ -34,6 +34,19 @@ def hybrid(patch_size: int, blocks: tuple[int, ...], shape: TransformerConfig) -
     return ClassifierConfig(patch_size=patch_size, stem="resnet", stem_blocks=blocks, core=shape)
 
 
+def dalle(shape: TransformerConfig, **parts) -> GeneratorConfig:
+    """Captions of up to 256 of 16,384 tokens and 32 × 32 codes of 8,192, read by row, by column and by
+    convolution; captions are never left out (2102.12092, appendix B)."""
+    of_the_paper = {"vocab_size": 16384, "text_length": 256, "codebook_size": 8192, "grid": (32, 32)}
+    return GeneratorConfig(
+        **{**of_the_paper, **parts},
+        positions="learned_2d",
+        attention="dalle",
+        caption_dropout=0.0,
+        core=shape,
+    )
+
+
 TINY, SMALL, BASE = core(192, 12, 3), core(384, 12, 6), core(768, 12, 12)
 LARGE, HUGE = core(1024, 24, 16), core(1280, 32, 16)
 
@@ -75,11 +88,12 @@ GENERATORS = {
         vocab_size=16384, text_length=120, codebook_size=16384, grid=(16, 16),
         core=core(1280, 36, 20, norm="rmsnorm", mlp="swiglu", bias=False),
     ),
-    # DALL·E (2102.12092, appendix B): 64 layers of 62 heads, 32 × 32 codes
-    "dalle-12b": GeneratorConfig(
-        vocab_size=16384, text_length=256, codebook_size=8192, grid=(32, 32), positions="learned_2d",
-        attention="dalle",
-        core=core(3968, 64, 62, mlp="gelu"),
+    # DALL·E (2102.12092, appendix B), which has 64 layers of 62 heads; then smaller, and one that trains here
+    "dalle-12b": dalle(core(3968, 64, 62)),
+    "dalle-1b": dalle(core(1792, 24, 28)),
+    "dalle-300m": dalle(core(1024, 24, 16)),
+    "dalle-tiny": dalle(
+        core(256, 8, 4), vocab_size=4096, text_length=16, codebook_size=1024, grid=(8, 8), convolution=7
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What the studies of classifiers share: runs of the pipelines' scripts, their FLOPs, logs and intervals."""
+"""What studies share: runs of the pipelines' scripts, their FLOPs, logs and intervals."""
 
 import functools
 import json
@@ -15,6 +15,9 @@ from speed import count_flops
 
 from mmvit.config import load_config
 from mmvit.errors import UserError
+from mmvit.models.classifier import ClassifierConfig
+from mmvit.models.generator import GeneratorConfig
+from mmvit.models.presets import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 # 97.5% quantile of Student's t by the number of figures
@@ -56,13 +59,22 @@ def last_figures(run: Path, steps: int) -> dict[str, Any] | None:
 def flops_of(script: str, config: Path, settings: tuple[str, ...] = ()) -> float:
     """FLOPs of training on one picture, forward and backward, by the objective of a recipe."""
     names = runpy.run_path(str(ROOT / script))
-    is_pretraining = "PretrainingRecipe" in names
-    kind = names["PretrainingRecipe" if is_pretraining else "ClassifierRecipe"]
+    kind = next(value for name, value in names.items() if name.endswith("Recipe") and name != "Recipe")
     recipe = load_config(kind, config, [*settings, *PLAIN_KERNEL])
-    objective = names["build_objective"](recipe) if is_pretraining else names["Classifier"](recipe.model)
-    pixels = torch.randn(PICTURES, recipe.model.channels, *recipe.model.height_width)
-    batch = {"pixels": pixels, "other_pixels": pixels, "labels": torch.zeros(PICTURES, dtype=torch.long)}
+    build = names.get("build_objective", lambda recipe: MODELS[type(recipe.model)](recipe.model))
+    objective = build(recipe)
+    batch = random_batch(recipe.model)
     return count_flops(lambda: objective.loss(batch)[0].backward()) / PICTURES
+
+
+def random_batch(config: ClassifierConfig | GeneratorConfig) -> dict[str, torch.Tensor]:
+    if isinstance(config, GeneratorConfig):
+        return {
+            "caption_ids": torch.ones(PICTURES, config.text_length, dtype=torch.long),
+            "codes": torch.zeros(PICTURES, config.num_codes, dtype=torch.long),
+        }
+    pixels = torch.randn(PICTURES, config.channels, *config.height_width)
+    return {"pixels": pixels, "other_pixels": pixels, "labels": torch.zeros(PICTURES, dtype=torch.long)}
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
