@@ -17,6 +17,7 @@ from mmvit.config import load_config
 from mmvit.errors import UserError
 from mmvit.models.classifier import ClassifierConfig
 from mmvit.models.generator import GeneratorConfig
+from mmvit.models.joint import JointConfig
 from mmvit.models.presets import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +68,9 @@ def flops_of(script: str, config: Path, settings: tuple[str, ...] = ()) -> float
     return count_flops(lambda: objective.loss(batch)[0].backward()) / PICTURES
 
 
-def random_batch(config: ClassifierConfig | GeneratorConfig) -> dict[str, torch.Tensor]:
+def random_batch(config: ClassifierConfig | GeneratorConfig | JointConfig) -> dict[str, torch.Tensor]:
+    if isinstance(config, JointConfig):
+        return {**random_batch(config.classifier), **random_batch(config.generator)}
     if isinstance(config, GeneratorConfig):
         return {
             "caption_ids": torch.ones(PICTURES, config.text_length, dtype=torch.long),

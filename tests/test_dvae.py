@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from mmvit.errors import UserError
 from mmvit.interop.openai_dvae import dvae_from_openai, dvae_to_openai, load_openai_dvae
 from mmvit.models.dvae import (
+    SHARPNESS,
     DiscreteVAE,
     DiscreteVAEConfig,
     cosine,
@@ -164,6 +165,28 @@ def test_it_learns_a_few_pictures():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_codes_that_start_from_patches_name_the_nearest(model):
+    pixels = pixels_of(32)
+    model.start_codes(pixels)
+    with torch.no_grad():
+        mapped = map_pixels((pixels + 1) / 2)
+        vectors = model.encoder.features(mapped).flatten(2).transpose(1, 2).flatten(0, 1)
+        logits = model.encoder(mapped).flatten(2).transpose(1, 2).flatten(0, 1)
+    spread = (vectors - vectors.mean(0)).square().sum(1).mean().sqrt()
+    vectors = (vectors - vectors.mean(0)) / spread
+    centres = model.encoder.head.weight[:, :, 0, 0] * spread / SHARPNESS
+    expected = -SHARPNESS / 2 * torch.cdist(vectors, centres).square()
+    difference = logits - expected  # the same for all codes of a patch, so without a part in the softmax
+    torch.testing.assert_close(difference, difference[:, :1].expand_as(difference), atol=2e-3, rtol=0)
+    assert (torch.cdist(centres, vectors).amin(1) < 1e-3).all()  # each code is a patch
+
+
+def test_fewer_patches_than_codes_all_have_their_own(model):
+    pixels = pixels_of(4)
+    model.start_codes(pixels)
+    assert len(model.codes_of(pixels).unique()) == 4 * 2 * 3
 
 
 def test_wrong_sizes_and_codes_are_refused(model):

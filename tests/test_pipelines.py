@@ -115,7 +115,16 @@ def test_evaluation_by_a_clip_a_classifier_and_in_two_languages(run, tiny_shards
     CaptionScorer(clip, tokenizer).save_pretrained(tmp_path / "clip")
     Classifier(image).save_pretrained(tmp_path / "classifier")
     arguments = (run, tiny_shards, "--split", "heldout", "--out", tmp_path / "sheet.png")
-    more = ("--seeds", 2, "--clip", tmp_path / "clip", "--classifier", tmp_path / "classifier")
+    more = (
+        "--captioned",
+        3,
+        "--seeds",
+        2,
+        "--clip",
+        tmp_path / "clip",
+        "--classifier",
+        tmp_path / "classifier",
+    )
     ran = run_script("pipelines/evaluate.py", *arguments, *more, "--language", "en", "de")
     assert ran.returncode == 0, ran.stderr
     figures = json.loads((run / "evaluation-heldout.json").read_text())
@@ -126,6 +135,11 @@ def test_evaluation_by_a_clip_a_classifier_and_in_two_languages(run, tiny_shards
     assert figures["class_accuracy_of_real"] == 0.25  # its head is zero: all are of the first of four classes
     assert figures["with_class"] == 8
     assert figures["diversity"] > 0
+    assert (figures["captioned"], figures["caption_candidates"]) == (
+        3,
+        4,
+    )  # captions that are the same are one
+    assert figures["caption@5"] == 1
     ran = run_script("pipelines/evaluate.py", *arguments, "--language", "xx")
     refused(ran, "has no caption in xx")
 

@@ -17,6 +17,7 @@ from mmvit.evaluation.splits import decode, encode
 from mmvit.evaluation.tokenizer_report import draw_halves
 from mmvit.models.classifier import Classifier
 from mmvit.models.perceptual import fit_pixels
+from mmvit.sampling.editing import rank_captions
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.pictures import pictures_from_pixels
 from mmvit.sampling.rerank import CaptionScorer
@@ -24,11 +25,12 @@ from mmvit.sampling.rerank import CaptionScorer
 
 @dataclass(frozen=True)
 class Unseen:
-    """A split, (pictures, ...), among all pictures of its data set, of which `own` are the places of its own
-    and `trained` those of the train split."""
+    """A split, (pictures, ...), among `everything`, all pictures of its data set, of which `own` are the
+    places of its own and `trained` those of the train split."""
 
     keys: list[str]
     captions: list[str]
+    all_captions: list[str]
     pixels: Tensor
     everything: Tensor
     own: Tensor
@@ -40,7 +42,8 @@ class Unseen:
         place = {key: i for i, key in enumerate(real["keys"])}
         own = torch.tensor([place[key] for key in unseen["keys"]])
         places = torch.tensor([place[key] for key in trained], dtype=torch.long)
-        return cls(unseen["keys"], unseen["captions"], unseen["pixels"], real["pixels"], own, places)
+        captions, pixels = ([one[name] for one in (unseen, real)] for name in ("captions", "pixels"))
+        return cls(unseen["keys"], *captions, *pixels, own, places)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def report_generator(
     clip: CaptionScorer | None = None,
     classifier: Classifier | None = None,
     labels: Mapping[str, int] | None = None,
+    captioned: int = 0,
     **settings: Any,
 ) -> GeneratorReport:
     """Draws a picture of every caption and measures it.
@@ -73,6 +77,7 @@ def report_generator(
         clip: in whose space retrieval is measured, too, and how well pictures fit their captions.
         classifier, labels: by whom and of which classes (key → class) pictures are; without `labels` nothing
             is measured by it.
+        captioned: pictures of the split, evenly spread, whose caption is looked for among all.
         settings: as for `Generator.draw`.
     """
     codes = encode(generator.image_tokenizer, unseen.pixels)
@@ -104,7 +109,22 @@ def report_generator(
         figures |= measure_by_clip(clip, unseen, generated)
     if classifier is not None and labels is not None:
         figures |= measure_by_classes(classifier, labels, unseen, generated)
+    if captioned:
+        figures |= measure_captions(generator, unseen, captioned)
     return GeneratorReport(figures, generated, reconstructed, ranks)
+
+
+def measure_captions(generator: Generator, unseen: Unseen, number: int) -> dict[str, float]:
+    """How often a real picture's own caption is the likeliest of all captions of the data set
+    (`rank_captions`), for `number` pictures evenly spread over the split."""
+    chosen = torch.linspace(0, len(unseen.own) - 1, min(number, len(unseen.own))).round().long()
+    candidates = list(dict.fromkeys(unseen.all_captions))
+    scores = rank_captions(generator, unseen.pixels[chosen], candidates).cpu()
+    place = {caption: i for i, caption in enumerate(candidates)}
+    is_own = torch.zeros(scores.shape, dtype=torch.bool)
+    is_own[torch.arange(len(chosen)), [place[unseen.captions[i]] for i in chosen]] = True
+    ranks = caption_ranks(scores, is_own)
+    return {"captioned": len(chosen), "caption_candidates": len(candidates), **recalls("caption", ranks)}
 
 
 def recalls(name: str, ranks: Tensor) -> dict[str, float]:

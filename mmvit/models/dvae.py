@@ -21,6 +21,7 @@ from mmvit.models.codes import ImageTokenizer
 from mmvit.models.quantizers import perplexity
 
 NUM_GROUPS = 4  # of residual blocks; between them the resolution halves three times
+SHARPNESS = 20.0  # of the codes at a start from data: logits are minus half of it times squared distances
 EPSILON = 0.1  # keeps pixel values away from the ends of (0, 1), where the logit is infinite
 
 
@@ -38,6 +39,9 @@ class DiscreteVAEConfig(Config):
     kl_warmup: int = Field(5000, ge=0, description="passes in which β rises from 0")
     final_temperature: float = Field(1 / 16, gt=0, description="of the relaxation, which begins at 1")
     temperature_steps: int = Field(150_000, ge=0, description="passes in which the temperature falls")
+    start_pictures: int = Field(
+        0, ge=0, description="of the data, among whose patches codes are spread before training"
+    )
 
 
 class DiscreteVAE(ImageTokenizer):
@@ -56,6 +60,24 @@ class DiscreteVAE(ImageTokenizer):
     def code_vectors(self) -> Tensor:
         """What the decoder first makes of each code, (codebook_size, code_width)."""
         return self.decoder.stem.weight[:, :, 0, 0].T
+
+    @torch.no_grad()
+    def start_codes(self, pixels: Tensor) -> None:
+        """Begins with codes that stand for patches of `pixels` (pictures, 3, height, width), which a short
+        run would not find by itself: the encoder names the code nearest to what it makes of a patch, and the
+        decoder gives near codes near vectors. Patches are drawn as k-means++ draws centres (Arthur and
+        Vassilvitskii 2007)."""
+        mapped = map_pixels((pixels + 1) / 2)
+        parts = [self.encoder.features(part).flatten(2).transpose(1, 2) for part in mapped.split(64)]
+        vectors = torch.cat(parts).flatten(0, 1).float()  # (patches, width)
+        middle = vectors.mean(0)
+        spread = (vectors - middle).square().sum(1).mean().sqrt()
+        centres = spread_out((vectors - middle) / spread, self.config.codebook_size)
+        head, stem = self.encoder.head, self.decoder.stem
+        head.weight.copy_((SHARPNESS / spread * centres)[:, :, None, None])
+        head.bias.copy_(-SHARPNESS * (centres @ middle / spread + centres.square().sum(1) / 2))
+        mixing = torch.randn(centres.shape[1], self.config.code_width, device=centres.device)
+        stem.weight.copy_((centres @ mixing).T[:, :, None, None])
 
     def codes_of(self, pixels: Tensor) -> Tensor:
         """The likeliest codes."""
@@ -137,6 +159,19 @@ def cosine(step: int, num_steps: int, start: float, end: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 
+def spread_out(vectors: Tensor, number: int) -> Tensor:
+    """`number` of `vectors` (patches, width), each drawn in proportion to its squared distance from the
+    nearest before; where all have been drawn, some once more."""
+    distances = torch.full((len(vectors),), torch.inf, device=vectors.device)
+    drawn = torch.randint(len(vectors), (1,), device=vectors.device)
+    chosen = []
+    for _ in range(number):
+        chosen.append(vectors[drawn[0]])
+        distances = torch.minimum(distances, (vectors - chosen[-1]).square().sum(1))
+        drawn = torch.multinomial(distances if distances.any() else torch.ones_like(distances), 1)
+    return torch.stack(chosen)
+
+
 class Encoder(nn.Module):
     """Values (batch, 3, height, width) → logits (batch, codebook_size, rows, columns)."""
 
@@ -148,10 +183,14 @@ class Encoder(nn.Module):
         self.head = convolution(widths[-1], config.codebook_size, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the logits are read from, (batch, width, rows, columns)."""
         x = self.groups[0](self.stem(x))
         for group in self.groups[1:]:
             x = group(F.max_pool2d(x, 2))
-        return self.head(F.relu(x))
+        return F.relu(x)
 
 
 class Decoder(nn.Module):
