@@ -1,6 +1,7 @@
 """What each part of the default generator buys: the recipe with one part exchanged at a time, all for the
 same training FLOPs.
 
+    python pipelines/encode_images.py data/emoji data/emoji-views --views 8 --shift 2
     python benchmarks/modern_generator.py run --images 24000 --log modern-generator.jsonl
     python benchmarks/modern_generator.py table modern-generator.jsonl
 
@@ -22,6 +23,7 @@ from mmvit.errors import UserError, run_script
 
 RECIPE = ("pipelines/train_caption_to_image.py", ROOT / "configs/emoji_demo.toml")
 BATCH = 64
+VIEWS = "data/emoji-views"
 DEFAULT, UNGUIDED = "the default", "captions never left out"
 CAUSAL = ("--model.attention", "causal", "--model.text_loss_weight", "1")
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -38,6 +40,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "code noise 0.1": ("--model.code_noise", "0.1"),
     "label smoothing 0.1": ("--model.label_smoothing", "0.1"),
     "BPE dropout 0.1": ("--data.bpe_dropout", "0.1"),
+    "half of the pictures shifted": ("--data.views", "0.5", "--data.train", f"{VIEWS}/train-*.tar"),
     "causal captions, 1 : 7": CAUSAL,
     "DALL·E's attention, 1 : 7": ("--model.attention", "dalle", "--model.convolution", "7", *CAUSAL[2:]),
 }

@@ -6,18 +6,28 @@ pixels.
 takes 20 s for 3953 emoji on 2 cores. Every split of the source is encoded; a sample keeps its captions and
 class, loses its picture and gains `codes.npy` (rows, columns). dataset.json says which tokenizer made the
 codes, and training checks it.
+
+    python pipelines/encode_images.py data/emoji data/emoji-codes --views 8 --shift 2 --flip-unless left right
+
+gives the samples of `train` eight more views each (`views.npy`), for `data.views` of a recipe: shifted by up
+to two pixels, and every second one flipped, unless the caption has one of these words.
 """
 
 import argparse
+import random
+import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from mmvit.data.augment import Augment, AugmentConfig
+from mmvit.data.captions import read_caption
 from mmvit.data.codes import MAX_CODES, pack_codes
 from mmvit.data.images import decode_image, parse_size, to_unit_range
-from mmvit.data.samples import IMAGE_EXTENSIONS, image_bytes
+from mmvit.data.samples import IMAGE_EXTENSIONS, VIEWS, image_bytes
 from mmvit.data.shards import BadSample, Sample, expand_shards
 from mmvit.data.writing import (
     Outcome,
@@ -33,6 +43,30 @@ from mmvit.hub import fingerprint
 from mmvit.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 
 BATCH = 64
+TRAIN = "train"  # the split whose pictures are seen from more views
+
+
+@dataclass(frozen=True)
+class Views:
+    """How many more views a picture has, how far each is moved (pixels, each way), and the words of a caption
+    that forbid to flip every second one; none is flipped where there are no words."""
+
+    number: int = 0
+    shift: int = 0
+    flip_unless: tuple[str, ...] = ()
+
+    def of(self, sample: Sample, pixels: np.ndarray) -> list[np.ndarray]:
+        """uint8 (height, width, 3) → the picture and its views, drawn by its key."""
+        rng = random.Random(sample.key)
+        words = set()
+        if self.number and self.flip_unless:
+            words = set(re.findall(r"\w+", read_caption(sample, ("en",), random.Random(0)).lower()))
+        may_flip = bool(self.flip_unless) and not words & {word.lower() for word in self.flip_unless}
+        seen = [pixels]
+        for view in range(self.number):
+            flip = float(may_flip and view % 2 == 1)
+            seen.append(Augment(AugmentConfig(crop_padding=self.shift, flip=flip))(pixels, rng))
+        return seen
 
 
 def main() -> None:
@@ -48,16 +82,20 @@ def main() -> None:
     splits = find_splits(options.source)
     make_room(options.out, splits)
     card, outcome = read_dataset_card(options.source), Outcome()
+    plan = Views(options.views, options.shift, tuple(options.flip_unless))
     for split, shards in splits.items():
         samples = with_progress(
-            read_pictures(shards, options.size, outcome),
+            read_pictures(shards, options.size, outcome, plan if split == TRAIN else Views()),
             card.get("samples", {}).get(split),
             f"encoding {split}",
         )
         with ShardWriter(options.out, split) as writer:
             for sample, codes in encode(tokenizer, samples):
                 files = {name: data for name, data in sample.files.items() if name not in IMAGE_EXTENSIONS}
-                writer.write(sample.key, {**files, "codes.npy": pack_codes(codes)})
+                files["codes.npy"] = pack_codes(codes[0])
+                if len(codes) > 1:
+                    files[VIEWS] = pack_codes(codes[1:])
+                writer.write(sample.key, files)
                 outcome.wrote(split)
     if not outcome.written:
         outcome.print(options.out)
@@ -87,7 +125,20 @@ def parse_arguments() -> argparse.Namespace:
         default="64",
         help="side, or HEIGHTxWIDTH, in pixels that pictures are brought to (%(default)s)",
     )
-    return parser.parse_args()
+    parser.add_argument("--views", type=int, default=0, help=f"more views of the split {TRAIN} (%(default)s)")
+    parser.add_argument("--shift", type=int, default=2, help="pixels that views are moved by (%(default)s)")
+    parser.add_argument(
+        "--flip-unless",
+        nargs="+",
+        default=[],
+        metavar="WORD",
+        help="flip every second view, unless the caption has one of these words",
+    )
+    options = parser.parse_args()
+    for name in ("views", "shift"):
+        if (number := getattr(options, name)) < 0:
+            raise UserError(f"--{name} {number}: it is 0 or more")
+    return options
 
 
 def find_splits(folder: Path) -> dict[str, list[Path]]:
@@ -118,13 +169,14 @@ def make_room(out: Path, splits: Iterable[str]) -> None:
 
 
 def read_pictures(
-    shards: list[Path], size: tuple[int, int], outcome: Outcome
+    shards: list[Path], size: tuple[int, int], outcome: Outcome, views: Views
 ) -> Iterator[tuple[Sample, np.ndarray]]:
-    """Samples with their pixels (3, height, width) in [-1, 1]; those without a readable picture are
-    counted."""
+    """Samples with their pixels and those of their views, (1 + views, 3, height, width) in [-1, 1]; those
+    without a readable picture are counted."""
     for sample in read_samples(shards, outcome):
         try:
-            yield sample, to_unit_range(decode_image(image_bytes(sample), size))
+            seen = views.of(sample, decode_image(image_bytes(sample), size))
+            yield sample, np.stack([to_unit_range(each) for each in seen])
         except BadSample as bad:
             outcome.skip(bad.reason, sample.key)
 
@@ -132,12 +184,12 @@ def read_pictures(
 def encode(
     tokenizer: ImageTokenizer, samples: Iterator[tuple[Sample, np.ndarray]]
 ) -> Iterator[tuple[Sample, np.ndarray]]:
-    """The samples with their codes (rows, columns)."""
+    """The samples with their codes, (1 + views, rows, columns)."""
     device = next(tokenizer.parameters()).device
     group: list[tuple[Sample, np.ndarray]] = []
     for item in samples:
         group.append(item)
-        if len(group) == BATCH:
+        if len(group) * len(item[1]) >= BATCH:
             yield from encode_group(tokenizer, group, device)
             group = []
     if group:
@@ -148,7 +200,7 @@ def encode_group(
     tokenizer: ImageTokenizer, group: list[tuple[Sample, np.ndarray]], device: torch.device
 ) -> Iterator[tuple[Sample, np.ndarray]]:
     pixels = torch.from_numpy(np.stack([pixels for _, pixels in group])).to(device)
-    codes = tokenizer.encode(pixels).cpu().numpy()
+    codes = tokenizer.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]).cpu().numpy()
     return zip((sample for sample, _ in group), codes, strict=True)
 
 

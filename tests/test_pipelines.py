@@ -1,16 +1,21 @@
 """The generator's scripts from shards to pictures on tiny data, and what they say to the user's mistakes."""
 
 import json
+import random
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from PIL import Image
 
 from mmvit.core.transformer import TransformerConfig
+from mmvit.data.augment import Augment, AugmentConfig
 from mmvit.data.captions import TextTokenizer
 from mmvit.data.codes import unpack_codes
-from mmvit.data.shards import read_shard
+from mmvit.data.images import decode_image, to_unit_range
+from mmvit.data.samples import CaptionCodesSample
+from mmvit.data.shards import BadSample, read_shard
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.clip import CLIP, CLIPConfig
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
@@ -280,6 +285,42 @@ def test_encoding_refuses_what_it_cannot_do(place, tiny_shards, run_script, tmp_
     refused(
         run_script(script, tiny_shards, tmp_path, "--tokenizer", tokenizer, "--size", 16), "shards of test"
     )
+
+
+def test_views_are_moved_and_flipped_where_the_caption_allows(
+    place, tiny_shards, run_script, tokenizer, tmp_path
+):
+    out = tmp_path / "codes"
+    arguments = (tiny_shards, out, "--tokenizer", place / "tokenizer", "--size", 16)
+    ran = run_script("pipelines/encode_images.py", *arguments, "--views", 3, "--flip-unless", "Red", "left")
+    assert ran.returncode == 0, ran.stderr
+    model = VQModel.from_pretrained(place / "tokenizer")
+    pictures = {sample.key: sample for sample in read_shard(next(tiny_shards.glob("train-*0.tar")))}
+    moved = AugmentConfig(crop_padding=2)
+    seen_flips = set()
+    for sample in read_shard(next(out.glob("train-*0.tar"))):
+        pixels, rng = decode_image(pictures[sample.key].files["png"], (16, 16)), random.Random(sample.key)
+        views = unpack_codes(sample.files["views.npy"], (2, 2), 16, views=True)
+        is_flipped = not sample.files["txt"].startswith(b"red")
+        seen_flips.add(is_flipped)
+        for view in range(3):
+            flip = moved.model_copy(update={"flip": float(is_flipped and view == 1)})
+            expected = to_unit_range(Augment(flip)(pixels, rng))
+            codes = model.encode(torch.from_numpy(expected.copy())[None])
+            assert torch.equal(codes[0], torch.from_numpy(views[view])), sample.key
+    assert seen_flips == {True, False}
+    (held_out,) = out.glob("heldout-*.tar")
+    assert "views.npy" not in next(read_shard(held_out)).files
+
+    sample = next(read_shard(next(out.glob("train-*0.tar"))))
+    shape = (tokenizer, 8, (2, 2), 16)
+    views = unpack_codes(sample.files["views.npy"], (2, 2), 16, views=True).reshape(3, 4).tolist()
+    drawn = CaptionCodesSample(*shape, views=1.0)(sample, random.Random(0))["codes"].tolist()
+    assert drawn in views
+    plain = CaptionCodesSample(*shape)(sample, random.Random(0))["codes"].tolist()
+    assert plain == unpack_codes(sample.files["codes.npy"], (2, 2), 16).reshape(-1).tolist()
+    with pytest.raises(BadSample, match="no views"):
+        CaptionCodesSample(*shape, views=1.0)(next(read_shard(held_out)), random.Random(0))
 
 
 def test_codes_that_are_being_replaced_do_not_say_whose_they_are(place, tiny_shards, run_script, tmp_path):

@@ -14,8 +14,9 @@ ENCODE_AGAIN = "encode the shards with the image tokenizer in use (pipelines/enc
 
 
 def pack_codes(codes: np.ndarray) -> bytes:
-    """Codes (rows, cols) below 65,536 → the bytes of an .npy file of uint16."""
-    if codes.ndim != 2 or codes.min() < 0 or codes.max() > 65535:
+    """Codes (rows, cols), or of several views (views, rows, cols), below 65,536 → the bytes of an .npy file
+    of uint16."""
+    if codes.ndim not in (2, 3) or codes.min() < 0 or codes.max() > 65535:
         raise ValueError(
             f"codes of shape {codes.shape} from {codes.min()} to {codes.max()} are not (rows, cols) of uint16"
         )
@@ -24,8 +25,8 @@ def pack_codes(codes: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def unpack_codes(data: bytes, grid: tuple[int, int], codebook_size: int) -> np.ndarray:
-    """The inverse: int64 (rows, cols).
+def unpack_codes(data: bytes, grid: tuple[int, int], codebook_size: int, views: bool = False) -> np.ndarray:
+    """The inverse: int64 (rows, cols), or of `views` (views, rows, cols).
 
     Raises:
         BadSample: the bytes are no array of integers.
@@ -37,7 +38,7 @@ def unpack_codes(data: bytes, grid: tuple[int, int], codebook_size: int) -> np.n
         raise BadSample("unreadable codes", str(error)) from None
     if codes.dtype.kind not in "iu":
         raise BadSample("unreadable codes", f"an array of {codes.dtype}, not of integers")
-    if codes.shape != tuple(grid):
+    if codes.shape[int(views) :] != tuple(grid) or codes.ndim != 2 + views:
         raise UserError(
             f"the codes are {describe(codes.shape)}, the model expects {describe(grid)}; {ENCODE_AGAIN}"
         )

@@ -16,6 +16,7 @@ from mmvit.data.writing import read_dataset_card
 from mmvit.errors import UserError
 from mmvit.hub import shorten
 
+VIEWS = "views.npy"  # codes of the picture moved or flipped, (views, rows, columns)
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "jpeg")
 
 
@@ -112,7 +113,8 @@ class CaptionIdsPixelsSample(CaptionPixelsSample):
 
 
 class CaptionCodesSample:
-    """→ {"caption_ids": int64 (text_length,), "codes": int64 (rows * cols,), "captions": str}.
+    """→ {"caption_ids": int64 (text_length,), "codes": int64 (rows * cols,), "captions": str}; the codes with
+    probability `views` of one of the sample's views (`views.npy`).
 
     `report()` of the stream counts `captions` and `captions cut`.
     """
@@ -127,6 +129,7 @@ class CaptionCodesSample:
         codebook_size: int,
         languages: Sequence[str] = ("en",),
         dropout: float = 0.0,
+        views: float = 0.0,
     ):
         self.tokenizer = tokenizer
         self.text_length = text_length
@@ -134,11 +137,16 @@ class CaptionCodesSample:
         self.codebook_size = codebook_size
         self.languages = languages
         self.dropout = dropout
+        self.views = views
 
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
         caption = read_caption(sample, self.languages, rng)
         ids, num_cut = self.tokenizer.encode([caption], self.text_length, self.dropout, rng)
         codes = unpack_codes(sample.files["codes.npy"], self.grid, self.codebook_size)
+        if self.views and rng.random() < self.views:
+            if VIEWS not in sample.files:
+                raise BadSample("no views", f"{sample.key}; encode_images.py --views makes them")
+            codes = rng.choice(unpack_codes(sample.files[VIEWS], self.grid, self.codebook_size, views=True))
         return {
             "caption_ids": ids[0],
             "codes": codes.reshape(-1),
