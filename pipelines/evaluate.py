@@ -19,7 +19,8 @@ An image tokenizer: PSNR, SSIM, L1, the codes that the split uses, and the Fréc
 pictures and their reconstructions. The picture shows real and reconstruction from the worst to the best; a
 .json beside it keeps the figures, and a second picture, -codes.png, shows how often each code occurs.
 
-Fréchet distances are in the space of 8x8 mean colours or (--features) of a classifier of ours.
+Fréchet distances are in the space of 8x8 mean colours or (--features) of a classifier of ours, or of
+Inception v3 (FID), whose weights torch-fidelity has.
 """
 
 import argparse
@@ -166,7 +167,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--split", default="combinations", help="the unseen split (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("evaluation.png"), help="the picture (%(default)s)")
     parser.add_argument("--rows", type=int, default=8, help="of the picture, two pictures each (%(default)s)")
-    parser.add_argument("--features", type=Path, help="a classifier's folder, for Fréchet distances")
+    parser.add_argument(
+        "--features", type=Path, help="for Fréchet distances a classifier, or Inception's .pth"
+    )
     tokenizer = parser.add_argument_group("for an image tokenizer")
     tokenizer.add_argument(
         "--size", type=parse_size, default="64", help="of the pictures, a side or HEIGHTxWIDTH (%(default)s)"

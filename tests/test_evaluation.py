@@ -1,12 +1,19 @@
 """Measures against exact values."""
 
+import pickle
+import sys
+import types
+
 import pytest
 import torch
+from torch import nn
 
+from mmvit.errors import UserError
 from mmvit.evaluation.code_use import use_metrics
 from mmvit.evaluation.frechet import coarse_pixels, frechet_distance
 from mmvit.evaluation.generated import diversity, nearest
 from mmvit.evaluation.reconstruction import image_psnr, image_ssim
+from mmvit.evaluation.spaces import feature_space
 
 
 def gaussian(mean: torch.Tensor, root: torch.Tensor, number: int = 4000) -> torch.Tensor:
@@ -85,3 +92,37 @@ def test_diversity_within_and_between_captions():
     assert between == pytest.approx((1 + 0.8 + 0.8 + 0.6) / 4 / 2)
     with pytest.raises(ValueError, match="no pairs"):
         diversity(pictures[:, :1])
+
+
+class Inception(nn.Module):
+    """Stands in for torch-fidelity's, which needs torchvision."""
+
+    def __init__(self, name: str, features: list[str], feature_extractor_weights_path: str):
+        super().__init__()
+        assert features == ["2048"]
+        self.scale = nn.Parameter(torch.ones(1))
+        self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=False))
+
+    def forward(self, levels: torch.Tensor) -> tuple[torch.Tensor]:
+        assert levels.dtype == torch.uint8
+        return (self.scale * levels.flatten(1).float(),)
+
+
+def test_fid_is_the_distance_in_inceptions_features(tmp_path, monkeypatch):
+    torch.save({"scale": torch.tensor([2.0])}, tmp_path / "inception.pth")
+    with pytest.raises(UserError, match="torch_fidelity is missing"):
+        feature_space(tmp_path / "inception.pth")
+    name = "torch_fidelity.feature_extractor_inceptionv3"
+    for part in ("torch_fidelity", name):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    sys.modules[name].FeatureExtractorInceptionV3 = Inception
+    space = feature_space(tmp_path / "inception.pth")
+    assert space.name == "inception-v3"
+    black, white = torch.full((2, 3, 1, 1), -1.0), torch.full((2, 3, 1, 1), 1.0)
+    assert space.features(white).tolist() == [[510.0] * 3] * 2
+    assert space.distance(black, white) == pytest.approx(3 * 510**2)
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
+    (tmp_path / "code.pth").write_bytes(pickle.dumps(Inception))
+    for file in ("other.pth", "code.pth", "missing.pth"):
+        with pytest.raises(UserError, match="does not hold torch-fidelity's Inception"):
+            feature_space(tmp_path / file)
