@@ -39,7 +39,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     UNGUIDED: ("--model.caption_dropout", "0"),
     "code noise 0.1": ("--model.code_noise", "0.1"),
     "label smoothing 0.1": ("--model.label_smoothing", "0.1"),
-    "BPE dropout 0.1": ("--data.bpe_dropout", "0.1"),
+    "BPE dropout 0.1": ("--data.bpe_dropout", "0.1", "--model.text_length", "24"),  # captions get longer
     "half of the pictures shifted": ("--data.views", "0.5", "--data.train", f"{VIEWS}/train-*.tar"),
     "causal captions, 1 : 7": CAUSAL,
     "DALL·E's attention, 1 : 7": ("--model.attention", "dalle", "--model.convolution", "7", *CAUSAL[2:]),
@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace) -> None:
             began = time.monotonic()
             settings = VARIANTS[name]
             steps = round(total / flops_of(*RECIPE, settings) / BATCH)
-            out = options.runs / f"{options.images}" / f"{list(VARIANTS).index(name):02d}-{seed}"
+            out = options.runs / f"{options.images}" / f"{name.replace(' ', '-')}-{seed}"
             found = train(*RECIPE, out, steps, "--train.seed", seed, "--samples.captions", "[]", *settings)
             minutes = (time.monotonic() - began) / 60
             guidance = 1 if name == UNGUIDED else 2

@@ -57,7 +57,7 @@ class Pretrained:
                 another shape (all are named).
         """
         folder = find_model_folder(path)
-        description = read_part(folder, cls.kind)
+        description = read_part_description(folder, cls.kind)
         if description["kind"] != cls.kind:
             raise UserError(f"{folder} holds a {description['kind']}, not a {cls.kind}")
         model = cls(build_config(cls.config_class, description["config"], source=str(folder / CONFIG)))
@@ -104,14 +104,14 @@ def read_description(folder: Path) -> dict:
         ) from None
 
 
-def read_part(folder: Path, *kinds: str) -> dict:
-    """The same, of a folder with several models on one core (mmvit.models.joint) that of the first of
-    `kinds`."""
+def read_part_description(folder: Path, *kinds: str) -> dict:
+    """As `read_description`; but where a folder holds several models on one core (mmvit.models.joint), that
+    of the first of them which is one of `kinds`."""
     description = read_description(folder)
     if description["kind"] == JOINT and isinstance(config := description["config"], dict):
         for kind in kinds:
-            if kind in config:
-                return {"kind": kind, "config": config[kind]}
+            if isinstance(config.get(kind), dict):
+                return {"kind": kind, "config": {**config[kind], "core": config.get("core", {})}}
     return description
 
 
@@ -120,6 +120,25 @@ def weights_of_part(weights: dict[str, torch.Tensor], kind: str) -> dict[str, to
     core = {name: tensor for name, tensor in weights.items() if name.startswith("core.")}
     own = f"{kind}."
     return core | {name.removeprefix(own): t for name, t in weights.items() if name.startswith(own)}
+
+
+def read_core(path: str | Path) -> tuple[Path, dict, dict[str, torch.Tensor]]:
+    """Of the model that `path` means the folder, and of its core the configuration and weights.
+
+    Raises:
+        UserError: where it has none.
+    """
+    folder = find_model_folder(path)
+    description = read_description(folder)
+    config = description["config"].get("core") if isinstance(description["config"], dict) else None
+    if not isinstance(config, dict):
+        raise UserError(
+            f"{folder} holds a {description['kind']}, which has no core to take; a classifier has, or a "
+            "generator"
+        )
+    weights = read_weights(folder / WEIGHTS)
+    own = {name.removeprefix("core."): t for name, t in weights.items() if name.startswith("core.")}
+    return folder, config, own
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ A generator: held-out loss in nats per image code; retrieval@1 and @5: the share
 picture has its own true picture as the nearest, or among the five nearest, in pixels, of all pictures of the
 data set. The same for the image tokenizer's reconstructions of the true pictures is the most that any
 generator on these codes can reach. Fréchet distance to the real pictures of the split; copies: pictures that
-differ from a training picture, as the tokenizer shows it, by less than 34 dB. --seeds 4 measures how much
+agree with a training picture, as the tokenizer shows it, to 34 dB or more. --seeds 4 measures how much
 pictures of one caption differ, --clip retrieval in a CLIP's space, --classifier whether a classifier of ours
 finds the caption's class (of --classes, shards with the same keys), --language several languages,
 --captioned 32 how many of 32 real pictures have their own caption as the likeliest of all. The picture shows
@@ -31,11 +31,16 @@ from typing import Any
 import torch
 
 from mmvit.data.images import parse_size
-from mmvit.data.samples import CaptionPixelsSample, ClassSample, PixelsSample
+from mmvit.data.samples import CaptionSample, ClassSample, PixelsSample
 from mmvit.data.shards import Sample
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.code_use import draw_code_use
-from mmvit.evaluation.generator_report import Unseen, draw_best_to_worst, report_generator
+from mmvit.evaluation.generator_report import (
+    Unseen,
+    draw_best_to_worst,
+    loss_and_retrieval,
+    report_generator,
+)
 from mmvit.evaluation.spaces import feature_space
 from mmvit.evaluation.splits import read_split
 from mmvit.evaluation.tokenizer_report import draw_worst_to_best, report_tokenizer
@@ -47,6 +52,7 @@ from mmvit.sampling.grids import check_picture_name
 from mmvit.sampling.rerank import CaptionScorer
 
 # of a generator whose captions in another language are measured, too
+TRAIN = "train"
 OF_LANGUAGE = ("held_out_loss", "retrieval@1", "retrieval@5")
 
 
@@ -56,6 +62,10 @@ def main() -> None:
     for name in ("rows", "seeds"):
         if (number := getattr(options, name)) < 1:
             raise UserError(f"--{name} {number}: it is 1 or more")
+    if options.captioned < 0:
+        raise UserError(f"--captioned {options.captioned}: it is 0 or more")
+    if options.scorer and options.candidates == 1:
+        raise UserError("--scorer chooses among --candidates: give 2 of them or more, or leave it out")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if read_description(find_model_folder(options.model))["kind"] in KINDS:
         evaluate_image_tokenizer(options)
@@ -91,44 +101,55 @@ def evaluate_image_tokenizer(options: argparse.Namespace) -> None:
 def evaluate_generator(options: argparse.Namespace) -> None:
     generator = Generator.from_pretrained(options.model)
     size = tuple(side * generator.image_tokenizer.factor for side in generator.transformer.config.grid)
-    languages = options.language or ["en"]
-    trained: list[str] = []
-    if options.split != options.train and list(options.data.glob(f"{options.train}-*.tar")):
-        trained = read_split(options.data, options.train, keys_alone)["keys"]
-    unseen = {}
-    for language in languages:
-        sample = CaptionPixelsSample(size, [language], falls_back=not options.language)
-        parts = (read_split(options.data, split, sample) for split in (options.split, "*"))
-        unseen[language] = Unseen.of(*parts, trained)
+    first, *others = options.language or ["en"]
+    real = read_split(options.data, "*", PixelsSample(size))
+    trained = keys_of_train(options)
+
+    def captions(split: str, language: str) -> dict[str, Any]:
+        return read_split(options.data, split, CaptionSample([language], falls_back=not options.language))
+
+    unseen = Unseen.of(captions(options.split, first), real, trained)
     names = ("guidance_scale", "temperature", "top_k", "top_p", "seed", "candidates")
     settings = {name: getattr(options, name) for name in names}
     scorer = CaptionScorer.from_pretrained(options.scorer) if options.scorer else None
-    space = feature_space(options.features)
     classifier = Classifier.from_pretrained(options.classifier) if options.classifier else None
     report = report_generator(
         generator,
-        unseen[languages[0]],
-        space,
+        unseen,
+        feature_space(options.features),
         seeds=options.seeds,
         captioned=options.captioned,
+        all_captions=captions("*", first)["captions"] if options.captioned else (),
         clip=CaptionScorer.from_pretrained(options.clip) if options.clip else None,
         classifier=classifier,
-        labels=read_labels(options, classifier, unseen[languages[0]].keys) if classifier else None,
+        labels=read_labels(options, classifier, unseen.keys) if classifier else None,
         scorer=scorer,
         **settings,
     )
-    figures = {"split": options.split, "language": languages[0], **report.figures}
-    if len(languages) > 1:
-        figures["languages"] = {languages[0]: {name: figures[name] for name in OF_LANGUAGE}}
-        for language in languages[1:]:
-            own = report_generator(generator, unseen[language], space, scorer=scorer, **settings).figures
-            figures["languages"][language] = {name: own[name] for name in OF_LANGUAGE}
+    figures = {"split": options.split, "language": first, **report.figures}
+    if others:
+        figures["languages"] = {first: {name: figures[name] for name in OF_LANGUAGE}}
+        for language in others:
+            own = Unseen.of(captions(options.split, language), real, trained)
+            found, _, _ = loss_and_retrieval(generator, own, scorer=scorer, **settings)
+            figures["languages"][language] = {name: found[name] for name in OF_LANGUAGE}
     settings["candidates_drawn"] = settings.pop("candidates")
     if options.model.is_dir():
         kept = {**figures, **settings, "scorer": options.scorer}
         write_json(kept, options.model / f"evaluation-{options.split}.json")
-    draw_best_to_worst(report, unseen[languages[0]], options.rows).save(options.out)
+    draw_best_to_worst(report, unseen, options.rows).save(options.out)
     show(figures)
+
+
+def keys_of_train(options: argparse.Namespace) -> list[str]:
+    """The keys of the split that the generator has seen; none where that is what is measured, or where there
+    is no such split and none was named."""
+    there = list(options.data.glob(f"{options.train}-*.tar"))
+    if options.train != TRAIN and not there:
+        raise UserError(f"--train {options.train}: there are no shards {options.data}/{options.train}-*.tar")
+    if not there or options.train == options.split:
+        return []
+    return read_split(options.data, options.train, keys_alone)["keys"]
 
 
 def keys_alone(sample: Sample, rng: random.Random) -> dict[str, Any]:
@@ -188,7 +209,7 @@ def parse_arguments() -> argparse.Namespace:
     measured.add_argument(
         "--language", nargs="+", help="of the captions (en); of further ones loss and retrieval"
     )
-    measured.add_argument("--train", default="train", help="the split it has seen (%(default)s)")
+    measured.add_argument("--train", default=TRAIN, help="the split it has seen (%(default)s)")
     measured.add_argument("--seeds", type=int, default=1, help="pictures of each caption (%(default)s)")
     measured.add_argument(
         "--captioned",

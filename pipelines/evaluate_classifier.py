@@ -29,7 +29,7 @@ from mmvit.errors import UserError, run_script
 from mmvit.evaluation.attention_maps import attention_maps
 from mmvit.evaluation.calibration import calibration_error, confusion_matrix, draw_confusion
 from mmvit.evaluation.frozen import few_shot_accuracies, linear_probe_accuracy, nearest_neighbour_accuracy
-from mmvit.hub import find_model_folder, read_part, write_json
+from mmvit.hub import find_model_folder, read_part_description, write_json
 from mmvit.models.classifier import Classifier
 from mmvit.models.perceptual import fit_pixels
 from mmvit.models.resnet import ResNet
@@ -92,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
 def load(path: Path, device: str) -> Classifier | ResNet:
     folder = find_model_folder(path)
     kinds = {kind.kind: kind for kind in (Classifier, ResNet)}
-    kind = read_part(folder, *kinds)["kind"]
+    kind = read_part_description(folder, *kinds)["kind"]
     if kind not in kinds:
         raise UserError(f"{folder} holds a {kind}, not a classifier ({', '.join(kinds)})")
     return kinds[kind].from_pretrained(folder, device)

@@ -21,7 +21,7 @@ from mmvit.evaluation.likelihood import mean_loss
 from mmvit.models.fine_tuning import take_core
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
 from mmvit.sampling.generator import Generator
-from mmvit.sampling.preview import PreviewConfig, draw_preview
+from mmvit.sampling.preview import PreviewConfig, check_preview, draw_preview
 from mmvit.training import Recipe, open_session, train
 from mmvit.training.caption_codes import CaptionCodesConfig, open_caption_codes
 
@@ -49,6 +49,7 @@ class GeneratorRecipe(Recipe):
 def main() -> None:
     with open_session(GeneratorRecipe, __doc__) as session:
         recipe = session.recipe
+        check_preview(recipe.samples, recipe.model)
         data = open_caption_codes(session, recipe.data, recipe.model)
         model = GeneratorTransformer(data.config)
         if recipe.start.codebook:

@@ -18,7 +18,7 @@ The run folder (`output` in the recipe) gets config.toml, metrics.jsonl, curves.
 exported models best/ (by held-out accuracy) and last/. Ctrl-C saves first; --resume continues exactly there.
 """
 
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 from torch import nn
@@ -30,7 +30,7 @@ from mmvit.data.samples import ClassifierSample, check_classes
 from mmvit.data.shards import ShardPatterns
 from mmvit.errors import run_script
 from mmvit.evaluation.accuracy import classification_metrics
-from mmvit.hub import find_model_folder, read_part
+from mmvit.hub import find_model_folder, read_part_description
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.fine_tuning import ResizeMode, fine_tuned, freeze, take_core
 from mmvit.models.presets import MODELS
@@ -59,7 +59,7 @@ class StartConfig(Config):
     freeze: list[str] = Field([], description="parts that stay as they are, as stem or core.blocks.0")
 
     @model_validator(mode="after")
-    def _one_start(self):
+    def _one_start(self) -> Self:
         if self.model and self.core:
             raise ValueError("start.model brings its core: leave start.core out, or start.model")
         return self
@@ -79,7 +79,7 @@ class ClassifierRecipe(Recipe):
             return values
         start = values.get("start")
         if isinstance(start, dict) and isinstance(start.get("model"), str):
-            trained = read_part(find_model_folder(start["model"]), Classifier.kind)["config"]
+            trained = read_part_description(find_model_folder(start["model"]), Classifier.kind)["config"]
             core = {**trained.get("core", {}), **own.get("core", {})}
             own = {**trained, **own, "representation_width": None, "core": core}
         return {**values, "model": {"kind": "vit", **own}} if own else values

@@ -6,7 +6,7 @@ of captions with codes. The result classifies, draws captions and names pictures
     python pipelines/evaluate_classifier.py runs/emoji-joint data/emoji-groups --split test
 
 Every batch has `train.batch_size` pictures with classes and as many with captions. The run folder holds one
-model with both tokenizers (best/, by the sum of both held-out losses, and last/), of which
+model with both tokenizers (best/, by the weighted sum of both held-out losses, and last/), of which
 `mmvit.Generator.from_pretrained` and `Classifier.from_pretrained` read what is theirs. The same command with
 --resume continues.
 """
@@ -22,14 +22,15 @@ from mmvit.data.augment import AugmentConfig
 from mmvit.data.paired import PairedStream
 from mmvit.data.samples import ClassifierSample, check_classes
 from mmvit.data.shards import ShardPatterns
-from mmvit.errors import run_script
+from mmvit.errors import UserError, run_script
 from mmvit.evaluation.accuracy import classification_metrics
 from mmvit.evaluation.likelihood import mean_loss
 from mmvit.models.joint import Joint, JointConfig
 from mmvit.sampling.generator import Generator
-from mmvit.sampling.preview import PreviewConfig, draw_preview
+from mmvit.sampling.preview import PreviewConfig, check_preview, draw_preview
 from mmvit.training import Recipe, one_epoch, open_session, train, training_stream
 from mmvit.training.caption_codes import CaptionCodesConfig, open_caption_codes
+from mmvit.training.deepspeed_engine import read_settings
 
 
 class ClassesConfig(Config):
@@ -53,7 +54,11 @@ class JointRecipe(Recipe):
 def main() -> None:
     with open_session(JointRecipe, __doc__) as session:
         recipe, classes = session.recipe, session.recipe.classes
-        captions = open_caption_codes(session, recipe.captions, recipe.model.generator)
+        check_preview(recipe.samples, recipe.model.generator)
+        deepspeed = read_settings(session.deepspeed) if session.deepspeed else {}
+        if deepspeed.get("zero_optimization", {}).get("stage") == 3:
+            raise UserError("stage 3 of ZeRO cuts up a core that is read twice in a pass: use 0, 1 or 2")
+        captions = open_caption_codes(session, recipe.captions, recipe.model.generator, "model.generator")
         seen = recipe.model.classifier
         check_classes([*classes.train, *classes.held_out], seen.num_classes)
         size = (seen.height_width, seen.num_classes)

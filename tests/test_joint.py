@@ -2,11 +2,13 @@
 both, and one model's core becomes another's."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
 
+from mmvit.config import load_config
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.paired import PairedStream
 from mmvit.data.samples import PixelsSample
@@ -17,10 +19,13 @@ from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.fine_tuning import take_core
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
 from mmvit.models.joint import Joint, JointConfig
+from mmvit.models.resnet import ResNet, ResNetConfig
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.sampling.generator import Generator
 from mmvit.training.engine import WeightAverage
+from mmvit.training.optim import layer_scales
 
+ROOT = Path(__file__).resolve().parent.parent
 CORE = TransformerConfig(width=32, depth=2, num_heads=2)
 CLASSIFIER = {"image_size": 16, "patch_size": 8, "num_classes": 4}
 GENERATOR = {"vocab_size": 40, "text_length": 6, "codebook_size": 16, "grid": (2, 2)}
@@ -66,6 +71,18 @@ def test_the_core_is_there_once_and_each_part_reads_it_as_its_own(tmp_path):
             assert torch.equal(part(given["caption_ids"], given["codes"])[1], drawn)
         expected = classifier.loss(given)[0] + generator.loss(given)[0]
         torch.testing.assert_close(model.loss(given)[0], expected)
+
+
+def test_layers_of_both_parts_learn_the_slower_the_lower_they_are():
+    model = small()
+    scales = layer_scales(model, 0.5)
+    names = dict(model.named_parameters())
+    below = {"core.blocks.0": 2, "core.blocks.1": 1, "core.norm": 0, "classifier.head": 0}
+    below |= {"generator.text_head": 0, "generator.image_head": 0}
+    below |= {"generator.code_embedding": 3, "classifier.stem": 3}
+    for start, layers in below.items():
+        found = {scales[id(parameter)] for name, parameter in names.items() if name.startswith(start)}
+        assert found == {0.5**layers}, start
 
 
 def test_both_losses_train_the_core():
@@ -139,7 +156,6 @@ def run(tmp_path_factory, tiny_shards, run_script) -> Path:
     tokenizer.save_pretrained(place / "tokenizer")
     arguments = (tiny_shards, place / "codes", "--tokenizer", place / "tokenizer", "--size", 16)
     assert run_script("pipelines/encode_images.py", *arguments).returncode == 0
-    root = Path(__file__).resolve().parent.parent
     (place / "config.toml").write_text(
         f"""
         output = "{place / "run"}"
@@ -150,7 +166,7 @@ def run(tmp_path_factory, tiny_shards, run_script) -> Path:
         train = "{place}/codes/train-*.tar"
         held_out = "{place}/codes/heldout-*.tar"
         image_tokenizer = "{place}/tokenizer"
-        text_tokenizer = "{root}/tokenizers/emoji-text"
+        text_tokenizer = "{ROOT}/tokenizers/emoji-text"
         [model]
         core = {{ width = 32, depth = 2, num_heads = 2 }}
         classifier = {{ image_size = 16, patch_size = 8, num_classes = 4 }}
@@ -209,10 +225,14 @@ def test_a_core_goes_from_one_task_to_the_other(run, tmp_path):
     pairs = zip(generator.core.parameters(), classifier.core.parameters(), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
     generator.save_pretrained(tmp_path / "generator")
-    take_core(classifier, str(tmp_path / "generator"))
+    other = Classifier(ClassifierConfig(**CLASSIFIER, core=CORE))
+    take_core(other, str(tmp_path / "generator"))
+    pairs = zip(other.core.parameters(), classifier.core.parameters(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
     take_core(classifier, str(run))
     trained = Generator.from_pretrained(run).transformer.core
-    assert torch.equal(classifier.core.norm.weight, trained.norm.weight)
+    pairs = zip(classifier.core.parameters(), trained.parameters(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
 
 
 def test_a_core_of_another_shape_is_refused(tmp_path):
@@ -225,3 +245,45 @@ def test_a_core_of_another_shape_is_refused(tmp_path):
         take_core(generator, str(tmp_path / "classifier"))
     with pytest.raises(UserError, match="holds a vq, which has no core"):
         take_core(generator, str(tmp_path / "tokenizer"))
+    with pytest.raises(UserError, match="of kind 'resnet' has no core to begin from"):
+        take_core(ResNet(ResNetConfig(width=32, depths=(1,))), str(tmp_path / "classifier"))
+
+
+def test_the_script_begins_with_anothers_core(run, tiny_shards, run_script, tmp_path):
+    settings = [
+        ("data.train", f"{tiny_shards}/train-*.tar"), ("data.held_out", f"{tiny_shards}/heldout-*.tar"),
+        ("model.image_size", 16), ("model.patch_size", 8), ("model.num_classes", 4), ("model.core.width", 32),
+        ("model.core.depth", 2), ("model.core.num_heads", 2), ("train.steps", 1), ("train.num_workers", 0),
+        ("train.batch_size", 8), ("optimizer.lr", 1e-12), ("optimizer.weight_decay", 0),
+        ("start.core", run / "last"), ("output", tmp_path / "run"),
+    ]  # fmt: skip
+    arguments = [word for key, value in settings for word in (f"--{key}", value)]
+    ran = run_script("pipelines/train_classifier.py", ROOT / "configs/fashion_mnist_vit.toml", *arguments)
+    assert ran.returncode == 0, ran.stderr
+    began, source = Classifier.from_pretrained(tmp_path / "run" / "last"), Joint.from_pretrained(run / "last")
+    for own, theirs in zip(began.core.parameters(), source.core.parameters(), strict=True):
+        torch.testing.assert_close(own, theirs, atol=1e-9, rtol=0)
+
+
+def test_a_runs_own_config_is_read_again_with_another_core(run):
+    recipe = runpy.run_path(str(ROOT / "pipelines/train_joint.py"))["JointRecipe"]
+    assert load_config(recipe, run / "config.toml").model.classifier.core == CORE
+    changed = load_config(recipe, run / "config.toml", ["--model.core.depth", "3"]).model
+    assert (changed.core.depth, changed.classifier.core.depth, changed.generator.core.depth) == (3, 3, 3)
+    with pytest.raises(UserError) as refused:
+        load_config(recipe, run / "config.toml", ["--model.core.widht", "3"])
+    assert "did you mean model.core.width" in str(refused.value)
+    assert "classifier" not in str(refused.value)
+
+
+def test_what_a_joint_run_cannot_do_is_refused(run, run_script, tmp_path):
+    arguments = ("pipelines/train_joint.py", run.parent / "config.toml", "--output", tmp_path / "run")
+    ran = run_script(*arguments, "--deepspeed", ROOT / "configs/deepspeed/zero3.json")
+    assert ran.returncode == 2
+    assert "stage 3 of ZeRO cuts up a core that is read twice" in ran.stderr
+    ran = run_script(*arguments, "--samples.guidance_scale", 2, "--model.generator.caption_dropout", 0)
+    assert ran.returncode == 2
+    assert "with caption_dropout = 0 the model learns no guidance" in ran.stderr
+    ran = run_script(*arguments, "--model.generator.vocab_size", 77)
+    assert ran.returncode == 2
+    assert "model.generator.vocab_size is 77, but the tokenizer has" in ran.stderr

@@ -19,7 +19,6 @@ take last/ then.
 import warnings
 from typing import Any
 
-import torch
 from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -108,8 +107,11 @@ def main() -> None:
         plain = PixelsSample(data.image_size)
         training_once = one_epoch(session, data.train, plain)
         held_out = one_epoch(session, data.held_out, plain)
-        if wanted := getattr(session.recipe.model, "start_pictures", 0):
-            model.start_codes(first_pictures(one_epoch(session, data.train, plain, whole=True), wanted))
+        wanted = getattr(session.recipe.model, "start_pictures", 0)
+        if wanted and not session.resume:
+            buffer = data.shuffle_buffer
+            shuffled = ShardStream(data.train, plain, wanted, shuffle_buffer=buffer, repeat=False)
+            model.start_codes(next(iter(shuffled))["pixels"])
         decode = PixelsSample(data.image_size, data.augment)
         stream = training_stream(session, data.train, decode, data.shuffle_buffer)
 
@@ -154,18 +156,6 @@ def main() -> None:
             after_evaluation=lambda objective, step: draw(objective.tokenizer, step),
             export=lambda objective, folder: objective.tokenizer.save_pretrained(folder),
         )
-
-
-def first_pictures(stream: ShardStream, number: int) -> Tensor:
-    """(pictures, 3, height, width), `number` of them or all that there are."""
-    parts: list[Tensor] = []
-    for batch in stream:
-        parts.append(batch["pixels"])
-        if sum(map(len, parts)) >= number:
-            break
-    if not parts:
-        raise UserError("there is no picture to train on")
-    return torch.cat(parts)[:number]
 
 
 def is_collapsing(in_use: list[float]) -> bool:

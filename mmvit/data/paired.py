@@ -3,6 +3,7 @@
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from functools import reduce
+from itertools import zip_longest
 from typing import Any
 
 from mmvit.data.stream import ShardStream
@@ -10,7 +11,7 @@ from mmvit.data.tally import Tally
 
 
 class PairedStream:
-    """One batch of each of `streams` as one, with the entries of all and the keys one after another. It ends
+    """One batch of each of `streams` as one, with the entries of all and the keys in turn. It ends
     with the shortest; its position is that of all.
 
     Raises:
@@ -39,8 +40,9 @@ class PairedStream:
 
 
 def join(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The entries of all batches, and `keys` one after another."""
-    joined: dict[str, Any] = {"keys": [key for batch in batches for key in batch["keys"]]}
+    """The entries of all batches, and `keys` in turn."""
+    in_turn = zip_longest(*(batch["keys"] for batch in batches))
+    joined: dict[str, Any] = {"keys": [key for keys in in_turn for key in keys if key is not None]}
     for batch in batches:
         own = {name: value for name, value in batch.items() if name != "keys"}
         if twice := own.keys() & joined.keys():

@@ -69,8 +69,20 @@ class ClassSample:
         return {"labels": np.int64(read_class(sample.files["cls"], self.num_classes))}
 
 
+class CaptionSample:
+    """→ {"captions": str}; see `read_caption`."""
+
+    needs = (("txt", "json"),)
+
+    def __init__(self, languages: Sequence[str] = ("en",), falls_back: bool = True):
+        self.languages, self.falls_back = languages, falls_back
+
+    def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
+        return {"captions": read_caption(sample, self.languages, rng, self.falls_back)}
+
+
 class CaptionPixelsSample(PixelsSample):
-    """→ {"pixels": as above, "captions": str}; see `read_caption`."""
+    """→ {"pixels": as above, "captions": str}."""
 
     needs = (IMAGE_EXTENSIONS, ("txt", "json"))
 
@@ -80,14 +92,12 @@ class CaptionPixelsSample(PixelsSample):
         languages: Sequence[str] = ("en",),
         augment: AugmentConfig | None = None,
         max_pixels: int = MAX_PIXELS,
-        falls_back: bool = True,
     ):
         super().__init__(size, augment, max_pixels)
-        self.languages, self.falls_back = languages, falls_back
+        self.languages = languages
 
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
-        caption = read_caption(sample, self.languages, rng, self.falls_back)
-        return {**super().__call__(sample, rng), "captions": caption}
+        return {**super().__call__(sample, rng), "captions": read_caption(sample, self.languages, rng)}
 
 
 class CaptionIdsPixelsSample(CaptionPixelsSample):

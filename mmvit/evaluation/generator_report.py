@@ -3,7 +3,7 @@ of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -13,37 +13,44 @@ from mmvit.evaluation.generated import COPY, diversity, nearest
 from mmvit.evaluation.likelihood import mean_loss
 from mmvit.evaluation.retrieval import caption_ranks, pixel_ranks, recall
 from mmvit.evaluation.spaces import FeatureSpace
-from mmvit.evaluation.splits import decode, encode
-from mmvit.evaluation.tokenizer_report import draw_halves
 from mmvit.models.classifier import Classifier
 from mmvit.models.perceptual import fit_pixels
 from mmvit.sampling.editing import rank_captions
 from mmvit.sampling.generator import Generator
+from mmvit.sampling.grids import two_halves
 from mmvit.sampling.pictures import pictures_from_pixels
 from mmvit.sampling.rerank import CaptionScorer
 
 
 @dataclass(frozen=True)
 class Unseen:
-    """A split, (pictures, ...), among `everything`, all pictures of its data set, of which `own` are the
-    places of its own and `trained` those of the train split."""
+    """A split's captions and, of all pictures of its data set as pixels (pictures, 3, height, width), the
+    places of its own, and of those of the train split."""
 
     keys: list[str]
     captions: list[str]
-    all_captions: list[str]
-    pixels: Tensor
     everything: Tensor
     own: Tensor
     trained: Tensor
 
+    @property
+    def pixels(self) -> Tensor:
+        """The split's own pictures."""
+        return self.everything[self.own]
+
     @classmethod
-    def of(cls, unseen: Mapping[str, Any], real: Mapping[str, Any], trained: Sequence[str]) -> "Unseen":
-        """`unseen` and `real` as `read_split` gives them, with captions; `trained` are keys."""
+    def of(cls, unseen: Mapping[str, Any], real: Mapping[str, Any], trained: Sequence[str]) -> Self:
+        """`unseen` (keys, captions) and `real` (keys, pixels) as `read_split` gives them; `trained` are keys.
+        What has no picture in `real` is left out."""
         place = {key: i for i, key in enumerate(real["keys"])}
-        own = torch.tensor([place[key] for key in unseen["keys"]])
-        places = torch.tensor([place[key] for key in trained], dtype=torch.long)
-        captions, pixels = ([one[name] for one in (unseen, real)] for name in ("captions", "pixels"))
-        return cls(unseen["keys"], *captions, *pixels, own, places)
+        pairs = [pair for pair in zip(unseen["keys"], unseen["captions"], strict=True) if pair[0] in place]
+        return cls(
+            keys=[key for key, _ in pairs],
+            captions=[caption for _, caption in pairs],
+            everything=real["pixels"],
+            own=torch.tensor([place[key] for key, _ in pairs], dtype=torch.long),
+            trained=torch.tensor([place[key] for key in trained if key in place], dtype=torch.long),
+        )
 
 
 @dataclass(frozen=True)
@@ -67,58 +74,74 @@ def report_generator(
     classifier: Classifier | None = None,
     labels: Mapping[str, int] | None = None,
     captioned: int = 0,
+    all_captions: Sequence[str] = (),
     **settings: Any,
 ) -> GeneratorReport:
     """Draws a picture of every caption and measures it.
 
     Args:
         space: of the Fréchet distance.
-        seeds: pictures of every caption, of which the first is measured, and all for their diversity.
+        seeds: pictures of every caption that are drawn once more, without candidates, for their diversity.
         clip: in whose space retrieval is measured, too, and how well pictures fit their captions.
         classifier, labels: by whom and of which classes (key → class) pictures are; without `labels` nothing
             is measured by it.
-        captioned: pictures of the split, evenly spread, whose caption is looked for among all.
+        captioned: pictures of the split, evenly spread, whose caption is looked for in `all_captions`.
         settings: as for `Generator.draw`.
     """
-    codes = encode(generator.image_tokenizer, unseen.pixels)
-    drawn = generator.generate_codes(unseen.captions, seeds, **settings)
-    pictures = decode(generator.image_tokenizer, drawn).unflatten(0, (-1, seeds))
-    generated, reconstructed = pictures[:, 0], decode(generator.image_tokenizer, codes)
-    ranks = pixel_ranks(generated, unseen.everything, unseen.own)
-    loss = held_out_loss(generator, unseen.captions, codes)
-    figures: dict[str, Any] = {
-        "captions": len(unseen.own),
-        "candidates": len(unseen.everything),
-        "held_out_loss": loss,
-        "held_out_loss_of_picture": loss * codes[0].numel(),
-        **recalls("retrieval", ranks),
-        **recalls("reconstruction_retrieval", pixel_ranks(reconstructed, unseen.everything, unseen.own)),
-    }
+    tokenizer = generator.image_tokenizer
+    reconstructed = tokenizer.decode_many(tokenizer.encode_many(unseen.pixels)).cpu()
+    figures, generated, ranks = loss_and_retrieval(generator, unseen, **settings)
+    reconstructed_ranks = pixel_ranks(reconstructed, unseen.everything, unseen.own)
+    figures |= recalls("reconstruction_retrieval", reconstructed_ranks)
     if len(generated) > 1:
         name = f"frechet_distance_{space.name}"
         figures[name] = space.distance(unseen.pixels, generated)
         figures[f"reconstruction_{name}"] = space.distance(unseen.pixels, reconstructed)
     if len(unseen.trained):
-        tokenizer = generator.image_tokenizer
-        trained = decode(tokenizer, encode(tokenizer, unseen.everything[unseen.trained]))
+        codes = tokenizer.encode_many(unseen.everything[unseen.trained])
+        trained = tokenizer.decode_many(codes).cpu()
         figures["copies"] = int((nearest(generated, trained)[0] < COPY).sum())
         figures["copies_among_reconstructions"] = int((nearest(reconstructed, trained)[0] < COPY).sum())
-    if seeds > 1 and len(pictures) > 1:
+    if seeds > 1 and len(unseen.keys) > 1:
+        plain = {name: value for name, value in settings.items() if name not in ("candidates", "scorer")}
+        drawn = generator.generate_codes(unseen.captions, seeds, **plain)
+        pictures = generator.decode(drawn).cpu().unflatten(0, (-1, seeds))
         figures["diversity"], figures["diversity_of_captions"] = diversity(pictures)
     if clip is not None:
         figures |= measure_by_clip(clip, unseen, generated)
     if classifier is not None and labels is not None:
         figures |= measure_by_classes(classifier, labels, unseen, generated)
     if captioned:
-        figures |= measure_captions(generator, unseen, captioned)
+        figures |= measure_captions(generator, unseen, captioned, all_captions)
     return GeneratorReport(figures, generated, reconstructed, ranks)
 
 
-def measure_captions(generator: Generator, unseen: Unseen, number: int) -> dict[str, float]:
+def loss_and_retrieval(
+    generator: Generator, unseen: Unseen, **settings: Any
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """What the true codes cost given their captions, and whether what is drawn of these (as `Generator.draw`
+    does by `settings`) is nearest to its true picture; with the drawn pixels, and the ranks."""
+    codes = generator.image_tokenizer.encode_many(unseen.pixels)
+    generated = generator.decode(generator.generate_codes(unseen.captions, **settings)).cpu()
+    ranks = pixel_ranks(generated, unseen.everything, unseen.own)
+    loss = held_out_loss(generator, unseen.captions, codes)
+    figures = {
+        "captions": len(unseen.own),
+        "candidates": len(unseen.everything),
+        "held_out_loss": loss,
+        "held_out_loss_of_picture": loss * codes[0].numel(),
+        **recalls("retrieval", ranks),
+    }
+    return figures, generated, ranks
+
+
+def measure_captions(
+    generator: Generator, unseen: Unseen, number: int, all_captions: Sequence[str]
+) -> dict[str, float]:
     """How often a real picture's own caption is the likeliest of all captions of the data set
     (`rank_captions`), for `number` pictures evenly spread over the split."""
     chosen = torch.linspace(0, len(unseen.own) - 1, min(number, len(unseen.own))).round().long()
-    candidates = list(dict.fromkeys(unseen.all_captions))
+    candidates = list(dict.fromkeys([*unseen.captions, *all_captions]))
     scores = rank_captions(generator, unseen.pixels[chosen], candidates).cpu()
     place = {caption: i for i, caption in enumerate(candidates)}
     is_own = torch.zeros(scores.shape, dtype=torch.bool)
@@ -182,4 +205,4 @@ def draw_best_to_worst(report: GeneratorReport, unseen: Unseen, num_rows: int) -
         for pixels in (unseen.pixels, report.reconstructed, report.generated)
     ]
     captions = [f"{unseen.captions[i]} (rank {report.ranks[i] + 1})" for i in chosen]
-    return draw_halves(columns, captions, ["caption, never seen", "real", "tokenizer", "generated"], num_rows)
+    return two_halves(columns, captions, ["caption, never seen", "real", "tokenizer", "generated"], num_rows)

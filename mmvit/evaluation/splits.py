@@ -1,4 +1,4 @@
-"""A whole split of a data set in memory, and its way through an image tokenizer."""
+"""A whole split of a data set in memory."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ from torch import Tensor
 from mmvit.data.reader import Decode
 from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError
-from mmvit.models.image_tokenizer import ImageTokenizer
 
 
 def read_split(folder: Path, split: str, decode: Decode) -> dict[str, Any]:
@@ -29,14 +28,3 @@ def read_split(folder: Path, split: str, decode: Decode) -> dict[str, Any]:
         is_tensor = isinstance(value, Tensor)
         whole[name] = torch.cat(parts) if is_tensor else [one for part in parts for one in part]
     return whole
-
-
-def encode(tokenizer: ImageTokenizer, pixels: Tensor, batch_size: int = 64) -> Tensor:
-    """Pixels (pictures, 3, height, width) → codes (pictures, rows, columns)."""
-    device = next(tokenizer.parameters()).device
-    return torch.cat([tokenizer.encode(part.to(device)) for part in pixels.split(batch_size)])
-
-
-def decode(tokenizer: ImageTokenizer, codes: Tensor, batch_size: int = 64) -> Tensor:
-    """The inverse of `encode`, as far as the tokenizer can; on the CPU."""
-    return torch.cat([tokenizer.decode(part).cpu() for part in codes.split(batch_size)])

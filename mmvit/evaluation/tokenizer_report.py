@@ -11,9 +11,8 @@ from torch import Tensor
 from mmvit.evaluation.code_use import use_metrics
 from mmvit.evaluation.reconstruction import image_psnr, image_ssim
 from mmvit.evaluation.spaces import FeatureSpace
-from mmvit.evaluation.splits import decode, encode
 from mmvit.models.image_tokenizer import ImageTokenizer
-from mmvit.sampling.grids import labelled_grid, side_by_side
+from mmvit.sampling.grids import two_halves
 from mmvit.sampling.pictures import pictures_from_pixels
 
 
@@ -30,8 +29,8 @@ class TokenizerReport:
 
 def report_tokenizer(tokenizer: ImageTokenizer, pixels: Tensor, space: FeatureSpace) -> TokenizerReport:
     """pixels (pictures, 3, height, width) in [-1, 1], two pictures or more."""
-    codes = encode(tokenizer, pixels)
-    reconstructed = decode(tokenizer, codes)
+    codes = tokenizer.encode_many(pixels)
+    reconstructed = tokenizer.decode_many(codes).cpu()
     psnr = image_psnr(reconstructed, pixels)
     parts = zip(reconstructed.split(64), pixels.split(64), strict=True)
     counts = torch.bincount(codes.flatten().cpu(), minlength=tokenizer.codebook_size).double()
@@ -52,13 +51,4 @@ def draw_worst_to_best(report: TokenizerReport, keys: list[str], num_rows: int) 
     chosen = order[torch.linspace(0, len(order) - 1, min(2 * num_rows, len(order))).round().long()].tolist()
     columns = [pictures_from_pixels(of[chosen]) for of in (report.pixels, report.reconstructed)]
     labels = [f"{keys[i]} {report.psnr[i]:.1f} dB" for i in chosen]
-    return draw_halves(columns, labels, ["worst to best", "real", "tokenizer"], num_rows)
-
-
-def draw_halves(
-    columns: list[list[Image.Image]], labels: list[str], headings: list[str], num_rows: int
-) -> Image.Image:
-    """Rows of pictures, given by columns, the first `num_rows` on the left and the rest on the right."""
-    rows = list(zip(*columns, strict=True))
-    halves = [part for part in (slice(None, num_rows), slice(num_rows, None)) if rows[part]]
-    return side_by_side([labelled_grid(rows[part], labels[part], headings, cell=128) for part in halves])
+    return two_halves(columns, labels, ["worst to best", "real", "tokenizer"], num_rows)

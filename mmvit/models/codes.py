@@ -50,6 +50,16 @@ class ImageTokenizer(Pretrained, nn.Module):
         check_codes(codes, self.codebook_size)
         return self.pixels_of(codes)
 
+    def encode_many(self, pixels: Tensor, batch_size: int = 64) -> Tensor:
+        """`encode` of any number of pictures from anywhere, on this tokenizer's device."""
+        device = next(self.parameters()).device
+        return torch.cat([self.encode(part.to(device)) for part in pixels.split(batch_size)])
+
+    def decode_many(self, codes: Tensor, batch_size: int = 64) -> Tensor:
+        """`decode` of any number of pictures' codes from anywhere, on this tokenizer's device."""
+        device = next(self.parameters()).device
+        return torch.cat([self.decode(part.to(device)) for part in codes.split(batch_size)])
+
     def codes_of(self, pixels: Tensor) -> Tensor:
         """`encode` of float32 pixels whose size is right."""
         raise NotImplementedError

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmvit.config import Config
 from mmvit.core.hidden import HiddenLayers
+from mmvit.errors import UserError
 from mmvit.models.codes import ImageTokenizer
 from mmvit.models.quantizers import perplexity
 
@@ -66,12 +67,18 @@ class DiscreteVAE(ImageTokenizer):
         """Begins with codes that stand for patches of `pixels` (pictures, 3, height, width), which a short
         run would not find by itself: the encoder names the code nearest to what it makes of a patch, and the
         decoder gives near codes near vectors. Patches are drawn as k-means++ draws centres (Arthur and
-        Vassilvitskii 2007)."""
+        Vassilvitskii 2007).
+
+        Raises:
+            UserError: where all patches are alike.
+        """
         mapped = map_pixels((pixels + 1) / 2)
         parts = [self.encoder.features(part).flatten(2).transpose(1, 2) for part in mapped.split(64)]
         vectors = torch.cat(parts).flatten(0, 1).float()  # (patches, width)
         middle = vectors.mean(0)
         spread = (vectors - middle).square().sum(1).mean().sqrt()
+        if not spread > 0:
+            raise UserError(f"all {len(vectors)} patches to start from are alike: give more pictures")
         centres = spread_out((vectors - middle) / spread, self.config.codebook_size)
         head, stem = self.encoder.head, self.decoder.stem
         head.weight.copy_((SHARPNESS / spread * centres)[:, :, None, None])

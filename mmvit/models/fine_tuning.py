@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmvit.config import build_config
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
-from mmvit.hub import CONFIG, WEIGHTS, find_model_folder, load_weights, read_description, read_weights
+from mmvit.hub import CONFIG, WEIGHTS, load_weights, read_core
 from mmvit.models.classifier import Classifier, ClassifierConfig
 
 ResizeMode = Literal["official", "timm", "transformers"]
@@ -87,19 +87,13 @@ def take_core(model: nn.Module, source: str) -> None:
     Raises:
         UserError: where there is no core, or one that differs in what its weights depend on.
     """
-    folder = find_model_folder(source)
-    description = read_description(folder)
-    if not isinstance(described := description["config"].get("core"), dict):
-        raise UserError(
-            f"{folder} holds a {description['kind']}, which has no core to take; a classifier has, or a "
-            "generator"
-        )
+    folder, described, weights = read_core(source)
+    if not isinstance(own := getattr(model.config, "core", None), TransformerConfig):
+        raise UserError(f"a model of kind {model.config.kind!r} has no core to begin from {folder}")
     theirs = build_config(TransformerConfig, described, source=str(folder / CONFIG))
-    if problems := differences_of_cores(theirs, model.config.core):
+    if problems := differences_of_cores(theirs, own):
         raise UserError(f"the core of {folder} is another: {'; '.join(problems)}")
-    weights = read_weights(folder / WEIGHTS)
-    own = {name.removeprefix("core."): t for name, t in weights.items() if name.startswith("core.")}
-    load_weights(model.core, own, source=str(folder / WEIGHTS))
+    load_weights(model.core, weights, source=str(folder / WEIGHTS))
 
 
 def resize_table(

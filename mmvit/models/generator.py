@@ -50,9 +50,12 @@ class GeneratorConfig(Config):
 
     @model_validator(mode="after")
     def _convolution_fits(self):
-        if self.attention == "dalle" and (self.convolution % 2 == 0 or self.convolution > self.grid[1]):
+        if self.attention == "dalle" and self.convolution % 2 == 0:
+            raise ValueError(f"convolution is {self.convolution}; it is odd, a square around each code")
+        is_given = "grid" in self.model_fields_set  # otherwise it is that of the data
+        if self.attention == "dalle" and is_given and self.convolution > self.grid[1]:
             raise ValueError(
-                f"convolution is {self.convolution}; it is odd and at most the grid's {self.grid[1]} columns"
+                f"convolution is {self.convolution}; it is at most the grid's {self.grid[1]} columns"
             )
         return self
 

@@ -3,7 +3,7 @@ and pictures as tokens and codes."""
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_serializer, model_validator
 from torch import Tensor, nn
 
 from mmvit.config import Config
@@ -31,7 +31,10 @@ class JointConfig(Config):
     def _one_core(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        core = values.get("core", {})
+        try:
+            core = TransformerConfig.model_validate(values.get("core", {}))
+        except ValidationError:
+            return values  # it is told of `core` alone
         parts = {name: part for name in PARTS if isinstance(part := values.get(name, {}), dict)}
         return {**values, **{name: {"core": core, **part} for name, part in parts.items()}}
 
@@ -41,6 +44,13 @@ class JointConfig(Config):
             if getattr(self, name).core != self.core:
                 raise ValueError(f"{name}.core differs from core: name the core once, as core")
         return self
+
+    @model_serializer(mode="wrap")
+    def _write_the_core_once(self, write: Any) -> dict[str, Any]:
+        values = write(self)
+        for name in PARTS:
+            del values[name]["core"]
+        return values
 
 
 class Joint(Pretrained, nn.Module):

@@ -238,14 +238,12 @@ class Generator:
             raise UserError(
                 f"pixels are {tuple(pixels.shape[1:])}, this generator draws {(3, height, width)}"
             )
-        parts = [self.image_tokenizer.encode(part.to(self.device)) for part in pixels.split(batch_size)]
-        return torch.cat(parts)
+        return self.image_tokenizer.encode_many(pixels, batch_size)
 
     @torch.inference_mode()
     def decode(self, codes: Tensor, batch_size: int = 64) -> Tensor:
         """Codes (pictures, rows, columns) as pixels (pictures, 3, height, width) in [-1, 1]."""
-        parts = [self.image_tokenizer.decode(part) for part in codes.to(self.device).split(batch_size)]
-        return torch.cat(parts)
+        return self.image_tokenizer.decode_many(codes, batch_size)
 
     def pictures(self, codes: Tensor, batch_size: int = 64) -> list[Image.Image]:
         """Codes (pictures, rows, columns) as RGB pictures."""

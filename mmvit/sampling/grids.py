@@ -71,6 +71,15 @@ def side_by_side(sheets: Sequence[Image.Image]) -> Image.Image:
     return both
 
 
+def two_halves(
+    columns: Sequence[Sequence[Image.Image]], labels: Sequence[str], headings: Sequence[str], num_rows: int
+) -> Image.Image:
+    """Rows of pictures, given by columns, the first `num_rows` on the left and the rest on the right."""
+    rows = list(zip(*columns, strict=True))
+    halves = [part for part in (slice(None, num_rows), slice(num_rows, None)) if rows[part]]
+    return side_by_side([labelled_grid(rows[part], labels[part], headings, cell=128) for part in halves])
+
+
 def fit(picture: Image.Image, cell: int) -> Image.Image:
     """The picture scaled to lie within cell × cell pixels; small ones grow by whole factors, so codes stay
     crisp."""

@@ -5,6 +5,8 @@ from pathlib import Path
 from pydantic import Field
 
 from mmvit.config import Config
+from mmvit.errors import UserError
+from mmvit.models.generator import GeneratorConfig
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import labelled_grid
 
@@ -16,6 +18,15 @@ class PreviewConfig(Config):
     num_images: int = Field(4, ge=1)
     guidance_scale: float = 1.0
     temperature: float = Field(0.7, ge=0)
+
+
+def check_preview(config: PreviewConfig, model: GeneratorConfig) -> None:
+    """Raises UserError, before anything is trained, for guidance that `model` will not know."""
+    if config.captions and config.guidance_scale != 1 and model.caption_dropout == 0:
+        raise UserError(
+            f"samples.guidance_scale is {config.guidance_scale}, but with caption_dropout = 0 the model "
+            "learns no guidance: set it to 1, or caption_dropout to 0.1"
+        )
 
 
 def draw_preview(generator: Generator, config: PreviewConfig, path: Path) -> None:

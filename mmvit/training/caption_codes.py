@@ -47,13 +47,15 @@ class CaptionCodes:
     held_out: ShardStream
 
 
-def open_caption_codes(session: Session, data: CaptionCodesConfig, model: GeneratorConfig) -> CaptionCodes:
-    """Raises UserError where shards, tokenizers and `model` do not fit together, or pictures could not be
-    decoded."""
+def open_caption_codes(
+    session: Session, data: CaptionCodesConfig, model: GeneratorConfig, section: str = "model"
+) -> CaptionCodes:
+    """Raises UserError where shards, tokenizers and `model`, which is the recipe's `section`, do not fit
+    together, or pictures could not be decoded."""
     text_tokenizer = TextTokenizer.from_file(data.text_tokenizer)
     image_tokenizer = load_image_tokenizer(data.image_tokenizer, session.processes.device)
     grid = grid_of_codes(expand_shards(data.train)[0].parent)
-    config = fit_to_data(model, text_tokenizer, image_tokenizer, grid)
+    config = fit_to_data(model, text_tokenizer, image_tokenizer, grid, section)
     for folder in {shard.parent for shard in expand_shards([*data.train, *data.held_out])}:
         check_codes_fit(folder, config.grid, config.codebook_size, fingerprint(image_tokenizer))
     if getattr(image_tokenizer, "decoder", None) is None:
@@ -66,7 +68,11 @@ def open_caption_codes(session: Session, data: CaptionCodesConfig, model: Genera
 
 
 def fit_to_data(
-    model: GeneratorConfig, text: TextTokenizer, image: ImageTokenizer, grid: tuple[int, int]
+    model: GeneratorConfig,
+    text: TextTokenizer,
+    image: ImageTokenizer,
+    grid: tuple[int, int],
+    section: str = "model",
 ) -> GeneratorConfig:
     """The model's configuration with the tokenizers' vocabularies and the grid of the codes; one that was set
     to something else is an error."""
@@ -75,5 +81,11 @@ def fit_to_data(
         default = GeneratorConfig.model_fields[name].default
         if getattr(model, name) not in (fact, default):
             where = "shards have" if name == "grid" else "tokenizer has"
-            raise UserError(f"model.{name} is {getattr(model, name)}, but the {where} {fact}; leave it out")
+            found = getattr(model, name)
+            raise UserError(f"{section}.{name} is {found}, but the {where} {fact}; leave it out")
+    if model.attention == "dalle" and model.convolution > grid[1]:
+        raise UserError(
+            f"{section}.convolution is {model.convolution}, but the shards have {grid[1]} columns of codes; "
+            "it is at most as many"
+        )
     return model.model_copy(update=facts)

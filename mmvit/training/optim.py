@@ -25,6 +25,9 @@ DECAYED = (
 
 # of the parameters that belong to one layer: the number of the first such layer, where 1 is the first block
 LAYERS = {r"core\.blocks\.(\d+)\.": 1, r"layer_positions\.(\d+)\.": 2, r"relative\.tables\.(\d+)$": 1}
+# of those that come after the last block
+ABOVE = r"(core\.norm|representation|head|image_head|text_head)\."
+PART = r"(?:classifier\.|generator\.)?"  # in front of either, in a model of both (mmvit.models.joint)
 
 
 class Optimizer:
@@ -126,16 +129,15 @@ def layer_scales(model: nn.Module, decay: float) -> dict[int, float]:
         name: int(match[1]) + first
         for pattern, first in LAYERS.items()
         for name in names
-        if (match := re.match(pattern, name))
+        if (match := re.match(PART + pattern, name))
     }
     if not numbers:
         raise UserError(
             f"optimizer.layer_decay needs a core of blocks, and {type(model).__name__} has none; set it to 1"
         )
     top = max(numbers.values()) + 1
-    above = ("core.norm.", "representation.", "head.")
     return {
-        number: decay ** (top - numbers.get(name, top if name.startswith(above) else 0))
+        number: decay ** (top - numbers.get(name, top if re.match(PART + ABOVE, name) else 0))
         for name, number in names.items()
     }
 
