@@ -100,7 +100,7 @@ GENERATORS = {
 IMAGE_TOKENIZERS = {
     "vq-f8": VQConfig(),
     "dvae-tiny": DiscreteVAEConfig(
-        codebook_size=1024, width=32, code_width=32, kl_warmup=50, temperature_steps=300
+        codebook_size=1024, width=32, code_width=32, kl_weight=10.0, kl_warmup=50, temperature_steps=1500
     ),
     "dalle-dvae": DiscreteVAEConfig(),  # 2102.12092, appendix A
     "vqgan-f16": VQGANConfig(),  # 2012.09841, 16384 codes
