@@ -234,8 +234,11 @@ def test_dalles_layers_see_by_column_by_row_and_at_last_by_convolution():
         mask = sparse_causal(kind, 6, (3, 4), kernel=3)[:-1, :-1]
         expected = block(expected, additive(mask, x.dtype), rotations=rotations)
     torch.testing.assert_close(model.run_core(x), model.core.norm(expected))
-    with pytest.raises(ValueError, match="convolution is 11; it is odd and at most the grid's 4 columns"):
+    with pytest.raises(ValueError, match="convolution is 11; it is at most the grid's 4 columns"):
         small_generator(attention="dalle")
+    with pytest.raises(ValueError, match="convolution is 4; it is odd"):
+        small_generator(attention="dalle", convolution=4)
+    GeneratorConfig(attention="dalle", convolution=11)  # its grid is that of the data, and checked there
 
 
 @pytest.mark.parametrize("attention", ["causal", "prefix"])

@@ -259,6 +259,7 @@ def test_a_changed_architecture_cannot_resume(run, place, run_script):
         (["--data.train", "nowhere/train-*.tar"], ["nowhere"]),
         (["--model.attention", "prefix"], ["text_loss_weight = 0"]),
         (["--model.grid", "[4,4]"], ["model.grid is (4, 4), but the shards have (2, 2); leave it out"]),
+        (["--model.attention", "dalle"], ["model.convolution is 11, but the shards have 2 columns of codes"]),
         (["--data.text_tokenizer", "nowhere"], ["no text tokenizer at nowhere"]),
     ],
 )
