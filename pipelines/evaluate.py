@@ -139,6 +139,11 @@ def evaluate_generator(options: argparse.Namespace) -> None:
         write_json(kept, options.model / f"evaluation-{options.split}.json")
     draw_best_to_worst(report, unseen, options.rows).save(options.out)
     show(figures)
+    print(
+        f"of {figures['captions']} unseen captions {figures['retrieval@1']:.1%} find their own picture among "
+        f"{figures['candidates']}, {figures['retrieval@5']:.1%} among the five nearest; the tokenizer's "
+        f"own reconstructions {figures['reconstruction_retrieval@1']:.1%}"
+    )
 
 
 def keys_of_train(options: argparse.Namespace) -> list[str]:
