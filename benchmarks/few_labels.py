@@ -6,9 +6,9 @@ the same FLOPs in all.
 
 `run` calls the scripts of pipelines/ for each seed: scratch trains on 1%, 10% and 100% of the labels for the
 FLOPs of `--images` supervised pictures; each pre-training takes three quarters of these FLOPs on the pictures
-of the whole train split, and fine-tuning on the same labels the last quarter, all by Muon. FLOPs are counted
-from the real objectives, views, targets and decoders included. A figure that the log has already is not
-measured again, so a run that was stopped goes on.
+of the whole train split, and fine-tuning on the same labels the last quarter. FLOPs are counted from the real
+objectives, views, targets and decoders included. A figure that the log has already is not measured again, so
+a run that was stopped goes on.
 
 `table` prints the mean of the seeds and its 95% interval (Student's t), and draws them.
 """
@@ -28,7 +28,6 @@ SCRATCH = "scratch"
 METHODS = (SCRATCH, "masked", "byol", "mae")
 PRETRAINING = 0.75  # share of the FLOPs
 BATCH = 64
-OPTIMIZER = ("--optimizer.name", "muon", "--optimizer.lr", "2e-3")  # AdamW needs several times the steps
 FINE_TUNING = ("--optimizer.layer_decay", "0.8")
 DATA: dict[str, tuple[str, ...]] = {
     "fashion-mnist": (),
@@ -107,7 +106,7 @@ def run(
     return train(
         *recipe_of(method), out, steps, "--train.seed", seed, "--train.batch_size", BATCH,
         "--data.train", f"data/{options.data}/train-*.tar",
-        "--data.held_out", f"data/{options.data}/test-*.tar", *OPTIMIZER, *DATA[options.data], *settings,
+        "--data.held_out", f"data/{options.data}/test-*.tar", *DATA[options.data], *settings,
     )  # fmt: skip
 
 

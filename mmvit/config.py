@@ -17,6 +17,9 @@ FEW = 3  # problems that are told one by one
 VALID_KEYS = ": valid keys: "
 
 
+KIND = "kind"  # the key by which sections that may be of several kinds differ
+
+
 class Config(BaseModel):
     """Settings of one part. Frozen; unknown keys are refused."""
 
@@ -57,6 +60,8 @@ def build_config(
         problems: dict[str, list[str]] = {}
         for problem in error.errors():
             key = ".".join(find_setting(cls, problem["loc"])[0])
+            if problem["type"] == "union_tag_invalid":
+                key += f".{KIND}"
             parts = key.split(".")
             given = any(".".join(parts[:end]) in overridden for end in range(1, len(parts) + 1))
             origin = "the command line" if given else source
@@ -139,6 +144,13 @@ def describe_problem(cls: type[Config], problem: dict[str, Any]) -> str:
     if problem["type"] == "missing":
         return f"{key} is required"
     reason = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "union_tag_invalid":
+        expected = [tag.strip("' ") for tag in problem["ctx"]["expected_tags"].split(",")]
+        near = difflib.get_close_matches(problem["ctx"]["tag"], expected, n=1)
+        advice = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(expected)}"
+        return f"{key}.{KIND} = {problem['ctx']['tag']!r}: {advice}"
+    if problem["type"] in ("tuple_type", "list_type"):
+        reason = 'a list is wanted, written ["one", "two"]'
     if isinstance(problem["input"], dict):  # a rule over several keys, which its reason names
         return f"[{key}]: {reason}" if key else reason
     found = json.dumps(problem["input"], default=str, ensure_ascii=False)
@@ -172,7 +184,7 @@ def sections_of(field: FieldInfo) -> list[type[Config]]:
 
 def kind_of(section: type[Config]) -> str:
     """The value of a section's field `kind`, where it has one."""
-    return section.model_fields["kind"].default if "kind" in section.model_fields else ""
+    return section.model_fields[KIND].default if KIND in section.model_fields else ""
 
 
 def describe_settings(cls: type[Config], path: str = "") -> list[str]:

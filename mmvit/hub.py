@@ -1,6 +1,7 @@
 """Models as folders: `save_pretrained` / `from_pretrained` with safetensors and config.json, local or from
 the Hugging Face Hub."""
 
+import difflib
 import hashlib
 import json
 import os
@@ -87,9 +88,12 @@ def download(path: str | Path, patterns: Sequence[str] = ("*.json", "*.safetenso
     try:
         return Path(snapshot_download(str(path), allow_patterns=[*patterns]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        folders = Path(path).parent.glob("*/") if Path(path).parent.is_dir() else ()
+        near = difflib.get_close_matches(Path(path).name, [folder.name for folder in folders], n=1)
+        advice = f"; did you mean {Path(path).with_name(near[0])}?" if near else ""
         raise UserError(
             f"no model at {path}: there is no such folder, nor could it be had from the Hugging Face Hub "
-            f"({type(error).__name__})"
+            f"({type(error).__name__}){advice}"
         ) from None
 
 

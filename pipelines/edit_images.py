@@ -28,6 +28,8 @@ HALVES = ("top", "bottom", "left", "right")
 def main() -> None:
     options = parse_arguments()
     check_picture_name(options.out)
+    if options.num < 1:
+        raise UserError(f"--num {options.num}: at least 1 picture is drawn")
     picture = read_picture(options.picture)
     generator = Generator.from_pretrained(options.model)
     settings = {

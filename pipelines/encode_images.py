@@ -74,7 +74,11 @@ def main() -> None:
     if options.source.resolve() == options.out.resolve():
         raise UserError(f"{options.out} is the source itself; name another folder for the codes")
     tokenizer = load_image_tokenizer(options.tokenizer, "cuda" if torch.cuda.is_available() else "cpu")
-    grid = tokenizer.grid(*options.size)
+    try:
+        grid = tokenizer.grid(*options.size)
+    except UserError as error:
+        height, width = options.size
+        raise UserError(f"--size {height}x{width} does not go with {options.tokenizer}: {error}") from None
     if tokenizer.codebook_size > MAX_CODES:
         raise UserError(
             f"{options.tokenizer} has {tokenizer.codebook_size} codes, shards hold {MAX_CODES} at most"
@@ -157,9 +161,11 @@ def make_room(out: Path, splits: Iterable[str]) -> None:
     """Codes that were there lose what says whose they are, before the first of them is replaced.
 
     Raises:
-        UserError: when some would stay, because the source has nothing in their place.
+        UserError: when they are no codes, or some would stay, because the source has nothing in their place.
     """
     there = {split_of(shard) for shard in out.glob("*.tar")}
+    if there and "image_tokenizer" not in read_dataset_card(out):
+        raise UserError(f"{out} holds shards that are no codes of this script; name another folder")
     if left := there - set(splits):
         raise UserError(
             f"{out} holds shards of {', '.join(sorted(left))}, which the source does not have; remove them, "

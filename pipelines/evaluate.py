@@ -33,6 +33,7 @@ import torch
 from mmvit.data.images import parse_size
 from mmvit.data.samples import CaptionSample, ClassSample, PixelsSample
 from mmvit.data.shards import Sample
+from mmvit.data.writing import read_dataset_card
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.code_use import draw_code_use
 from mmvit.evaluation.generator_report import (
@@ -52,7 +53,9 @@ from mmvit.sampling.grids import check_picture_name
 from mmvit.sampling.rerank import CaptionScorer
 
 # of a generator whose captions in another language are measured, too
+MOST, BYTES = 16, 4 * 3 * 3  # GiB of memory for the pictures; of a pixel: real, reconstructed, in between
 TRAIN = "train"
+UNSEEN = ("combinations", "heldout", "test")
 OF_LANGUAGE = ("held_out_loss", "retrieval@1", "retrieval@5")
 
 
@@ -82,6 +85,9 @@ def evaluate_image_tokenizer(options: argparse.Namespace) -> None:
             f"--size {height}x{width}: {options.model} has a code for every "
             f"{tokenizer.factor}x{tokenizer.factor} pixels; give sides that are multiples of that"
         )
+    number = read_dataset_card(options.data).get("samples", {}).get(options.split, 1)
+    if (needed := number * height * width * BYTES / 2**30) > MOST:
+        raise UserError(f"--size {height}x{width}: {number} such pictures take {needed:,.0f} GiB of memory")
     space = feature_space(options.features)
     unseen = read_split(options.data, options.split, PixelsSample(options.size))
     if len(unseen["pixels"]) < 2:
@@ -190,7 +196,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("model", type=Path, help="a run folder, a generator's or an image tokenizer's")
     parser.add_argument("data", type=Path, help="folder of shards with pictures and captions")
-    parser.add_argument("--split", default="combinations", help="the unseen split (%(default)s)")
+    parser.add_argument("--split", help=f"the unseen split (of {', '.join(UNSEEN)} the first that there is)")
     parser.add_argument("--out", type=Path, default=Path("evaluation.png"), help="the picture (%(default)s)")
     parser.add_argument("--rows", type=int, default=8, help="of the picture, two pictures each (%(default)s)")
     parser.add_argument(
@@ -225,7 +231,13 @@ def parse_arguments() -> argparse.Namespace:
     measured.add_argument("--clip", help="a CLIP's folder; another one than --scorer, to be fair")
     measured.add_argument("--classifier", type=Path, help="a classifier's folder")
     measured.add_argument("--classes", type=Path, help="shards with `cls` of the same pictures (DATA)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.split = options.split or find_unseen(options.data)
+    return options
+
+
+def find_unseen(data: Path) -> str:
+    return next((split for split in UNSEEN if any(data.glob(f"{split}-*.tar"))), UNSEEN[0])
 
 
 if __name__ == "__main__":

@@ -68,12 +68,17 @@ def main() -> None:
     if arguments.max_side is not None and arguments.max_side < 1:
         raise UserError(f"--max-side {arguments.max_side} is not a size in pixels")
 
+    if arguments.out.resolve() == arguments.source.resolve():
+        raise UserError(f"{arguments.out} is the source itself; name another folder")
+
     outcome = Outcome()
     entries = drop_duplicates(find_entries(arguments.source, arguments.unlabelled, outcome), outcome)
     if not entries:
         raise UserError(f"nothing usable in {arguments.source}: {describe_skipped(outcome)}")
     write(entries, arguments, outcome)
     outcome.print(arguments.out)
+    if arguments.heldout_share and not outcome.written.get("heldout"):
+        print("no image is held out: there is one alone; a recipe's data.held_out needs some")
 
 
 def find_entries(source: Path, unlabelled: bool, outcome: Outcome) -> list[Entry]:

@@ -1,7 +1,7 @@
 """Draws pictures from captions with a trained generator.
 
-    python pipelines/sample_images.py runs/emoji "red apple" "woman astronaut dark skin tone" --num 4 \\
-        --guidance-scale 2 --temperature 0.9 --top-k 100 --top-p 0.95 --seed 0 --out samples.png
+    python pipelines/sample_images.py runs/emoji-demo "thumbs up dark skin tone" --num 4 \\
+        --guidance-scale 2 --temperature 0.3 --top-k 100 --top-p 0.95 --seed 0 --out samples.png
 
 writes samples.png, a labelled grid, and each picture alone in the folder samples/, named by its seed, with
 which it can be drawn again. A 64-code picture of the
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mmvit import CaptionScorer, Generator
 from mmvit.data.captions import read_caption_file
-from mmvit.errors import run_script
+from mmvit.errors import UserError, run_script
 from mmvit.sampling.grids import check_picture_name, labelled_grid
 
 
@@ -23,6 +23,8 @@ def main() -> None:
     options = parse_arguments()
     captions = options.captions + (read_caption_file(options.captions_file) if options.captions_file else [])
     check_picture_name(options.out)
+    if options.num < 1:
+        raise UserError(f"--num {options.num}: at least 1 picture is drawn")
     generator = Generator.from_pretrained(options.model)
     start = time.perf_counter()
     drawn = generator.draw(

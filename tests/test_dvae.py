@@ -256,13 +256,16 @@ def test_the_script_writes_state_dicts_for_openais_modules(theirs, tmp_path, run
         torch.save(module, tmp_path / name)
     script = "tokenizers/convert_image_tokenizer.py"
     sources = (tmp_path / "encoder.pkl", tmp_path / "decoder.pkl", tmp_path / "ours")
-    for arguments in (sources, (tmp_path / "ours", tmp_path / "back", "--to", "openai")):
+    back, again = tmp_path / "back", tmp_path / "again"
+    for arguments in (sources, (tmp_path / "ours", back, "--to", "openai"), (back, again)):
         ran = run_script(script, *arguments)
         assert ran.returncode == 0, ran.stderr
     for name, module in zip(("encoder", "decoder"), theirs, strict=True):
         written = load_file(tmp_path / "back" / f"{name}.safetensors")
         assert written.keys() == module.state_dict().keys()
         assert all(torch.equal(written[key], tensor) for key, tensor in module.state_dict().items())
+    ours, round_trip = (DiscreteVAE.from_pretrained(folder).state_dict() for folder in (sources[2], again))
+    assert all(torch.equal(tensor, round_trip[key]) for key, tensor in ours.items())
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path):

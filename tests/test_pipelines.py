@@ -1,10 +1,12 @@
 """The generator's scripts from shards to pictures on tiny data, and what they say to the user's mistakes."""
 
+import itertools
 import json
 import random
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,10 +14,13 @@ from PIL import Image
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.augment import Augment, AugmentConfig
 from mmvit.data.captions import TextTokenizer
-from mmvit.data.codes import unpack_codes
+from mmvit.data.codes import pack_codes, unpack_codes
 from mmvit.data.images import decode_image, to_unit_range
 from mmvit.data.samples import CaptionCodesSample, CaptionSample, PixelsSample
 from mmvit.data.shards import BadSample, read_shard
+from mmvit.data.stream import ShardStream
+from mmvit.data.writing import ShardWriter
+from mmvit.errors import UserError
 from mmvit.evaluation.generator_report import Unseen, report_generator
 from mmvit.evaluation.spaces import feature_space
 from mmvit.evaluation.splits import read_split
@@ -255,6 +260,7 @@ def test_a_changed_architecture_cannot_resume(run, place, run_script):
     ("overrides", "words"),
     [
         (["--train.stepz", "3"], ["unknown key train.stepz", "did you mean train.steps"]),
+        (["--samples.captions", "one"], ["samples.captions", 'a list is wanted, written ["one", "two"]']),
         (["--model.vocab_size", "77"], ["model.vocab_size is 77", "4096"]),
         (["--data.train", "nowhere/train-*.tar"], ["nowhere"]),
         (["--model.attention", "prefix"], ["text_loss_weight = 0"]),
@@ -298,11 +304,23 @@ def test_encoding_refuses_what_it_cannot_do(place, tiny_shards, run_script, tmp_
         run_script(script, tiny_shards, tmp_path, "--tokenizer", tokenizer, "--size", 20), "multiples of 8"
     )
     refused(run_script(script, tmp_path / "none", tmp_path, "--tokenizer", tokenizer), "none")
-    refused(run_script(script, tiny_shards, tmp_path, "--size", "64x"), "--size", "64x")
+    refused(run_script(script, tiny_shards, tmp_path, "--size", "64x"), "--size 64x: it is a side or")
     (tmp_path / "test-000000.tar").touch()
+    no_codes = run_script(script, tiny_shards, tmp_path, "--tokenizer", tokenizer, "--size", 16)
+    refused(no_codes, f"{tmp_path} holds shards that are no codes of this script")
+    (tmp_path / "dataset.json").write_text('{"image_tokenizer": {}}')
     refused(
         run_script(script, tiny_shards, tmp_path, "--tokenizer", tokenizer, "--size", 16), "shards of test"
     )
+
+
+def test_a_sample_whose_codes_do_not_fit_is_named(place, run_script, tokenizer, tmp_path):
+    with ShardWriter(tmp_path, "train") as writer:
+        writer.write("good", {"codes.npy": pack_codes(np.zeros((2, 2))), "txt": b"red"})
+        writer.write("bad", {"codes.npy": pack_codes(np.full((2, 2), 16)), "txt": b"red"})
+    stream = ShardStream(tmp_path, CaptionCodesSample(tokenizer, 8, (2, 2), 16), 1, shuffle_buffer=0)
+    with pytest.raises(UserError, match=r"^bad in .*train-000000.tar: there is a code 16, the codebook"):
+        list(itertools.islice(stream, 3))
 
 
 def test_views_are_moved_and_flipped_where_the_caption_allows(

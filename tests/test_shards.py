@@ -50,8 +50,10 @@ def test_pattern_without_shards_says_what_is_there(tiny_shards, pattern, message
 
 def test_a_misspelt_folder_names_its_neighbour(tmp_path):
     (tmp_path / "photos").mkdir()
-    with pytest.raises(UserError, match=r"no shards match .*photso; .* did you mean .*photos\?"):
+    with pytest.raises(UserError, match=r"no shards match .*photso; .* no photso; did you mean .*photos\?"):
         expand_shards(tmp_path / "photso")
+    with pytest.raises(UserError, match=r"photso does not exist; did you mean .*photos\?"):
+        expand_shards(tmp_path / "photso" / "train-*.tar")
 
 
 @pytest.mark.parametrize("pattern", ["pipe:cat x.tar", "https://example.org/x.tar", "", []])

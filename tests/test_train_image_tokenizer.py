@@ -188,6 +188,10 @@ def test_by_default_the_plain_tokenizer_is_trained(tmp_path, train_tokenizer):
     ("arguments", "message"),
     [
         (
+            ["--model.kind", "dvea"],
+            "error: the command line: model.kind = 'dvea': did you mean dvae?",
+        ),
+        (
             ["--model", '{kind = "dvae"}', "--loss.adversarial_weight", 0.1, "--loss.lpips", "vgg16.pth"],
             "loss.lpips, loss.adversarial_weight cannot be used with model.kind 'dvae'",
         ),

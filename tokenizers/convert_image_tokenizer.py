@@ -9,8 +9,9 @@ FOLDER holds config.json and safetensors of a diffusers `VQModel`, or of transfo
 alone or inside the whole model. The two .pkl files are OpenAI's discrete VAE; nothing in them is run. Then,
 for example, `pipelines/encode_images.py data/emoji data/emoji-codes --tokenizer runs/their-tokenizer`.
 
-The way back is from a folder of ours (a `VQGAN`, or a `DiscreteVAE` for openai) to one for `from_pretrained`
-of diffusers or transformers; openai gets the state dicts of `dall_e.Encoder` and `Decoder` as safetensors.
+The way back is from a `VQGAN` of ours, which is what theirs become, to a folder for `from_pretrained` of
+diffusers or transformers; or from a `DiscreteVAE` to openai, the state dicts of `dall_e.Encoder` and
+`Decoder` as safetensors. Our own `VQModel` has other layers, and stays.
 """
 
 import argparse
@@ -27,6 +28,8 @@ from mmvit.interop.vqgan_export import VQGANFormat, save_vqgan
 from mmvit.models.dvae import DiscreteVAE
 from mmvit.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from mmvit.models.vqgan import VQGAN
+
+OPENAI = ("encoder", "decoder")  # the two files of its dVAE
 
 
 def main() -> None:
@@ -60,7 +63,10 @@ def main() -> None:
 
 
 def read_folder(folder: Path, settings: dict[str, Any]) -> ImageTokenizer:
-    """Of ours, or of others."""
+    """Of ours, or of others, or what `--to openai` writes."""
+    parts = [folder / f"{name}.safetensors" for name in OPENAI]
+    if all(part.is_file() for part in parts):
+        return load_openai_dvae(*parts)
     ours = find_ours(folder, settings)
     return load_vqgan(folder, **settings) if ours is None else load_image_tokenizer(ours)
 
@@ -72,12 +78,15 @@ def write(model: ImageTokenizer, out: Path, to: str) -> None:
         return
     kind = DiscreteVAE if to == "openai" else VQGAN
     if not isinstance(model, kind):
-        raise UserError(f"--to {to} is for a {kind.kind}, and this is a {model.kind}")
+        raise UserError(
+            f"--to {to} is for a {kind.kind}, and this is a {model.kind}, whose layers {to} does not have: "
+            "it is for mmvit alone"
+        )
     if to != "openai":
         save_vqgan(model, out, to)
         return
     out.mkdir(parents=True, exist_ok=True)
-    for name, weights in zip(("encoder", "decoder"), dvae_to_openai(model), strict=True):
+    for name, weights in zip(OPENAI, dvae_to_openai(model), strict=True):
         write_weights(weights, out / f"{name}.safetensors")
 
 

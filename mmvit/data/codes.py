@@ -34,8 +34,8 @@ def unpack_codes(data: bytes, grid: tuple[int, int], codebook_size: int, views: 
     """
     try:
         codes = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise BadSample("unreadable codes", str(error)) from None
+    except (ValueError, EOFError, OSError):
+        raise BadSample("unreadable codes", f"{len(data)} bytes that are no .npy file of numbers") from None
     if codes.dtype.kind not in "iu":
         raise BadSample("unreadable codes", f"an array of {codes.dtype}, not of integers")
     if codes.shape[int(views) :] != tuple(grid) or codes.ndim != 2 + views:
@@ -56,7 +56,10 @@ def grid_of_codes(folder: Path) -> tuple[int, int]:
     """
     grid = read_dataset_card(folder).get("image_tokenizer", {}).get("grid")
     if not isinstance(grid, list) or len(grid) != 2:
-        raise UserError(f"{folder}/dataset.json does not say which grid its codes have; {ENCODE_AGAIN}")
+        raise UserError(
+            f"{folder} holds no image codes, or does not say of which grid: no dataset.json of "
+            f"pipelines/encode_images.py is in it; {ENCODE_AGAIN}"
+        )
     return tuple(grid)
 
 

@@ -7,17 +7,18 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mmvit.data.shards import BadSample
+from mmvit.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # nothing that starts another program, as EPS does
 MAX_PIXELS = 64_000_000
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """`64` → (64, 64), `64x96` → (64, 96): height and width in pixels. Raises ValueError for anything
-    else."""
-    sides = [int(side) for side in text.split("x")]
-    if len(sides) > 2 or min(sides) < 1:
-        raise ValueError(f"{text!r} is neither a side nor HEIGHTxWIDTH in pixels")
+    """`64` → (64, 64), `64x96` → (64, 96): height and width in pixels. Raises UserError for anything else."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise UserError(f"--size {text}: it is a side or HEIGHTxWIDTH in pixels, such as 64 or 64x96")
+    sides = [int(side) for side in sides]
     return sides[0], sides[-1]
 
 

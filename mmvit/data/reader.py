@@ -133,6 +133,8 @@ class Reader:
             tally.skip(bad.reason, f"{found.key} in {found.shard}: {bad.detail}")
             tally.check(self.max_bad)
             return None
+        except UserError as error:  # of this sample, and likely of all others
+            raise UserError(f"{found.key} in {found.shard}: {error}") from None
         if sample is None:
             return None
         tally.count(sample.pop("counts", {}))

@@ -118,7 +118,14 @@ def what_exists(path: Path) -> str:
     if not names and folder != path and path.suffix not in SHARD_SUFFIXES:
         folders = sorted(inner.name for inner in folder.iterdir() if inner.is_dir())
         near = difflib.get_close_matches(path.name, folders, n=1)
-        return f"{folder} has no such folder" + (f"; did you mean {folder / near[0]}?" if near else "")
+        return f"{folder} has no {path.name}" + (f"; did you mean {folder / near[0]}?" if near else "")
+    missing = path.parent
+    if not names and not missing.is_dir():  # the nearest existing folder is further up
+        while not missing.parent.is_dir():
+            missing = missing.parent
+        folders = sorted(inner.name for inner in folder.iterdir() if inner.is_dir())
+        near = difflib.get_close_matches(missing.name, folders, n=1)
+        return f"{missing} does not exist" + (f"; did you mean {folder / near[0]}?" if near else "")
     if not names:
         return f"{folder} exists and holds no .tar files"
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""

@@ -70,10 +70,9 @@ class Tally:
     def describe(self) -> str:
         """One line for the end of a run."""
         counts = "".join(f", {number:,} {name}" for name, number in self.counts.items())
-        shards = f", {plural(len(self.broken_shards), 'broken shard')}" if self.broken_shards else ""
         reasons = f" ({self.reasons()})" if self.skipped or self.broken_shards else ""
         read, skipped = plural(self.read, "sample"), sum(self.skipped.values())
-        return f"{read} read{counts}, {skipped:,} skipped{shards}{reasons}"
+        return f"{read} read{counts}, {skipped:,} skipped{reasons}"
 
 
 def plural(number: int, thing: str) -> str:

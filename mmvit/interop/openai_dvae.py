@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmvit.errors import UserError
+from mmvit.hub import read_weights
 from mmvit.interop.files import refuse_misfits
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
 
@@ -52,6 +53,8 @@ def read_module(path: Path) -> dict[str, Tensor]:
     """The weights of a pickled module by their dotted names."""
     if not path.is_file():
         raise UserError(f"there is no file {path}")
+    if path.suffix == ".safetensors":  # a state dict, as `dvae_to_openai` gives it
+        return read_weights(path)
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in CLASSES]):
             module = torch.load(path, map_location="cpu", weights_only=True)

@@ -22,7 +22,8 @@ class Display:
     """Shows the main process's progress; the other processes stay silent."""
 
     def __init__(self, session: Session, first_step: int):
-        self.total, self.speaks = session.recipe.train.steps, session.processes.is_main
+        train = session.recipe.train
+        self.total, self.batch_size, self.speaks = train.steps, train.batch_size, session.processes.is_main
         console = Console(file=sys.stdout)
         self.bar = None
         if self.speaks and console.is_terminal:
@@ -55,7 +56,8 @@ class Display:
             self.bar.update(self.task, completed=step)
 
     def show(self, record: dict[str, Any]) -> None:
-        """Shows a record of metrics.jsonl; training records go into the bar where there is one."""
+        """Shows a record of metrics.jsonl; training records go into the bar where there is one. Time that is
+        left is told by the speed since the record before."""
         for tracker in self.trackers:
             tracker.write(record)
         if self.bar and record["kind"] == "train":
@@ -63,7 +65,7 @@ class Display:
                 self.task, text=f"loss {record['loss']:.4f}  {record['images_per_s']:.0f} images/s"
             )
         else:
-            self.say(describe(record, self.total))
+            self.say(describe(record, self.total, self.batch_size))
 
     def say(self, text: str) -> None:
         if self.bar:
@@ -72,14 +74,14 @@ class Display:
             print(text, flush=True)
 
 
-def describe(record: dict[str, Any], total: int) -> str:
+def describe(record: dict[str, Any], total: int, batch_size: int) -> str:
     """A record as a line: `step 200/1000  held-out  loss 1.2345  accuracy 0.8100`."""
     values = metrics_of(record)
     shown = [
         f"{name} {value:.3e}" if name == "lr" else f"{name} {value:.4f}" for name, value in values.items()
     ]
     if "images_per_s" in record:
-        left = (total - record["step"]) * record["seconds"] / max(record["step"], 1)
+        left = (total - record["step"]) * batch_size / max(record["images_per_s"], 0.1)
         shown += [f"{record['images_per_s']:.0f} images/s", f"{left / 60:.1f} min left"]
     kind = "held-out  " if record["kind"] == "held_out" else ""
     return f"step {record['step']}/{total}  {kind}" + "  ".join(shown)

@@ -85,6 +85,9 @@ def train(
                 f"optimizer.warmup_steps {session.recipe.optimizer.warmup_steps} covers all train.steps "
                 f"{config.steps}: the learning rate only rises"
             )
+        if progress.step + config.log_every < config.steps:
+            left = config.steps - progress.step
+            display.say(f"{left} steps of {config.batch_size} samples, a line every {config.log_every}")
         shown = (progress.examples, progress.seconds)  # at the last log line
         while progress.step < config.steps:
             started = time.perf_counter()
