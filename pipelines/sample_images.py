@@ -11,12 +11,18 @@ demo's generator takes about 0.1 s on one core.
 import argparse
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from PIL import Image
 
 from mmvit import CaptionScorer, Generator
 from mmvit.data.captions import read_caption_file
+from mmvit.data.writing import with_progress
 from mmvit.errors import UserError, run_script
 from mmvit.sampling.grids import check_picture_name, labelled_grid
+
+PART = 64  # pictures
 
 
 def main() -> None:
@@ -25,32 +31,43 @@ def main() -> None:
     check_picture_name(options.out)
     if options.num < 1:
         raise UserError(f"--num {options.num}: at least 1 picture is drawn")
+    if not captions:
+        raise UserError("no captions to draw; give at least one, '' for an unconditional picture")
     generator = Generator.from_pretrained(options.model)
     start = time.perf_counter()
-    drawn = generator.draw(
-        captions,
-        num_images=options.num,
-        negative=options.negative,
-        candidates=options.candidates,
-        scorer=CaptionScorer.from_pretrained(options.scorer) if options.scorer else None,
-        guidance_scale=options.guidance_scale,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    pictures = generator.pictures(drawn.codes)
-    seconds = time.perf_counter() - start
-    rows = [pictures[i : i + options.num] for i in range(0, len(pictures), options.num)]
     folder = options.out.with_suffix("")
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, (caption, row) in enumerate(zip(captions, rows, strict=True)):
-        for j, picture in enumerate(row):
-            seed = drawn.seeds[i * options.num + j]
-            picture.save(folder / f"{i:03d}-{file_name(caption)}-seed{seed}.png")
+    rows: list[list[Image.Image]] = [[] for _ in captions]
+    total = len(captions) * options.num
+    parts = with_progress(draw_in_parts(generator, captions, options), total, "drawing")
+    for place, seed, picture in parts:
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{place:03d}-{file_name(captions[place])}-seed{seed}.png")
+        rows[place].append(picture)
+    seconds = time.perf_counter() - start
     labelled_grid(rows, captions).save(options.out)
-    number = "1 picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
+    number = "1 picture" if total == 1 else f"{total} pictures"
     print(f"{number} in {seconds:.1f} s: {options.out}, and each alone in {folder}/")
+
+
+def draw_in_parts(
+    generator: Generator, captions: list[str], options: argparse.Namespace
+) -> Iterator[tuple[int, int, Image.Image]]:
+    """The place of its caption, the seed and the picture, of all pictures, drawn in parts of which each is
+    saved before the next one is begun."""
+    settings = {name: getattr(options, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
+    scorer = CaptionScorer.from_pretrained(options.scorer) if options.scorer else None
+    together = max(1, PART // options.num)  # captions
+    most = PART if options.candidates == 1 else options.num  # pictures of a caption: candidates are compared
+    for first in range(0, len(captions), together):
+        group = captions[first : first + together]
+        for begun in range(0, options.num, most):
+            number = min(most, options.num - begun)
+            drawn = generator.draw(
+                group, number, negative=options.negative, candidates=options.candidates, scorer=scorer,
+                seed=options.seed + begun, **settings,
+            )  # fmt: skip
+            for i, picture in enumerate(generator.pictures(drawn.codes)):
+                yield first + i // number, drawn.seeds[i], picture
 
 
 def parse_arguments() -> argparse.Namespace:

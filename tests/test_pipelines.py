@@ -233,6 +233,17 @@ def test_sampling_writes_a_grid_and_single_pictures(run, run_script, tmp_path):
     ]
 
 
+def test_pictures_drawn_in_parts_are_those_of_their_seeds(run, run_script, tmp_path):
+    out = tmp_path / "many.png"
+    ran = run_script("pipelines/sample_images.py", run, "red square", "--num", 66, "--seed", 3, "--out", out)
+    assert ran.returncode == 0, ran.stderr
+    assert len(list((tmp_path / "many").iterdir())) == 66
+    generator = Generator.from_pretrained(run)
+    for seed in (3, 66, 67, 68):  # the second part begins at 67
+        with Image.open(tmp_path / "many" / f"000-red-square-seed{seed}.png") as picture:
+            assert picture.tobytes() == generator.generate("red square", seed=seed)[0].tobytes()
+
+
 def test_codes_of_another_tokenizer_are_refused(place, run_script, tmp_path):
     VQModel(VQConfig(codebook_size=16, encoder_width=32, decoder_widths=(32, 16))).save_pretrained(
         tmp_path / "other"
