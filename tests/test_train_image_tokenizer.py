@@ -98,7 +98,9 @@ def test_a_collapse_is_told_while_it_happens(run_script, recipe):
         mock.patch("mmvit.evaluation.code_use.draw_code_use"),
         mock.patch(metrics, side_effect=[{"codes_in_use": 0.9}, {"codes_in_use": 0.2}]),
     ):
-        ran = run_script("tokenizers/train_image_tokenizer.py", recipe, "--train.evaluate_every", 3)
+        script = ("tokenizers/train_image_tokenizer.py", recipe)
+        assert run_script(*script, "--train.steps", 3).returncode == 0
+        ran = run_script(*script, "--train.steps", 6, "--resume")  # what was before is not forgotten
     assert ran.returncode == 0, ran.stderr
     told = "only 20% of the codes are in use over the training pictures, after 90% at the evaluation before"
     assert told in " ".join((ran.stdout + ran.stderr).split())

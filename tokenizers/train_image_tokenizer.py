@@ -108,21 +108,20 @@ def main() -> None:
         training_once = one_epoch(session, data.train, plain)
         held_out = one_epoch(session, data.held_out, plain)
         wanted = getattr(session.recipe.model, "start_pictures", 0)
-        if wanted and not session.resume:
+        if wanted and not any(session.run.checkpoints.glob("*")):
             buffer = data.shuffle_buffer
             shuffled = ShardStream(data.train, plain, wanted, shuffle_buffer=buffer, repeat=False)
             model.start_codes(next(iter(shuffled))["pixels"])
         decode = PixelsSample(data.image_size, data.augment)
         stream = training_stream(session, data.train, decode, data.shuffle_buffer)
 
-        in_use: list[float] = []  # share of the codes, at each evaluation
-
         def evaluate(model: nn.Module) -> dict[str, float]:
             counts = code_counts(model, training_once)
             metrics = reconstruction_metrics(model, held_out) | use_metrics(counts)
-            in_use.append(metrics["codes_in_use"])
             if session.processes.is_main:
                 draw_code_use(counts, session.run.path / "codes.png")
+                before = (r for r in session.run.read_metrics() if r["kind"] == "held_out")
+                in_use = [record["codes_in_use"] for record in before] + [metrics["codes_in_use"]]
                 if is_collapsing(in_use):
                     warnings.warn(
                         f"only {in_use[-1]:.0%} of the codes are in use over the training pictures, after "
