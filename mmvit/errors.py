@@ -5,10 +5,17 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(Exception):
     """Something that the user can mend: the message says what was found, where, and what to do."""
+
+
+def refuse_source(out: Path, *sources: Path) -> None:
+    """Raises UserError when a script would write over what it reads."""
+    if out.resolve() in {source.resolve() for source in sources}:
+        raise UserError(f"{out} is the source itself; name another place to write to")
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import get_args
 
 from mmvit.config import parse_value
-from mmvit.errors import UserError, run_script
+from mmvit.errors import refuse_source, run_script
 from mmvit.hub import download
 from mmvit.interop.files import find_ours
 from mmvit.interop.vit import load_vit
@@ -41,8 +41,7 @@ def main() -> None:
     source = Path(options.source)
     if not source.exists():
         source = download(source, ("*.json", "*.safetensors", "*.npz"))
-    if options.out.resolve() == source.resolve():
-        raise UserError(f"{options.out} is the source itself; name another place to write to")
+    refuse_source(options.out, source)
     settings = {name: parse_value(text) for name, _, text in (pair.partition("=") for pair in options.set)}
     model = read(source, settings)
     if options.to == "mmvit":

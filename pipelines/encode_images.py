@@ -38,7 +38,7 @@ from mmvit.data.writing import (
     with_progress,
     write_dataset_card,
 )
-from mmvit.errors import UserError, run_script
+from mmvit.errors import UserError, refuse_source, run_script
 from mmvit.hub import fingerprint
 from mmvit.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 
@@ -71,8 +71,7 @@ class Views:
 
 def main() -> None:
     options = parse_arguments()
-    if options.source.resolve() == options.out.resolve():
-        raise UserError(f"{options.out} is the source itself; name another folder for the codes")
+    refuse_source(options.out, options.source)
     tokenizer = load_image_tokenizer(options.tokenizer, "cuda" if torch.cuda.is_available() else "cpu")
     try:
         grid = tokenizer.grid(*options.size)

@@ -31,7 +31,7 @@ from PIL import Image
 from mmvit.data.images import MAX_PIXELS, open_image
 from mmvit.data.shards import BadSample
 from mmvit.data.writing import Outcome, ShardWriter, with_progress, write_dataset_card
-from mmvit.errors import UserError, run_script
+from mmvit.errors import UserError, refuse_source, run_script
 
 STORED_AS_IS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 CONVERTED = (".bmp", ".gif", ".tif", ".tiff")
@@ -68,8 +68,7 @@ def main() -> None:
     if arguments.max_side is not None and arguments.max_side < 1:
         raise UserError(f"--max-side {arguments.max_side} is not a size in pixels")
 
-    if arguments.out.resolve() == arguments.source.resolve():
-        raise UserError(f"{arguments.out} is the source itself; name another folder")
+    refuse_source(arguments.out, arguments.source)
 
     outcome = Outcome()
     entries = drop_duplicates(find_entries(arguments.source, arguments.unlabelled, outcome), outcome)

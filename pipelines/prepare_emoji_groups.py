@@ -28,7 +28,7 @@ from mmvit.data.writing import (
     with_progress,
     write_dataset_card,
 )
-from mmvit.errors import UserError, run_script
+from mmvit.errors import UserError, refuse_source, run_script
 
 EVERY = 5  # how many emoji there are for one in the test
 VARIATION_SELECTOR = "fe0f"
@@ -42,8 +42,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write shards to")
     parser.add_argument("--by", choices=["category", "subcategory"], default="category")
     options = parser.parse_args()
-    if options.source.resolve() == options.out.resolve():
-        raise UserError(f"{options.out} is the source itself; name another folder")
+    refuse_source(options.out, options.source)
     groups = read_groups(options.by)
     classes, outcome = sorted(set(groups.values())), Outcome()
     numbers = {name: number for number, name in enumerate(classes)}

@@ -20,7 +20,7 @@ from mmvit.data.writing import (
     with_progress,
     write_dataset_card,
 )
-from mmvit.errors import UserError, run_script
+from mmvit.errors import UserError, refuse_source, run_script
 
 
 def main() -> None:
@@ -35,8 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     if not 0 < options.share <= 1:
         raise UserError(f"--share {options.share} is not in (0, 1]")
-    if options.source.resolve() == options.out.resolve():
-        raise UserError(f"{options.out} is the source itself; name another folder")
+    refuse_source(options.out, options.source)
     outcome, places = Outcome(), {}
     shards = expand_shards(options.source / f"{options.split}-*.tar")
     for sample in read_samples(shards, outcome):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mmvit.config import parse_value
-from mmvit.errors import UserError, run_script
+from mmvit.errors import UserError, refuse_source, run_script
 from mmvit.hub import write_weights
 from mmvit.interop.files import find_ours
 from mmvit.interop.openai_dvae import dvae_to_openai, load_openai_dvae
@@ -45,8 +45,7 @@ def main() -> None:
         "choose them, black=0 for weights that know pixels in [0, 1]",
     )  # fmt: skip
     options = parser.parse_args()
-    if options.out.resolve() in {source.resolve() for source in options.source}:
-        raise UserError(f"{options.out} is the source itself; name another folder to write")
+    refuse_source(options.out, *options.source)
     settings = dict(pair.partition("=")[::2] for pair in options.set)
     if len(options.source) == 1:
         model = read_folder(options.source[0], {name: parse_value(text) for name, text in settings.items()})
