@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from studies import ROOT, call, flops_of, interval, read_log, train, write_log
+from studies import ROOT, call, cell, flops_of, interval, read_log, train, write_log
 
 from mmvit.errors import UserError, run_script
 
@@ -127,22 +127,17 @@ def show(records: list[dict[str, Any]], plot: Path | None) -> None:
         print(f"\n{data}, {own[0]['flops'] / 1e12:.3g} TFLOP a figure (of {images:,} pictures)\n")
         print("| | " + " | ".join(f"{share:.0%} of the labels" for share in SHARES) + " |")
         print("|---|" + "---|" * len(SHARES))
-        for method, cells in summarise(own):
-            print(f"| {method} | " + " | ".join(f"{100 * m:.1f} ± {100 * i:.1f}" for m, i in cells) + " |")
+        for method, groups in by_share(own):
+            print(f"| {method} | " + " | ".join(cell(group, 1) for group in groups) + " |")
     if plot:
         draw(records, plot)
 
 
-def summarise(records: list[dict[str, Any]]) -> Iterator[tuple[str, list[tuple[float, float]]]]:
-    """Mean and half of the 95% interval of every method by share."""
+def by_share(records: list[dict[str, Any]]) -> Iterator[tuple[str, list[list[float]]]]:
+    """Every method with the accuracies, in percent, of its seeds at each share."""
     for method in METHODS:
-        yield (
-            method,
-            [
-                interval([r["accuracy"] for r in records if (r["method"], r["share"]) == (method, share)])
-                for share in SHARES
-            ],
-        )
+        own = [record for record in records if record["method"] == method]
+        yield method, [[100 * r["accuracy"] for r in own if r["share"] == share] for share in SHARES]
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
@@ -153,8 +148,9 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(5 * len(data), 4), layout="constrained")
     for place, (name, images) in enumerate(data, start=1):
         axes = figure.add_subplot(1, len(data), place)
-        for method, cells in summarise([r for r in records if (r["data"], r["images"]) == (name, images)]):
-            means, halves = ([100 * value for value in column] for column in zip(*cells, strict=True))
+        own = [record for record in records if (record["data"], record["images"]) == (name, images)]
+        for method, groups in by_share(own):
+            means, halves = zip(*map(interval, groups), strict=True)
             axes.errorbar(shares, means, halves, label=method, marker="o", capsize=3)
         axes.set(xscale="log", xlabel="% of the labels", ylabel="test accuracy, %", title=name)
         axes.grid(alpha=0.3)

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from studies import ROOT, call, flops_of, interval, read_log, train, write_log
+from studies import ROOT, call, cell, flops_of, interval, read_log, train, write_log
 
 from mmvit.errors import UserError, run_script
 
@@ -108,11 +108,9 @@ def show(records: list[dict[str, Any]]) -> None:
 def row_of(name: str, records: list[dict[str, Any]], defaults: dict[int, dict[str, Any]]) -> str:
     cells = [name]
     for figure, scale, digits in (("loss", 1, 3), ("retrieval", 100, 1)):
-        mean, half = interval([scale * record[figure] for record in records])
         bases = {seed: record[figure] for seed, record in defaults.items()}
         gains = [scale * (r[figure] - bases[r["seed"]]) for r in records if r["seed"] in bases]
-        gain, gain_half = interval(gains)
-        cells += [f"{mean:.{digits}f} ± {half:.{digits}f}", f"{gain:+.{digits}f} ± {gain_half:.{digits}f}"]
+        cells += [cell([scale * record[figure] for record in records], digits), cell(gains, digits, "+")]
     minutes, _ = interval([record["minutes"] for record in records])
     return f"| {' | '.join([*cells, f'{minutes:.1f}'])} |"
 

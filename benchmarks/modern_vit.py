@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from studies import ROOT, flops_of, interval, read_log, train, write_log
+from studies import ROOT, cell, flops_of, interval, read_log, train, write_log
 
 from mmvit.errors import UserError, run_script
 
@@ -115,14 +115,10 @@ def show_table(records: list[dict[str, Any]]) -> None:
     plain = {r["seed"]: r["accuracy"] for r in records if r["variant"] == PLAIN}
     for name in dict.fromkeys(record["variant"] for record in records):
         own = [record for record in records if record["variant"] == name]
-        mean, half = interval([record["accuracy"] for record in own])
-        gains = [r["accuracy"] - plain[r["seed"]] for r in own if r["seed"] in plain]
-        gain, gain_half = interval(gains)
+        accuracy = cell([100 * record["accuracy"] for record in own], 2)
+        gain = cell([100 * (r["accuracy"] - plain[r["seed"]]) for r in own if r["seed"] in plain], 2, "+")
         minutes, _ = interval([record["minutes"] for record in own])
-        print(
-            f"| {name} | {100 * mean:.2f} ± {100 * half:.2f} | {100 * gain:+.2f} ± {100 * gain_half:.2f} | "
-            f"{minutes:.1f} |"
-        )
+        print(f"| {name} | {accuracy} | {gain} | {minutes:.1f} |")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from studies import ROOT, call, flops_of, interval, read_log, train, write_log
+from studies import ROOT, call, cell, flops_of, interval, read_log, train, write_log
 
 from mmvit.errors import UserError, run_script
 
@@ -123,11 +123,6 @@ def show(records: list[dict[str, Any]]) -> None:
             ]
             minutes, _ = interval([row["minutes"] for row in rows])
             print(f"| {' | '.join([name, *cells, f'{minutes:.1f}'])} |")
-
-
-def cell(values: list[float], digits: int) -> str:
-    mean, half = interval(values)
-    return f"{mean:.{digits}f} ± {half:.{digits}f}" if values else ""
 
 
 if __name__ == "__main__":

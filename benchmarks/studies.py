@@ -98,3 +98,11 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         return values[0], float("nan")
     quantile = STUDENT.get(len(values), 2.26)  # a little wide for more than ten
     return statistics.mean(values), quantile * statistics.stdev(values) / len(values) ** 0.5
+
+
+def cell(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """`79.6 ± 0.4` for a table, with the `sign` "+" for gains; the mean alone where there is no interval."""
+    mean, half = interval(values)
+    if mean != mean:
+        return ""
+    return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if half == half else "")
