@@ -20,10 +20,10 @@ help: ## list the targets
 
 install: .venv/tested ## make .venv with mmvit, its tests and the emoji data, at the versions of constraints.txt
 
-demo: .venv/installed ## train a generator on emoji and draw captions that it has never seen (11 minutes on 2 cores)
+demo: .venv/installed ## train a generator on emoji and draw captions that it has never seen (12 minutes on 2 cores)
 	$(BIN)/python pipelines/demo.py
 
-test: .venv/tested ## run the tests (2 minutes on 2 cores)
+test: .venv/tested ## run the tests (4 minutes on 2 cores)
 	$(BIN)/python -m pytest
 
 lint: .venv/tested ## check style with ruff

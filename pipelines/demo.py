@@ -1,4 +1,4 @@
-"""The whole way, from pictures to a generator that draws captions it has never seen, in 11 minutes on 2
+"""The whole way, from pictures to a generator that draws captions it has never seen, in 12 minutes on 2
 cores.
 
     python pipelines/demo.py        (or: make demo, which makes the environment first)
