@@ -12,14 +12,12 @@ steps, one that makes it cheaper more; Muon's own products are not counted, minu
 """
 
 import argparse
-import json
 import time
-from pathlib import Path
 from typing import Any
 
-from studies import ROOT, call, cell, flops_of, interval, read_log, train, write_log
+from studies import ROOT, cell, flops_of, interval, read_log, retrieval, run_study, train, write_log
 
-from mmvit.errors import UserError, run_script
+from mmvit.errors import run_script
 
 RECIPE = ("pipelines/train_caption_to_image.py", ROOT / "configs/emoji_demo.toml")
 BATCH = 64
@@ -47,23 +45,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run")
-    run.add_argument("--images", type=int, default=24_000, help="pictures that the default trains on")
-    run.add_argument("--seeds", type=int, default=2)
+    budget = {"images": 24_000, "of": "the default", "seeds": 2}
+    run_study(__doc__, "modern-generator", measure, show, **budget, extend=add_options)
+
+
+def add_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--only", nargs="+", choices=VARIANTS, default=[*VARIANTS], metavar="VARIANT")
-    run.add_argument("--log", type=Path, default=Path("modern-generator.jsonl"))
-    run.add_argument("--runs", type=Path, default=Path("runs/modern-generator"), help="where runs go")
-    table = commands.add_parser("table")
-    table.add_argument("log", type=Path)
-    options = parser.parse_args()
-    if options.command == "run":
-        measure(options)
-    else:
-        show(read_log(options.log))
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -80,29 +67,20 @@ def measure(options: argparse.Namespace) -> None:
             found = train(*RECIPE, out, steps, "--train.seed", seed, "--samples.captions", "[]", *settings)
             minutes = (time.monotonic() - began) / 60
             guidance = 1 if name == UNGUIDED else 2
-            call(
-                "pipelines/evaluate.py", out / "last", "data/emoji", "--guidance-scale", guidance,
-                "--out", out / "sheet.png",
-            )  # fmt: skip
-            figures = json.loads((out / "last" / "evaluation-combinations.json").read_text())
             record = {
                 "variant": name, "seed": seed, "images": options.images, "steps": steps, "flops": total,
-                "loss": found["image_loss"], "retrieval": figures["retrieval@1"], "minutes": minutes,
+                "loss": found["image_loss"], "retrieval": retrieval(out, "--guidance-scale", guidance),
+                "minutes": minutes,
             }  # fmt: skip
             write_log(options.log, record)
 
 
 def show(records: list[dict[str, Any]]) -> None:
-    if not records:
-        raise UserError("the log holds no figures yet")
-    for images in dict.fromkeys(record["images"] for record in records):
-        own = [record for record in records if record["images"] == images]
-        print(f"\n{own[0]['flops'] / 1e12:.3g} TFLOP a figure (of {images:,} pictures)\n")
-        print("| | nats per code | against the default | retrieval@1 | against the default | minutes |")
-        print("|---|---|---|---|---|---|")
-        defaults = {r["seed"]: r for r in own if r["variant"] == DEFAULT}
-        for name in dict.fromkeys(record["variant"] for record in own):
-            print(row_of(name, [record for record in own if record["variant"] == name], defaults))
+    print("| | nats per code | against the default | retrieval@1 | against the default | minutes |")
+    print("|---|---|---|---|---|---|")
+    defaults = {r["seed"]: r for r in records if r["variant"] == DEFAULT}
+    for name in dict.fromkeys(record["variant"] for record in records):
+        print(row_of(name, [record for record in records if record["variant"] == name], defaults))
 
 
 def row_of(name: str, records: list[dict[str, Any]], defaults: dict[int, dict[str, Any]]) -> str:

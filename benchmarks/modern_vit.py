@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from studies import ROOT, cell, flops_of, interval, read_log, train, write_log
+from studies import ROOT, cell, flops_of, interval, read_log, run_study, train, write_log
 
 from mmvit.errors import UserError, run_script
 
@@ -43,27 +43,15 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run")
-    run.add_argument("--images", type=int, default=60_000, help="pictures that the plain ViT trains on")
-    run.add_argument("--seeds", type=int, default=3)
+    run_study(__doc__, "modern-vit", measure, show, images=60_000, of="the plain ViT", extend=add_options)
+
+
+def add_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--only", nargs="+", choices=VARIANTS, default=[*VARIANTS], metavar="VARIANT")
     run.add_argument(
         "--together", nargs="+", choices=[name for name in VARIANTS if VARIANTS[name]], metavar="VARIANT",
         help="measure these in one model, instead of each alone",
     )  # fmt: skip
-    run.add_argument("--log", type=Path, default=Path("modern-vit.jsonl"))
-    run.add_argument("--runs", type=Path, default=Path("runs/modern-vit"), help="where runs go")
-    table = commands.add_parser("table")
-    table.add_argument("log", type=Path)
-    options = parser.parse_args()
-    if options.command == "run":
-        measure(options)
-    else:
-        show(read_log(options.log))
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -103,15 +91,7 @@ def train_for(
 
 
 def show(records: list[dict[str, Any]]) -> None:
-    if not records:
-        raise UserError("the log holds no figures yet")
-    for images in dict.fromkeys(record["images"] for record in records):
-        show_table([record for record in records if record["images"] == images])
-
-
-def show_table(records: list[dict[str, Any]]) -> None:
-    of = f"{records[0]['flops'] / 1e12:.3g} TFLOP a figure (of {records[0]['images']:,} pictures)"
-    print(f"\n{of}\n\n| | accuracy | against the plain ViT | minutes |\n|---|---|---|---|")
+    print("| | accuracy | against the plain ViT | minutes |\n|---|---|---|---|")
     plain = {r["seed"]: r["accuracy"] for r in records if r["variant"] == PLAIN}
     for name in dict.fromkeys(record["variant"] for record in records):
         own = [record for record in records if record["variant"] == name]

@@ -13,15 +13,13 @@ which a classifier has seen as pictures, at guidance 2 and temperature 0.3. Mean
 """
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from studies import ROOT, call, cell, flops_of, interval, read_log, train, write_log
+from studies import ROOT, cell, flops_of, interval, read_log, retrieval, run_study, train, write_log
 
-from mmvit.errors import UserError, run_script
+from mmvit.errors import run_script
 
 BATCH = 64
 JOINT = ("pipelines/train_joint.py", ROOT / "configs/emoji_joint.toml")
@@ -44,22 +42,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run")
-    run.add_argument("--images", type=int, default=24_000, help="pictures that a generator alone trains on")
-    run.add_argument("--seeds", type=int, default=3)
-    run.add_argument("--log", type=Path, default=Path("one-core.jsonl"))
-    run.add_argument("--runs", type=Path, default=Path("runs/one-core"), help="where runs go")
-    table = commands.add_parser("table")
-    table.add_argument("log", type=Path)
-    options = parser.parse_args()
-    if options.command == "run":
-        measure(options)
-    else:
-        show(read_log(options.log))
+    run_study(__doc__, "one-core", measure, show, images=24_000, of="a generator alone")
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -86,43 +69,27 @@ def train_stages(
         steps = round(budget / flops_of(*recipe, settings) / BATCH)
         share = "" if len(stages) == 1 else "-half"
         out = options.runs / f"{options.images}" / f"{'-then-'.join(stages[: number + 1])}{share}-{seed}"
-        samples = () if stages[number] == "classifier" else ("--samples.captions", "[]")
-        found = train(
-            *recipe,
-            out,
-            steps,
-            "--train.seed",
-            seed,
-            "--train.batch_size",
-            BATCH,
-            *samples,
-            *settings,
-            *start,
-        )
+        if stages[number] != "classifier":
+            settings = (*settings, "--samples.captions", "[]")
+        same = ("--train.seed", seed, "--train.batch_size", BATCH)
+        found = train(*recipe, out, steps, *same, *settings, *start)
         start = ("--start.core", str(out / "last"))
     figures = {"accuracy": found["accuracy"]} if "accuracy" in found else {}
     if "image_loss" in found:
-        call("pipelines/evaluate.py", out / "last", "data/emoji", "--out", out / "sheet.png")
-        evaluated = json.loads((out / "last" / "evaluation-combinations.json").read_text())
-        figures |= {"loss": found["image_loss"], "retrieval": evaluated["retrieval@1"]}
+        figures |= {"loss": found["image_loss"], "retrieval": retrieval(out)}
     return figures
 
 
 def show(records: list[dict[str, Any]]) -> None:
-    if not records:
-        raise UserError("the log holds no figures yet")
-    for images in dict.fromkeys(record["images"] for record in records):
-        own = [record for record in records if record["images"] == images]
-        print(f"\n{own[0]['flops'] / 1e12:.3g} TFLOP a figure (of {images:,} pictures of a generator)\n")
-        print("| | accuracy | nats per code | retrieval@1 | minutes |\n|---|---|---|---|---|")
-        for name in dict.fromkeys(record["variant"] for record in own):
-            rows = [record for record in own if record["variant"] == name]
-            cells = [
-                cell([scale * row[figure] for row in rows if figure in row], digits)
-                for figure, scale, digits in (("accuracy", 100, 1), ("loss", 1, 3), ("retrieval", 100, 1))
-            ]
-            minutes, _ = interval([row["minutes"] for row in rows])
-            print(f"| {' | '.join([name, *cells, f'{minutes:.1f}'])} |")
+    print("| | accuracy | nats per code | retrieval@1 | minutes |\n|---|---|---|---|---|")
+    for name in dict.fromkeys(record["variant"] for record in records):
+        rows = [record for record in records if record["variant"] == name]
+        cells = [
+            cell([scale * row[figure] for row in rows if figure in row], digits)
+            for figure, scale, digits in (("accuracy", 100, 1), ("loss", 1, 3), ("retrieval", 100, 1))
+        ]
+        minutes, _ = interval([row["minutes"] for row in rows])
+        print(f"| {' | '.join([name, *cells, f'{minutes:.1f}'])} |")
 
 
 if __name__ == "__main__":

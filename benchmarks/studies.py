@@ -1,12 +1,13 @@
 """What studies share: runs of the pipelines' scripts, their FLOPs, logs and intervals."""
 
+import argparse
 import functools
 import json
 import runpy
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,48 @@ def cell(values: Sequence[float], digits: int, sign: str = "") -> str:
     if mean != mean:
         return ""
     return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if half == half else "")
+
+
+def run_study(
+    usage: str,
+    name: str,
+    measure: Callable[[argparse.Namespace], None],
+    show: Callable[[list[dict[str, Any]]], None],
+    images: int,
+    of: str,
+    seeds: int = 3,
+    extend: Callable[[argparse.ArgumentParser], None] = lambda run: None,
+) -> None:
+    """The command line `run`, which measures, and `table LOG`, which shows the figures of each budget.
+
+    Args:
+        usage: the script's docstring.
+        name: of the log and of the folder of runs, where none are given.
+        images, of: how many pictures a budget is of by default, and of what.
+        extend: adds options to `run`.
+    """
+    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("--images", type=int, default=images, help=f"pictures that {of} trains on")
+    run.add_argument("--seeds", type=int, default=seeds)
+    extend(run)
+    run.add_argument("--log", type=Path, default=Path(f"{name}.jsonl"))
+    run.add_argument("--runs", type=Path, default=Path(f"runs/{name}"), help="where runs go")
+    commands.add_parser("table").add_argument("log", type=Path)
+    options = parser.parse_args()
+    if options.command == "run":
+        measure(options)
+        return
+    if not (records := read_log(options.log)):
+        raise UserError("the log holds no figures yet")
+    for budget in dict.fromkeys(record["images"] for record in records):
+        own = [record for record in records if record["images"] == budget]
+        print(f"\n{own[0]['flops'] / 1e12:.3g} TFLOP a figure (of {budget:,} pictures)\n")
+        show(own)
+
+
+def retrieval(run: Path, *settings: Any) -> float:
+    """Retrieval@1 of the held-out combinations of emoji, by the last generator of a run."""
+    call("pipelines/evaluate.py", run / "last", "data/emoji", "--out", run / "sheet.png", *settings)
+    return json.loads((run / "last" / "evaluation-combinations.json").read_text())["retrieval@1"]

@@ -15,8 +15,6 @@ from mmvit.errors import UserError
 
 FEW = 3  # problems that are told one by one
 VALID_KEYS = ": valid keys: "
-
-
 KIND = "kind"  # the key by which sections that may be of several kinds differ
 
 

@@ -137,7 +137,9 @@ def evaluate_generator(options: argparse.Namespace) -> None:
         figures["languages"] = {first: {name: figures[name] for name in OF_LANGUAGE}}
         for language in others:
             own = Unseen.of(captions(options.split, language), real, trained)
-            found, _, _ = loss_and_retrieval(generator, own, scorer=scorer, **settings)
+            found, _, _ = loss_and_retrieval(
+                generator, own, generator.encode(own.pixels), scorer=scorer, **settings
+            )
             figures["languages"][language] = {name: found[name] for name in OF_LANGUAGE}
     settings["candidates_drawn"] = settings.pop("candidates")
     if options.model.is_dir():

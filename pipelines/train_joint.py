@@ -30,7 +30,7 @@ from mmvit.sampling.generator import Generator
 from mmvit.sampling.preview import PreviewConfig, check_preview, draw_preview
 from mmvit.training import Recipe, one_epoch, open_session, train, training_stream
 from mmvit.training.caption_codes import CaptionCodesConfig, open_caption_codes
-from mmvit.training.deepspeed_engine import read_settings
+from mmvit.training.deepspeed_engine import zero_stage
 
 
 class ClassesConfig(Config):
@@ -55,8 +55,7 @@ def main() -> None:
     with open_session(JointRecipe, __doc__) as session:
         recipe, classes = session.recipe, session.recipe.classes
         check_preview(recipe.samples, recipe.model.generator)
-        deepspeed = read_settings(session.deepspeed) if session.deepspeed else {}
-        if deepspeed.get("zero_optimization", {}).get("stage") == 3:
+        if zero_stage(session.deepspeed) == 3:
             raise UserError("stage 3 of ZeRO cuts up a core that is read twice in a pass: use 0, 1 or 2")
         captions = open_caption_codes(session, recipe.captions, recipe.model.generator, "model.generator")
         seen = recipe.model.classifier

@@ -101,7 +101,7 @@ class Inception(nn.Module):
         super().__init__()
         assert features == ["2048"]
         self.scale = nn.Parameter(torch.ones(1))
-        self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=False))
+        self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=True))
 
     def forward(self, levels: torch.Tensor) -> tuple[torch.Tensor]:
         assert levels.dtype == torch.uint8

@@ -42,7 +42,7 @@ from mmvit.models.vq import VQConfig, VQModel
 from mmvit.sampling.grids import labelled_grid
 from mmvit.sampling.pictures import pictures_from_pixels
 from mmvit.training import Recipe, Session, one_epoch, open_session, train, training_stream
-from mmvit.training.deepspeed_engine import read_settings
+from mmvit.training.deepspeed_engine import zero_stage
 
 DRAWN = 12  # held-out pictures
 COLLAPSED = 0.5  # share of the codes in use below which an evaluation warns
@@ -179,8 +179,7 @@ def build_objective(session: Session[ImageTokenizerRecipe], model: VQModel) -> T
         UserError: when weights cannot be read, pictures are too small, or DeepSpeed cannot do it.
     """
     config, size = session.recipe.loss, session.recipe.data.image_size
-    deepspeed = read_settings(session.deepspeed) if session.deepspeed else {}
-    if config.adversarial_weight and deepspeed.get("zero_optimization", {}).get("stage") == 3:
+    if zero_stage(session.deepspeed) == 3 and config.adversarial_weight:
         raise UserError(
             "loss.adversarial_weight needs the discriminator's whole weights, which stage 3 of ZeRO cuts up: "
             "use stage 0, 1 or 2, or leave --deepspeed out"

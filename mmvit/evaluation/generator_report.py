@@ -89,8 +89,9 @@ def report_generator(
         settings: as for `Generator.draw`.
     """
     tokenizer = generator.image_tokenizer
-    reconstructed = tokenizer.decode_many(tokenizer.encode_many(unseen.pixels)).cpu()
-    figures, generated, ranks = loss_and_retrieval(generator, unseen, **settings)
+    own = tokenizer.encode_many(unseen.pixels)
+    reconstructed = tokenizer.decode_many(own).cpu()
+    figures, generated, ranks = loss_and_retrieval(generator, unseen, own, **settings)
     reconstructed_ranks = pixel_ranks(reconstructed, unseen.everything, unseen.own)
     figures |= recalls("reconstruction_retrieval", reconstructed_ranks)
     if len(generated) > 1:
@@ -117,11 +118,11 @@ def report_generator(
 
 
 def loss_and_retrieval(
-    generator: Generator, unseen: Unseen, **settings: Any
+    generator: Generator, unseen: Unseen, codes: Tensor, **settings: Any
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """What the true codes cost given their captions, and whether what is drawn of these (as `Generator.draw`
-    does by `settings`) is nearest to its true picture; with the drawn pixels, and the ranks."""
-    codes = generator.image_tokenizer.encode_many(unseen.pixels)
+    """What the true pictures' `codes` cost given their captions, and whether what is drawn of these (as
+    `Generator.draw` does by `settings`) is nearest to its true picture; with the drawn pixels, and the
+    ranks."""
     generated = generator.decode(generator.generate_codes(unseen.captions, **settings)).cpu()
     ranks = pixel_ranks(generated, unseen.everything, unseen.own)
     loss = held_out_loss(generator, unseen.captions, codes)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mmvit.config import Config
 from mmvit.core.transformer import Transformer, TransformerConfig
-from mmvit.hub import Pretrained
+from mmvit.hub import JOINT, Pretrained
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
 
@@ -60,7 +60,7 @@ class Joint(Pretrained, nn.Module):
     `Classifier.from_pretrained` and `mmvit.Generator.from_pretrained` read their part of such a folder.
     """
 
-    config_class, kind = JointConfig, "joint"
+    config_class, kind = JointConfig, JOINT
 
     def __init__(self, config: JointConfig):
         super().__init__()

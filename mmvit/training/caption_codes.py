@@ -56,8 +56,9 @@ def open_caption_codes(
     image_tokenizer = load_image_tokenizer(data.image_tokenizer, session.processes.device)
     grid = grid_of_codes(expand_shards(data.train)[0].parent)
     config = fit_to_data(model, text_tokenizer, image_tokenizer, grid, section)
+    own = fingerprint(image_tokenizer)
     for folder in {shard.parent for shard in expand_shards([*data.train, *data.held_out])}:
-        check_codes_fit(folder, config.grid, config.codebook_size, fingerprint(image_tokenizer))
+        check_codes_fit(folder, config.grid, config.codebook_size, own)
     if getattr(image_tokenizer, "decoder", None) is None:
         raise UserError(f"{data.image_tokenizer} cannot decode, so this generator could not draw pictures")
     shape = (text_tokenizer, config.text_length, config.grid, config.codebook_size)

@@ -194,6 +194,11 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+def zero_stage(path: Path | None) -> int:
+    """The stage of ZeRO that DeepSpeed's JSON asks for, 0 where there is none."""
+    return read_settings(path).get("zero_optimization", {}).get("stage", 0) if path else 0
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """DeepSpeed's JSON, without the keys that the recipe decides.
 
