@@ -1,19 +1,20 @@
-"""Dropout that is cheap on a CPU: one random byte an element, drawn eight at a time, instead of one Bernoulli
-variable each."""
+"""Dropout that is cheap on a CPU: one random byte an element, eight from each word of a fast generator,
+instead of one Bernoulli variable each."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BYTES = 8  # random bytes in one int64
+BYTES = 8  # random bytes in one word
 
 
 class Dropout(nn.Module):
     """Zeroes elements with probability `p` and scales the rest by 1 / (1 - p) (Srivastava et al., 2014).
 
     On a CPU `p` is rounded to a multiple of 1/256, and the scale is that of the rounded value, so the
-    expectation is exact. Bytes come from torch's default generator: `torch.manual_seed` and its saved state
-    reproduce them.
+    expectation is exact. Bytes come from a generator whose seed is drawn from torch's default one, for each
+    call: `torch.manual_seed` and its saved state reproduce them.
     """
 
     def __init__(self, p: float):
@@ -39,9 +40,9 @@ class ByteDropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, threshold: int) -> Tensor:
-        words = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // BYTES),))
+        random_bytes = draw_bytes(x.numel())
         mask = torch.empty_like(x, memory_format=torch.contiguous_format)
-        torch.ge(words.view(torch.uint8)[: x.numel()].view(x.shape), threshold, out=mask)
+        torch.ge(random_bytes.view(x.shape), threshold, out=mask)
         mask.mul_(256 / (256 - threshold))
         ctx.save_for_backward(mask)
         return x * mask
@@ -50,3 +51,11 @@ class ByteDropout(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
         return gradient * mask, None
+
+
+def draw_bytes(count: int) -> Tensor:
+    """`count` random bytes, uint8, by SFC64: several times faster than torch's Mersenne Twister."""
+    seed = torch.randint(2**63 - 1, ()).item()
+    generator = np.random.Generator(np.random.SFC64(seed))
+    words = generator.integers(0, 2**64 - 1, -(-count // BYTES), dtype=np.uint64, endpoint=True)
+    return torch.from_numpy(words.view(np.uint8)[:count])

@@ -11,6 +11,7 @@ from mmvit.core.hidden import HiddenLayers
 from mmvit.errors import UserError
 from mmvit.training.config import OptimizerConfig
 from mmvit.training.lars import Lars
+from mmvit.training.muon import Muon
 
 DECAYED = (
     nn.Linear,
@@ -21,7 +22,6 @@ DECAYED = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-
 
 # of the parameters that belong to one layer: the number of the first such layer, where 1 is the first block
 LAYERS = {r"core\.blocks\.(\d+)\.": 1, r"layer_positions\.(\d+)\.": 2, r"relative\.tables\.(\d+)$": 1}
@@ -101,7 +101,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     if hidden:
         lr = config.lr if config.muon_lr is None else config.muon_lr
         groups = by_rate(hidden, scales, lr, config.weight_decay)
-        optimizers.append(Muon(groups, lr=lr, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(groups, lr=lr))
     return optimizers
 
 
@@ -140,41 +140,6 @@ def layer_scales(model: nn.Module, decay: float) -> dict[int, float]:
         number: decay ** (top - numbers.get(name, top if re.match(PART + ABOVE, name) else 0))
         for name, number in names.items()
     }
-
-
-class Muon(torch.optim.Muon):
-    """torch's Muon (Jordan et al. 2024), which takes matrices alone, for convolution kernels too: as matrices
-    of (out channels, in channels · height · width), on the same memory."""
-
-    def __init__(self, groups: list[dict[str, Any]], **settings: Any):
-        self.kernels: list[tuple[nn.Parameter, nn.Parameter]] = []
-        matrices = []
-        for group in groups:
-            kernels = [(kernel, as_matrix(kernel)) for kernel in group["params"] if kernel.ndim > 2]
-            flat = [parameter for parameter in group["params"] if parameter.ndim == 2]
-            matrices.append({**group, "params": [*flat, *(matrix for _, matrix in kernels)]})
-            self.kernels += kernels
-        super().__init__(matrices, **settings)
-
-    def step(self, closure: None = None) -> None:
-        for kernel, matrix in self.kernels:
-            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
-        super().step(closure)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        for kernel, _ in self.kernels:
-            kernel.grad = None
-
-
-def as_matrix(kernel: nn.Parameter) -> nn.Parameter:
-    matrix = nn.Parameter(kernel.detach().flatten(1))
-    if matrix.data_ptr() != kernel.data_ptr():
-        raise ValueError(
-            f"a kernel of shape {tuple(kernel.shape)} and strides {kernel.stride()} cannot be seen as a "
-            "matrix; keep its weights contiguous"
-        )
-    return matrix
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:

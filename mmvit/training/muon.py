@@ -1,0 +1,94 @@
+"""Muon for matrices and convolution kernels, many small ones at once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+STACK = 2**24  # elements of one stack at most: 34 MB in bfloat16
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon (Jordan et al. 2024), which takes matrices alone, for convolution kernels too: as matrices
+    of (out channels, in channels · height · width), on the same memory. Matrices of one shape, or of its
+    transpose, are orthogonalised in one stack, which small layers do in half of the time."""
+
+    def __init__(self, groups: list[dict[str, Any]], **settings: Any):
+        self.kernels: list[tuple[nn.Parameter, nn.Parameter]] = []
+        matrices = []
+        for group in groups:
+            kernels = [(kernel, as_matrix(kernel)) for kernel in group["params"] if kernel.ndim > 2]
+            flat = [parameter for parameter in group["params"] if parameter.ndim == 2]
+            matrices.append({**group, "params": [*flat, *(matrix for _, matrix in kernels)]})
+            self.kernels += kernels
+        super().__init__(matrices, adjust_lr_fn="match_rms_adamw", **settings)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for kernel, matrix in self.kernels:
+            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
+        for group in self.param_groups:
+            stacks: dict[tuple, list[nn.Parameter]] = {}
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    stacks.setdefault((*sorted(matrix.shape), matrix.device), []).append(matrix)
+            for (rows, columns, _), matrices in stacks.items():
+                at_once = max(1, STACK // (rows * columns))
+                for first in range(0, len(matrices), at_once):
+                    self.move(matrices[first : first + at_once], group)
+
+    def move(self, matrices: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
+        """One step of matrices that have one shape, some of them transposed."""
+        updates = orthogonalise(
+            torch.stack([wide(self.momentum(matrix, group["momentum"])) for matrix in matrices]),
+            group["ns_coefficients"], group["ns_steps"], group["eps"],
+        )  # fmt: skip
+        rate = 0.2 * group["lr"] * max(matrices[0].shape) ** 0.5  # as large as AdamW's steps (2502.16982)
+        for matrix, update in zip(matrices, updates, strict=True):
+            matrix.mul_(1 - group["lr"] * group["weight_decay"])
+            matrix.add_(update if matrix.shape == update.shape else update.T, alpha=-rate)
+
+    def momentum(self, matrix: nn.Parameter, share: float) -> Tensor:
+        """The gradient, averaged over the steps, a step ahead (Nesterov)."""
+        state = self.state[matrix]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(matrix.grad)
+        average = state["momentum_buffer"].lerp_(matrix.grad, 1 - share)
+        return matrix.grad.lerp(average, share)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for kernel, _ in self.kernels:
+            kernel.grad = None
+
+
+def wide(matrix: Tensor) -> Tensor:
+    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def orthogonalise(
+    matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> Tensor:
+    """Newton-Schulz iteration in bfloat16 (kellerjordan.github.io/posts/muon): singular values near 1.
+
+    Args:
+        matrices: (count, rows, columns), no more rows than columns.
+    """
+    a, b, c = coefficients
+    x = matrices.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def as_matrix(kernel: nn.Parameter) -> nn.Parameter:
+    matrix = nn.Parameter(kernel.detach().flatten(1))
+    if matrix.data_ptr() != kernel.data_ptr():
+        raise ValueError(
+            f"a kernel of shape {tuple(kernel.shape)} and strides {kernel.stride()} cannot be seen as a "
+            "matrix; keep its weights contiguous"
+        )
+    return matrix
