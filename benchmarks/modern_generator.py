@@ -34,7 +34,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "head and codes start at random": ("--start.codebook", "false"),
     "no dropout": ("--model.core.dropout", "0"),
     "dropout 0.2": ("--model.core.dropout", "0.2"),
-    UNGUIDED: ("--model.caption_dropout", "0"),
+    UNGUIDED: ("--model.caption_dropout", "0", "--samples.guidance_scale", "1"),
     "code noise 0.1": ("--model.code_noise", "0.1"),
     "label smoothing 0.1": ("--model.label_smoothing", "0.1"),
     "BPE dropout 0.1": ("--data.bpe_dropout", "0.1", "--model.text_length", "24"),  # captions get longer

@@ -1,7 +1,7 @@
 """Names pictures: of many captions, those that a generator finds likeliest of each.
 
-    python pipelines/caption_images.py runs/emoji apple.png pear.png --captions-file captions.txt --top 5
-    python pipelines/caption_images.py runs/emoji-clip apple.png --captions-file captions.txt
+    python pipelines/caption_images.py apple.png pear.png --captions-file captions.txt --top 5
+    python pipelines/caption_images.py --model runs/emoji-clip apple.png --captions-file captions.txt
 
 A generator tells log p(picture | caption) - log p(picture) of every caption, which takes a pass of its own
 for each; a CLIP compares pictures and captions in its space, at once.
@@ -16,6 +16,8 @@ from mmvit.errors import UserError, run_script
 from mmvit.hub import find_model_folder, read_description
 from mmvit.sampling.editing import rank_captions
 from mmvit.sampling.pictures import pixels_from_pictures, read_picture
+
+SHIPPED = Path(__file__).resolve().parent.parent / "generators" / "emoji"
 
 
 def main() -> None:
@@ -42,7 +44,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, help="a generator's run or folder, or a CLIP's")
+    parser.add_argument(
+        "--model", default=SHIPPED, help="a generator's run or folder, or a CLIP's (the shipped generator)"
+    )
     parser.add_argument("pictures", type=Path, nargs="+")
     parser.add_argument("--captions-file", type=Path, required=True, help="a caption on each line, UTF-8")
     parser.add_argument("--top", type=int, default=5, help="captions shown of each picture (%(default)s)")

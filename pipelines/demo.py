@@ -26,7 +26,7 @@ def main() -> None:
     step(root, "train_caption_to_image.py", "configs/emoji_demo.toml", *resume)
     step(root, "evaluate.py", RUN, PIXELS, "--split", "combinations", "--out", "demo.png")
     print(f"done in {(time.perf_counter() - start) / 60:.1f} minutes; draw your own captions with")
-    print(f'  .venv/bin/python pipelines/sample_images.py {RUN} "woman astronaut dark skin tone" --num 4')
+    print(f'  .venv/bin/python pipelines/sample_images.py --model {RUN} "woman astronaut dark skin tone"')
 
 
 def step(root: Path, script: str, *arguments: object, done: Path | None = None) -> None:

@@ -1,8 +1,8 @@
 """Draws a part of a picture again with a trained generator, or variations of the whole.
 
-    python pipelines/edit_images.py runs/emoji apple.png "green apple" --keep top --num 4 --out edited.png
-    python pipelines/edit_images.py runs/emoji apple.png "red apple" --keep 0.5
-    python pipelines/edit_images.py runs/emoji apple.png "red apple" --keep mask.png
+    python pipelines/edit_images.py apple.png "green apple" --keep top --num 4 --out edited.png
+    python pipelines/edit_images.py apple.png "red apple" --keep 0.5
+    python pipelines/edit_images.py --model runs/emoji apple.png "red apple" --keep mask.png
 
 --keep says what stays: a half (top, bottom, left, right), a random share of the codes, another for each
 picture, or a picture whose white parts are drawn again and whose black ones stay. Codes are drawn from what
@@ -22,6 +22,7 @@ from mmvit.sampling.editing import complete, variations
 from mmvit.sampling.grids import check_picture_name, labelled_grid
 from mmvit.sampling.pictures import read_picture
 
+SHIPPED = Path(__file__).resolve().parent.parent / "generators" / "emoji"
 HALVES = ("top", "bottom", "left", "right")
 
 
@@ -32,10 +33,9 @@ def main() -> None:
         raise UserError(f"--num {options.num}: at least 1 picture is drawn")
     picture = read_picture(options.picture)
     generator = Generator.from_pretrained(options.model)
-    settings = {
-        name: getattr(options, name)
-        for name in ("candidates", "guidance_scale", "temperature", "top_k", "top_p", "seed")
-    }
+    names = ("candidates", "guidance_scale", "temperature", "top_k", "top_p", "seed")
+    given = {name: getattr(options, name) for name in names}
+    settings = {name: value for name, value in given.items() if value is not None}
     try:
         share = float(options.keep)
     except ValueError:
@@ -53,16 +53,20 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="a run folder, a generator's folder or a Hub repository")
+    parser.add_argument(
+        "--model",
+        default=SHIPPED,
+        help="a run folder, a generator's folder or a Hub repository (the shipped)",
+    )
     parser.add_argument("picture", type=Path)
     parser.add_argument("caption", nargs="?", default="", help="of the new picture; any picture without one")
     parser.add_argument("--keep", default="top", help="(%(default)s)")
     parser.add_argument("--num", type=int, default=4, help="pictures (%(default)s)")
     parser.add_argument("--candidates", type=int, default=1, help="drawn for each that is kept (%(default)s)")
-    parser.add_argument("--guidance-scale", type=float, default=1.0)
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--guidance-scale", type=float, help="(what the model's folder says, else 1)")
+    parser.add_argument("--temperature", type=float, help="(what the model's folder says, else 1)")
     parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("edited.png"), help="(%(default)s)")
     return parser.parse_args()

@@ -1,11 +1,11 @@
-"""Draws pictures from captions with a trained generator.
+"""Draws pictures from captions, with the generator of emoji that is shipped or with one of yours.
 
-    python pipelines/sample_images.py runs/emoji-demo "thumbs up dark skin tone" --num 4 \\
+    python pipelines/sample_images.py "red apple" "赤リンゴ" --num 4
+    python pipelines/sample_images.py --model runs/emoji-demo "thumbs up dark skin tone" --num 4 \\
         --guidance-scale 2 --temperature 0.3 --top-k 100 --top-p 0.95 --seed 0 --out samples.png
 
 writes samples.png, a labelled grid, and each picture alone in the folder samples/, named by its seed, with
-which it can be drawn again. A 64-code picture of the
-demo's generator takes about 0.1 s on one core.
+which it can be drawn again. A 64-code picture of the demo's generator takes about 0.1 s on one core.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from mmvit.data.writing import with_progress
 from mmvit.errors import UserError, run_script
 from mmvit.sampling.grids import check_picture_name, labelled_grid
 
+SHIPPED = Path(__file__).resolve().parent.parent / "generators" / "emoji"
 PART = 64  # pictures
 
 
@@ -54,7 +55,8 @@ def draw_in_parts(
 ) -> Iterator[tuple[int, int, Image.Image]]:
     """The place of its caption, the seed and the picture, of all pictures, drawn in parts of which each is
     saved before the next one is begun."""
-    settings = {name: getattr(options, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
+    given = {name: getattr(options, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
+    settings = {name: value for name, value in given.items() if value is not None}
     scorer = CaptionScorer.from_pretrained(options.scorer) if options.scorer else None
     together = max(1, PART // options.num)  # captions
     most = PART if options.candidates == 1 else options.num  # pictures of a caption: candidates are compared
@@ -72,25 +74,27 @@ def draw_in_parts(
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="a run folder, a generator's folder or a Hub repository")
+    parser.add_argument(
+        "--model",
+        default=SHIPPED,
+        help="a run folder, a generator's folder or a Hub repository (the shipped generators/emoji)",
+    )
     parser.add_argument("captions", nargs="*", help="what to draw; '' draws unconditionally")
     parser.add_argument("--captions-file", type=Path, help="a UTF-8 text file with a caption on each line")
     parser.add_argument("--num", type=int, default=1, help="pictures of each caption (%(default)s)")
     parser.add_argument(
         "--guidance-scale",
         type=float,
-        default=1.0,
-        help="above 1 follows the caption more closely (%(default)s)",
+        help="above 1 follows the caption more closely (what the model's folder says, else 1)",
     )
     parser.add_argument(
-        "--temperature", type=float, default=1.0, help="0 takes the likeliest code (%(default)s)"
+        "--temperature",
+        type=float,
+        help="0 takes the likeliest code (what the model's folder says, else 1)",
     )
     parser.add_argument("--top-k", type=int, help="draw among the k likeliest codes (all)")
     parser.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        help="draw among the likeliest codes of this total probability (%(default)s)",
+        "--top-p", type=float, help="draw among the likeliest codes of this total probability (1)"
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="picture j of a caption has seed + j (%(default)s)"

@@ -58,7 +58,7 @@ def main() -> None:
             take_core(model, recipe.start.core)
 
         def whole(model: nn.Module) -> Generator:
-            return Generator(model, data.text_tokenizer, data.image_tokenizer)
+            return Generator(model, data.text_tokenizer, data.image_tokenizer, recipe.samples.settings)
 
         def draw(model: nn.Module, step: int) -> None:
             draw_preview(whole(model), recipe.samples, session.run.samples / f"step-{step:06d}.png")

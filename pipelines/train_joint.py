@@ -75,14 +75,15 @@ def main() -> None:
             loss = recipe.model.classification_weight * losses["classification_loss"]
             return {"loss": loss + losses["generation_loss"], **losses, **classified, **generated}
 
+        def whole(model: nn.Module) -> Generator:
+            tokenizers = (captions.text_tokenizer, captions.image_tokenizer)
+            return Generator(model.generator, *tokenizers, recipe.samples.settings)
+
         def draw(model: nn.Module, step: int) -> None:
-            generator = Generator(model.generator, captions.text_tokenizer, captions.image_tokenizer)
-            draw_preview(generator, recipe.samples, session.run.samples / f"step-{step:06d}.png")
+            draw_preview(whole(model), recipe.samples, session.run.samples / f"step-{step:06d}.png")
 
         def export(model: nn.Module, folder: Path) -> Any:
-            Generator(model.generator, captions.text_tokenizer, captions.image_tokenizer).save_tokenizers(
-                folder
-            )
+            whole(model).save_surroundings(folder)
             return model.save_pretrained(folder)
 
         train(

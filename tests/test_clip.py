@@ -168,7 +168,7 @@ def test_pictures_are_named_from_the_command_line(trained, run_script, tmp_path)
     captions = tmp_path / "captions.txt"
     captions.write_text("red square\nblue square\n\n")
     Image.new("RGB", (20, 20), (0, 0, 250)).save(tmp_path / "blue.png")
-    arguments = (trained, tmp_path / "blue.png", "--captions-file", captions)
+    arguments = ("--model", trained, tmp_path / "blue.png", "--captions-file", captions)
     ran = run_script("pipelines/caption_images.py", *arguments)
     assert ran.returncode == 0, ran.stderr
     assert [line.split()[-2] for line in ran.stdout.splitlines()[1:]] == ["blue", "red"]

@@ -164,7 +164,18 @@ def test_the_scripts_edit_and_name(generator, run_script, tmp_path):
     sheets = []
     for keep in ("top", tmp_path / "mask.png", 0.5):
         out = tmp_path / f"{len(sheets)}.png"
-        arguments = (model, tmp_path / "red.png", "red apple", "--keep", keep, "--num", 2, "--out", out)
+        arguments = (
+            "--model",
+            model,
+            tmp_path / "red.png",
+            "red apple",
+            "--keep",
+            keep,
+            "--num",
+            2,
+            "--out",
+            out,
+        )
         ran = run_script("pipelines/edit_images.py", *arguments)
         assert ran.returncode == 0, ran.stderr
         sheets.append(out.read_bytes())
@@ -172,12 +183,26 @@ def test_the_scripts_edit_and_name(generator, run_script, tmp_path):
     captions = tmp_path / "captions.txt"
     captions.write_text("red apple\npear\n")
     picture = tmp_path / "red.png"
-    ran = run_script("pipelines/caption_images.py", model, picture, "--captions-file", captions, "--top", 1)
+    ran = run_script(
+        "pipelines/caption_images.py", "--model", model, picture, "--captions-file", captions, "--top", 1
+    )
     assert ran.returncode == 0, ran.stderr
     best = rank_captions(generator, [Image.open(picture)], ["red apple", "pear"])[0]
     assert ["red apple", "pear"][best.argmax()] in ran.stdout
     out = tmp_path / "best.png"
-    arguments = (model, "pear", "--num", 2, "--candidates", 3, "--negative", "red apple", "--out", out)
+    arguments = (
+        "--model",
+        model,
+        "pear",
+        "--num",
+        2,
+        "--candidates",
+        3,
+        "--negative",
+        "red apple",
+        "--out",
+        out,
+    )
     ran = run_script("pipelines/sample_images.py", *arguments, "--guidance-scale", 2)
     assert ran.returncode == 0, ran.stderr
     drawn = generator.draw("pear", 2, candidates=3, negative="red apple", guidance_scale=2.0)
@@ -188,7 +213,7 @@ def test_the_scripts_edit_and_name(generator, run_script, tmp_path):
         ((picture, "--keep", "middle"), "--keep middle: it is top, bottom"),
         ((captions,), "captions.txt is no picture that can be read (undecodable image)"),
     ):
-        ran = run_script("pipelines/edit_images.py", model, *arguments)
+        ran = run_script("pipelines/edit_images.py", "--model", model, *arguments)
         assert ran.returncode == 2
         assert words in ran.stderr
 

@@ -221,7 +221,7 @@ def test_sampling_writes_a_grid_and_single_pictures(run, run_script, tmp_path):
     captions = tmp_path / "captions.txt"
     captions.write_text("blue square\n\n赤リンゴ\n", encoding="utf-8")
     ran = run_script(
-        "pipelines/sample_images.py", run, "red square", "--captions-file", captions, "--num", 2,
+        "pipelines/sample_images.py", "--model", run, "red square", "--captions-file", captions, "--num", 2,
         "--guidance-scale", 2, "--temperature", 0.9, "--top-k", 10, "--top-p", 0.95, "--seed", 5,
         "--out", tmp_path / "grid.png",
     )  # fmt: skip
@@ -235,7 +235,8 @@ def test_sampling_writes_a_grid_and_single_pictures(run, run_script, tmp_path):
 
 def test_pictures_drawn_in_parts_are_those_of_their_seeds(run, run_script, tmp_path):
     out = tmp_path / "many.png"
-    ran = run_script("pipelines/sample_images.py", run, "red square", "--num", 66, "--seed", 3, "--out", out)
+    arguments = ("--model", run, "red square", "--num", 66, "--seed", 3, "--out", out)
+    ran = run_script("pipelines/sample_images.py", *arguments)
     assert ran.returncode == 0, ran.stderr
     assert len(list((tmp_path / "many").iterdir())) == 66
     generator = Generator.from_pretrained(run)
@@ -293,18 +294,15 @@ def test_mistakes_in_a_config_are_named(place, run_script, tmp_path, overrides, 
 
 
 def test_mistakes_in_sampling_are_named(run, run_script, tmp_path):
-    refused(run_script("pipelines/sample_images.py", run), "no captions")
-    refused(run_script("pipelines/sample_images.py", tmp_path, "a"), "holds no model")
-    refused(
-        run_script("pipelines/sample_images.py", run / "best" / "image_tokenizer", "a"),
-        "holds a",
-        "not a generator",
-    )
-    refused(run_script("pipelines/sample_images.py", run, "a", "--out", tmp_path / "a.txt"), ".png")
+    def sample(model, *arguments):
+        return run_script("pipelines/sample_images.py", "--model", model, *arguments)
+
+    refused(sample(run), "no captions")
+    refused(sample(tmp_path, "a"), "holds no model")
+    refused(sample(run / "best" / "image_tokenizer", "a"), "holds a", "not a generator")
+    refused(sample(run, "a", "--out", tmp_path / "a.txt"), ".png")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    refused(
-        run_script("pipelines/sample_images.py", run, "--captions-file", tmp_path / "latin.txt"), "not UTF-8"
-    )
+    refused(sample(run, "--captions-file", tmp_path / "latin.txt"), "not UTF-8")
 
 
 def test_encoding_refuses_what_it_cannot_do(place, tiny_shards, run_script, tmp_path):

@@ -17,6 +17,7 @@ from mmvit.sampling.decoding import sample_codes
 from mmvit.sampling.filters import draw, filter_logits, uniforms
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import labelled_grid
+from mmvit.sampling.settings import SamplingSettings
 
 CAPTIONS = torch.tensor([[3, 4, 0, 0], [5, 6, 7, 8]])
 
@@ -111,6 +112,31 @@ def test_one_folder_is_all_that_sampling_needs(generator, tmp_path):
     codes = generator.generate_codes(["red apple", ""], num_images=2, seed=3)
     assert torch.equal(codes, again.generate_codes(["red apple", ""], num_images=2, seed=3, batch_size=3))
     assert torch.equal(codes[1:2], again.generate_codes("red apple", seed=4))
+
+
+def test_a_folder_says_how_it_is_sampled(generator, tmp_path):
+    generator.defaults = SamplingSettings(guidance_scale=2.0, temperature=0.5, top_k=3)
+    again = Generator.from_pretrained(generator.save_pretrained(tmp_path))
+    assert again.defaults == generator.defaults
+    settings = {"guidance_scale": 2.0, "temperature": 0.5, "top_k": 3}
+    expected = Generator(generator.transformer, generator.text_tokenizer, generator.image_tokenizer)
+    drawn = again.generate_codes("red apple", 8)
+    assert torch.equal(drawn, expected.generate_codes("red apple", 8, **settings))
+    assert not torch.equal(drawn, again.generate_codes("red apple", 8, temperature=2.0, top_k=None))
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("[", r"generation_config\.json is not"),
+        ('{"temperature": "warm"}', r"generation_config\.json is not"),
+        ('{"temperature": -1}', r"generation_config\.json: temperature is -1"),
+    ],
+)
+def test_a_broken_generation_config_is_named(generator, tmp_path, written, message):
+    (generator.save_pretrained(tmp_path) / "generation_config.json").write_text(written)
+    with pytest.raises(UserError, match=message):
+        Generator.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ class Generator:
         pictures = Generator.from_pretrained("runs/emoji").generate(["red apple"], seed=0)
 
     `transformer` predicts codes, `text_tokenizer` reads captions, `image_tokenizer` turns codes into pixels.
+    `defaults` are the settings for what a call leaves open: those that a run's previews were drawn with.
     """
 
     def __init__(
@@ -49,11 +50,13 @@ class Generator:
         transformer: GeneratorTransformer,
         text_tokenizer: TextTokenizer,
         image_tokenizer: ImageTokenizer,
+        defaults: SamplingSettings | None = None,
     ):
         check_fit(transformer, text_tokenizer, image_tokenizer)
         self.transformer = transformer.eval()
         self.text_tokenizer = text_tokenizer
         self.image_tokenizer = image_tokenizer.eval()
+        self.defaults = defaults or SamplingSettings()
 
     @property
     def device(self) -> torch.device:
@@ -74,19 +77,21 @@ class Generator:
         folder = find_model_folder(path)
         transformer = GeneratorTransformer.from_pretrained(folder, device)
         image_tokenizer = load_image_tokenizer(folder / IMAGE, device)
-        return cls(transformer, TextTokenizer.from_file(folder / TEXT / "tokenizer.json"), image_tokenizer)
+        text_tokenizer = TextTokenizer.from_file(folder / TEXT / "tokenizer.json")
+        return cls(transformer, text_tokenizer, image_tokenizer, SamplingSettings.load(folder))
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Writes all three parts, so that the folder is all that sampling needs."""
-        self.save_tokenizers(folder, dtype)
+        self.save_surroundings(folder, dtype)
         return self.transformer.save_pretrained(folder, dtype)
 
-    def save_tokenizers(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    def save_surroundings(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes what stands beside the transformer's own files."""
         folder = Path(folder)
         self.image_tokenizer.save_pretrained(folder / IMAGE, dtype)
         (folder / TEXT).mkdir(exist_ok=True)
         self.text_tokenizer.save(folder / TEXT / "tokenizer.json")
+        self.defaults.save(folder)
 
     def generate(
         self, captions: Prompt | Sequence[Prompt], num_images: int = 1, **settings: Any
@@ -133,9 +138,9 @@ class Generator:
             given: codes (captions, rows, columns) that stay as they are, -1 where one is drawn.
             on_step: see `sample_codes`.
             settings: fields of `SamplingSettings`: guidance_scale, temperature, top_k, top_p, seed,
-                batch_size.
+                batch_size; where one is not given, that of `defaults` counts.
         """
-        how = SamplingSettings.of(settings)
+        how = self.defaults.but(settings)
         prompts = list_prompts(captions)
         for name, number in (("num_images", num_images), ("candidates", candidates)):
             if number < 1:

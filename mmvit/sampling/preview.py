@@ -9,6 +9,7 @@ from mmvit.errors import UserError
 from mmvit.models.generator import GeneratorConfig
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import labelled_grid
+from mmvit.sampling.settings import SamplingSettings
 
 
 class PreviewConfig(Config):
@@ -19,10 +20,15 @@ class PreviewConfig(Config):
     guidance_scale: float = 1.0
     temperature: float = Field(0.7, ge=0)
 
+    @property
+    def settings(self) -> SamplingSettings:
+        """What the model is sampled with, then and later, where nothing else is said."""
+        return SamplingSettings(guidance_scale=self.guidance_scale, temperature=self.temperature)
+
 
 def check_preview(config: PreviewConfig, model: GeneratorConfig) -> None:
     """Raises UserError, before anything is trained, for guidance that `model` will not know."""
-    if config.captions and config.guidance_scale != 1 and model.caption_dropout == 0:
+    if config.guidance_scale != 1 and model.caption_dropout == 0:
         raise UserError(
             f"samples.guidance_scale is {config.guidance_scale}, but with caption_dropout = 0 the model "
             "learns no guidance: set it to 1, or caption_dropout to 0.1"
@@ -33,12 +39,7 @@ def draw_preview(generator: Generator, config: PreviewConfig, path: Path) -> Non
     """Draws `num_images` pictures of every caption, a row each."""
     if not config.captions:
         return
-    pictures = generator.generate(
-        config.captions,
-        config.num_images,
-        guidance_scale=config.guidance_scale,
-        temperature=config.temperature,
-    )
+    pictures = generator.generate(config.captions, config.num_images)
     rows = [pictures[i : i + config.num_images] for i in range(0, len(pictures), config.num_images)]
     path.parent.mkdir(exist_ok=True)
     labelled_grid(rows, config.captions).save(path)

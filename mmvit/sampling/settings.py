@@ -1,16 +1,22 @@
 """How codes are drawn: the settings that every way of sampling shares, and what they may be."""
 
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Self
 
 from mmvit.errors import UserError
+from mmvit.hub import write_json
+
+FILE = "generation_config.json"  # in a generator's folder
+OWN = ("guidance_scale", "temperature", "top_k", "top_p")  # settings that it may name
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Settings of `Generator.generate`.
+    """Settings of `Generator.generate`; a generator's folder may name its own defaults.
 
     Args:
         guidance_scale: above 1 follows the caption more closely (2207.12598); needs a model trained with
@@ -44,10 +50,26 @@ class SamplingSettings:
         if self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}; at least 1 picture is drawn at a time")
 
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Self:
-        """Raises UserError for a name that there is not."""
-        known = [field.name for field in fields(cls)]
+    def but(self, settings: Mapping[str, Any]) -> Self:
+        """These with some exchanged. Raises UserError for a name that there is not."""
+        known = [field.name for field in fields(self)]
         if unknown := [name for name in settings if name not in known]:
             raise UserError(f"there is no setting {unknown[0]!r} for sampling; there are {', '.join(known)}")
-        return cls(**settings)
+        return replace(self, **settings)
+
+    def save(self, folder: Path) -> None:
+        """Writes what a generator in `folder` is to be sampled with where nothing else is said."""
+        write_json({name: value for name, value in asdict(self).items() if name in OWN}, folder / FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """What `save` wrote, the defaults where nothing was. Raises UserError for anything else."""
+        if not (path := folder / FILE).is_file():
+            return cls()
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return cls().but({name: found[name] for name in OWN if name in found})
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is not {{{', '.join(OWN)}}} with numbers: {error}") from None
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None

@@ -27,7 +27,9 @@ class CaptionCodesConfig(Config):
     image_tokenizer: str = "tokenizers/emoji-image"
     text_tokenizer: str = "tokenizers/emoji-text"
     languages: tuple[str, ...] = Field(
-        ("en",), description="a caption's language is drawn among these, sample by sample"
+        ("en",),
+        description="a caption's language is drawn among these, sample by sample; one named twice comes "
+        "twice as often",
     )
     bpe_dropout: float = Field(0.0, ge=0, lt=1)
     views: float = Field(
