@@ -16,6 +16,7 @@ from mmvit.errors import UserError, run_script
 from mmvit.hub import find_model_folder, read_description
 from mmvit.sampling.editing import rank_captions
 from mmvit.sampling.pictures import pixels_from_pictures, read_picture
+from mmvit.training.distributed import choose_precision
 
 SHIPPED = Path(__file__).resolve().parent.parent / "generators" / "emoji"
 
@@ -31,7 +32,9 @@ def main() -> None:
         pixels = pixels_from_pictures(pictures, *scorer.clip.config.image.height_width)
         scores = scorer.embed_pictures(pixels) @ scorer.embed_captions(captions).T
     else:
-        scores = rank_captions(Generator.from_pretrained(options.model), pictures, captions)
+        generator = Generator.from_pretrained(options.model)
+        precision = choose_precision("auto", generator.device)
+        scores = rank_captions(generator, pictures, captions, precision)
     best = scores.topk(min(options.top, len(captions)), dim=1)
     found = zip(options.pictures, best.values.tolist(), best.indices.tolist(), strict=True)
     for path, values, places in found:

@@ -144,7 +144,7 @@ def test_variations_keep_their_share(generator):
     assert again.tobytes() == four[1].tobytes()
 
 
-def test_captions_are_ranked_by_the_evidence_of_a_picture(generator):
+def test_captions_are_ranked_by_the_evidence_of_a_picture(generator, monkeypatch):
     pictures = generator.generate(["red apple", "pear"])
     captions = ["red apple", "pear", ""]
     ranked = rank_captions(generator, pictures, captions)
@@ -153,6 +153,12 @@ def test_captions_are_ranked_by_the_evidence_of_a_picture(generator):
         expected = generator.evidence(captions, codes[row].expand(3, -1, -1))
         torch.testing.assert_close(ranked[row], expected)
     assert ranked[:, 2].abs().max() < 1e-4  # the empty caption says nothing
+    torch.testing.assert_close(rank_captions(generator, pictures, captions, torch.bfloat16), ranked)
+    monkeypatch.setattr("mmvit.sampling.editing.SHORTLIST", 1)
+    rough = rank_captions(generator, pictures, captions, torch.bfloat16)
+    places = torch.arange(len(pictures)), rough.argmax(1)
+    torch.testing.assert_close(rough[places], ranked[places])
+    assert not torch.equal(rough, ranked)
 
 
 def test_the_scripts_edit_and_name(generator, run_script, tmp_path):

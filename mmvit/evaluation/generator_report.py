@@ -20,6 +20,7 @@ from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import two_halves
 from mmvit.sampling.pictures import pictures_from_pixels
 from mmvit.sampling.rerank import CaptionScorer
+from mmvit.training.distributed import choose_precision
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ def measure_captions(
     (`rank_captions`), for `number` pictures evenly spread over the split."""
     chosen = torch.linspace(0, len(unseen.own) - 1, min(number, len(unseen.own))).round().long()
     candidates = list(dict.fromkeys([*unseen.captions, *all_captions]))
-    scores = rank_captions(generator, unseen.pixels[chosen], candidates).cpu()
+    precision = choose_precision("auto", generator.device)
+    scores = rank_captions(generator, unseen.pixels[chosen], candidates, precision).cpu()
     place = {caption: i for i, caption in enumerate(candidates)}
     is_own = torch.zeros(scores.shape, dtype=torch.bool)
     is_own[torch.arange(len(chosen)), [place[unseen.captions[i]] for i in chosen]] = True

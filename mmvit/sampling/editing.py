@@ -12,6 +12,8 @@ from mmvit.sampling.generator import Generator, Pictures
 from mmvit.sampling.prompts import Prompt, list_prompts
 from mmvit.sampling.scoring import log_likelihood
 
+SHORTLIST = 32  # captions of a picture
+
 
 def complete(
     generator: Generator,
@@ -73,12 +75,28 @@ def variations(
     return drawn
 
 
-def rank_captions(generator: Generator, pictures: Pictures, captions: Sequence[str]) -> Tensor:
+def rank_captions(
+    generator: Generator,
+    pictures: Pictures,
+    captions: Sequence[str],
+    precision: torch.dtype = torch.float32,
+) -> Tensor:
     """`caption_evidence` of every caption for every picture, (pictures, captions): the highest is what the
-    picture most likely shows, of captions that are equally likely beforehand."""
+    picture most likely shows, of captions that are equally likely beforehand.
+
+    Args:
+        precision: of a first look at all captions; in bfloat16, where the hardware multiplies it, that is
+            several times faster. The `SHORTLIST` likeliest of each picture are computed in float32.
+    """
     model, codes = generator.transformer, generator.encode(pictures).flatten(1)
     ids, _ = generator.text_tokenizer.encode(captions, model.config.text_length)
     ids = ids.to(generator.device)
-    given = [log_likelihood(model, ids, own.expand(len(ids), -1)) for own in codes]
+    first_look = torch.autocast(generator.device.type, precision, enabled=precision != torch.float32)
+    with first_look:
+        given = torch.stack([log_likelihood(model, ids, own.expand(len(ids), -1)) for own in codes])
+    if precision != torch.float32:
+        for row, own in zip(given, codes, strict=True):
+            best = row.topk(min(SHORTLIST, len(ids))).indices
+            row[best] = log_likelihood(model, ids[best], own.expand(len(best), -1))
     empty = ids.new_full((len(codes), ids.shape[1]), PAD)
-    return torch.stack(given) - log_likelihood(model, empty, codes).unsqueeze(1)
+    return given - log_likelihood(model, empty, codes).unsqueeze(1)
