@@ -31,8 +31,7 @@ AT_ONCE = 64  # captions' candidates and their pixels in memory
 def main() -> None:
     options = parse_arguments()
     generator = Generator.from_pretrained(options.generator)
-    size = tuple(side * generator.image_tokenizer.factor for side in generator.transformer.config.grid)
-    real = read_split(options.data, "*", PixelsSample(size))
+    real = read_split(options.data, "*", PixelsSample(generator.size))
     unseen = Unseen.of(read_split(options.data, options.split, CaptionSample()), real, [])
     settings = {"temperature": options.temperature, "seed": options.seed}
     print(f"{len(unseen.own)} captions among {len(unseen.everything)} pictures, {settings}\n")

@@ -23,7 +23,7 @@ SHOWN = (
     "police officer medium skin tone", "waving hand medium skin tone", "woman fairy dark skin tone",
     "man fairy dark skin tone", "office worker medium skin tone",
 )  # fmt: skip
-NUM_IMAGES, SIDE = 4, 64
+NUM_IMAGES = 4
 UNSEEN = "combinations"
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     generator = Generator.from_pretrained(options.generator)
     found = {}
     for split in ("train", UNSEEN):
-        whole = read_split(options.data, split, CaptionPixelsSample((SIDE, SIDE)))
+        whole = read_split(options.data, split, CaptionPixelsSample(generator.size))
         for caption, pixels in zip(whole["captions"], whole["pixels"], strict=True):
             found[caption] = (pixels, split == UNSEEN)
     rows, labels = [], []

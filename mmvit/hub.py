@@ -20,6 +20,7 @@ from mmvit.config import Config, build_config
 from mmvit.errors import UserError
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+SHIPPED = Path(__file__).resolve().parent.parent / "generators" / "emoji"  # in a checkout
 JOINT = "joint"  # the kind of a folder with several models on one core
 
 

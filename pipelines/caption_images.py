@@ -13,12 +13,10 @@ from pathlib import Path
 from mmvit import CaptionScorer, Generator
 from mmvit.data.captions import read_caption_file
 from mmvit.errors import UserError, run_script
-from mmvit.hub import find_model_folder, read_description
+from mmvit.hub import SHIPPED, find_model_folder, read_description
 from mmvit.sampling.editing import rank_captions
 from mmvit.sampling.pictures import pixels_from_pictures, read_picture
 from mmvit.training.distributed import choose_precision
-
-SHIPPED = Path(__file__).resolve().parent.parent / "generators" / "emoji"
 
 
 def main() -> None:

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from mmvit import Generator
 from mmvit.errors import UserError, run_script
+from mmvit.hub import SHIPPED
 from mmvit.sampling.editing import complete, variations
 from mmvit.sampling.grids import check_picture_name, labelled_grid
 from mmvit.sampling.pictures import read_picture
+from mmvit.sampling.settings import given
 
-SHIPPED = Path(__file__).resolve().parent.parent / "generators" / "emoji"
 HALVES = ("top", "bottom", "left", "right")
 
 
@@ -33,9 +34,7 @@ def main() -> None:
         raise UserError(f"--num {options.num}: at least 1 picture is drawn")
     picture = read_picture(options.picture)
     generator = Generator.from_pretrained(options.model)
-    names = ("candidates", "guidance_scale", "temperature", "top_k", "top_p", "seed")
-    given = {name: getattr(options, name) for name in names}
-    settings = {name: value for name, value in given.items() if value is not None}
+    settings = given(options, "candidates", "seed")
     try:
         share = float(options.keep)
     except ValueError:

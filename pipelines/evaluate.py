@@ -106,9 +106,8 @@ def evaluate_image_tokenizer(options: argparse.Namespace) -> None:
 
 def evaluate_generator(options: argparse.Namespace) -> None:
     generator = Generator.from_pretrained(options.model)
-    size = tuple(side * generator.image_tokenizer.factor for side in generator.transformer.config.grid)
     first, *others = options.language or ["en"]
-    real = read_split(options.data, "*", PixelsSample(size))
+    real = read_split(options.data, "*", PixelsSample(generator.size))
     trained = keys_of_train(options)
 
     def captions(split: str, language: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Draws pictures from captions, with the generator of emoji that is shipped or with one of yours.
 
-    python pipelines/sample_images.py "red apple" "赤リンゴ" --num 4
+    python pipelines/sample_images.py "thumbs up" "man judge light skin tone" --num 4
     python pipelines/sample_images.py --model runs/emoji-demo "thumbs up dark skin tone" --num 4 \\
         --guidance-scale 2 --temperature 0.3 --top-k 100 --top-p 0.95 --seed 0 --out samples.png
 
@@ -20,9 +20,10 @@ from mmvit import CaptionScorer, Generator
 from mmvit.data.captions import read_caption_file
 from mmvit.data.writing import with_progress
 from mmvit.errors import UserError, run_script
+from mmvit.hub import SHIPPED
 from mmvit.sampling.grids import check_picture_name, labelled_grid
+from mmvit.sampling.settings import given
 
-SHIPPED = Path(__file__).resolve().parent.parent / "generators" / "emoji"
 PART = 64  # pictures
 
 
@@ -55,8 +56,7 @@ def draw_in_parts(
 ) -> Iterator[tuple[int, int, Image.Image]]:
     """The place of its caption, the seed and the picture, of all pictures, drawn in parts of which each is
     saved before the next one is begun."""
-    given = {name: getattr(options, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
-    settings = {name: value for name, value in given.items() if value is not None}
+    settings = given(options)
     scorer = CaptionScorer.from_pretrained(options.scorer) if options.scorer else None
     together = max(1, PART // options.num)  # captions
     most = PART if options.candidates == 1 else options.num  # pictures of a caption: candidates are compared

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from vqgan_models import chameleon_model, diffusers_model, janus_model
 
 from mmvit.data.captions import TextTokenizer
 from mmvit.data.codes import pack_codes
@@ -161,3 +162,18 @@ def run_script() -> Callable[..., Ran]:
         return Ran(code, stdout.getvalue(), stderr.getvalue())
 
     return run
+
+
+@pytest.fixture(scope="module")
+def diffusers_vq() -> torch.nn.Module:
+    return diffusers_model()
+
+
+@pytest.fixture(scope="module")
+def janus_vq() -> torch.nn.Module:
+    return janus_model()
+
+
+@pytest.fixture(scope="module")
+def chameleon_vq() -> torch.nn.Module:
+    return chameleon_model(resolution=64, attn_resolutions=[32])

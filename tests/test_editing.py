@@ -170,19 +170,8 @@ def test_the_scripts_edit_and_name(generator, run_script, tmp_path):
     sheets = []
     for keep in ("top", tmp_path / "mask.png", 0.5):
         out = tmp_path / f"{len(sheets)}.png"
-        arguments = (
-            "--model",
-            model,
-            tmp_path / "red.png",
-            "red apple",
-            "--keep",
-            keep,
-            "--num",
-            2,
-            "--out",
-            out,
-        )
-        ran = run_script("pipelines/edit_images.py", *arguments)
+        arguments = (tmp_path / "red.png", "red apple", "--keep", keep, "--num", 2, "--out", out)
+        ran = run_script("pipelines/edit_images.py", "--model", model, *arguments)
         assert ran.returncode == 0, ran.stderr
         sheets.append(out.read_bytes())
     assert sheets[0] == sheets[1] != sheets[2]
@@ -196,20 +185,8 @@ def test_the_scripts_edit_and_name(generator, run_script, tmp_path):
     best = rank_captions(generator, [Image.open(picture)], ["red apple", "pear"])[0]
     assert ["red apple", "pear"][best.argmax()] in ran.stdout
     out = tmp_path / "best.png"
-    arguments = (
-        "--model",
-        model,
-        "pear",
-        "--num",
-        2,
-        "--candidates",
-        3,
-        "--negative",
-        "red apple",
-        "--out",
-        out,
-    )
-    ran = run_script("pipelines/sample_images.py", *arguments, "--guidance-scale", 2)
+    arguments = ("pear", "--num", 2, "--candidates", 3, "--negative", "red apple", "--out", out)
+    ran = run_script("pipelines/sample_images.py", "--model", model, *arguments, "--guidance-scale", 2)
     assert ran.returncode == 0, ran.stderr
     drawn = generator.draw("pear", 2, candidates=3, negative="red apple", guidance_scale=2.0)
     names = {f"000-pear-seed{seed}.png" for seed in drawn.seeds}

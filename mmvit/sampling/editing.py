@@ -91,10 +91,10 @@ def rank_captions(
     model, codes = generator.transformer, generator.encode(pictures).flatten(1)
     ids, _ = generator.text_tokenizer.encode(captions, model.config.text_length)
     ids = ids.to(generator.device)
-    first_look = torch.autocast(generator.device.type, precision, enabled=precision != torch.float32)
-    with first_look:
+    is_rough = precision != torch.float32
+    with torch.autocast(generator.device.type, precision, enabled=is_rough):
         given = torch.stack([log_likelihood(model, ids, own.expand(len(ids), -1)) for own in codes])
-    if precision != torch.float32:
+    if is_rough:
         for row, own in zip(given, codes, strict=True):
             best = row.topk(min(SHORTLIST, len(ids))).indices
             row[best] = log_likelihood(model, ids[best], own.expand(len(best), -1))

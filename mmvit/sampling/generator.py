@@ -62,6 +62,12 @@ class Generator:
     def device(self) -> torch.device:
         return self.transformer.start.device
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a picture, in pixels."""
+        rows, columns = self.transformer.config.grid
+        return rows * self.image_tokenizer.factor, columns * self.image_tokenizer.factor
+
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> Self:
         """Loads a generator's folder, a run folder (its best model) or a Hub repository.
@@ -236,8 +242,7 @@ class Generator:
         Raises:
             UserError: for pixels of another size.
         """
-        factor = self.image_tokenizer.factor
-        height, width = (side * factor for side in self.transformer.config.grid)
+        height, width = self.size
         pixels = pictures if isinstance(pictures, Tensor) else pixels_from_pictures(pictures, height, width)
         if tuple(pixels.shape[1:]) != (3, height, width):
             raise UserError(

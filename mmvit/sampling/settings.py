@@ -2,6 +2,7 @@
 
 import json
 import math
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -12,6 +13,12 @@ from mmvit.hub import write_json
 
 FILE = "generation_config.json"  # in a generator's folder
 OWN = ("guidance_scale", "temperature", "top_k", "top_p")  # settings that it may name
+
+
+def given(options: Namespace, *more: str) -> dict[str, Any]:
+    """Of a script's options those of `OWN`, and of `more`, that were given."""
+    values = {name: getattr(options, name) for name in (*OWN, *more)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
