@@ -131,6 +131,21 @@ def test_randomness_of_a_sample_depends_on_neither_rank_nor_worker(tiny_shards):
     assert draws(rank=0, world_size=2) | draws(rank=1, world_size=2) == alone
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_shard_that_is_named_twice_is_read_twice_with_other_randomness(tiny_shards, world_size):
+    once, twice = tiny_shards / "train-000000.tar", tiny_shards / "train-000001.tar"
+    draws: dict[str, list[float]] = {}
+    for rank in range(world_size):
+        stream = ShardStream(
+            [once, twice, twice], KeyOnly(), 4, repeat=False, rank=rank, world_size=world_size
+        )
+        for batch in stream:
+            for key, draw in zip(batch["keys"], batch["draw"].tolist(), strict=True):
+                draws.setdefault(key, []).append(draw)
+    assert Counter(len(set(found)) for found in draws.values()) == {1: 10, 2: 10}
+    assert sorted(len(found) for found in draws.values()) == [1] * 10 + [2] * 10
+
+
 # Position
 
 

@@ -1,6 +1,7 @@
 """The plan of an epoch: which reader (rank x worker) reads which part of which shard, from the seed alone."""
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -9,29 +10,37 @@ Item = TypeVar("Item")
 
 
 class Part(NamedTuple):
-    """Every `step`-th sample of a shard, beginning with number `first`."""
+    """Every `step`-th sample of a shard, beginning with number `first`. A shard that an epoch names several
+    times is read as copy 0, 1, ..."""
 
     shard: Path
     first: int
     step: int
+    copy: int = 0
 
 
 def plan_epoch(
     shards: Sequence[Path], seed: int, epoch: int, reader: int, num_readers: int, shuffle: bool
 ) -> list[Part]:
-    """The parts that one reader reads in one epoch; over all readers, every sample occurs once.
+    """The parts that one reader reads in one epoch; over all readers, every sample occurs as often as its
+    shard is named.
 
     With at least as many shards as readers, each reader gets whole shards; otherwise readers share a
     shard and each takes every k-th sample of it. `shuffle` permutes the shards anew in every epoch.
     """
-    order = list(shards)
+    named: Counter[Path] = Counter()
+    order = []
+    for shard in shards:
+        order.append((shard, named[shard]))
+        named[shard] += 1
     if shuffle:
         random_from(seed, epoch, "shards").shuffle(order)
     if len(order) >= num_readers:
-        return [Part(shard, 0, 1) for shard in order[reader::num_readers]]
+        return [Part(shard, 0, 1, copy) for shard, copy in order[reader::num_readers]]
     mine = reader % len(order)
     sharers = range(mine, num_readers, len(order))
-    return [Part(order[mine], sharers.index(reader), len(sharers))]
+    shard, copy = order[mine]
+    return [Part(shard, sharers.index(reader), len(sharers), copy)]
 
 
 def shuffled(items: Iterator[Item], buffer_size: int, rng: random.Random) -> Iterator[Item]:

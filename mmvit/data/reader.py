@@ -103,6 +103,7 @@ class Reader:
             for number, sample in enumerate(read_shard(part.shard)):
                 if number % part.step == part.first:
                     num_read += 1
+                    sample.copy = part.copy
                     lack = self.what_lacks(sample) if lack or num_read == 1 else ""
                     yield sample
         except BadShard as error:
@@ -128,7 +129,8 @@ class Reader:
             lack = self.what_lacks(found)
             if lack:
                 raise BadSample("missing file", lack)
-            sample = self.decode(found, random_from(self.seed, position.epoch, found.key))
+            copy = (found.copy,) if found.copy else ()
+            sample = self.decode(found, random_from(self.seed, position.epoch, found.key, *copy))
         except BadSample as bad:
             tally.skip(bad.reason, f"{found.key} in {found.shard}: {bad.detail}")
             tally.check(self.max_bad)

@@ -40,13 +40,17 @@ class Sample:
     key: str
     shard: Path
     files: dict[str, bytes]
+    copy: int = 0  # how often the epoch names this shard before this reading of it
 
 
 # A setting that names shards: one pattern or several.
 ShardPatterns = Annotated[
     list[str],
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    Field(min_length=1, description="folders, globs or tar files; one or a list"),
+    Field(
+        min_length=1,
+        description="folders, globs or tar files; one or a list; one named twice is read twice an epoch",
+    ),
 ]
 
 
@@ -55,7 +59,7 @@ def expand_shards(pattern: str | Path | list[str | Path]) -> list[Path]:
 
     Args:
         pattern: `dir/train-{000000..000003}.tar`, a glob `dir/train-*.tar`, a tar file, a folder (all of its
-            shards), or a list of these.
+            shards), or a list of these, in which a shard may be named several times.
 
     Raises:
         UserError: if nothing matches, a file of a brace range is missing, or the pattern is a URL or a

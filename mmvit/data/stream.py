@@ -28,7 +28,8 @@ class ShardStream:
         shards: a pattern, folder or list as `expand_shards` takes it.
         decode: makes the arrays of a sample from its bytes; a picklable callable (sample, rng) -> dict of
             numpy arrays, numbers or strings, or None to leave the sample out silently. `rng` is seeded by
-            (seed, epoch, sample key), so augmentation depends on neither worker nor rank. An entry `counts`
+            (seed, epoch, sample key) and the number of its copy where a shard is named several times, so
+            augmentation depends on neither worker nor rank. An entry `counts`
             (str → int) is added up in `report()` and does not enter the batch. It raises BadSample for a
             sample that cannot be used. Its attribute `needs`, if it has one, lists groups of extensions of
             which a sample must have one each, such as `[("png", "jpg"), ("cls",)]`.
