@@ -25,6 +25,7 @@ from mmvit.data.captions import TextTokenizer
 from mmvit.data.codes import pack_codes
 from mmvit.data.writing import ShardWriter
 from mmvit.interop.lpips import LPIPS
+from mmvit.training import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
@@ -33,6 +34,13 @@ COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255), "black
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads():
     torch.set_num_threads(1)  # the shared test machine has two cores
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_curves():
+    """Curves are most of the time of tiny runs: they leave an empty file. test_training.py draws some."""
+    with mock.patch.object(RunFolder, "draw_curves", lambda run: run.curves.touch()):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,6 @@ from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.image_tokenizer import load_image_tokenizer
 from mmvit.models.vq import VQConfig, VQModel
-from mmvit.training import RunFolder
 from mmvit.training.checkpoint import read_state
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,8 +53,7 @@ def recipe(tmp_path, tiny_shards) -> Path:
 
 
 @pytest.fixture
-def train_tokenizer(run_script, recipe, monkeypatch):
-    monkeypatch.setattr(RunFolder, "draw_curves", lambda run: None)  # takes most of the time
+def train_tokenizer(run_script, recipe):
     return lambda *arguments: run_script("tokenizers/train_image_tokenizer.py", recipe, *arguments)
 
 

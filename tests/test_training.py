@@ -38,6 +38,7 @@ from mmvit.training.distributed import choose_device
 from mmvit.training.interruption import Interruption
 from mmvit.training.resume import changed_settings, check_same_model
 
+DRAW_CURVES = RunFolder.draw_curves  # before conftest.py replaces it
 ALONE = Processes(rank=0, world_size=1, device=torch.device("cpu"))
 MODEL = ClassifierConfig(
     image_size=16,
@@ -220,6 +221,8 @@ def test_run_folder_is_complete_and_its_models_load(tmp_path, tiny_shards):
     run = session.run
     assert sorted(folder.name for folder in run.checkpoints.iterdir()) == ["step-00000010", "step-00000012"]
     assert load_config(ClassifierRecipe, run.path / "config.toml") == session.recipe
+    assert run.curves.is_file()
+    DRAW_CURVES(run)
     assert run.curves.read_bytes().startswith(b"\x89PNG")
     held_out = [record for record in run.read_metrics() if record["kind"] == "held_out"]
     assert [record["step"] for record in held_out] == [4, 8, 12]
