@@ -31,7 +31,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "RMSNorm": ("--model.core.norm", "rmsnorm"),
     "SwiGLU": ("--model.core.mlp", "swiglu"),
     "QK-norm": ("--model.core.qk_norm", "true"),
-    "head and codes start at random": ("--start.codebook", "false"),
+    "zero-initialised head, random codes": ("--start.codebook", "false"),
     "no dropout": ("--model.core.dropout", "0"),
     "dropout 0.2": ("--model.core.dropout", "0.2"),
     UNGUIDED: ("--model.caption_dropout", "0", "--samples.guidance_scale", "1"),

@@ -55,8 +55,7 @@ class Pretrained:
 
         Raises:
             UserError: when nothing is there, the folder holds another kind of model, or a weight is missing,
-            unexpected or of
-                another shape (all are named).
+                unexpected or of another shape (all are named).
         """
         folder = find_model_folder(path)
         description = read_part_description(folder, cls.kind)

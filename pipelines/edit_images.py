@@ -5,18 +5,18 @@
     python pipelines/edit_images.py --model runs/emoji apple.png "red apple" --keep mask.png
 
 --keep says what stays: a half (top, bottom, left, right), a random share of the codes, another for each
-picture, or a picture whose white parts are drawn again and whose black ones stay. Codes are drawn from what
-is above and left of them; what is kept below guides the choice among --candidates alone.
+picture, or a picture of the same size whose white parts are drawn again and whose black ones stay. Codes are
+drawn from what is above and left of them; what is kept below guides the choice among --candidates alone.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from mmvit import Generator
+from mmvit import CaptionScorer, Generator
 from mmvit.errors import UserError, run_script
 from mmvit.hub import SHIPPED
 from mmvit.sampling.editing import complete, variations
@@ -34,11 +34,13 @@ def main() -> None:
         raise UserError(f"--num {options.num}: at least 1 picture is drawn")
     picture = read_picture(options.picture)
     generator = Generator.from_pretrained(options.model)
-    settings = given(options, "candidates", "seed")
+    settings = given(options, "candidates", "seed", "negative")
+    if options.scorer:
+        settings["scorer"] = CaptionScorer.from_pretrained(options.scorer)
     try:
         share = float(options.keep)
     except ValueError:
-        kept = kept_codes(options.keep, generator.transformer.config.grid)
+        kept = kept_codes(options.keep, generator.transformer.config.grid, picture.size)
         drawn = complete(generator, [picture], kept, options.caption, options.num, **settings)
     else:
         drawn = variations(generator, picture, options.caption, options.num, share, **settings)
@@ -62,6 +64,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep", default="top", help="(%(default)s)")
     parser.add_argument("--num", type=int, default=4, help="pictures (%(default)s)")
     parser.add_argument("--candidates", type=int, default=1, help="drawn for each that is kept (%(default)s)")
+    parser.add_argument("--scorer", help="a CLIP that chooses; without it the generator itself does")
+    parser.add_argument("--negative", default="", help="a caption that guidance leads away from")
     parser.add_argument("--guidance-scale", type=float, help="(what the model's folder says, else 1)")
     parser.add_argument("--temperature", type=float, help="(what the model's folder says, else 1)")
     parser.add_argument("--top-k", type=int)
@@ -71,8 +75,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def kept_codes(keep: str, grid: tuple[int, int]) -> Tensor:
-    """Boolean (rows, columns) of a half or of a mask's picture. Raises UserError for anything else."""
+def kept_codes(keep: str, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Boolean (rows, columns) of a half, or of a mask's picture of this `size` (width, height). Raises
+    UserError for anything else."""
     rows, columns = grid
     row, column = torch.arange(rows).unsqueeze(1), torch.arange(columns).unsqueeze(0)
     upper, left = (row < rows // 2).expand(grid), (column < columns // 2).expand(grid)
@@ -80,7 +85,13 @@ def kept_codes(keep: str, grid: tuple[int, int]) -> Tensor:
         return dict(zip(HALVES, (upper, ~upper, left, ~left), strict=True))[keep]
     if not Path(keep).is_file():
         raise UserError(f"--keep {keep}: it is {', '.join(HALVES)}, a share such as 0.5, or a picture's file")
-    mask = read_picture(Path(keep)).convert("L").resize((columns, rows), Image.Resampling.BOX)
+    mask = read_picture(Path(keep))
+    if mask.size != size:
+        raise UserError(
+            f"--keep {keep}: the mask is {mask.width}x{mask.height} pixels, the picture {size[0]}x{size[1]}; "
+            "they have to be of one size"
+        )
+    mask = ImageOps.fit(mask.convert("L"), (columns, rows), Image.Resampling.BOX)
     return torch.tensor(list(mask.tobytes())).view(grid) < 128
 
 

@@ -51,11 +51,13 @@ from mmvit.models.image_tokenizer import KINDS, load_image_tokenizer
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import check_picture_name
 from mmvit.sampling.rerank import CaptionScorer
+from mmvit.sampling.settings import OWN, given
 
-# of a generator whose captions in another language are measured, too
-MOST, BYTES = 16, 4 * 3 * 3  # GiB of memory for the pictures; of a pixel: real, reconstructed, in between
+MOST, BYTES = 16, 4 * 3  # GiB of memory for the pictures; of a pixel
+AT_ONCE = 3  # of a measured picture: real, reconstructed or drawn, in between
 TRAIN = "train"
 UNSEEN = ("combinations", "heldout", "test")
+# of a generator whose captions in another language are measured, too
 OF_LANGUAGE = ("held_out_loss", "retrieval@1", "retrieval@5")
 
 
@@ -85,9 +87,7 @@ def evaluate_image_tokenizer(options: argparse.Namespace) -> None:
             f"--size {height}x{width}: {options.model} has a code for every "
             f"{tokenizer.factor}x{tokenizer.factor} pixels; give sides that are multiples of that"
         )
-    number = read_dataset_card(options.data).get("samples", {}).get(options.split, 1)
-    if (needed := number * height * width * BYTES / 2**30) > MOST:
-        raise UserError(f"--size {height}x{width}: {number} such pictures take {needed:,.0f} GiB of memory")
+    check_memory(AT_ONCE * number_of(options.data).get(options.split, 1), options.size, "--size")
     space = feature_space(options.features)
     unseen = read_split(options.data, options.split, PixelsSample(options.size))
     if len(unseen["pixels"]) < 2:
@@ -104,8 +104,25 @@ def evaluate_image_tokenizer(options: argparse.Namespace) -> None:
     print(f"figures: {kept.resolve()}; use of the codes: {drawn.resolve()}")
 
 
+def number_of(data: Path) -> dict[str, int]:
+    """Samples by split, as the folder's card tells them; empty without one."""
+    return read_dataset_card(data).get("samples", {})
+
+
+def check_memory(pictures: int, size: tuple[int, int], name: str) -> None:
+    if (needed := pictures * size[0] * size[1] * BYTES / 2**30) > MOST:
+        raise UserError(
+            f"{name} {size[0]}x{size[1]}: {pictures:,} of them in memory take {needed:,.0f} GiB, the most is "
+            f"{MOST}; take fewer by pipelines/take_share.py"
+        )
+
+
 def evaluate_generator(options: argparse.Namespace) -> None:
     generator = Generator.from_pretrained(options.model)
+    numbers = number_of(options.data)
+    check_memory(
+        sum(numbers.values()) + AT_ONCE * numbers.get(options.split, 1), generator.size, "pictures of"
+    )
     first, *others = options.language or ["en"]
     real = read_split(options.data, "*", PixelsSample(generator.size))
     trained = keys_of_train(options)
@@ -114,8 +131,8 @@ def evaluate_generator(options: argparse.Namespace) -> None:
         return read_split(options.data, split, CaptionSample([language], falls_back=not options.language))
 
     unseen = Unseen.of(captions(options.split, first), real, trained)
-    names = ("guidance_scale", "temperature", "top_k", "top_p", "seed", "candidates")
-    settings = {name: getattr(options, name) for name in names}
+    how = generator.defaults.but(given(options, "seed"))
+    settings = {name: getattr(how, name) for name in (*OWN, "seed")} | {"candidates": options.candidates}
     scorer = CaptionScorer.from_pretrained(options.scorer) if options.scorer else None
     classifier = Classifier.from_pretrained(options.classifier) if options.classifier else None
     report = report_generator(
@@ -208,10 +225,10 @@ def parse_arguments() -> argparse.Namespace:
         "--size", type=parse_size, default="64", help="of the pictures, a side or HEIGHTxWIDTH (%(default)s)"
     )
     drawing = parser.add_argument_group("for a generator: how it draws")
-    drawing.add_argument("--guidance-scale", type=float, default=2.0)
-    drawing.add_argument("--temperature", type=float, default=0.3)
-    drawing.add_argument("--top-k", type=int)
-    drawing.add_argument("--top-p", type=float, default=1.0)
+    drawing.add_argument("--guidance-scale", type=float, help="(what the model's folder says, else 1)")
+    drawing.add_argument("--temperature", type=float, help="(what the model's folder says, else 1)")
+    drawing.add_argument("--top-k", type=int, help="0 for all (what the model's folder says, else all)")
+    drawing.add_argument("--top-p", type=float, help="(what the model's folder says, else 1)")
     drawing.add_argument("--seed", type=int, default=0)
     drawing.add_argument(
         "--candidates", type=int, default=1, help="pictures drawn, of which each is the best (%(default)s)"

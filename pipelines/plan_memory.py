@@ -5,8 +5,9 @@
 
 State is what does not grow with the batch: weights, gradients, AdamW's moments, and with --ema the average of
 the weights. The last column says how many examples then fit, with and without activation checkpointing
-(`model.core.activation_checkpointing`). An estimate: buffers of communication and what is lost between
-allocations are not counted, so leave a tenth free.
+(`model.core.activation_checkpointing`). An estimate: buffers of communication, what is lost between
+allocations and the logits are not counted, so leave a tenth free, more where a small core has a large
+vocabulary.
 """
 
 import argparse

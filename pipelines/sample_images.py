@@ -30,9 +30,9 @@ PART = 64  # pictures
 def main() -> None:
     options = parse_arguments()
     captions = options.captions + (read_caption_file(options.captions_file) if options.captions_file else [])
-    check_picture_name(options.out)
     if options.num < 1:
         raise UserError(f"--num {options.num}: at least 1 picture is drawn")
+    check_picture_name(options.out, len(captions), options.num)
     if not captions:
         raise UserError("no captions to draw; give at least one, '' for an unconditional picture")
     generator = Generator.from_pretrained(options.model)
@@ -56,7 +56,7 @@ def draw_in_parts(
 ) -> Iterator[tuple[int, int, Image.Image]]:
     """The place of its caption, the seed and the picture, of all pictures, drawn in parts of which each is
     saved before the next one is begun."""
-    settings = given(options)
+    settings = given(options, "batch_size")
     scorer = CaptionScorer.from_pretrained(options.scorer) if options.scorer else None
     together = max(1, PART // options.num)  # captions
     most = PART if options.candidates == 1 else options.num  # pictures of a caption: candidates are compared
@@ -92,9 +92,18 @@ def parse_arguments() -> argparse.Namespace:
         type=float,
         help="0 takes the likeliest code (what the model's folder says, else 1)",
     )
-    parser.add_argument("--top-k", type=int, help="draw among the k likeliest codes (all)")
     parser.add_argument(
-        "--top-p", type=float, help="draw among the likeliest codes of this total probability (1)"
+        "--top-k",
+        type=int,
+        help="draw among the k likeliest codes, 0 for all (what the model's folder says, else all)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        help="draw among the likeliest codes of so much probability (what the model's folder says, else 1)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, help="pictures drawn at a time, fewer where memory is short (64)"
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="picture j of a caption has seed + j (%(default)s)"
@@ -113,8 +122,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def file_name(caption: str) -> str:
-    """A caption as part of a file name: letters and digits of any script, at most 40 characters."""
-    return re.sub(r"\W+", "-", caption)[:40].strip("-") or "unconditional"
+    """A caption as part of a file name: letters and digits of any script, at most 40 characters; the code
+    points of one that has none, as of emoji."""
+    points = "-".join(f"{ord(character):x}" for character in caption[:6] if not character.isspace())
+    return re.sub(r"\W+", "-", caption)[:40].strip("-") or points or "unconditional"
 
 
 if __name__ == "__main__":

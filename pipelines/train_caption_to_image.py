@@ -27,7 +27,7 @@ from mmvit.training.caption_codes import CaptionCodesConfig, open_caption_codes
 
 
 class StartConfig(Config):
-    """What training begins from; drawn at random where nothing is said."""
+    """What training begins from: codes from the image tokenizer's codebook, all else at random."""
 
     core: str | None = Field(
         None, description="a run folder, model or Hub repository whose core is taken, as a classifier's"

@@ -57,9 +57,10 @@ def main() -> None:
         check_preview(recipe.samples, recipe.model.generator)
         if zero_stage(session.deepspeed) == 3:
             raise UserError("stage 3 of ZeRO cuts up a core that is read twice in a pass: use 0, 1 or 2")
-        captions = open_caption_codes(session, recipe.captions, recipe.model.generator, "model.generator")
+        sections = ("model.generator", "captions")
+        captions = open_caption_codes(session, recipe.captions, recipe.model.generator, *sections)
         seen = recipe.model.classifier
-        check_classes([*classes.train, *classes.held_out], seen.num_classes)
+        check_classes([*classes.train, *classes.held_out], seen.num_classes, "model.classifier")
         size = (seen.height_width, seen.num_classes)
         decode = ClassifierSample(*size, classes.augment)
         pictures = training_stream(session, classes.train, decode, classes.shuffle_buffer)

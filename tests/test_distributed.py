@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.tally import Tally
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.accuracy import classification_metrics
+from mmvit.evaluation.likelihood import mean_loss
 from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.training import OptimizerConfig, Processes, Recipe, RunFolder, Session, TrainConfig, train
@@ -105,6 +107,23 @@ def run_training(session: Session, stop_before: int | None = None) -> None:
     train(session, Classifier(MODEL), stream, evaluate)
 
 
+class Mean(nn.Linear):
+    """Its loss is the mean of its samples."""
+
+    def loss(self, batch):
+        mean = batch["values"].mean()
+        return mean, {"loss": mean}
+
+
+def check_mean_loss(processes: Processes) -> None:
+    """Every sample counts once, whichever of the processes has it and however many it has."""
+    model, values = Mean(1, 1), torch.arange(5.0)
+    for own in (([0, 1, 2, 3], [4]), ([0, 1, 2, 3, 4], [])):
+        batches = [{"values": values[part]} for part in torch.tensor(own[processes.rank]).long().split(3)]
+        found = mean_loss(model, [batch for batch in batches if len(batch["values"])], count="values")
+        assert found == {"loss": 2.0}, found
+
+
 def main() -> None:
     """`FOLDER` is what each of the two processes does: every mode to the end, straight and resumed.
     `FOLDER MODE` resumes the run in that folder.
@@ -115,6 +134,7 @@ def main() -> None:
         if mode:
             run_training(new_session(folder, processes, MODES[mode[0]], resume=True))
             return
+        check_mean_loss(processes)
         for mode, deepspeed in MODES.items():
             run_training(new_session(folder / mode, processes, deepspeed, accumulation=2))
             cut = folder / f"{mode}-cut"

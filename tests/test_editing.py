@@ -7,6 +7,7 @@ from torch import nn
 
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.captions import TextTokenizer
+from mmvit.data.images import decode_image, encode_png, to_unit_range
 from mmvit.errors import UserError
 from mmvit.models.classifier import ClassifierConfig
 from mmvit.models.clip import CLIP, CLIPConfig
@@ -120,6 +121,42 @@ def test_candidates_are_chosen_by_a_scorer(generator, tokenizer):
     assert torch.equal(drawn.codes[0], every.codes[scores.argmax()])
 
 
+def test_candidates_of_a_completion_are_chosen_by_how_well_they_fit_what_is_kept(generator):
+    given = torch.tensor([[[3, -1, 5], [-1, -1, 7]]])
+    every = generator.draw("pear", 8, given=given)
+    ids, _ = generator.text_tokenizer.encode(["pear"] * 8, 6)
+    logs = generator.transformer(ids, every.codes.flatten(1))[1].log_softmax(-1)
+    scores = logs[:, 2, 5] + logs[:, 5, 7]  # what stands before all drawn codes says nothing
+    drawn = generator.draw("pear", candidates=8, given=given)
+    assert drawn.seeds == [int(scores.argmax())] != [int(scores.argmin())]
+    torch.testing.assert_close(drawn.scores, scores.max(0, keepdim=True).values)
+    assert generator.draw("", candidates=8, given=given).scores.isfinite().all()
+    upper = torch.tensor([[[3, 4, 5], [-1, -1, -1]]])  # nothing is kept after what is drawn: by the caption
+    by_caption = generator.draw("pear", candidates=4, given=upper)
+    torch.testing.assert_close(by_caption.scores, generator.evidence(["pear"], by_caption.codes))
+
+
+def test_where_memory_is_short_fewer_are_drawn_at_a_time(generator, monkeypatch):
+    expected = generator.draw(["red apple", "pear"], 5, candidates=2, seed=3)
+    tried = []
+
+    def small(model, rows, *arguments, **settings):
+        tried.append(len(rows))
+        if len(rows) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sample_codes(model, rows, *arguments, **settings)
+
+    monkeypatch.setattr("mmvit.sampling.generator.sample_codes", small)
+    most = 3
+    drawn = generator.draw(["red apple", "pear"], 5, candidates=2, seed=3)
+    assert tried == [20, 10, 5, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
+    assert torch.equal(drawn.codes, expected.codes)
+    assert drawn.seeds == expected.seeds
+    most = 0
+    with pytest.raises(UserError, match="one picture alone does not fit into memory"):
+        generator.draw("pear")
+
+
 def test_a_kept_upper_half_stays_in_every_picture(generator):
     (picture,) = generator.generate("red apple", seed=1)
     codes, kept = generator.encode([picture]), torch.tensor([[True] * 3, [False] * 3])
@@ -161,12 +198,22 @@ def test_captions_are_ranked_by_the_evidence_of_a_picture(generator, monkeypatch
     assert not torch.equal(rough, ranked)
 
 
+def test_pictures_of_another_shape_are_cropped_as_those_of_shards_are():
+    wide = Image.new("RGB", (60, 20), "red")
+    wide.paste("blue", (20, 0, 40, 20))
+    (pixels,) = pixels_from_pictures([wide], 8, 8)
+    torch.testing.assert_close(pixels.numpy(), to_unit_range(decode_image(encode_png(wide), (8, 8))))
+    assert pixels[2].min() > 0.8  # the middle alone, which is blue
+
+
 def test_the_scripts_edit_and_name(generator, run_script, tmp_path):
     model = generator.save_pretrained(tmp_path / "model")
     Image.new("RGB", (24, 16), "red").save(tmp_path / "red.png")
     mask = Image.new("L", (24, 16), 0)
     mask.paste(255, (0, 8, 24, 16))
     mask.save(tmp_path / "mask.png")
+    small = tmp_path / "small.png"
+    Image.new("L", (8, 8)).save(small)
     sheets = []
     for keep in ("top", tmp_path / "mask.png", 0.5):
         out = tmp_path / f"{len(sheets)}.png"
@@ -195,6 +242,9 @@ def test_the_scripts_edit_and_name(generator, run_script, tmp_path):
         (("gone.png",), "cannot read gone.png"),
         ((picture, "--keep", "middle"), "--keep middle: it is top, bottom"),
         ((captions,), "captions.txt is no picture that can be read (undecodable image)"),
+        ((picture, "--keep", small), "the mask is 8x8 pixels, the picture 24x16"),
+        ((picture, "pear", "--scorer", model), "holds a generator, not a clip"),
+        ((picture, "pear", "--negative", "apple"), "changes nothing at guidance_scale 1"),
     ):
         ran = run_script("pipelines/edit_images.py", "--model", model, *arguments)
         assert ran.returncode == 2
@@ -216,6 +266,10 @@ def test_pictures_become_pixels_over_white():
         (("a",), {"guidance": 2.0}, "there is no setting 'guidance' for sampling; there are guidance_scale"),
         (("a",), {"guidance_scale": float("inf")}, "guidance_scale is inf"),
         (("a",), {"batch_size": 0}, "batch_size is 0"),
+        (("a",), {"seed": 2**64}, "seed is 18446744073709551616; it is a whole number of 64 bits"),
+        (("a",), {"negative": "b"}, "the negative caption 'b' changes nothing at guidance_scale 1"),
+        (("a",), {"scorer": object()}, "a scorer chooses among candidates: draw 2"),
+        ((["a", ""],), {"candidates": 2}, "candidates of a picture without a caption cannot be compared"),
         (("a",), {"given": torch.zeros(1, 3, 3)}, r"given codes are \(1, 3, 3\); they have"),
         (("a",), {"given": torch.full((1, 2, 3), 16)}, "from 16 to 16; they are 0 to 15"),
     ],

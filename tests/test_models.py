@@ -275,6 +275,20 @@ def test_losses_are_weighted_one_to_seven():
     )
 
 
+def test_every_place_of_a_caption_has_a_padding_of_its_own():
+    model = small_generator().eval()
+    captions, codes = captions_and_codes(2)
+    captions[0, -2:], captions[1] = 0, 1
+    with torch.no_grad():
+        before = model(captions, codes)[1]
+        model.padding[0] += 1  # where both have a token
+        assert torch.equal(model(captions, codes)[1], before)
+        model.padding[-2] += 1
+        after = model(captions, codes)[1]
+    assert not torch.allclose(after[0], before[0])
+    assert torch.equal(after[1], before[1])
+
+
 def test_caption_loss_counts_tokens_and_the_padding_that_ends_them():
     captions = torch.tensor([[7, 8, 0, 0, 0], [1, 2, 3, 4, 5], [3, 0, 0, 0, 0]])
     logits = torch.randn(3, 5, 50)

@@ -117,6 +117,9 @@ def test_evaluation_writes_figures_and_a_picture(run, tiny_shards, run_script, t
     assert figures["held_out_loss_of_picture"] == pytest.approx(4 * figures["held_out_loss"])
     assert "frechet_distance_pixels-8x8" in figures
     assert out.is_file()
+    generator = Generator.from_pretrained(run)  # what is not said is drawn as the run's samples are
+    assert generator.defaults.temperature == figures["temperature"] == 0.7
+    assert figures["guidance_scale"] == 1
 
 
 def test_evaluation_by_a_clip_a_classifier_and_in_two_languages(run, tiny_shards, run_script, tmp_path):
@@ -219,7 +222,7 @@ def test_evaluation_of_an_image_tokenizer_goes_from_worst_to_best(place, tiny_sh
 
 def test_sampling_writes_a_grid_and_single_pictures(run, run_script, tmp_path):
     captions = tmp_path / "captions.txt"
-    captions.write_text("blue square\n\n赤リンゴ\n", encoding="utf-8")
+    captions.write_text("blue square\n\n赤リンゴ\n🍎\n", encoding="utf-8")
     ran = run_script(
         "pipelines/sample_images.py", "--model", run, "red square", "--captions-file", captions, "--num", 2,
         "--guidance-scale", 2, "--temperature", 0.9, "--top-k", 10, "--top-p", 0.95, "--seed", 5,
@@ -228,7 +231,7 @@ def test_sampling_writes_a_grid_and_single_pictures(run, run_script, tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert sorted(path.name for path in (tmp_path / "grid").iterdir()) == [
         f"{i:03d}-{name}-seed{seed}.png"
-        for i, name in enumerate(["red-square", "blue-square", "赤リンゴ"])
+        for i, name in enumerate(["red-square", "blue-square", "赤リンゴ", "1f34e"])
         for seed in (5, 6)
     ]
 
@@ -301,6 +304,10 @@ def test_mistakes_in_sampling_are_named(run, run_script, tmp_path):
     refused(sample(tmp_path, "a"), "holds no model")
     refused(sample(run / "best" / "image_tokenizer", "a"), "holds a", "not a generator")
     refused(sample(run, "a", "--out", tmp_path / "a.txt"), ".png")
+    refused(
+        sample(run, "a", "--num", 200, "--out", "a.webp"), "200 pictures make a sheet of", "sides of 16,383"
+    )
+    refused(sample(run, "a", "--scorer", run), "holds a generator, not a clip")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     refused(sample(run, "--captions-file", tmp_path / "latin.txt"), "not UTF-8")
 

@@ -37,6 +37,7 @@ def test_filters_by_hand():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     torch.testing.assert_close(filter_logits(logits), logits.exp())
     torch.testing.assert_close(filter_logits(logits, top_k=2), torch.tensor([[0.625, 0.375, 0, 0]]))
+    torch.testing.assert_close(filter_logits(logits, top_k=0), logits.exp())
     torch.testing.assert_close(filter_logits(logits, top_p=0.5), torch.tensor([[1.0, 0, 0, 0]]))
     torch.testing.assert_close(filter_logits(logits, top_p=0.6), torch.tensor([[0.625, 0.375, 0, 0]]))
     torch.testing.assert_close(filter_logits(logits, temperature=0), torch.tensor([[1.0, 0, 0, 0]]))
@@ -90,6 +91,13 @@ def test_each_step_reads_one_token_whatever_came_before(transformer):
     transformer.core.register_forward_pre_hook(lambda core, inputs: lengths.append(inputs[0].shape[1]))
     sample_codes(transformer, CAPTIONS, [0, 1])
     assert lengths == [5, 1, 1, 1, 1, 1]
+
+
+def test_codes_are_told_as_they_are_drawn(transformer):
+    told = []
+    codes = sample_codes(transformer, CAPTIONS, [0, 1], on_step=lambda drawn: told.append(drawn.clone()))
+    assert all(torch.equal(drawn, codes[:, :place]) for place, drawn in enumerate(told, start=1))
+    assert len(told) == 6
 
 
 @pytest.fixture
@@ -170,7 +178,7 @@ def test_a_generator_draws_with_any_image_tokenizer(image_tokenizer, generator, 
         ([], {}, "no captions"),
         (["a"], {"num_images": 0}, "num_images is 0"),
         (["a"], {"temperature": -1.0}, "temperature is -1"),
-        (["a"], {"top_k": 0}, "top_k is 0"),
+        (["a"], {"top_k": -1}, "top_k is -1; it is how many codes remain, or 0 for all"),
         (["a"], {"top_p": 0.0}, "top_p is 0"),
     ],
 )

@@ -63,8 +63,15 @@ def grid_of_codes(folder: Path) -> tuple[int, int]:
     return tuple(grid)
 
 
-def check_codes_fit(folder: Path, grid: tuple[int, int], codebook_size: int, fingerprint: str) -> None:
-    """Compares what `dataset.json` says of the codes in `folder` with the image tokenizer in use.
+def check_codes_fit(
+    folder: Path,
+    grid: tuple[int, int],
+    codebook_size: int,
+    fingerprint: str,
+    setting: str = "data.image_tokenizer",
+) -> None:
+    """Compares what `dataset.json` says of the codes in `folder` with the image tokenizer in use, which the
+    recipe names by `setting`.
 
     Expects `{"image_tokenizer": {"grid": [rows, cols], "codebook_size": ..., "fingerprint": ...}}`.
 
@@ -82,7 +89,7 @@ def check_codes_fit(folder: Path, grid: tuple[int, int], codebook_size: int, fin
             maker = f" (made by {made['path']})" if "path" in made else ""
             raise UserError(
                 f"the codes in {folder} are of {name} {made.get(name)}{maker}, the tokenizer in use has "
-                f"{value}: set data.image_tokenizer to the one that made them, or {ENCODE_AGAIN}"
+                f"{value}: set {setting} to the one that made them, or {ENCODE_AGAIN}"
             )
 
 

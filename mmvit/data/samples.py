@@ -165,9 +165,9 @@ class CaptionCodesSample:
         }
 
 
-def check_classes(patterns: list[str], num_classes: int) -> None:
-    """Raises UserError when the dataset.json beside the shards names another number of classes, or other
-    classes in one place than in another."""
+def check_classes(patterns: list[str], num_classes: int, section: str = "model") -> None:
+    """Raises UserError when the dataset.json beside the shards names another number of classes than the
+    recipe's `section`, or other classes in one place than in another."""
     first: tuple[Path, list[str]] | None = None
     for folder in sorted({shard.parent for shard in expand_shards(patterns)}):
         classes = read_dataset_card(folder).get("classes")
@@ -181,7 +181,7 @@ def check_classes(patterns: list[str], num_classes: int) -> None:
         first = first or (folder, classes)
         if len(classes) != num_classes:
             raise UserError(
-                f"{folder / 'dataset.json'} names {len(classes)} classes, model.num_classes is "
+                f"{folder / 'dataset.json'} names {len(classes)} classes, {section}.num_classes is "
                 f"{num_classes}: set it to {len(classes)}"
             )
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 
@@ -13,7 +14,8 @@ def mean_loss(model: nn.Module, batches: Iterable[dict[str, Any]], count: str) -
 
     Args:
         model: in evaluation mode, with `loss(batch) -> (scalar, metrics)`.
-        batches: one epoch.
+        batches: this process's part of one epoch, which may be empty. Where a process group exists, every
+            process calls this and gets the figures of the whole.
         count: the entry of a batch whose length is its number of samples.
 
     Raises:
@@ -29,6 +31,12 @@ def mean_loss(model: nn.Module, batches: Iterable[dict[str, Any]], count: str) -
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + float(value) * size
         samples += size
+    parts: list[tuple[dict[str, float], int]] = [(sums, samples)]
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, (sums, samples))
+    samples = sum(own for _, own in parts)
     if not samples:
         raise ValueError("no samples to evaluate on")
-    return {name: total / samples for name, total in sums.items()}
+    names = dict.fromkeys(name for own, _ in parts for name in own)
+    return {name: sum(own.get(name, 0.0) for own, _ in parts) / samples for name in names}

@@ -25,8 +25,9 @@ def complete(
 ) -> list[Image.Image]:
     """Draws pictures again where they are not `kept`.
 
-    Codes are drawn in raster order, so what follows a kept upper part is drawn from it. Kept codes below a
-    drawn one do not guide it; with `candidates` those pictures are chosen which they fit best.
+    Codes are drawn in raster order, so what follows a kept upper part is drawn from it. Kept codes after a
+    drawn one do not guide it; with `candidates` those pictures are chosen which they fit best
+    (`likelihood_of_given`).
 
     Args:
         pictures: RGB pictures, or pixels (pictures, 3, height, width) in [-1, 1].

@@ -13,7 +13,7 @@ def filter_logits(
     Args:
         logits: (batch, codes).
         temperature: 0 is the limit: all probability on the likeliest code.
-        top_k: keep the k likeliest codes; None keeps all.
+        top_k: keep the k likeliest codes; None or 0 keeps all.
         top_p: keep the fewest likeliest codes whose probabilities reach top_p; the likeliest always stays.
     """
     if temperature == 0:
@@ -21,7 +21,7 @@ def filter_logits(
             -1, logits.argmax(-1, keepdim=True), 1.0
         )
     logits = logits.float() / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
+    if top_k and top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
     probabilities = logits.softmax(-1)

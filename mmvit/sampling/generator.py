@@ -1,8 +1,8 @@
 """Captions to pictures: a generator transformer with the two tokenizers that it was trained on, kept in one
 folder."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,25 +15,17 @@ from mmvit.errors import UserError
 from mmvit.hub import find_model_folder
 from mmvit.models.generator import GeneratorTransformer
 from mmvit.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
+from mmvit.sampling.candidates import Drawn, check_candidates, choose, in_parts
 from mmvit.sampling.decoding import sample_codes
 from mmvit.sampling.pictures import pictures_from_pixels, pixels_from_pictures
-from mmvit.sampling.prompts import Prompt, encode_prompts, list_prompts, pad_prompts
+from mmvit.sampling.prompts import Prompt, encode_prompts, has_weights, list_prompts
 from mmvit.sampling.rerank import CaptionScorer
-from mmvit.sampling.scoring import caption_evidence
+from mmvit.sampling.scoring import after_drawn, caption_evidence, likelihood_of_given
 from mmvit.sampling.settings import SamplingSettings
 
 TEXT, IMAGE = "text_tokenizer", "image_tokenizer"
 
 Pictures = Sequence[Image.Image] | Tensor  # pixels (pictures, 3, height, width) in [-1, 1]
-
-
-@dataclass
-class Drawn:
-    """Codes (pictures, rows, columns), the seed of each, and the scores that some were chosen by."""
-
-    codes: Tensor
-    seeds: list[int]
-    scores: Tensor | None = None
 
 
 class Generator:
@@ -132,7 +124,6 @@ class Generator:
         candidates: int = 1,
         scorer: CaptionScorer | None = None,
         given: Tensor | None = None,
-        on_step: Callable[[Tensor], None] | None = None,
         **settings: Any,
     ) -> Drawn:
         """What `generate` draws, with its seeds and scores.
@@ -140,9 +131,9 @@ class Generator:
         Args:
             negative: what guidance leads away from, instead of from any picture.
             candidates: pictures drawn for each that is returned: the best ones, by `scorer`, or without one
-                by this model's own likelihood of the caption given the picture (`caption_evidence`).
+                by what this model itself finds likely: of `given` codes after drawn ones, where there are
+                any, these codes (`likelihood_of_given`), else the caption (`caption_evidence`).
             given: codes (captions, rows, columns) that stay as they are, -1 where one is drawn.
-            on_step: see `sample_codes`.
             settings: fields of `SamplingSettings`: guidance_scale, temperature, top_k, top_p, seed,
                 batch_size; where one is not given, that of `defaults` counts.
         """
@@ -151,65 +142,59 @@ class Generator:
         for name, number in (("num_images", num_images), ("candidates", candidates)):
             if number < 1:
                 raise UserError(f"{name} is {number}; at least 1 is drawn")
-        self.check_guidance(prompts, how, negative, candidates > 1 and scorer is None)
         config = self.transformer.config
-        ids, weights = encode_prompts(prompts, self.text_tokenizer, config.text_length)
         each = num_images * candidates
-        is_mixed = has_weights(prompts)
-        rows, scales = ids.to(self.device), (how.guidance_scale * weights).to(self.device)
-        rows, scales = (part.repeat_interleave(each, dim=0) for part in (rows, scales))
-        seeds = [how.seed + j for _ in prompts for j in range(each)]
-        base = self.text_tokenizer.encode([negative], config.text_length)[0].to(self.device)
         if given is not None:
             given = check_given(given, len(prompts), config.grid, config.codebook_size)
             given = given.flatten(1).to(self.device).repeat_interleave(each, dim=0)
-        parts = []
-        for first in range(0, len(seeds), how.batch_size):
-            part = slice(first, first + how.batch_size)
-            parts.append(
-                sample_codes(
-                    self.transformer,
-                    rows[part],
-                    seeds[part],
-                    scales[part] if is_mixed else how.guidance_scale,
-                    how.temperature,
-                    how.top_k,
-                    how.top_p,
-                    on_step,
-                    base.expand(len(seeds[part]), -1) if negative else None,
-                    None if given is None else given[part],
-                )
+        by_given = given is not None and bool(after_drawn(given).any(1).all())
+        check_candidates(prompts, candidates, scorer, by_given)
+        self.check_guidance(prompts, how, negative, candidates > 1 and scorer is None and not by_given)
+        ids, weights = encode_prompts(prompts, self.text_tokenizer, config.text_length)
+        base = None
+        if negative:
+            base = encode_prompts(list_prompts(negative), self.text_tokenizer, config.text_length)[0][0, 0]
+        rows, scales = ids.to(self.device), (how.guidance_scale * weights).to(self.device)
+        rows, scales = (part.repeat_interleave(each, dim=0) for part in (rows, scales))
+        seeds = [how.seed + j for _ in prompts for j in range(each)]
+
+        def draw_part(part: slice) -> Tensor:
+            return sample_codes(
+                self.transformer,
+                rows[part],
+                seeds[part],
+                scales[part] if has_weights(prompts) else how.guidance_scale,
+                how.temperature,
+                how.top_k,
+                how.top_p,
+                base_ids=None if base is None else base.to(self.device).expand(len(seeds[part]), -1),
+                given=None if given is None else given[part],
             )
-        drawn = Drawn(torch.cat(parts).unflatten(1, config.grid), seeds)
+
+        codes = torch.cat(in_parts(draw_part, len(seeds), how.batch_size))
+        drawn = Drawn(codes.unflatten(1, config.grid), seeds)
         if candidates == 1:
             return drawn
-        return self.choose(drawn, prompts, num_images, scorer)
+        rate = partial(self.rate, drawn.codes, scorer, given if by_given else None)
+        return choose(drawn, prompts, num_images, rate, how.batch_size)
 
-    def choose(
+    def rate(
         self,
-        drawn: Drawn,
-        prompts: Sequence[Mapping[str, float]],
-        num_images: int,
+        codes: Tensor,
         scorer: CaptionScorer | None,
-    ) -> Drawn:
-        """Of each prompt's pictures the best `num_images`, the best first."""
-        each = len(drawn.seeds) // len(prompts)
-        if scorer is None:
-            rate = self.evidence
-        else:
-            pixels = self.decode(drawn.codes)
-
-            def rate(captions: Sequence[str], codes: Tensor) -> Tensor:
-                return scorer.scores(pixels, captions)
-
-        scores = torch.zeros(len(drawn.seeds))
-        for column in zip(*pad_prompts(prompts), strict=True):
-            pairs = [pair for pair in column for _ in range(each)]
-            weights = torch.tensor([weight for _, weight in pairs])
-            scores += weights * rate([caption for caption, _ in pairs], drawn.codes).cpu()
-        best = scores.view(-1, each).topk(num_images, dim=1).indices
-        best = (best + each * torch.arange(len(prompts)).unsqueeze(1)).flatten()
-        return Drawn(drawn.codes[best.to(drawn.codes.device)], [drawn.seeds[i] for i in best], scores[best])
+        given: Tensor | None,
+        captions: Sequence[str],
+        part: slice,
+    ) -> Tensor:
+        """Scores of a part of the candidates, each for its own caption: by `scorer`, by the fit of `given`
+        codes, or by evidence."""
+        captions, codes = captions[part], codes[part]
+        if scorer is not None:
+            return scorer.scores(self.decode(codes), captions)
+        if given is None:
+            return self.evidence(captions, codes)
+        ids, _ = self.text_tokenizer.encode(captions, self.transformer.config.text_length)
+        return likelihood_of_given(self.transformer, ids.to(self.device), codes.flatten(1), given[part])
 
     def evidence(self, captions: Sequence[str], codes: Tensor) -> Tensor:
         """`caption_evidence` of codes (pictures, rows, columns), each for its own caption, (pictures,)."""
@@ -219,8 +204,14 @@ class Generator:
     def check_guidance(
         self, prompts: Sequence[Mapping[str, float]], how: SamplingSettings, negative: str, own_score: bool
     ) -> None:
-        """Raises UserError for what a model cannot do that never saw pictures without captions."""
+        """Raises UserError for what a model cannot do that never saw pictures without captions, and for a
+        negative caption that nothing is led away from."""
         if self.transformer.config.caption_dropout > 0:
+            if negative and how.guidance_scale == 1 and not has_weights(prompts):
+                raise UserError(
+                    f"the negative caption {negative!r} changes nothing at guidance_scale 1; give another "
+                    "scale, such as 2"
+                )
             return
         asked = {
             f"guidance_scale is {how.guidance_scale}": how.guidance_scale != 1,
@@ -231,7 +222,7 @@ class Generator:
         if found := [what for what, is_asked in asked.items() if is_asked]:
             raise UserError(
                 f"{found[0]}, but this model was trained without caption dropout and knows no unconditional "
-                "pictures; train with model.caption_dropout = 0.1"
+                "pictures; use guidance_scale 1 alone, or train with model.caption_dropout = 0.1"
             )
 
     @torch.inference_mode()
@@ -287,7 +278,3 @@ def check_given(given: Tensor, pictures: int, grid: tuple[int, int], codebook_si
             f"{codebook_size - 1}, and -1 where one is drawn"
         )
     return given
-
-
-def has_weights(prompts: Sequence[Mapping[str, float]]) -> bool:
-    return any([*prompt.values()] != [1.0] for prompt in prompts)

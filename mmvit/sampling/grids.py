@@ -10,7 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mmvit.errors import UserError
 
-GAP, TEXT_SIZE = 4, 12
+GAP, TEXT_SIZE, CELL, LABEL_WIDTH = 4, 12, 96, 200  # pixels
+MOST_PIXELS = {".png": 2**20, ".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # of a side, by format
+MOST_IN_ALL = 400_000_000  # 1.2 GB in memory
 
 
 @lru_cache
@@ -23,8 +25,8 @@ def labelled_grid(
     rows: Sequence[Sequence[Image.Image]],
     labels: Sequence[str],
     headings: Sequence[str] = (),
-    cell: int = 96,
-    label_width: int = 200,
+    cell: int = CELL,
+    label_width: int = LABEL_WIDTH,
 ) -> Image.Image:
     """One row a label: the label on the left, its pictures to the right, each scaled to fit `cell` pixels.
 
@@ -34,9 +36,8 @@ def labelled_grid(
         headings: words above the columns, the first above the labels.
     """
     top = TEXT_SIZE + 3 * GAP if headings else GAP
-    columns = max(len(row) for row in rows)
     sheet = Image.new(
-        "RGB", (label_width + columns * (cell + GAP) + GAP, top + len(rows) * (cell + GAP)), "white"
+        "RGB", sheet_size(len(rows), max(len(row) for row in rows), top, cell, label_width), "white"
     )
     pen = ImageDraw.Draw(sheet)
     for column, heading in enumerate(headings):
@@ -53,10 +54,24 @@ def labelled_grid(
     return sheet
 
 
-def check_picture_name(out: Path) -> None:
-    """Raises UserError unless a picture can be saved under this name."""
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+def sheet_size(
+    rows: int, columns: int, top: int = GAP, cell: int = CELL, label_width: int = LABEL_WIDTH
+) -> tuple[int, int]:
+    """Width and height of a grid, in pixels."""
+    return label_width + columns * (cell + GAP) + GAP, top + rows * (cell + GAP)
+
+
+def check_picture_name(out: Path, rows: int = 1, columns: int = 1) -> None:
+    """Raises UserError unless a grid of so many pictures can be saved under this name."""
+    if (suffix := out.suffix.lower()) not in MOST_PIXELS:
         raise UserError(f"--out {out}: name a .png, .jpg or .webp file")
+    width, height = sheet_size(rows, columns)
+    if max(width, height) > MOST_PIXELS[suffix] or width * height > MOST_IN_ALL:
+        most = f"a {suffix} has sides of {MOST_PIXELS[suffix]:,} at most, and a sheet {MOST_IN_ALL:,} in all"
+        raise UserError(
+            f"--out {out}: {rows:,} captions of {columns:,} pictures make a sheet of {width:,}x{height:,} "
+            f"pixels; {most}: draw fewer at a time"
+        )
 
 
 def side_by_side(sheets: Sequence[Image.Image]) -> Image.Image:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from mmvit.data.images import open_image
@@ -30,10 +30,11 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def pixels_from_pictures(pictures: Sequence[Image.Image], height: int, width: int) -> Tensor:
-    """Pictures, resized and over white, as pixels (pictures, 3, height, width) in [-1, 1]."""
+    """Pictures, resized and centre-cropped as those of shards are, and over white, as pixels (pictures, 3,
+    height, width) in [-1, 1]."""
     rows = []
     for picture in pictures:
-        with_alpha = picture.convert("RGBA").resize((width, height), Image.Resampling.BICUBIC)
+        with_alpha = ImageOps.fit(picture.convert("RGBA"), (width, height), Image.Resampling.BICUBIC)
         white = Image.new("RGBA", with_alpha.size, "white")
         levels = np.array(Image.alpha_composite(white, with_alpha).convert("RGB"))
         rows.append(torch.from_numpy(levels).permute(2, 0, 1) / 127.5 - 1)

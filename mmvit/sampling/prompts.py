@@ -56,3 +56,7 @@ def encode_prompts(
         )
     weights = [[weight for _, weight in row] for row in rows]
     return ids.unflatten(0, (len(rows), -1)), torch.tensor(weights)
+
+
+def has_weights(prompts: Sequence[Mapping[str, float]]) -> bool:
+    return any([*prompt.values()] != [1.0] for prompt in prompts)

@@ -19,11 +19,38 @@ def log_likelihood(
         caption_ids: (batch, text_length).
         codes: (batch, rows · columns).
     """
+    return code_likelihoods(model, caption_ids, codes, batch_size).sum(1)
+
+
+def code_likelihoods(
+    model: GeneratorTransformer, caption_ids: Tensor, codes: Tensor, batch_size: int = 64
+) -> Tensor:
+    """log p(code | codes before it, caption) in nats, (batch, rows · columns)."""
     parts = []
     for ids, own in zip(caption_ids.split(batch_size), codes.split(batch_size), strict=True):
         logits = model(ids, own)[1].float()
-        parts.append(-F.cross_entropy(logits.transpose(1, 2), own, reduction="none").sum(1))
+        parts.append(-F.cross_entropy(logits.transpose(1, 2), own, reduction="none"))
     return torch.cat(parts)
+
+
+@torch.inference_mode()
+def likelihood_of_given(
+    model: GeneratorTransformer, caption_ids: Tensor, codes: Tensor, given: Tensor
+) -> Tensor:
+    """How well codes that were drawn fit the given ones which follow them, (batch,): the sum of log p(given
+    code | codes before it, caption). As each code was drawn from those before it alone, this is by how much
+    (the logarithm of the importance weight) given codes make what was drawn likelier.
+
+    Args:
+        codes: (batch, rows · columns), given ones and drawn ones.
+        given: (batch, rows · columns), -1 where one was drawn.
+    """
+    return (code_likelihoods(model, caption_ids, codes) * after_drawn(given)).sum(1)
+
+
+def after_drawn(given: Tensor) -> Tensor:
+    """Boolean: the places of given codes that follow a drawn one, which is -1 in `given` (batch, places)."""
+    return (given >= 0) & ((given < 0).cumsum(1) > 0)
 
 
 def caption_evidence(

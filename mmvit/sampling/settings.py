@@ -29,7 +29,7 @@ class SamplingSettings:
         guidance_scale: above 1 follows the caption more closely (2207.12598); needs a model trained with
             caption dropout.
         temperature: below 1 is more cautious; 0 always takes the likeliest code.
-        top_k: draw among the k likeliest codes alone.
+        top_k: draw among the k likeliest codes alone; None or 0 takes all.
         top_p: draw among the likeliest codes that together have this probability.
         seed: picture j of a caption is drawn with seed + j, so it can be drawn again alone.
         batch_size: pictures drawn at a time.
@@ -50,10 +50,12 @@ class SamplingSettings:
             raise UserError(f"guidance_scale is {self.guidance_scale}; it is a number")
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise UserError(f"temperature is {self.temperature}; it is 0 (the likeliest code) or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}; at least 1 code must remain")
+        if self.top_k is not None and self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; it is how many codes remain, or 0 for all")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it is above 0 and at most 1")
+        if not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"seed is {self.seed}; it is a whole number of 64 bits")
         if self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}; at least 1 picture is drawn at a time")
 

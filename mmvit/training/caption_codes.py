@@ -50,17 +50,22 @@ class CaptionCodes:
 
 
 def open_caption_codes(
-    session: Session, data: CaptionCodesConfig, model: GeneratorConfig, section: str = "model"
+    session: Session,
+    data: CaptionCodesConfig,
+    model: GeneratorConfig,
+    section: str = "model",
+    data_section: str = "data",
 ) -> CaptionCodes:
-    """Raises UserError where shards, tokenizers and `model`, which is the recipe's `section`, do not fit
-    together, or pictures could not be decoded."""
+    """Raises UserError where shards, tokenizers and `model`, which are the recipe's `section` and
+    `data_section`, do not fit together, or pictures could not be decoded."""
     text_tokenizer = TextTokenizer.from_file(data.text_tokenizer)
     image_tokenizer = load_image_tokenizer(data.image_tokenizer, session.processes.device)
     grid = grid_of_codes(expand_shards(data.train)[0].parent)
     config = fit_to_data(model, text_tokenizer, image_tokenizer, grid, section)
     own = fingerprint(image_tokenizer)
     for folder in {shard.parent for shard in expand_shards([*data.train, *data.held_out])}:
-        check_codes_fit(folder, config.grid, config.codebook_size, own)
+        setting = f"{data_section}.image_tokenizer"
+        check_codes_fit(folder, config.grid, config.codebook_size, own, setting)
     if getattr(image_tokenizer, "decoder", None) is None:
         raise UserError(f"{data.image_tokenizer} cannot decode, so this generator could not draw pictures")
     shape = (text_tokenizer, config.text_length, config.grid, config.codebook_size)

@@ -1,0 +1,71 @@
+"""Several pictures of a caption are drawn, as many at a time as memory holds, and the best are kept."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mmvit.errors import UserError
+from mmvit.sampling.prompts import pad_prompts
+from mmvit.sampling.rerank import CaptionScorer
+
+
+@dataclass
+class Drawn:
+    """Codes (pictures, rows, columns), the seed of each, and the scores that some were chosen by."""
+
+    codes: Tensor
+    seeds: list[int]
+    scores: Tensor | None = None
+
+
+def in_parts(draw: Callable[[slice], Tensor], number: int, size: int) -> list[Tensor]:
+    """`draw(slice)` of `number` rows, `size` at a time; where memory does not hold so many, half of them, and
+    so on."""
+    parts, first = [], 0
+    while first < number:
+        try:
+            parts.append(draw(slice(first, first + size)))
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise UserError("one picture alone does not fit into memory: take another device") from None
+            size = min(size, number - first) // 2 or 1
+        else:
+            first += size
+    return parts
+
+
+def choose(
+    drawn: Drawn,
+    prompts: Sequence[Mapping[str, float]],
+    num_images: int,
+    rate: Callable[[Sequence[str], slice], Tensor],
+    batch_size: int,
+) -> Drawn:
+    """Of each prompt's pictures the best `num_images`, the best first. `rate(captions, slice)` scores a part
+    of the pictures, each for its own of `captions`; in a mixture scores count by weight."""
+    each = len(drawn.seeds) // len(prompts)
+    scores = torch.zeros(len(drawn.seeds))
+    for column in zip(*pad_prompts(prompts), strict=True):
+        pairs = [pair for pair in column for _ in range(each)]
+        captions, weights = [caption for caption, _ in pairs], torch.tensor([weight for _, weight in pairs])
+        parts = in_parts(partial(rate, captions), len(captions), batch_size)
+        scores += weights * torch.cat(parts).cpu()
+    best = scores.view(-1, each).topk(num_images, dim=1).indices
+    best = (best + each * torch.arange(len(prompts)).unsqueeze(1)).flatten()
+    return Drawn(drawn.codes[best.to(drawn.codes.device)], [drawn.seeds[i] for i in best], scores[best])
+
+
+def check_candidates(
+    prompts: Sequence[Mapping[str, float]], candidates: int, scorer: CaptionScorer | None, by_given: bool
+) -> None:
+    """Raises UserError for a scorer that has nothing to choose, and for pictures that nothing compares."""
+    if scorer is not None and candidates == 1:
+        raise UserError("a scorer chooses among candidates: draw 2 of them or more, or leave it out")
+    if candidates > 1 and scorer is None and not by_given and any([*prompt] == [""] for prompt in prompts):
+        raise UserError(
+            "candidates of a picture without a caption cannot be compared: give a caption, or draw no more "
+            "than are wanted"
+        )
