@@ -7,14 +7,14 @@ the same FLOPs in all.
 `run` calls the scripts of pipelines/ for each seed: scratch trains on 1%, 10% and 100% of the labels for the
 FLOPs of `--images` supervised pictures; each pre-training takes half of these FLOPs on the pictures of the
 whole train split, and fine-tuning on the same labels the other half. FLOPs are counted from the real
-objectives, views, targets and decoders included. A figure that the log has already is not measured again, so
+objectives, views, targets and decoders included; `examples` (in pre-training, in training) and `minutes` of
+both stand in the log. A figure that the log has already is not measured again, so
 a run that was stopped goes on.
 
 `table` prints the mean of the seeds and its 95% interval (Student's t), and draws them.
 """
 
 import argparse
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,12 +68,12 @@ def measure(options: argparse.Namespace) -> None:
             for share in SHARES:
                 if (options.data, method, share, seed, options.images) in done:
                     continue
-                began = time.monotonic()
-                start, left = (), total
+                start, left, examples, seconds = (), total, 0, 0.0
                 if method != SCRATCH:  # once for all shares
                     left = total * (1 - PRETRAINING)
                     folder = runs / f"{method}-{seed}"
-                    run(options, method, folder, seed, total - left)
+                    before = run(options, method, folder, seed, total - left)
+                    examples, seconds = before["examples"], before["seconds"]
                     start = ("--start.model", folder)
                 labels = ("--data.train", f"{take_share(options, share, seed)}/train-*.tar")
                 out = runs / f"{method}-{seed}-{share}"
@@ -81,7 +81,7 @@ def measure(options: argparse.Namespace) -> None:
                 record = {
                     "data": options.data, "method": method, "share": share, "seed": seed,
                     "images": options.images, "flops": total, "accuracy": found["accuracy"],
-                    "minutes": (time.monotonic() - began) / 60,
+                    "examples": [examples, found["examples"]], "minutes": (seconds + found["seconds"]) / 60,
                 }  # fmt: skip
                 write_log(options.log, record)
 

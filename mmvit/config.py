@@ -42,6 +42,7 @@ def load_config(cls: type[Settings], path: Path | None, overrides: list[str] = (
     values = read_toml(path) if path is not None else {}
     pairs = parse_overrides(overrides)
     for key, text in pairs:
+        drop_other_kinds(cls, values, key, parse_value(text))
         set_by_path(values, key, parse_value(text))
     source = "the command line" if path is None else str(path)
     return build_config(cls, values, source, overridden={key for key, _ in pairs})
@@ -123,6 +124,25 @@ def set_by_path(values: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(values, dict):
             raise UserError(f"--{key}: {section} is a value, not a section")
     values[last] = value
+
+
+def drop_other_kinds(cls: type[Config], values: dict[str, Any], key: str, value: Any) -> None:
+    """Where `key` = `value` makes a section one of another kind than in the file, drops the keys of the file
+    that only other kinds have."""
+    *path, last = key.split(".")
+    section: type[Config] = cls
+    kinds: dict[str, type[Config]] = {}
+    for part in path:
+        field, values = section.model_fields.get(part), values.get(part)
+        sections = sections_of(field) if field else []
+        if not sections or not isinstance(values, dict):
+            return
+        section, kinds = sections[0], {kind_of(inner): inner for inner in sections}
+    if last == KIND and value in kinds and values.get(KIND) != value:
+        own = kinds[value].model_fields
+        for name in [*values]:
+            if name not in own and any(name in other.model_fields for other in kinds.values()):
+                del values[name]
 
 
 def describe_problem(cls: type[Config], problem: dict[str, Any]) -> str:

@@ -12,10 +12,11 @@ missing, unexpected or misshapen are named, and then nothing is written.
 
 import argparse
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from mmvit.config import parse_value
-from mmvit.errors import refuse_source, run_script
+from mmvit.data.images import parse_size
+from mmvit.errors import UserError, refuse_source, run_script
 from mmvit.hub import download
 from mmvit.interop.files import find_ours
 from mmvit.interop.vit import load_vit
@@ -42,7 +43,7 @@ def main() -> None:
     if not source.exists():
         source = download(source, ("*.json", "*.safetensors", "*.npz"))
     refuse_source(options.out, source)
-    settings = {name: parse_value(text) for name, _, text in (pair.partition("=") for pair in options.set)}
+    settings = dict(map(parse_setting, options.set))
     model = read(source, settings)
     if options.to == "mmvit":
         model.save_pretrained(options.out)
@@ -53,6 +54,14 @@ def main() -> None:
         f"{options.out}: {core.depth} layers of width {core.width}, {core.num_heads} heads, patches of "
         f"{model.config.patch_size}, {model.config.num_classes} classes, {parameters:,} parameters"
     )
+
+
+def parse_setting(pair: str) -> tuple[str, Any]:
+    """`num_heads=6` → ("num_heads", 6). Raises UserError for a pair that is none."""
+    name, equals, text = pair.partition("=")
+    if not (name and equals and text):
+        raise UserError(f"--set {pair}: a setting is written NAME=VALUE, such as num_heads=6")
+    return name, parse_size(text, "--set image_size") if name == "image_size" else parse_value(text)
 
 
 def read(source: Path, settings: dict) -> Classifier:

@@ -43,36 +43,37 @@ def main() -> None:
     options = parse_arguments()
     model = load(options.model, "cuda" if torch.cuda.is_available() else "cpu")
     names = class_names(options.data, model.config.num_classes)
-    unseen = read(model, options.data, options.split)
+    unseen = read(model, options.data, options.split, with_pixels=isinstance(model, Classifier))
     logits, labels = unseen["logits"], unseen["labels"]
     probabilities, predicted = logits.softmax(1), logits.argmax(1)
     counts = confusion_matrix(predicted, labels, len(names))
     ranked = logits.topk(min(5, len(names))).indices == labels[:, None]
-    recalls = counts.diagonal() / counts.sum(1).clamp(min=1)
+    recalls = counts.diagonal() / counts.sum(1)  # not a number for classes without a picture
+    of_class = [None if recall != recall else recall for recall in recalls.tolist()]
     figures: dict[str, Any] = {
         "split": options.split,
         "pictures": len(labels),
         "accuracy": ranked[:, 0].double().mean().item(),
-        "mean_accuracy_of_classes": recalls[counts.sum(1) > 0].mean().item(),
+        "mean_accuracy_of_classes": recalls.nanmean().item(),
         "top5_accuracy": ranked.any(1).double().mean().item(),
         "loss": F.cross_entropy(logits, labels).item(),
         "calibration_error": calibration_error(probabilities, labels),
-        "accuracy_of_class": dict(zip(names, recalls.tolist(), strict=True)),
+        "accuracy_of_class": dict(zip(names, of_class, strict=True)),
     }
     if options.features:
         figures |= judge_features(model, options, unseen)
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    kept = options.out.with_suffix(".json")
+    write_json(figures, kept)
+    for name, value in figures.items():
+        if not isinstance(value, dict):
+            print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
     draw_confusion(counts, names, options.out)
     drawn = f"confusion: {options.out}"
     if isinstance(model, Classifier):
         attention = options.out.with_name(f"{options.out.stem}-attention.png")
         draw_attention(model, unseen, names).save(attention)
         drawn += f"; attention: {attention}"
-    kept = options.out.with_suffix(".json")
-    write_json(figures, kept)
-    for name, value in figures.items():
-        if not isinstance(value, dict):
-            print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
     print(f"figures: {kept}; {drawn}")
 
 
@@ -107,17 +108,22 @@ def class_names(data: Path, num_classes: int) -> list[str]:
 
 
 @torch.inference_mode()
-def read(model: Classifier | ResNet, data: Path, split: str) -> dict[str, Tensor]:
-    """`pixels`, `labels`, `features` and `logits` of a split."""
+def read(model: Classifier | ResNet, data: Path, split: str, with_pixels: bool = False) -> dict[str, Tensor]:
+    """`labels`, `features` and `logits` of a split, and if wanted its `pixels`, in 256 levels."""
     config, device = model.config, next(model.parameters()).device
     sample = ClassifierSample(config.height_width, config.num_classes)
     stream = ShardStream(f"{data}/{split}-*.tar", sample, 256, shuffle_buffer=0, repeat=False)
-    parts: dict[str, list[Tensor]] = {"pixels": [], "labels": [], "features": [], "logits": []}
+    parts: dict[str, list[Tensor]] = {"labels": [], "features": [], "logits": []}
+    if with_pixels:
+        parts["pixels"] = []
     for batch in stream:
-        features = model.features(fit_pixels(batch["pixels"].to(device), config)).float()
-        found = {"features": features.cpu(), "logits": model.head(features).float().cpu()}
-        for name, tensor in {**found, "pixels": batch["pixels"], "labels": batch["labels"]}.items():
-            parts[name].append(tensor)
+        pixels = batch["pixels"]
+        features = model.features(fit_pixels(pixels.to(device), config)).float()
+        parts["features"].append(features.cpu())
+        parts["logits"].append(model.head(features).float().cpu())
+        parts["labels"].append(batch["labels"])
+        if with_pixels:
+            parts["pixels"].append(((pixels + 1) * 127.5).round().byte())
     if not parts["labels"]:
         raise UserError(f"{data}/{split}-*.tar holds no samples")
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
@@ -143,7 +149,7 @@ def draw_attention(model: Classifier, unseen: dict[str, Tensor], names: list[str
     truth = unseen["logits"].log_softmax(1).gather(1, unseen["labels"][:, None])[:, 0]
     order = truth.argsort()
     places = order[torch.linspace(0, len(order) - 1, min(DRAWN, len(order))).round().long()]
-    pixels = unseen["pixels"][places]
+    pixels = unseen["pixels"][places] / 127.5 - 1
     device = next(model.parameters()).device
     light = attention_maps(model, fit_pixels(pixels.to(device), model.config)).cpu()[:, None]
     columns = [pictures_from_pixels(each) for each in (pixels, (pixels + 1) * light - 1)]

@@ -45,7 +45,7 @@ def main() -> None:
         table.add_column(column, justify=justify, no_wrap=True, min_width=16 if column == "name" else None)
     for name in options.names or PRESETS:
         config = preset(name)
-        if options.image_size and isinstance(config, ClassifierConfig | ResNetConfig):
+        if options.image_size is not None and isinstance(config, ClassifierConfig | ResNetConfig):
             config = build_config(
                 type(config), {**config.model_dump(), "image_size": options.image_size}, source=name
             )
@@ -58,7 +58,8 @@ def main() -> None:
         if isinstance(config, ClassifierConfig | ResNetConfig):
             macs = forward_macs(config)
             exaflops = training_flops(macs, examples) / 1e18
-            cost = (f"{macs / 1e9:.3f}", f"{examples / options.batch:,.0f}", f"{exaflops:.3g}")
+            digits = 0 if exaflops >= 1000 else 4 - len(f"{exaflops:.0f}")
+            cost = (f"{macs / 1e9:.3f}", f"{examples / options.batch:,.0f}", f"{exaflops:,.{digits}f}")
         table.add_row(name, *map(str, shape), f"{parameters:,}", *cost)
     Console(width=None if sys.stdout.isatty() else 130).print(table)
 

@@ -32,6 +32,7 @@ from mmvit.data.images import MAX_PIXELS, open_image
 from mmvit.data.shards import BadSample
 from mmvit.data.writing import Outcome, ShardWriter, with_progress, write_dataset_card
 from mmvit.errors import UserError, refuse_source, run_script
+from mmvit.hub import shorten
 
 STORED_AS_IS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 CONVERTED = (".bmp", ".gif", ".tif", ".tiff")
@@ -227,6 +228,7 @@ def write(entries: list[Entry], arguments: argparse.Namespace, outcome: Outcome)
         ShardWriter(out, "train", arguments.samples_per_shard) as train,
         ShardWriter(out, "heldout", arguments.samples_per_shard) as heldout,
     ):
+        used: set[str] = set()  # classes
         for entry in with_progress(entries, len(entries), "writing shards"):
             try:
                 files = {**files_of[entry.key](), **text_files(entry, numbers)}
@@ -236,8 +238,14 @@ def write(entries: list[Entry], arguments: argparse.Namespace, outcome: Outcome)
             writer = heldout if entry.key in held_out else train
             writer.write(entry.key, files)
             outcome.wrote(writer.split)
+            used |= {entry.label} - {None}
         if not outcome.written:  # nothing has been replaced yet
             raise UserError(f"no image of {arguments.source} could be used: {describe_skipped(outcome)}")
+        if empty := [name for name in classes if name not in used]:
+            raise UserError(
+                f"no image of the class{'es' if len(empty) > 1 else ''} {shorten(empty)} could be used: "
+                f"{describe_skipped(outcome)}; mend them, or leave these classes out"
+            )
     facts = {"classes": classes} if classes else {}
     write_dataset_card(out, outcome, source=str(arguments.source), **facts)
 

@@ -10,7 +10,7 @@ exported classifiers best/ (by held-out loss) and last/, from which train_classi
 first; --resume continues exactly there.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import nn
@@ -26,6 +26,7 @@ from mmvit.models.byol import BYOL, BYOLConfig
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderConfig
 from mmvit.models.masked_patches import MaskedPatches, MaskedPatchesConfig
+from mmvit.models.perceptual import FitBatch
 from mmvit.training import Recipe, one_epoch, open_session, train, training_stream
 
 
@@ -53,7 +54,7 @@ class PretrainingRecipe(Recipe):
 def build_objective(recipe: PretrainingRecipe) -> nn.Module:
     classifier = Classifier(recipe.model)
     if recipe.method == "byol":
-        return BYOL(classifier, recipe.byol, recipe.train.steps * recipe.train.accumulation)
+        return BYOL(classifier, recipe.byol, recipe.train.steps, recipe.train.accumulation)
     if recipe.method == "mae":
         return MaskedAutoencoder(classifier, recipe.mae)
     return MaskedPatches(classifier, recipe.masked_patches)
@@ -67,11 +68,14 @@ def main() -> None:
         held_out = one_epoch(session, data.held_out, PixelsSample(size))
 
         objective = build_objective(recipe)
-        prepare = Views(recipe.views, size) if recipe.method == "byol" else None
+        as_read = FitBatch(recipe.model)
+        views = Views(recipe.views, size) if recipe.method == "byol" else None
+
+        def prepare(batch: dict[str, Any]) -> dict[str, Any]:
+            return as_read(batch if views is None else views(batch))
 
         def evaluate(objective: nn.Module) -> dict[str, float]:
-            batches = held_out if prepare is None else map(prepare, held_out)
-            return mean_loss(objective, batches, count="pixels")
+            return mean_loss(objective, map(prepare, held_out), count="pixels")
 
         train(
             session,

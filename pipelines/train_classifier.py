@@ -28,11 +28,12 @@ from mmvit.data.augment import AugmentConfig
 from mmvit.data.mixing import Mixing, MixingConfig
 from mmvit.data.samples import ClassifierSample, check_classes
 from mmvit.data.shards import ShardPatterns
-from mmvit.errors import run_script
+from mmvit.errors import UserError, run_script
 from mmvit.evaluation.accuracy import classification_metrics
 from mmvit.hub import find_model_folder, read_part_description
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.fine_tuning import ResizeMode, fine_tuned, freeze, take_core
+from mmvit.models.perceptual import FitBatch
 from mmvit.models.presets import MODELS
 from mmvit.models.resnet import ResNetConfig
 from mmvit.training import Recipe, one_epoch, open_session, train, training_stream
@@ -79,10 +80,21 @@ class ClassifierRecipe(Recipe):
             return values
         start = values.get("start")
         if isinstance(start, dict) and isinstance(start.get("model"), str):
-            trained = read_part_description(find_model_folder(start["model"]), Classifier.kind)["config"]
+            trained = read_start(start["model"])
             core = {**trained.get("core", {}), **own.get("core", {})}
             own = {**trained, **own, "representation_width": None, "core": core}
         return {**values, "model": {"kind": "vit", **own}} if own else values
+
+
+def read_start(model: str) -> dict[str, Any]:
+    """The configuration of the classifier that training begins from; raises UserError for other models."""
+    folder = find_model_folder(model)
+    described = read_part_description(folder, Classifier.kind)
+    if described["kind"] != Classifier.kind:
+        raise UserError(
+            f"{folder} holds a {described['kind']}, but fine-tuning begins from a ViT classifier's weights"
+        )
+    return described["config"]
 
 
 def main() -> None:
@@ -93,9 +105,10 @@ def main() -> None:
         stream = training_stream(session, data.train, decode, data.shuffle_buffer)
         decode = ClassifierSample(config.height_width, config.num_classes)
         held_out = one_epoch(session, data.held_out, decode, num_workers=recipe.train.num_workers)
+        as_read = FitBatch(config)
 
         def evaluate(model: nn.Module) -> dict[str, float]:
-            return classification_metrics(model, held_out)
+            return classification_metrics(model, map(as_read, held_out))
 
         model = MODELS[type(config)](config)
         if recipe.start.model:
@@ -104,9 +117,11 @@ def main() -> None:
         elif recipe.start.core:
             take_core(model, recipe.start.core)
         freeze(model, recipe.start.freeze)
-        prepare = None
-        if data.mixing.does_anything:
-            prepare = Mixing(data.mixing, config.num_classes, config.channels)
+        mix = Mixing(data.mixing, config.num_classes, config.channels)
+
+        def prepare(batch: dict[str, Any]) -> dict[str, Any]:
+            return mix(as_read(batch)) if data.mixing.does_anything else as_read(batch)
+
         train(session, model, stream, evaluate, select="accuracy", mode="max", prepare=prepare)
 
 

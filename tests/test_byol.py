@@ -78,6 +78,35 @@ def test_the_target_follows_after_each_step_at_its_momentum():
     assert all(torch.equal(a, b) for a, b in zip(before, model.target.parameters(), strict=True))
 
 
+def test_the_target_moves_once_a_step_however_many_passes_that_has():
+    def train(accumulation: int) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        config = ClassifierConfig(image_size=8, patch_size=4, num_classes=3, core=CORE)
+        model = BYOL(Classifier(config), SMALL, 10, accumulation).train()
+        for step in range(3):
+            for _ in range(accumulation):
+                _, metrics = model.loss(views(step))
+            with torch.no_grad():  # as an optimizer would
+                for parameter in (*model.classifier.parameters(), *model.projector.parameters()):
+                    parameter.add_(0.1)
+        return [metrics["momentum"], *model.target.parameters()]
+
+    for one, other in zip(train(1), train(3), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_views_are_those_of_the_paper():
+    found = [
+        {type(part).__name__: part.p for part in augmentation.children()}
+        for augmentation in Views(ViewsConfig(), (32, 32)).augmentations
+    ]
+    same = {"RandomResizedCrop": 1.0, "RandomHorizontalFlip": 0.5, "ColorJitter": 0.8, "RandomGrayscale": 0.2}
+    assert found[0] == {**same, "RandomGaussianBlur": 1.0, "RandomSolarize": 0.0}
+    assert found[1] == {**same, "RandomGaussianBlur": 0.1, "RandomSolarize": 0.2}
+    assert ViewsConfig().jitter_strength == (0.4, 0.4, 0.2, 0.1)
+    assert ViewsConfig().smallest_crop == 0.08
+
+
 def test_the_spread_tells_a_collapse():
     model = objective().eval()
     assert model.loss(views())[1]["spread"] > 0.01

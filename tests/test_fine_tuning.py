@@ -11,6 +11,7 @@ from mmvit.errors import UserError
 from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.fine_tuning import fine_tuned, freeze, resize_table
+from mmvit.models.resnet import ResNet, ResNetConfig
 
 CORE = TransformerConfig(width=16, depth=2, num_heads=2)
 CONFIG = ClassifierConfig(image_size=16, patch_size=4, num_classes=4, core=CORE)
@@ -114,9 +115,23 @@ def test_frozen_parts_do_not_train_and_unknown_ones_are_named():
         freeze(model, ["cls_token", "stem", "positions", "core", "head"])
 
 
+def test_the_statistics_of_a_frozen_stem_stay():
+    torch.manual_seed(0)
+    config = CONFIG.model_copy(update={"stem": "residual", "stem_width": 8, "stem_blocks": (1, 1)})
+    model, pixels = Classifier(config), torch.randn(4, 3, *config.height_width)
+    model.train()(pixels)  # statistics that are not those of the beginning
+    freeze(model, ["stem.layers", "head"])
+    before = {name: tensor.clone() for name, tensor in model.stem.state_dict().items()}
+    model.train()(pixels + 1)
+    after = model.stem.state_dict()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == {f"norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+
+
 @pytest.fixture
 def fine_tune(run_script, tiny_shards, tmp_path):
     trained().save_pretrained(tmp_path / "start")
+    ResNet(ResNetConfig(num_classes=4, width=32, depths=(1,))).save_pretrained(tmp_path / "resnet")
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
         f"""
@@ -175,14 +190,15 @@ def test_a_run_begins_from_trained_weights_and_resumes(fine_tune, tmp_path, asse
     ("arguments", "message"),
     [
         (["--start.model", "/no/folder"], "no model at /no/folder"),
+        (["--start.model", "{tmp_path}/resnet"], "holds a resnet, but fine-tuning begins from a ViT"),
         (["--model.image_size", 25], "patch_size 4 does not divide image_size 25"),
         (["--model.core.width", 32], "core.width = 32 instead of 16"),
         (["--start.freeze", '["heads"]'], "there is no 'heads' to freeze"),
         (["--start.resize", "nearest"], "start.resize"),
     ],
 )
-def test_starts_that_do_not_fit_are_explained(fine_tune, arguments, message):
-    ran = fine_tune(*arguments)
+def test_starts_that_do_not_fit_are_explained(fine_tune, arguments, message, tmp_path):
+    ran = fine_tune(*(str(argument).format(tmp_path=tmp_path) for argument in arguments))
     assert ran.returncode == 2
     assert message in ran.stderr
     assert "Traceback" not in ran.stderr

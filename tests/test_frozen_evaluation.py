@@ -7,8 +7,10 @@ import torch
 from PIL import Image
 
 from mmvit.core.transformer import TransformerConfig
+from mmvit.data.shards import read_shard
+from mmvit.data.writing import ShardWriter
 from mmvit.evaluation.attention_maps import attention_maps, attention_weights, rollout
-from mmvit.evaluation.calibration import calibration_error, confusion_matrix
+from mmvit.evaluation.calibration import calibration_error, confusion_matrix, draw_confusion
 from mmvit.evaluation.frozen import (
     draw_shots,
     few_shot_accuracy,
@@ -25,6 +27,11 @@ def clouds(number: int, dimensions: int, seed: int, spread: float = 1.0) -> tupl
     labels = torch.arange(number) % 3
     noise = torch.randn(number, dimensions, generator=torch.Generator().manual_seed(seed))
     return centres[labels] + spread * noise, labels
+
+
+def test_what_many_classes_confuse_is_drawn_small_enough(tmp_path):
+    draw_confusion(torch.eye(500, dtype=torch.long), [str(i) for i in range(500)], tmp_path / "many.png")
+    assert max(Image.open(tmp_path / "many.png").size) < 2500
 
 
 @pytest.mark.parametrize(("number", "dimensions"), [(30, 5), (30, 200)])  # the primal form, and the dual
@@ -133,6 +140,17 @@ def test_the_script_measures_and_draws(run_script, tiny_shards, tmp_path):
     assert figures["nearest_neighbour_accuracy"] > 0.9
     assert Image.open(out).width > 300
     assert Image.open(out.with_name("sheet-attention.png")).height > 8 * 96
+    with ShardWriter(tmp_path / "two", "heldout") as writer:  # of four classes
+        for sample in read_shard(tiny_shards / "heldout-000000.tar"):
+            if sample.files["cls"] in (b"0", b"2"):
+                writer.write(sample.key, sample.files)
+    arguments = (tmp_path / "model", tmp_path / "two", "--split", "heldout", "--out", tmp_path / "two.png")
+    ran = run_script("pipelines/evaluate_classifier.py", *arguments)
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads((tmp_path / "two.json").read_text())
+    known = [figures["accuracy_of_class"][name] for name in "02"]
+    assert [figures["accuracy_of_class"][name] for name in "13"] == [None, None]
+    assert figures["mean_accuracy_of_classes"] == pytest.approx(sum(known) / 2)
     resnet = ResNet(ResNetConfig(image_size=16, num_classes=4, width=32, depths=(1,), root="small"))
     resnet.save_pretrained(tmp_path / "resnet")
     out = tmp_path / "resnet.png"

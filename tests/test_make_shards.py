@@ -83,6 +83,17 @@ def test_folders_of_one_class_are_refused_and_numbered_ones_keep_their_names(run
     assert "years has one class alone, '2'" in done.stderr
 
 
+def test_a_class_of_which_no_image_can_be_read_is_refused(run_script, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        save_image(tmp_path / "pets" / name / "1.png")
+    (tmp_path / "pets" / "dog" / "1.png").write_bytes(b"no picture")
+    done = run_script("pipelines/make_shards.py", tmp_path / "pets", tmp_path / "out")
+    assert done.returncode == 2
+    assert "no image of the class dog could be used: 1 x undecodable image" in done.stderr
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
 def test_csv_and_json_lines(run_script, tmp_path):
     for number in range(3):
         save_image(tmp_path / "images" / f"{number}.png")

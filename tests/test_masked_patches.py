@@ -96,6 +96,8 @@ def test_it_learns_what_is_around():
 def test_what_cannot_be_predicted_is_refused():
     with pytest.raises(UserError, match="patch_size 2 cannot be cut into 4x4 cells"):
         objective({"patch_size": 2}, target="colour_grid")
+    with pytest.raises(UserError, match=r"model\.stem is 'conv', whose patches see their neighbours' pixels"):
+        objective({"stem": "conv"})
     with pytest.raises(UserError, match=r"patch_dropout leaves out what masked patches predict"):
         objective({"patch_dropout": 0.5})
     with pytest.raises(UserError, match=r"masked 0\.8 and swapped 0\.3 are more than all"):

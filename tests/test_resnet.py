@@ -10,7 +10,7 @@ from mmvit.config import build_config
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
 from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.models.resnet import ResNet, ResNetConfig, StandardizedConv, conv_and_norm
+from mmvit.models.resnet import ResNet, ResNetConfig, StandardizedConv, classification_loss, conv_and_norm
 
 CORE = TransformerConfig(width=32, depth=1, num_heads=2)
 
@@ -129,9 +129,27 @@ def test_a_convolutional_classifier_learns_one_batch(root):
     assert metrics["accuracy"] == 1
 
 
+def test_smoothed_labels_by_hand():
+    logits, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 3])
+    logs, shares = logits.log_softmax(1), torch.eye(4)[labels]
+    expected = -(logs * (0.8 * shares + 0.2 / 4)).sum(1).mean()
+    torch.testing.assert_close(classification_loss(logits, labels, 0.2)[0], expected)
+    torch.testing.assert_close(classification_loss(logits, shares, 0.2)[0], expected)
+    mixed = (shares + torch.eye(4)[labels.flip(0)]) / 2
+    expected = -(logs * (0.8 * mixed + 0.2 / 4)).sum(1).mean()
+    torch.testing.assert_close(classification_loss(logits, mixed, 0.2)[0], expected)
+
+
 @pytest.mark.parametrize(
     ("config", "settings", "message"),
     [
+        (ResNetConfig, {"image_size": 0}, "image_size 0 has no pixels"),
+        (ClassifierConfig, {"image_size": (32, -16)}, r"image_size \(32, -16\) has no pixels"),
+        (
+            ClassifierConfig,
+            {"positions": "rotary_2d", "core": {"width": 60, "num_heads": 10}},
+            "rotary_2d positions need a head size divisible by 4, got 6",
+        ),
         (ResNetConfig, {"width": 48}, "width 48 is no multiple of the 32 groups"),
         (
             ClassifierConfig,
@@ -161,17 +179,28 @@ def test_convolution_against_attention_is_one_flag(run_script, tiny_shards, tmp_
         [model]
         image_size = 16
         num_classes = 4
+        patch_size = 8
+        stem = "conv"
+        core = {{width = 16, depth = 1, num_heads = 2}}
         [train]
         steps = 2
         batch_size = 8
         num_workers = 0
         """
     )
-    small = ["--model.width", 32, "--model.depths", "[1]"]
+    small = ["--model.width", 32, "--model.depths", "[1]", "--model.channels", 1]
     ran = run_script("pipelines/train_classifier.py", recipe, "--model.kind", "resnet", *small)
     assert ran.returncode == 0, ran.stderr
     model = ResNet.from_pretrained(tmp_path / "run")
-    assert model(torch.randn(1, 3, 24, 40)).shape == (1, 4)
+    assert model(torch.randn(1, 1, 24, 40)).shape == (1, 4)
+    ran = run_script("pipelines/train_classifier.py", recipe, "--model.kind", "resnet", "--model.widht", 32)
+    assert ran.returncode == 2
+    assert "unknown key model.widht: did you mean model.width?" in ran.stderr
+    ran = run_script(
+        "pipelines/train_classifier.py", recipe, "--model.channels", 2, "--output", tmp_path / "two"
+    )
+    assert ran.returncode == 2
+    assert "model.channels is 2, but pictures have 3: set it to 3, or to 1 for grey" in ran.stderr
     ran = run_script("pipelines/train_classifier.py", recipe, *small)
     assert ran.returncode == 2
     assert "unknown key model.width" in ran.stderr

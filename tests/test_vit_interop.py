@@ -1,6 +1,7 @@
 """ViT weights of other projects: the same logits as their own models, and nothing lost on the way there and
 back."""
 
+import json
 import pickle
 import re
 import warnings
@@ -284,11 +285,13 @@ def test_every_weight_that_does_not_match_is_named(naming):
     for name, tensor in weights.items():
         without = {other: t for other, t in weights.items() if other != name}
         if (naming, name) != ("big_vision", "cls"):  # without it there is a model without it
-            with pytest.raises(UserError, match=rf"{re.escape(name)} is missing|has no head|no square"):
+            with pytest.raises(UserError, match=rf"{re.escape(name)} is missing|has no head"):
                 vit_from_weights(without, naming, {"num_heads": 4})
         longer = torch.cat([tensor, tensor])
-        with pytest.raises((UserError, ValueError)):
+        with pytest.raises(UserError):
             vit_from_weights({**weights, name: longer}, naming, {"num_heads": 4})
+        with pytest.raises(UserError, match=rf"{re.escape(name)} is \(.* (instead of|dimensions)"):
+            vit_from_weights({**weights, name: tensor[None]}, naming, {"num_heads": 4})
     with pytest.raises(UserError, match="surplus is unexpected"):
         vit_from_weights({**weights, "surplus": torch.zeros(1)}, naming, {"num_heads": 4})
 
@@ -387,3 +390,24 @@ def test_the_script_goes_there_and_back(run_script, tmp_path):
     ran = run_script("pipelines/convert_weights.py", tmp_path / "five", tmp_path / "x", *settings)
     assert ran.returncode == 0, ran.stderr
     assert not Classifier.from_pretrained(tmp_path / "x").head.weight.any()
+    for setting, words in (
+        ("num_heads", "--set num_heads: a setting is written NAME=VALUE"),
+        ("image_size=32x", "--set image_size 32x: it is a side or HEIGHTxWIDTH"),
+        ("image_size=16x48", "for 16 patches of 8 pixels; image_size 16x48 has 12"),
+    ):
+        out = tmp_path / "y"
+        ran = run_script(
+            "pipelines/convert_weights.py", tmp_path / "five", out, "--set", "num_heads=4", setting
+        )
+        assert ran.returncode == 2
+        assert words in ran.stderr
+    folder = tmp_path / "timm"
+    described = json.loads((folder / "config.json").read_text())
+    described["pretrained_cfg"] = {"mean": [0.485, 0.456, 0.406], "std": [0.5, 0.5, 0.5]}
+    (folder / "config.json").write_text(json.dumps(described))
+    with pytest.warns(UserWarning, match=r"normalised by mean \[0\.485, 0\.456, 0\.406\], those of a"):
+        load_vit(folder)
+    described.setdefault("model_args", {})["act_layer"] = "quick_gelu"
+    (folder / "config.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match="act_layer 'quick_gelu' is none of gelu, "):
+        load_vit(folder)

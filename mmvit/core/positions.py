@@ -21,8 +21,8 @@ class Positions(nn.Module):
     - `learned_1d`: one vector per place in the sequence (ViT, 2010.11929).
     - `learned_2d`: one vector per prefix place; row vector + column vector on the grid (DALL·E, 2102.12092).
     - `learned_2d_concat`: as `learned_2d`, but row and column each say one half of the vector (ViT's 2-D).
-    - `sincos_2d`: fixed sines and cosines; on the grid half of the width for rows, half for columns (MoCo v3,
-      big_vision).
+    - `sincos_2d`: fixed sines and cosines; on the grid half of the width for rows, half for columns, each
+      with the Transformer's frequencies (1706.03762). MoCo v3 and big_vision space them otherwise.
     - `rotary_2d`: rotary embedding (RoFormer, 2104.09864) of (row, column), half of each head's pairs for
       either; a prefix token at place i has row = column = i, which is the usual 1-D rotary embedding, and the
       grid goes on from there.
@@ -40,25 +40,20 @@ class Positions(nn.Module):
         super().__init__()
         self.kind, self.prefix_length, self.grid = kind, prefix_length, tuple(grid)
         rows, columns = grid
+        if problem := misfit(kind, width, head_dim):
+            raise ValueError(problem)
         self.length = prefix_length + rows * columns
         if kind == "learned_1d":
             self.table = nn.Parameter(torch.empty(self.length, width))
         elif kind in LEARNED_2D:
-            halves = kind == "learned_2d_concat"
-            if halves and width % 2:
-                raise ValueError(f"{kind} positions need an even width, got {width}")
-            share = width // 2 if halves else width
+            share = width // 2 if kind == "learned_2d_concat" else width
             self.prefix_table = nn.Parameter(torch.empty(prefix_length, width))
             self.row_table = nn.Parameter(torch.empty(rows, share))
             self.column_table = nn.Parameter(torch.empty(columns, share))
         elif kind == "sincos_2d":
-            if width % 4:
-                raise ValueError(f"sincos_2d positions need a width divisible by 4, got {width}")
             places = self._coordinates(prefix_length, rows, columns, offset=0)
             self.register_buffer("table", sincos(places, width), persistent=False)
         elif kind == "rotary_2d":
-            if head_dim % 4:
-                raise ValueError(f"rotary_2d positions need a head size divisible by 4, got {head_dim}")
             places = self._coordinates(prefix_length, rows, columns, offset=prefix_length)
             self.register_buffer("angles", rotary_angles(places, head_dim, rotary_base), persistent=False)
         elif kind != "none":
@@ -111,6 +106,17 @@ class RelativePositions(nn.Module):
         super().__init__()
         shape = 2 * length - 1, head_dim
         self.tables = nn.ParameterList(nn.Parameter(0.02 * torch.randn(shape)) for _ in range(depth))
+
+
+def misfit(kind: str, width: int, head_dim: int) -> str | None:
+    """Why vectors of `width` and heads of `head_dim` cannot have positions of a kind; None where they can."""
+    if kind == "learned_2d_concat" and width % 2:
+        return f"{kind} positions need an even width, got {width}"
+    if kind == "sincos_2d" and width % 4:
+        return f"{kind} positions need a width divisible by 4, got {width}"
+    if kind == "rotary_2d" and head_dim % 4:
+        return f"{kind} positions need a head size divisible by 4, got {head_dim}"
+    return None
 
 
 def relative_logits(query: Tensor, offsets: Tensor) -> Tensor:

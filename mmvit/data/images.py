@@ -13,11 +13,11 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # nothing that starts a
 MAX_PIXELS = 64_000_000
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str, name: str = "--size") -> tuple[int, int]:
     """`64` → (64, 64), `64x96` → (64, 96): height and width in pixels. Raises UserError for anything else."""
     sides = text.split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise UserError(f"--size {text}: it is a side or HEIGHTxWIDTH in pixels, such as 64 or 64x96")
+        raise UserError(f"{name} {text}: it is a side or HEIGHTxWIDTH in pixels, such as 64 or 64x96")
     sides = [int(side) for side in sides]
     return sides[0], sides[-1]
 

@@ -17,7 +17,12 @@ class MixingConfig(Config):
     """What is done to a batch of training images. The defaults do nothing."""
 
     rand_augment: int = Field(0, ge=0, le=5, description="operations on each image (1909.13719)")
-    magnitude: float = Field(10, gt=0, lt=30, description="of these operations")
+    magnitude: float = Field(
+        10,
+        gt=0,
+        lt=30,
+        description="of these operations, on kornia's and the paper's scale of 30; big_vision's has 10",
+    )
     mixup: float = Field(
         0.0, ge=0, description="α of Beta(α, α), from which the second image's share is drawn (1710.09412)"
     )

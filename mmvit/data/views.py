@@ -1,4 +1,5 @@
-"""Two views of every picture, each picture by its own draw (BYOL, 2006.07733, appendix B)."""
+"""Two views of every picture, each picture by its own draw (BYOL, 2006.07733, appendix B). In which order
+brightness, contrast, saturation and hue change is one draw of a batch (kornia's)."""
 
 from typing import Any
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+LARGEST = 20.0  # inches, of a picture of what is confused
+
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
     """Expected calibration error (1706.04599): the mean difference of confidence and accuracy over bins of
@@ -31,7 +33,7 @@ def draw_confusion(counts: Tensor, names: list[str], path: Path) -> None:
     from matplotlib.figure import Figure  # takes half a second to import
 
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    side = max(4.0, 1.5 + 0.45 * len(names))
+    side = min(max(4.0, 1.5 + 0.45 * len(names)), LARGEST)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)

@@ -12,6 +12,7 @@ They are taken from the source's config.json or its code's default, and `setting
 
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -122,7 +123,17 @@ def describe(config: dict[str, Any], source: Path) -> dict[str, Any]:
         if arguments.get("global_pool", config.get("global_pool")) == "avg":
             known["pooling"] = "mean"
         if gelu := arguments.get("act_layer"):
-            known["mlp"] = GELUS.get(gelu)
+            if gelu not in GELUS:
+                raise UserError(f"{source / 'config.json'}: act_layer {gelu!r} is none of {', '.join(GELUS)}")
+            known["mlp"] = GELUS[gelu]
+        trained = config.get("pretrained_cfg") or {}
+        for name in ("mean", "std"):
+            if any(value != 0.5 for value in trained.get(name) or ()):
+                warnings.warn(
+                    f"{source / 'config.json'}: its pixels are normalised by {name} {list(trained[name])}, "
+                    "those of a classifier here by 0.5, to [-1, 1]: give it pixels of its own kind",
+                    stacklevel=3,
+                )
         return {key: tuple(v) if isinstance(v, list) else v for key, v in known.items() if v is not None}
     if not config:
         return {}
@@ -180,10 +191,14 @@ def infer_config(
             f"unknown setting {min(unknown)!r} for a ViT's weights; there are {', '.join(SETTINGS)}"
         )
 
-    def shape(part: str) -> tuple[int, ...]:
+    def shape(part: str, dimensions: int) -> tuple[int, ...]:
         (name, *_) = names_of(naming, part)
         if name not in weights:
             raise UserError(f"{source}: {name} is missing, so this is no ViT with learnt positions")
+        if weights[name].ndim != dimensions:
+            raise UserError(
+                f"{source}: {name} is {tuple(weights[name].shape)}, of a ViT it has {dimensions} dimensions"
+            )
         return tuple(weights[name].shape)
 
     has_head = names_of(naming, "head.weight")[0] in weights
@@ -191,7 +206,7 @@ def infer_config(
     if with_head and not has_head:
         raise UserError(f"{source} has no head: give num_classes, and a new one of zeros takes its place")
     is_flax = naming in ("official", "big_vision")
-    kernel = shape("stem.proj.weight")
+    kernel = shape("stem.proj.weight", 4)
     side, channels, width = (
         (kernel[0], kernel[2], kernel[3]) if is_flax else (kernel[2], kernel[1], kernel[0])
     )
@@ -204,26 +219,29 @@ def infer_config(
     pooling = settings.get("pooling", "mean" if norm_after_pooling or not token else "cls")
     if pooling == "mean" and token:
         pooling = "mean_beside_cls"
-    places = shape("positions.table")[1] - (token and naming != "big_vision")
+    places = shape("positions.table", 3)[1] - (token and naming != "big_vision")
+    if not token and naming != "big_vision" and fits(places - 1, patch, settings.get("image_size")):
+        name = names_of(naming, "cls_token")[0]
+        raise UserError(f"{source}: {name} is missing, and positions have a place for it")
     core = {
         "width": width,
         "depth": count_blocks(weights, naming),
         "num_heads": count_heads(weights, naming, width, settings, source),
-        "mlp_ratio": shape("core.blocks.0.mlp.up.weight")[1 if is_flax else 0] / width,
+        "mlp_ratio": shape("core.blocks.0.mlp.up.weight", 2)[1 if is_flax else 0] / width,
         "mlp": settings.get("mlp", "gelu_tanh" if is_flax else "gelu"),
         "norm_eps": settings.get("norm_eps", 1e-12 if naming.startswith("transformers") else 1e-6),
     }
     values = {
         "image_size": image_size(places, patch, settings.get("image_size"), source),
         **stem,
-        "num_classes": settings.get("num_classes") or shape("head.weight")[1 if is_flax else 0],
+        "num_classes": settings.get("num_classes") or shape("head.weight", 2)[1 if is_flax else 0],
         "pooling": pooling,
         "norm_after_pooling": norm_after_pooling,
         "core": core,
     }
     representation = names_of(naming, "representation.weight")[0]
     if with_head and representation in weights:
-        values["representation_width"] = weights[representation].shape[1 if is_flax else 0]
+        values["representation_width"] = shape("representation.weight", 2)[1 if is_flax else 0]
     return build_config(ClassifierConfig, values, source), with_head
 
 
@@ -268,6 +286,14 @@ def count_heads(weights: Weights, naming: Naming, width: int, settings: dict[str
     if heads := settings.get("num_heads") or HEADS.get(width):
         return heads
     raise UserError(f"{source}: no weight tells the number of heads of width {width}: give num_heads")
+
+
+def fits(places: int, patch: int, given: int | tuple[int, int] | None) -> bool:
+    """Whether so many patches make the picture that is given, or a square where none is."""
+    if given is None:
+        return places > 0 and math.isqrt(places) ** 2 == places
+    height, width = (given, given) if isinstance(given, int) else given
+    return (height // patch) * (width // patch) == places
 
 
 def image_size(

@@ -27,12 +27,13 @@ class BYOL(nn.Module):
     copy of classifier and projector that follows them by a moving average.
 
     Args:
-        passes: training passes in all, over which the average's momentum rises.
+        steps: of training in all, over which the average's momentum rises.
+        accumulation: passes of a step; the target moves once a step.
     """
 
-    def __init__(self, classifier: Classifier, config: BYOLConfig, passes: int):
+    def __init__(self, classifier: Classifier, config: BYOLConfig, steps: int, accumulation: int = 1):
         super().__init__()
-        self.config, self.total = config, passes
+        self.config, self.total, self.accumulation = config, steps, accumulation
         self.classifier = classifier
         classifier.freeze_head()
         width = classifier.head.in_features
@@ -55,11 +56,11 @@ class BYOL(nn.Module):
             the batch, averaged over dimensions and times √dimensions. Where all pictures get the same, it is
             0; where they share nothing, it is about 1.
         """
-        passes = int(self.passes)
-        momentum = target_momentum(self.config.momentum, passes, self.total)
+        step, begun = divmod(int(self.passes), self.accumulation)
+        momentum = target_momentum(self.config.momentum, step, self.total)
         if self.training:
-            if passes:
-                self.follow(target_momentum(self.config.momentum, passes - 1, self.total))
+            if step and not begun:
+                self.follow(target_momentum(self.config.momentum, step - 1, self.total))
             self.passes += 1
         views = batch["pixels"], batch["other_pixels"]
         online = [self.projector(self.classifier.features(view)) for view in views]

@@ -1,7 +1,7 @@
 """ViT classifier: a stem cuts the image into tokens, the shared core reads them all, a linear head names the
 class (2010.11929)."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import Field, model_validator
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmvit.config import Config
 from mmvit.core.dropout import Dropout
-from mmvit.core.positions import PositionKind, Positions, RelativePositions
+from mmvit.core.positions import PositionKind, Positions, RelativePositions, misfit
 from mmvit.core.transformer import Transformer, TransformerConfig
 from mmvit.hub import Pretrained
 from mmvit.models.resnet import GROUPS, Epsilons, classification_loss, stem_stride
@@ -42,7 +42,7 @@ class ClassifierConfig(Config):
     representation_width: int | None = Field(
         None, gt=0, description="of a tanh layer in front of the head, as in the paper's pre-training"
     )
-    positions: PositionKind | Literal["relative_1d"] = "learned_1d"
+    positions: Literal[*get_args(PositionKind), "relative_1d"] = "learned_1d"
     positions_at: Literal["stem", "every_layer", "shared"] = Field(
         "stem",
         description="where positions are added: in front of the first block; or of every block, each with "
@@ -54,6 +54,8 @@ class ClassifierConfig(Config):
 
     @model_validator(mode="after")
     def _patches_tile_the_image(self):
+        if min(self.height_width) < 1:
+            raise ValueError(f"image_size {self.image_size} has no pixels")
         if any(side % self.patch_size for side in self.height_width):
             raise ValueError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
         self._check_positions()
@@ -77,6 +79,8 @@ class ClassifierConfig(Config):
     def _check_positions(self) -> None:
         if self.positions in ("none", "rotary_2d", "relative_1d") and self.positions_at != "stem":
             raise ValueError(f"positions {self.positions!r} are not added: leave positions_at out")
+        if problem := misfit(self.positions, self.core.width, self.core.head_dim):
+            raise ValueError(problem)
         if self.positions == "relative_1d" and self.patch_dropout:
             raise ValueError("patch_dropout leaves gaps between places, which relative_1d positions lack")
 

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmvit.config import build_config
 from mmvit.core.transformer import TransformerConfig
@@ -116,8 +117,14 @@ def resize_table(
     return torch.cat([table[:prefix], square[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)])
 
 
+def stay_in_evaluation(module: nn.Module, inputs: tuple) -> None:
+    """A hook before a module's `forward`, whatever `train()` made of it since."""
+    module.eval()
+
+
 def freeze(model: nn.Module, parts: list[str]) -> None:
-    """Takes the parameters of `parts`, such as `stem` and `core.blocks.0`, out of training.
+    """Takes `parts`, such as `stem` and `core.blocks.0`, out of training: their parameters, and the
+    statistics of their batch norms, which stay those of before.
 
     Raises:
         UserError: for a part that `model` does not have, or when nothing is left to train.
@@ -129,5 +136,8 @@ def freeze(model: nn.Module, parts: list[str]) -> None:
             raise UserError(f"there is no {part!r} to freeze; the model's parts are {', '.join(tops)}")
         for parameter in found:
             parameter.requires_grad_(False)
+        for name, module in model.named_modules():
+            if f"{name}.".startswith(f"{part}.") and isinstance(module, _BatchNorm):
+                module.register_forward_pre_hook(stay_in_evaluation)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"{', '.join(parts)} is all there is: nothing is left to train")

@@ -40,6 +40,11 @@ class MaskedPatches(nn.Module):
         if config.masked + config.swapped > 1:
             raise UserError(f"masked {config.masked} and swapped {config.swapped} are more than all")
         shape = classifier.config
+        if shape.stem != "patch":
+            raise UserError(
+                f"model.stem is {shape.stem!r}, whose patches see their neighbours' pixels, so that masked "
+                'ones would not be hidden: use "patch"'
+            )
         if shape.patch_dropout:
             raise UserError("model.patch_dropout leaves out what masked patches predict: set it to 0")
         if config.target == "colour_grid" and shape.patch_size % CELLS:

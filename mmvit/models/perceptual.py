@@ -1,7 +1,7 @@
 """How far apart two pictures are to a network that is not trained: in its features rather than in pixels."""
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmvit.errors import UserError
 from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.resnet import ResNetConfig
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 
@@ -89,7 +90,26 @@ class FeatureDistance(FrozenDistance):
         return fit_pixels(pixels, self.classifier.config)
 
 
-def fit_pixels(pixels: Tensor, config: ClassifierConfig) -> Tensor:
+class FitBatch:
+    """Batches of pictures in colour as a classifier of `config` reads them: in grey where that is what it
+    reads. Raises UserError for one that reads neither."""
+
+    def __init__(self, config: ClassifierConfig | ResNetConfig):
+        if config.channels not in (1, len(LUMA)):
+            raise UserError(
+                f"model.channels is {config.channels}, but pictures have 3: set it to 3, or to 1 for grey"
+            )
+        self.config = config
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """`pixels` and, if there, `other_pixels`, each (batch, 3, height, width) → (batch, channels, ...)."""
+        if self.config.channels == len(LUMA):
+            return batch
+        names = [name for name in ("pixels", "other_pixels") if name in batch]
+        return batch | {name: fit_pixels(batch[name], self.config) for name in names}
+
+
+def fit_pixels(pixels: Tensor, config: ClassifierConfig | ResNetConfig) -> Tensor:
     """pixels (batch, 3, height, width) as a classifier of `config` reads them: resized to its size, and where
     it reads grey, to their luma."""
     if config.channels == 1:

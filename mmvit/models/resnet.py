@@ -34,7 +34,9 @@ class ResNetConfig(Config):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
-    def _groups_divide_the_width(self):
+    def _sizes_are_possible(self):
+        if min(self.height_width) < 1:
+            raise ValueError(f"image_size {self.image_size} has no pixels")
         if self.width % GROUPS:
             raise ValueError(f"width {self.width} is no multiple of the {GROUPS} groups of its norms")
         return self
