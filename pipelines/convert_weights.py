@@ -1,4 +1,5 @@
-"""Turns the weights of a ViT classifier or hybrid from one project's into another's; no number changes.
+"""Turns the weights of a ViT classifier or hybrid from one project's into another's; no number changes (but
+those of [CLS] on the way to big_vision, where its position is added to it).
 
     python pipelines/convert_weights.py ViT-B_16.npz runs/vit-b16
     python pipelines/convert_weights.py google/vit-base-patch16-224 runs/vit-b16

@@ -2,7 +2,7 @@
 
 A table says for every weight of our `Classifier` which weights of theirs hold the same numbers, and how they
 are laid out there. It is read in both directions, and only moves numbers: what goes out and comes back is
-equal bit for bit.
+equal bit for bit (for big_vision, whose [CLS] has no position, it is added to the token first).
 """
 
 from collections.abc import Callable, Iterator, Sequence
