@@ -5,36 +5,51 @@
     torchrun --nproc_per_node 2 pipelines/train_caption_to_image.py configs/emoji_demo.toml
     deepspeed pipelines/train_caption_to_image.py configs/emoji_demo.toml \\
         --deepspeed configs/deepspeed/zero2.json --optimizer.name adamw
+    python pipelines/train_caption_to_image.py configs/emoji_demo.toml --start.model generators/emoji
 
-The same command with --resume continues. The run folder then holds the model with both tokenizers (best/,
-last/), ready for pipelines/sample_images.py, and a grid of samples at every evaluation (samples/).
+With `start.model` a trained generator is trained on, on captions and codes of the tokenizers that it has;
+`[model]` then needs only what differs. The same command with --resume continues. The run folder then holds
+the model with both tokenizers (best/, last/), ready for pipelines/sample_images.py, and a grid of samples at
+every evaluation (samples/).
 """
 
 from pathlib import Path
+from typing import Any, Self
 
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
 from torch import nn
 
 from mmvit.config import Config
-from mmvit.errors import run_script
+from mmvit.errors import UserError, run_script
 from mmvit.evaluation.likelihood import mean_loss
-from mmvit.models.fine_tuning import take_core
+from mmvit.hub import find_model_folder, read_part_description
+from mmvit.models.fine_tuning import continued, take_core
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.preview import PreviewConfig, check_preview, draw_preview
 from mmvit.training import Recipe, open_session, train
-from mmvit.training.caption_codes import CaptionCodesConfig, open_caption_codes
+from mmvit.training.caption_codes import CaptionCodes, CaptionCodesConfig, open_caption_codes
 
 
 class StartConfig(Config):
     """What training begins from: codes from the image tokenizer's codebook, all else at random."""
 
+    model: str | None = Field(
+        None, description="a generator's run, folder or Hub repository, all of whose weights are taken"
+    )
     core: str | None = Field(
         None, description="a run folder, model or Hub repository whose core is taken, as a classifier's"
     )
     codebook: bool = Field(
         True, description="whether codes begin with vectors and logits of what they look like"
     )
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.model and self.core:
+            raise ValueError("start.model brings its core: leave start.core out, or start.model")
+        return self
 
 
 class GeneratorRecipe(Recipe):
@@ -45,17 +60,59 @@ class GeneratorRecipe(Recipe):
     start: StartConfig = StartConfig()
     samples: PreviewConfig = PreviewConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _the_rest_is_that_of_the_start(cls, values: Any) -> Any:
+        start = values.get("start") if isinstance(values, dict) else None
+        if not isinstance(start, dict) or not isinstance(start.get("model"), str):
+            return values
+        folder = find_model_folder(start["model"])
+        described = read_part_description(folder, GeneratorTransformer.kind)
+        if described["kind"] != GeneratorTransformer.kind:
+            raise UserError(f"start.model: {folder} holds a {described['kind']}, not a generator")
+        trained, own = described["config"], values.get("model", {})
+        if not isinstance(own, dict):
+            return values
+        core = {**trained.get("core", {}), **own.get("core", {})}
+        return {**values, "model": {**trained, **own, "core": core}}
+
+
+def begin(start: StartConfig, data: CaptionCodes) -> GeneratorTransformer:
+    """The model before its first step. Raises UserError for a start that learnt other words or codes."""
+    if start.model:
+        source = Generator.from_pretrained(start.model, "cpu")
+        for what, same in (
+            ("text_tokenizer", source.text_tokenizer.is_same(data.text_tokenizer)),
+            ("image_tokenizer", same_weights(source.image_tokenizer, data.image_tokenizer)),
+        ):
+            if not same:
+                raise UserError(
+                    f"{start.model} has learnt another {what} than data.{what}: set it to the one in its "
+                    f"folder, {find_model_folder(start.model) / what}"
+                )
+        return continued(source.transformer, data.config)
+    model = GeneratorTransformer(data.config)
+    if start.codebook:
+        model.start_from_codebook(data.image_tokenizer.code_vectors())
+    if start.core:
+        take_core(model, start.core)
+    return model
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models have the same weights in bfloat16, as which they may have been kept."""
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name].bfloat16(), theirs[name].cpu().bfloat16()) for name in ours
+    )
+
 
 def main() -> None:
     with open_session(GeneratorRecipe, __doc__) as session:
         recipe = session.recipe
         check_preview(recipe.samples, recipe.model)
         data = open_caption_codes(session, recipe.data, recipe.model)
-        model = GeneratorTransformer(data.config)
-        if recipe.start.codebook:
-            model.start_from_codebook(data.image_tokenizer.code_vectors())
-        if recipe.start.core:
-            take_core(model, recipe.start.core)
+        model = begin(recipe.start, data)
 
         def whole(model: nn.Module) -> Generator:
             return Generator(model, data.text_tokenizer, data.image_tokenizer, recipe.samples.settings)

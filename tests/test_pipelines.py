@@ -24,9 +24,11 @@ from mmvit.errors import UserError
 from mmvit.evaluation.generator_report import Unseen, report_generator
 from mmvit.evaluation.spaces import feature_space
 from mmvit.evaluation.splits import read_split
+from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.clip import CLIP, CLIPConfig
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
+from mmvit.models.generator import GeneratorTransformer
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.models.vqgan import VQGAN, VQGANConfig
 from mmvit.sampling.generator import Generator
@@ -269,6 +271,35 @@ def test_a_changed_architecture_cannot_resume(run, place, run_script):
         "--resume",
     )
     refused(ran, "model.core.width")
+
+
+def test_a_trained_generator_is_trained_on(run, place, run_script, tmp_path):
+    def train_on(*overrides):
+        script, out = "pipelines/train_caption_to_image.py", tmp_path / "more"
+        return run_script(script, recipe, "--start.model", start, "--output", out, *overrides)
+
+    recipe, start = tmp_path / "more.toml", tmp_path / "start"
+    text = (place / "config.toml").read_text()
+    recipe.write_text(text[: text.index("[data]")] + "[train]\nsteps = 1\nbatch_size = 8\nnum_workers = 0\n"
+        "[optimizer]\nlr = 1e-9\n" + text[text.index("[data]") :])  # fmt: skip
+    Generator.from_pretrained(run).save_pretrained(start, torch.bfloat16)  # as one that is shipped
+    refused(train_on("--model.core.depth", 3), "the trained weights are of another model: core.depth = 3")
+    refused(train_on("--model.text_loss_weight", 0), "text_loss_weight = 0.0 instead of 1.0")
+    refused(train_on("--start.core", run), "start.model brings its core")
+    other = TextTokenizer.from_file(start / "text_tokenizer").tokenizer
+    other.add_tokens(["squ"])
+    (tmp_path / "text").mkdir()
+    other.save(str(tmp_path / "text/tokenizer.json"))
+    refused(train_on("--data.text_tokenizer", tmp_path / "text"), "tokenizer")
+    ran = train_on("--model.caption_dropout", 0.3)
+    assert ran.returncode == 0, ran.stderr
+    found, begun = (
+        read_weights(tmp_path / "more/last/model.safetensors"),
+        read_weights(start / "model.safetensors"),
+    )
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, begun[name].float(), atol=1e-6, rtol=0)
+    assert GeneratorTransformer.from_pretrained(tmp_path / "more").config.caption_dropout == 0.3
 
 
 @pytest.mark.parametrize(

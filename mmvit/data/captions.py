@@ -42,6 +42,10 @@ class TextTokenizer:
         )
         self.ranks: dict[tuple[str, str], int] = {merge: rank for rank, merge in enumerate(merges)}
 
+    def is_same(self, other: "TextTokenizer") -> bool:
+        """Whether both make the same tokens of every caption."""
+        return self.tokenizer.to_str() == other.tokenizer.to_str()
+
     def __reduce__(self) -> tuple:
         return TextTokenizer, (self.tokenizer, self.source)  # pickling loses encode_special_tokens
 

@@ -1,5 +1,5 @@
-"""From a trained classifier to one for other pictures and classes (2010.11929, section 3.2); and from one
-model's core to another's."""
+"""From a trained classifier to one for other pictures and classes (2010.11929, section 3.2); from a generator
+to one that is trained on; and from one model's core to another's."""
 
 from typing import Literal
 
@@ -13,6 +13,7 @@ from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
 from mmvit.hub import CONFIG, WEIGHTS, load_weights, read_core
 from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
 
 ResizeMode = Literal["official", "timm", "transformers"]
 
@@ -23,6 +24,14 @@ FREE = {
     "representation_width",
     "label_smoothing",
     "patch_dropout",
+}
+# the same of a generator
+FREE_IN_GENERATOR = {
+    "caption_dropout",
+    "code_noise",
+    "label_smoothing",
+    "image_loss_weight",
+    "text_loss_weight",
 }
 FREE_IN_CORE = {"dropout", "stochastic_depth", "attention_kernel", "activation_checkpointing", "layer_scale"}
 
@@ -36,7 +45,7 @@ def fine_tuned(source: Classifier, config: ClassifierConfig, resize: ResizeMode 
     """
     if config.representation_width:
         raise UserError("a fine-tuned classifier has one linear head: leave representation_width out")
-    refuse_differences(source.config, config)
+    refuse_differences(source.config, config, FREE)
     model = Classifier(config)
     own, weights = model.state_dict(), source.state_dict()
     grids = source.config.grid, config.grid
@@ -57,12 +66,31 @@ def fine_tuned(source: Classifier, config: ClassifierConfig, resize: ResizeMode 
     return model
 
 
-def refuse_differences(source: ClassifierConfig, config: ClassifierConfig) -> None:
+def continued(source: GeneratorTransformer, config: GeneratorConfig) -> GeneratorTransformer:
+    """A generator of `config` with all the weights of `source`.
+
+    Raises:
+        UserError: where `config` differs from that of `source` in what the weights depend on.
+    """
+    refuse_differences(source.config, config, FREE_IN_GENERATOR)
+    if bool(config.text_loss_weight) != bool(source.config.text_loss_weight):
+        raise UserError(
+            f"the trained weights are of another model: text_loss_weight = {config.text_loss_weight} instead "
+            f"of {source.config.text_loss_weight}, and only one that is not 0 has a head for captions"
+        )
+    model = GeneratorTransformer(config)
+    model.load_state_dict(source.state_dict())
+    return model
+
+
+def refuse_differences(
+    source: ClassifierConfig | GeneratorConfig, config: ClassifierConfig | GeneratorConfig, free: set[str]
+) -> None:
     ours, theirs = config.model_dump(exclude={"core"}), source.model_dump(exclude={"core"})
     problems = [
         f"{name} = {ours[name]!r} instead of {theirs[name]!r}"
         for name in ours
-        if name not in FREE and ours[name] != theirs[name]
+        if name not in free and ours[name] != theirs[name]
     ]
     problems += differences_of_cores(source.core, config.core)
     if problems:
