@@ -26,6 +26,7 @@ from mmvit.evaluation.likelihood import mean_loss
 from mmvit.hub import find_model_folder, read_part_description
 from mmvit.models.fine_tuning import continued, take_core
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
+from mmvit.models.presets import with_preset
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.preview import PreviewConfig, check_preview, draw_preview
 from mmvit.training import Recipe, open_session, train
@@ -63,6 +64,7 @@ class GeneratorRecipe(Recipe):
     @model_validator(mode="before")
     @classmethod
     def _the_rest_is_that_of_the_start(cls, values: Any) -> Any:
+        values = with_preset(values)
         start = values.get("start") if isinstance(values, dict) else None
         if not isinstance(start, dict) or not isinstance(start.get("model"), str):
             return values

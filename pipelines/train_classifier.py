@@ -34,7 +34,7 @@ from mmvit.hub import find_model_folder, read_part_description
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.fine_tuning import ResizeMode, fine_tuned, freeze, take_core
 from mmvit.models.perceptual import FitBatch
-from mmvit.models.presets import MODELS
+from mmvit.models.presets import MODELS, with_preset
 from mmvit.models.resnet import ResNetConfig
 from mmvit.training import Recipe, one_epoch, open_session, train, training_stream
 
@@ -76,6 +76,7 @@ class ClassifierRecipe(Recipe):
     @model_validator(mode="before")
     @classmethod
     def _the_rest_is_that_of_the_start(cls, values: Any) -> Any:
+        values = with_preset(values)
         if not isinstance(values, dict) or not isinstance(own := values.get("model", {}), dict):
             return values
         start = values.get("start")

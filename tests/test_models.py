@@ -4,16 +4,20 @@ import math
 
 import pytest
 import torch
+from pydantic import Field
 from torch import nn
 
+from mmvit.config import build_config
 from mmvit.core.masks import additive, sparse_causal
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
 from mmvit.hub import write_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer, caption_loss, dalle_layers
-from mmvit.models.presets import MODELS, PRESETS, preset
+from mmvit.models.presets import MODELS, PRESETS, preset, with_preset
+from mmvit.models.resnet import ResNetConfig
 from mmvit.models.stems import PatchStem
+from mmvit.training import Recipe
 
 CORE = TransformerConfig(width=32, depth=2, num_heads=2)
 POSITIONS = ["none", "learned_1d", "learned_2d", "learned_2d_concat", "sincos_2d", "rotary_2d"]
@@ -71,6 +75,27 @@ def test_every_preset_builds_on_the_meta_device():
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(UserError, match="did you mean vit-b16"):
         preset("vit-b-16")
+
+
+def test_a_recipe_begins_with_a_preset():
+    class AnyRecipe(Recipe):
+        model: ClassifierConfig | ResNetConfig = Field(discriminator="kind")
+
+    def model(**section):
+        return build_config(AnyRecipe, {"output": "x", "model": section}, source="recipe.toml").model
+
+    assert model(preset="vit-s16") == preset("vit-s16")
+    shallow = preset("vit-s16").core.model_copy(update={"depth": 3})
+    changed = {"num_classes": 5, "core": shallow}
+    assert model(preset="vit-s16", num_classes=5, core={"depth": 3}) == preset("vit-s16").model_copy(
+        update=changed
+    )
+    assert model(preset="bit-r101") == preset("bit-r101")
+    with pytest.raises(UserError, match=r"no preset 'vit-s17': did you mean vit-s16\?"):
+        model(preset="vit-s17")
+    facts = with_preset({"model": {"preset": "dalle-tiny"}})["model"]
+    assert not facts.keys() & {"vocab_size", "codebook_size", "grid", "preset"}  # the data have their own
+    assert facts["attention"] == "dalle"
 
 
 def test_patch_stem_equals_a_strided_convolution():

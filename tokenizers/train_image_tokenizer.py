@@ -36,7 +36,7 @@ from mmvit.models.classifier import Classifier
 from mmvit.models.dvae import DiscreteVAEConfig
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.perceptual import FeatureDistance
-from mmvit.models.presets import MODELS
+from mmvit.models.presets import MODELS, with_preset
 from mmvit.models.tokenizer_objective import ObjectiveConfig, TokenizerObjective
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.sampling.grids import labelled_grid
@@ -68,6 +68,7 @@ class ImageTokenizerRecipe(Recipe):
     @model_validator(mode="before")
     @classmethod
     def _vq_by_default(cls, values: Any) -> Any:
+        values = with_preset(values)
         if isinstance(values, dict) and isinstance(model := values.get("model"), dict):
             return {**values, "model": {"kind": VQModel.kind, **model}}
         return values

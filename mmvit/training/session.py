@@ -6,24 +6,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy
 import torch
+from pydantic import model_validator
 
 from mmvit.config import Config, describe_settings, load_config, split_command_line
 from mmvit.errors import UserError
+from mmvit.models.presets import with_preset
 from mmvit.training.config import OptimizerConfig, TrainConfig
 from mmvit.training.distributed import Processes, open_processes
 from mmvit.training.run import RunFolder
 
 
 class Recipe(Config):
-    """What a training script's CONFIG.toml holds; a script adds its `[data]` and `[model]`."""
+    """What a training script's CONFIG.toml holds; a script adds its `[data]` and `[model]`, which may name a
+    `preset` to begin with."""
 
     output: Path
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_preset_and_what_differs(cls, values: Any) -> Any:
+        return with_preset(values)
 
 
 OwnRecipe = TypeVar("OwnRecipe", bound=Recipe)
