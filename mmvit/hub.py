@@ -80,6 +80,11 @@ def find_model_folder(path: str | Path) -> Path:
         raise UserError(
             f"{folder} holds no model: neither {CONFIG} nor best/{CONFIG} nor last/{CONFIG} is in it"
         )
+    if folder == SHIPPED:
+        raise UserError(
+            f"{folder} is not there: the shipped generator is part of a checkout (pip install -e .), not of an "
+            "installed package; name a model of yours by --model"
+        )
     return download(path)
 
 
