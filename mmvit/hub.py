@@ -82,8 +82,8 @@ def find_model_folder(path: str | Path) -> Path:
         )
     if folder == SHIPPED:
         raise UserError(
-            f"{folder} is not there: the shipped generator is part of a checkout (pip install -e .), not of an "
-            "installed package; name a model of yours by --model"
+            f"{folder} is not there: the shipped generator is part of a checkout (pip install -e .), not of "
+            "an installed package; name a model of yours by --model"
         )
     return download(path)
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
 from mmvit.interop.vit import load_vit, recognise, vit_from_weights
-from mmvit.interop.vit_export import save_vit, vit_to_weights
+from mmvit.interop.vit_export import TIMM_HYBRIDS, save_vit, vit_to_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.presets import preset
 
 SHAPE = {"width": 24, "depth": 3, "num_heads": 4, "mlp_ratio": 2.5}
 SHAPES = {  # ours, of several sizes
@@ -252,6 +253,22 @@ def test_hybrids_go_to_timm_and_back(timm, tmp_path):
     assert again.config == model.config
     for loaded in (again, load_vit(folder)):
         assert_equal(loaded.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["r50-b16", "r50-l32"])
+def test_published_hybrids_have_a_place_for_each_weight_in_timm(timm, name):
+    stem = preset(name).model_dump(include={"stem", "stem_blocks", "patch_size"})
+    model = ours(**stem, image_size=64, stem_epsilons="timm", core={"mlp": "gelu_tanh", "depth": 1})
+    peer = timm.create_model(
+        TIMM_HYBRIDS[model.config.stem_blocks],
+        img_size=64,
+        num_classes=7,
+        embed_dim=24,
+        depth=1,
+        num_heads=4,
+        mlp_ratio=2.5,
+    )
+    peer.load_state_dict(vit_to_weights(model, "timm"))
 
 
 def test_hybrids_of_the_official_code_may_take_squares_of_places(tmp_path):
