@@ -16,7 +16,7 @@ from mmvit.models.vqgan import VQGAN, VQGANConfig
 from mmvit.sampling.decoding import sample_codes
 from mmvit.sampling.filters import draw, filter_logits, uniforms
 from mmvit.sampling.generator import Generator
-from mmvit.sampling.grids import labelled_grid
+from mmvit.sampling.grids import labelled_grid, readable
 from mmvit.sampling.settings import SamplingSettings
 
 CAPTIONS = torch.tensor([[3, 4, 0, 0], [5, 6, 7, 8]])
@@ -215,6 +215,12 @@ def test_retrieval_by_hand():
     ]  # equal pictures do not outrank each other; 2.9 is nearer to both ones than to 5
     assert recall(ranks, 1) == pytest.approx(1 / 3)
     assert recall(ranks, 2) == pytest.approx(2 / 3)
+
+
+def test_labels_that_no_font_shows_are_code_points(monkeypatch):
+    monkeypatch.setattr("mmvit.sampling.grids.system_fonts", lambda: [])
+    assert readable("rød æble – красное яблоко") == "rød æble – красное яблоко"
+    assert readable("赤い apple\n") == "U+8D64 U+3044 apple"
 
 
 def test_grid_has_a_row_for_each_caption():

@@ -15,10 +15,42 @@ MOST_PIXELS = {".png": 2**20, ".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383} 
 MOST_IN_ALL = 400_000_000  # 1.2 GB in memory
 
 
+DEJAVU = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # which matplotlib brings along
+
+
 @lru_cache
-def font(size: int = TEXT_SIZE) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib brings along: Latin, Greek, Cyrillic, Arabic."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+def font(text: str = "", size: int = TEXT_SIZE) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans (Latin, Greek, Cyrillic, Arabic), or the first font of the system that has all letters of
+    `text`, if there is one."""
+    path = DEJAVU
+    if missing(text, DEJAVU):
+        path = next((other for other in system_fonts() if not missing(text, other)), DEJAVU)
+    return ImageFont.truetype(path, size)
+
+
+@lru_cache
+def system_fonts() -> list[Path]:
+    from matplotlib.font_manager import findSystemFonts
+
+    return [Path(found) for found in sorted(findSystemFonts()) if found.endswith((".ttf", ".otf", ".ttc"))]
+
+
+def missing(text: str, path: Path) -> set[str]:
+    """The characters of `text` that a font has no picture of."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        table = FT2Font(str(path))
+    except RuntimeError:  # of a format that it does not read
+        return {*text}
+    return {letter for letter in text if not letter.isspace() and not table.get_char_index(ord(letter))}
+
+
+def readable(text: str) -> str:
+    """`text`, with the code points of characters that no font here shows, as U+8D64."""
+    unknown = missing(text, Path(font(text).path))
+    told = "".join(f" U+{ord(letter):04X} " if letter in unknown else letter for letter in text)
+    return " ".join(told.split()) if unknown else text
 
 
 def labelled_grid(
@@ -45,9 +77,10 @@ def labelled_grid(
         pen.text((x, GAP), heading, fill="#555555", font=font())
     for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
         y = top + i * (cell + GAP)
-        lines = textwrap.wrap(label or "(no caption)", width=int(label_width / (0.58 * TEXT_SIZE)))
+        label = readable(label or "(no caption)")
+        lines = textwrap.wrap(label, width=int(label_width / (0.58 * TEXT_SIZE)))
         pen.multiline_text(
-            (GAP, y + GAP), "\n".join(lines[: cell // (TEXT_SIZE + 4)]), fill="black", font=font()
+            (GAP, y + GAP), "\n".join(lines[: cell // (TEXT_SIZE + 4)]), fill="black", font=font(label)
         )
         for j, picture in enumerate(row):
             sheet.paste(fit(picture, cell), (label_width + j * (cell + GAP), y))
