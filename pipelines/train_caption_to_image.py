@@ -23,10 +23,10 @@ from torch import nn
 from mmvit.config import Config
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.likelihood import mean_loss
-from mmvit.hub import find_model_folder, read_part_description
+from mmvit.hub import find_model_folder
 from mmvit.models.fine_tuning import continued, take_core
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
-from mmvit.models.presets import with_preset
+from mmvit.models.sections import with_preset, with_start
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.preview import PreviewConfig, check_preview, draw_preview
 from mmvit.training import Recipe, open_session, train
@@ -64,19 +64,7 @@ class GeneratorRecipe(Recipe):
     @model_validator(mode="before")
     @classmethod
     def _the_rest_is_that_of_the_start(cls, values: Any) -> Any:
-        values = with_preset(values)
-        start = values.get("start") if isinstance(values, dict) else None
-        if not isinstance(start, dict) or not isinstance(start.get("model"), str):
-            return values
-        folder = find_model_folder(start["model"])
-        described = read_part_description(folder, GeneratorTransformer.kind)
-        if described["kind"] != GeneratorTransformer.kind:
-            raise UserError(f"start.model: {folder} holds a {described['kind']}, not a generator")
-        trained, own = described["config"], values.get("model", {})
-        if not isinstance(own, dict):
-            return values
-        core = {**trained.get("core", {}), **own.get("core", {})}
-        return {**values, "model": {**trained, **own, "core": core}}
+        return with_start(with_preset(values), GeneratorTransformer.kind)
 
 
 def begin(start: StartConfig, data: CaptionCodes) -> GeneratorTransformer:

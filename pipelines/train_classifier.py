@@ -28,14 +28,14 @@ from mmvit.data.augment import AugmentConfig
 from mmvit.data.mixing import Mixing, MixingConfig
 from mmvit.data.samples import ClassifierSample, check_classes
 from mmvit.data.shards import ShardPatterns
-from mmvit.errors import UserError, run_script
+from mmvit.errors import run_script
 from mmvit.evaluation.accuracy import classification_metrics
-from mmvit.hub import find_model_folder, read_part_description
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.fine_tuning import ResizeMode, fine_tuned, freeze, take_core
 from mmvit.models.perceptual import FitBatch
-from mmvit.models.presets import MODELS, with_preset
+from mmvit.models.presets import MODELS
 from mmvit.models.resnet import ResNetConfig
+from mmvit.models.sections import with_preset, with_start
 from mmvit.training import Recipe, one_epoch, open_session, train, training_stream
 
 
@@ -76,26 +76,11 @@ class ClassifierRecipe(Recipe):
     @model_validator(mode="before")
     @classmethod
     def _the_rest_is_that_of_the_start(cls, values: Any) -> Any:
-        values = with_preset(values)
-        if not isinstance(values, dict) or not isinstance(own := values.get("model", {}), dict):
+        values = with_start(with_preset(values), Classifier.kind, representation_width=None)
+        own = values.get("model") if isinstance(values, dict) else None
+        if not isinstance(own, dict) or not own:
             return values
-        start = values.get("start")
-        if isinstance(start, dict) and isinstance(start.get("model"), str):
-            trained = read_start(start["model"])
-            core = {**trained.get("core", {}), **own.get("core", {})}
-            own = {**trained, **own, "representation_width": None, "core": core}
-        return {**values, "model": {"kind": "vit", **own}} if own else values
-
-
-def read_start(model: str) -> dict[str, Any]:
-    """The configuration of the classifier that training begins from; raises UserError for other models."""
-    folder = find_model_folder(model)
-    described = read_part_description(folder, Classifier.kind)
-    if described["kind"] != Classifier.kind:
-        raise UserError(
-            f"{folder} holds a {described['kind']}, but fine-tuning begins from a ViT classifier's weights"
-        )
-    return described["config"]
+        return {**values, "model": {"kind": "vit", **own}}
 
 
 def main() -> None:

@@ -190,7 +190,7 @@ def test_a_run_begins_from_trained_weights_and_resumes(fine_tune, tmp_path, asse
     ("arguments", "message"),
     [
         (["--start.model", "/no/folder"], "no model at /no/folder"),
-        (["--start.model", "{tmp_path}/resnet"], "holds a resnet, but fine-tuning begins from a ViT"),
+        (["--start.model", "{tmp_path}/resnet"], "holds a resnet, and training begins from a classifier"),
         (["--model.image_size", 25], "patch_size 4 does not divide image_size 25"),
         (["--model.core.width", 32], "core.width = 32 instead of 16"),
         (["--start.freeze", '["heads"]'], "there is no 'heads' to freeze"),

@@ -14,8 +14,9 @@ from mmvit.errors import UserError
 from mmvit.hub import write_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer, caption_loss, dalle_layers
-from mmvit.models.presets import MODELS, PRESETS, preset, with_preset
+from mmvit.models.presets import MODELS, PRESETS, preset
 from mmvit.models.resnet import ResNetConfig
+from mmvit.models.sections import with_preset
 from mmvit.models.stems import PatchStem
 from mmvit.training import Recipe
 

@@ -36,7 +36,8 @@ from mmvit.models.classifier import Classifier
 from mmvit.models.dvae import DiscreteVAEConfig
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.perceptual import FeatureDistance
-from mmvit.models.presets import MODELS, with_preset
+from mmvit.models.presets import MODELS
+from mmvit.models.sections import with_preset
 from mmvit.models.tokenizer_objective import ObjectiveConfig, TokenizerObjective
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.sampling.grids import labelled_grid

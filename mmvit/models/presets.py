@@ -1,7 +1,6 @@
 """Named sizes: `preset("vit-b16")`, from `tiny`, which trains on two cores, to the published ones."""
 
 import difflib
-from typing import Any
 
 from mmvit.config import Config
 from mmvit.core.transformer import TransformerConfig
@@ -115,31 +114,6 @@ CLIPS = {
 }
 
 PRESETS = {**CLASSIFIERS, **GENERATORS, **CLIPS, **IMAGE_TOKENIZERS}
-
-
-# what a preset's model was made for, and the shards and tokenizers of a run say of their own
-FACTS = {"vocab_size", "codebook_size", "grid"}
-
-
-def with_preset(values: Any) -> Any:
-    """The values of a recipe. Where its `[model]` names a `preset`, it gets this preset's settings, of which
-    those that the section has itself win."""
-    own = values.get("model") if isinstance(values, dict) else None
-    if not isinstance(own, dict) or "preset" not in own:
-        return values
-    base = preset(str(own["preset"]))
-    facts = FACTS if isinstance(base, GeneratorConfig | CLIPConfig) else set()
-    begun = base.model_dump(exclude=facts, exclude_unset=True)
-    if hasattr(base, "kind"):
-        begun["kind"] = base.kind
-    return {**values, "model": merged(begun, {key: own[key] for key in own if key != "preset"})}
-
-
-def merged(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
-    """`values` with `others` in their place, section by section."""
-    both = {key: merged(values[key], others[key]) for key in values.keys() & others.keys()
-            if isinstance(values[key], dict) and isinstance(others[key], dict)}  # fmt: skip
-    return {**values, **others, **both}
 
 
 def preset(name: str) -> Config:

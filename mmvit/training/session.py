@@ -14,7 +14,7 @@ from pydantic import model_validator
 
 from mmvit.config import Config, describe_settings, load_config, split_command_line
 from mmvit.errors import UserError
-from mmvit.models.presets import with_preset
+from mmvit.models.sections import with_preset
 from mmvit.training.config import OptimizerConfig, TrainConfig
 from mmvit.training.distributed import Processes, open_processes
 from mmvit.training.run import RunFolder

@@ -1,0 +1,52 @@
+"""What the `[model]` of a recipe begins with: a preset, or the model that training starts from."""
+
+from typing import Any
+
+from mmvit.errors import UserError
+from mmvit.hub import find_model_folder, read_part_description
+from mmvit.models.clip import CLIPConfig
+from mmvit.models.generator import GeneratorConfig
+from mmvit.models.presets import preset
+
+# what a preset's model was made for, and the shards and tokenizers of a run say of their own
+FACTS = {"vocab_size", "codebook_size", "grid"}
+
+
+def with_preset(values: Any) -> Any:
+    """The values of a recipe. Where its `[model]` names a `preset`, it gets this preset's settings, of which
+    those that the section has itself win. Raises UserError for a preset that there is not."""
+    own = values.get("model") if isinstance(values, dict) else None
+    if not isinstance(own, dict) or "preset" not in own:
+        return values
+    base = preset(str(own["preset"]))
+    facts = FACTS if isinstance(base, GeneratorConfig | CLIPConfig) else set()
+    begun = base.model_dump(exclude=facts, exclude_unset=True)
+    if hasattr(base, "kind"):
+        begun["kind"] = base.kind
+    return {**values, "model": merged(begun, {key: own[key] for key in own if key != "preset"})}
+
+
+def with_start(values: Any, kind: str, **changes: Any) -> Any:
+    """The values of a recipe. Where its `start.model` names a trained model, `[model]` gets the settings of
+    this one in the same way, but for `changes`. Raises UserError where there is no model of that `kind`."""
+    start = values.get("start") if isinstance(values, dict) else None
+    if not isinstance(start, dict) or not isinstance(start.get("model"), str):
+        return values
+    folder = find_model_folder(start["model"])
+    described = read_part_description(folder, kind)
+    if described["kind"] != kind:
+        raise UserError(
+            f"start.model: {folder} holds a {described['kind']}, and training begins from a {kind}"
+        )
+    own = values.get("model", {})
+    return {**values, "model": merged(described["config"], own)} if isinstance(own, dict) else values
+
+
+def merged(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """`values` with `others` in their place, section by section."""
+    sections = {
+        name: merged(values[name], others[name])
+        for name in values.keys() & others.keys()
+        if isinstance(values[name], dict) and isinstance(others[name], dict)
+    }
+    return {**values, **others, **sections}
