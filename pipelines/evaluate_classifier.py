@@ -8,12 +8,17 @@ Top-1 and top-5 accuracy, that of every class, and the calibration error. OUT.pn
 for which; OUT-attention.png what the classifier reads its answer from (attention rollout), from the pictures
 that it gets wrong most surely to those that it gets right, and not of a ResNet; OUT.json keeps the figures.
 
+--shift 1 --mirror averages what it says of ten views of each picture: as it is and moved by a pixel in each
+direction, and each of these mirrored.
+
 With --features, the features that the head reads are judged without training them, on the train split's
 classes: ridge regression on 1, 5, 10 and 25 pictures of each class in closed form (three draws), the nearest
 neighbours, and a linear probe.
 """
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +31,7 @@ from mmvit.data.samples import ClassifierSample
 from mmvit.data.stream import ShardStream
 from mmvit.data.writing import read_dataset_card
 from mmvit.errors import UserError, run_script
+from mmvit.evaluation.accuracy import views_of
 from mmvit.evaluation.attention_maps import attention_maps
 from mmvit.evaluation.calibration import calibration_error, confusion_matrix, draw_confusion
 from mmvit.evaluation.frozen import few_shot_accuracies, linear_probe_accuracy, nearest_neighbour_accuracy
@@ -43,7 +49,10 @@ def main() -> None:
     options = parse_arguments()
     model = load(options.model, "cuda" if torch.cuda.is_available() else "cpu")
     names = class_names(options.data, model.config.num_classes)
-    unseen = read(model, options.data, options.split, with_pixels=isinstance(model, Classifier))
+    if options.shift < 0:
+        raise UserError(f"--shift {options.shift}: it is a number of pixels, 0 or more")
+    views = partial(views_of, shift=options.shift, mirror=options.mirror)
+    unseen = read(model, options.data, options.split, views, with_pixels=isinstance(model, Classifier))
     logits, labels = unseen["logits"], unseen["labels"]
     probabilities, predicted = logits.softmax(1), logits.argmax(1)
     counts = confusion_matrix(predicted, labels, len(names))
@@ -53,6 +62,7 @@ def main() -> None:
     figures: dict[str, Any] = {
         "split": options.split,
         "pictures": len(labels),
+        "views": len(views(torch.zeros(1, 1, 1, 1))),
         "accuracy": ranked[:, 0].double().mean().item(),
         "mean_accuracy_of_classes": recalls.nanmean().item(),
         "top5_accuracy": ranked.any(1).double().mean().item(),
@@ -85,6 +95,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("data", type=Path, help="folder of shards with pictures and classes")
     parser.add_argument("--split", default="test", help="the unseen split (%(default)s)")
     parser.add_argument("--train", default="train", help="what features are judged on (%(default)s)")
+    parser.add_argument(
+        "--shift", type=int, default=0, help="pixels by which views are moved (%(default)s: none is)"
+    )
+    parser.add_argument("--mirror", action="store_true", help="views are mirrored, too")
     parser.add_argument("--features", action="store_true", help="judge the features, too")
     parser.add_argument("--out", type=Path, default=Path("classifier.png"), help="the picture (%(default)s)")
     return parser.parse_args()
@@ -108,8 +122,15 @@ def class_names(data: Path, num_classes: int) -> list[str]:
 
 
 @torch.inference_mode()
-def read(model: Classifier | ResNet, data: Path, split: str, with_pixels: bool = False) -> dict[str, Tensor]:
-    """`labels`, `features` and `logits` of a split, and if wanted its `pixels`, in 256 levels."""
+def read(
+    model: Classifier | ResNet,
+    data: Path,
+    split: str,
+    views: Callable[[Tensor], list[Tensor]] = lambda pixels: [pixels],
+    with_pixels: bool = False,
+) -> dict[str, Tensor]:
+    """`labels`, `features` and `logits` of a split, of several `views` the logarithm of their mean
+    probability, and if wanted its `pixels`, in 256 levels."""
     config, device = model.config, next(model.parameters()).device
     sample = ClassifierSample(config.height_width, config.num_classes)
     stream = ShardStream(f"{data}/{split}-*.tar", sample, 256, shuffle_buffer=0, repeat=False)
@@ -118,9 +139,10 @@ def read(model: Classifier | ResNet, data: Path, split: str, with_pixels: bool =
         parts["pixels"] = []
     for batch in stream:
         pixels = batch["pixels"]
-        features = model.features(fit_pixels(pixels.to(device), config)).float()
-        parts["features"].append(features.cpu())
-        parts["logits"].append(model.head(features).float().cpu())
+        features, *others = (model.features(view) for view in views(fit_pixels(pixels.to(device), config)))
+        logits = torch.stack([model.head(each).float().cpu() for each in (features, *others)])
+        parts["features"].append(features.float().cpu())
+        parts["logits"].append(logits.softmax(-1).mean(0).log() if others else logits[0])
         parts["labels"].append(batch["labels"])
         if with_pixels:
             parts["pixels"].append(((pixels + 1) * 127.5).round().byte())

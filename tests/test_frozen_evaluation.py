@@ -9,6 +9,7 @@ from PIL import Image
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.shards import read_shard
 from mmvit.data.writing import ShardWriter
+from mmvit.evaluation.accuracy import views_of
 from mmvit.evaluation.attention_maps import attention_maps, attention_weights, rollout
 from mmvit.evaluation.calibration import calibration_error, confusion_matrix, draw_confusion
 from mmvit.evaluation.frozen import (
@@ -50,6 +51,17 @@ def test_few_shot_regression_is_ridge_in_closed_form(number, dimensions):
     expected = ((others @ weights).argmax(1) == truth).double().mean().item()
     assert few_shot_accuracy(features, labels, unseen, truth) == expected
     assert 0.4 < expected < 1
+
+
+def test_views_are_moved_and_mirrored():
+    pixels = torch.arange(12.0).view(1, 1, 3, 4)
+    assert [view.tolist() for view in views_of(pixels)] == [pixels.tolist()]
+    views = views_of(pixels, shift=1, mirror=True)
+    assert len(views) == 10
+    down, right = views[1][0, 0], views[3][0, 0]
+    assert down.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7]]
+    assert right.tolist() == [[0, 0, 1, 2], [4, 4, 5, 6], [8, 8, 9, 10]]
+    assert all(torch.equal(one.flip(-1), other) for one, other in zip(views[:5], views[5:], strict=True))
 
 
 def test_shots_are_so_many_of_each_class_and_a_draw_of_its_own():
@@ -139,6 +151,12 @@ def test_the_script_measures_and_draws(run_script, tiny_shards, tmp_path):
     assert figures["linear_probe_accuracy"] == figures["25_shot_accuracy"] == 1  # colours are easy
     assert figures["nearest_neighbour_accuracy"] > 0.9
     assert Image.open(out).width > 300
+    assert figures["views"] == 1
+    ran = run_script("pipelines/evaluate_classifier.py", *arguments, "--shift", 1, "--mirror")
+    assert ran.returncode == 0, ran.stderr
+    more = json.loads(out.with_suffix(".json").read_text())
+    assert more["views"] == 10
+    assert more["loss"] != figures["loss"]
     assert Image.open(out.with_name("sheet-attention.png")).height > 8 * 96
     with ShardWriter(tmp_path / "two", "heldout") as writer:  # of four classes
         for sample in read_shard(tiny_shards / "heldout-000000.tar"):

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy of a classifier over a data set that its processes share."""
+"""Top-1 and top-5 accuracy of a classifier over a data set that its processes share; views of a picture."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
 from mmvit.models.classifier import Classifier
 
@@ -41,3 +42,16 @@ def classification_metrics(model: Classifier, batches: Iterable[dict[str, Any]])
     if model.config.num_classes > 5:
         metrics["top5_accuracy"] = (in_five / samples).item()
     return metrics
+
+
+def views_of(pixels: Tensor, shift: int = 0, mirror: bool = False) -> list[Tensor]:
+    """Pixels (batch, channels, height, width) and, where asked for, the same moved by `shift` pixels down,
+    up, right and left, the border repeated; then each of these mirrored. What a classifier says of them may
+    be averaged."""
+    views = [pixels]
+    if shift:
+        height, width = pixels.shape[-2:]
+        padded = F.pad(pixels, [shift] * 4, mode="replicate")
+        for top, left in ((0, shift), (2 * shift, shift), (shift, 0), (shift, 2 * shift)):
+            views.append(padded[..., top : top + height, left : left + width])
+    return views + [view.flip(-1) for view in views] if mirror else views
