@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import os
 import runpy
 import statistics
 import subprocess
@@ -31,7 +32,10 @@ PICTURES = 8  # of a batch whose FLOPs are counted
 def call(script: str, *arguments: Any) -> None:
     """Runs a script of the checkout to its end; raises UserError with what it said if it fails."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {"GOMP_SPINCOUNT": "10000", **os.environ}  # benchmarks/busy_cores.py
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
     if done.returncode:
         raise UserError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}")
 

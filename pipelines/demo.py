@@ -8,6 +8,7 @@ tokenizer turns them into codes, a generator learns codes from captions, and the
 drawn beside the real ones. Steps that are done are not done again.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def step(root: Path, script: str, *arguments: object, done: Path | None = None) 
         print(f"$ {shown}   (done before: {done} exists)", flush=True)
         return
     print(f"$ {shown}", flush=True)
-    process = subprocess.Popen(command, cwd=root)
+    process = subprocess.Popen(command, cwd=root, env={"GOMP_SPINCOUNT": "10000", **os.environ})
     try:
         code = process.wait()
     except KeyboardInterrupt:  # the step has seen Ctrl-C, too, and saves first
