@@ -3,7 +3,7 @@ PYTHON ?= $(or $(shell command -v python3.11),python3)
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# Threads that wait sleep after this many turns: by default they spin on, which beside other programs takes 20 times as long.
+# Threads that wait sleep after this many turns: by default they spin on, which beside other programs is slow.
 export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: help install demo test lint format clean

@@ -1,5 +1,6 @@
-"""What it costs to share the cores: steps of a small model alone, and beside another such program, by how
-long threads spin (GOMP_SPINCOUNT) before they sleep where they wait for each other.
+"""What it costs to share the cores: steps of a small model alone, and beside another such program and one
+with a single thread (as a training with its data worker), by how long threads spin (GOMP_SPINCOUNT) before
+they sleep where they wait for each other.
 
     python benchmarks/busy_cores.py
 
@@ -45,15 +46,16 @@ def main() -> None:
             found.setdefault((name, False), []).append(
                 float(start(settings, options.seconds).communicate()[0])
             )
-        neighbour = start({}, 1e9)
-        time.sleep(6)  # until it has imported torch
+        neighbours = start({}, 1e9), start({"OMP_NUM_THREADS": "1"}, 1e9)
+        time.sleep(6)  # until they have imported torch
         for name, settings in SETTINGS.items():
             found.setdefault((name, True), []).append(
                 float(start(settings, options.seconds).communicate()[0])
             )
-        neighbour.kill()
-        neighbour.wait()
-    print("| | alone, ms | beside another program, ms |\n|---|---|---|")
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.wait()
+    print("| | alone, ms | beside other programs, ms |\n|---|---|---|")
     for name in SETTINGS:
         alone, beside = (statistics.median(found[name, busy]) for busy in (False, True))
         print(f"| {name} | {alone:.0f} | {beside:.0f} |")
