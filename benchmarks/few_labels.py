@@ -8,8 +8,8 @@ the same FLOPs in all.
 FLOPs of `--images` supervised pictures; each pre-training takes half of these FLOPs on the pictures of the
 whole train split, and fine-tuning on the same labels the other half. FLOPs are counted from the real
 objectives, views, targets and decoders included; `examples` (in pre-training, in training) and `minutes` of
-both stand in the log. A figure that the log has already is not measured again, so
-a run that was stopped goes on.
+both stand in the log. A figure that the log has already is not measured again, so a run that was stopped
+goes on.
 
 `table` prints the mean of the seeds and its 95% interval (Student's t), and draws them.
 """

@@ -42,8 +42,9 @@ def load_config(cls: type[Settings], path: Path | None, overrides: list[str] = (
     values = read_toml(path) if path is not None else {}
     pairs = parse_overrides(overrides)
     for key, text in pairs:
-        drop_other_kinds(cls, values, key, parse_value(text))
-        set_by_path(values, key, parse_value(text))
+        value = parse_value(text)
+        drop_other_kinds(cls, values, key, value)
+        set_by_path(values, key, value)
     source = "the command line" if path is None else str(path)
     return build_config(cls, values, source, overridden={key for key, _ in pairs})
 

@@ -14,43 +14,30 @@ every evaluation (samples/).
 """
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from mmvit.config import Config
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.likelihood import mean_loss
 from mmvit.hub import find_model_folder
 from mmvit.models.fine_tuning import continued, take_core
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
-from mmvit.models.sections import with_preset, with_start
+from mmvit.models.sections import StartConfig, with_preset, with_start
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.preview import PreviewConfig, check_preview, draw_preview
 from mmvit.training import Recipe, open_session, train
 from mmvit.training.caption_codes import CaptionCodes, CaptionCodesConfig, open_caption_codes
 
 
-class StartConfig(Config):
-    """What training begins from: codes from the image tokenizer's codebook, all else at random."""
+class GeneratorStart(StartConfig):
+    """Without a trained model, codes begin by the image tokenizer's codebook, all else at random."""
 
-    model: str | None = Field(
-        None, description="a generator's run, folder or Hub repository, all of whose weights are taken"
-    )
-    core: str | None = Field(
-        None, description="a run folder, model or Hub repository whose core is taken, as a classifier's"
-    )
     codebook: bool = Field(
         True, description="whether codes begin with vectors and logits of what they look like"
     )
-
-    @model_validator(mode="after")
-    def _one_start(self) -> Self:
-        if self.model and self.core:
-            raise ValueError("start.model brings its core: leave start.core out, or start.model")
-        return self
 
 
 class GeneratorRecipe(Recipe):
@@ -58,7 +45,7 @@ class GeneratorRecipe(Recipe):
 
     data: CaptionCodesConfig
     model: GeneratorConfig = GeneratorConfig()
-    start: StartConfig = StartConfig()
+    start: GeneratorStart = GeneratorStart()
     samples: PreviewConfig = PreviewConfig()
 
     @model_validator(mode="before")
@@ -67,7 +54,7 @@ class GeneratorRecipe(Recipe):
         return with_start(with_preset(values), GeneratorTransformer.kind)
 
 
-def begin(start: StartConfig, data: CaptionCodes) -> GeneratorTransformer:
+def begin(start: GeneratorStart, data: CaptionCodes) -> GeneratorTransformer:
     """The model before its first step. Raises UserError for a start that learnt other words or codes."""
     if start.model:
         source = Generator.from_pretrained(start.model, "cpu")

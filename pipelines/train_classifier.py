@@ -18,7 +18,7 @@ The run folder (`output` in the recipe) gets config.toml, metrics.jsonl, curves.
 exported models best/ (by held-out accuracy) and last/. Ctrl-C saves first; --resume continues exactly there.
 """
 
-from typing import Any, Self
+from typing import Any
 
 from pydantic import Field, model_validator
 from torch import nn
@@ -35,7 +35,7 @@ from mmvit.models.fine_tuning import ResizeMode, fine_tuned, freeze, take_core
 from mmvit.models.perceptual import FitBatch
 from mmvit.models.presets import MODELS
 from mmvit.models.resnet import ResNetConfig
-from mmvit.models.sections import with_preset, with_start
+from mmvit.models.sections import StartConfig, with_preset, with_start
 from mmvit.training import Recipe, one_epoch, open_session, train, training_stream
 
 
@@ -49,21 +49,11 @@ class DataConfig(Config):
     mixing: MixingConfig = MixingConfig()
 
 
-class StartConfig(Config):
-    """The weights that training begins from; drawn at random where there is no `model` or `core`."""
+class ClassifierStart(StartConfig):
+    """How trained weights are taken over."""
 
-    model: str | None = Field(None, description="a run folder, exported classifier or Hub repository")
-    core: str | None = Field(
-        None, description="the same, or a generator or both in one, of which only the core is taken"
-    )
     resize: ResizeMode = Field("official", description="whose way of resizing learnt positions")
     freeze: list[str] = Field([], description="parts that stay as they are, as stem or core.blocks.0")
-
-    @model_validator(mode="after")
-    def _one_start(self) -> Self:
-        if self.model and self.core:
-            raise ValueError("start.model brings its core: leave start.core out, or start.model")
-        return self
 
 
 class ClassifierRecipe(Recipe):
@@ -71,7 +61,7 @@ class ClassifierRecipe(Recipe):
 
     data: DataConfig
     model: ClassifierConfig | ResNetConfig = Field(discriminator="kind")
-    start: StartConfig = StartConfig()
+    start: ClassifierStart = ClassifierStart()
 
     @model_validator(mode="before")
     @classmethod

@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vqgan_models import chameleon_model, diffusers_model, janus_model
+from vqgan_models import chameleon_model, diffusers_model, janus_model, small_vqgan
 
 from mmvit.data.captions import TextTokenizer
 from mmvit.data.codes import pack_codes
 from mmvit.data.writing import ShardWriter
 from mmvit.interop.lpips import LPIPS
+from mmvit.models.vqgan import VQGAN
 from mmvit.training import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,6 +171,12 @@ def run_script() -> Callable[..., Ran]:
         return Ran(code, stdout.getvalue(), stderr.getvalue())
 
     return run
+
+
+@pytest.fixture
+def vqgan() -> VQGAN:
+    """Ours, small, with random weights."""
+    return small_vqgan()
 
 
 @pytest.fixture(scope="module")

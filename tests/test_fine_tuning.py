@@ -186,6 +186,14 @@ def test_a_run_begins_from_trained_weights_and_resumes(fine_tune, tmp_path, asse
     assert_same_state(read_weights(last / "model.safetensors"), weights)
 
 
+def test_the_layer_in_front_of_the_trained_head_is_left_behind(fine_tune, tmp_path):
+    config = CONFIG.model_copy(update={"representation_width": 12})
+    trained(config).save_pretrained(tmp_path / "start")
+    ran = fine_tune()
+    assert ran.returncode == 0, ran.stderr
+    assert Classifier.from_pretrained(tmp_path / "run").config.representation_width is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -29,12 +29,6 @@ from mmvit.interop.vqgan import (
 )
 from mmvit.models.vqgan import VQGAN, VQGANConfig
 
-
-@pytest.fixture
-def model() -> VQGAN:
-    return randomise(VQGAN(SMALL))
-
-
 # diffusers
 
 
@@ -64,15 +58,15 @@ def test_weights_pixels_in_0_to_1_are_ours_in_minus_1_to_1(diffusers_vq):
     torch.testing.assert_close(model.decode(codes), (decoded * 2 - 1).clamp(-1, 1), atol=2e-4, rtol=0)
 
 
-def test_weights_go_to_diffusers_and_back(diffusers_vq, model):
+def test_weights_go_to_diffusers_and_back(diffusers_vq, vqgan):
     loaded = vqgan_from_diffusers(dict(diffusers_vq.config), diffusers_vq.state_dict())
     assert_weights_equal(vqgan_to_diffusers(loaded), diffusers_vq.state_dict())
     other = diffusers_model(num_vq_embeddings=32)
     other.load_state_dict({name: tensor + 1 for name, tensor in other.state_dict().items()})
-    other.load_state_dict(vqgan_to_diffusers(model), strict=True)
+    other.load_state_dict(vqgan_to_diffusers(vqgan), strict=True)
     codes, decoded = run_diffusers(other, pixels_of(1))
-    assert_codes_equal(model.encode(pixels_of(1)), codes)
-    assert_pixels_equal(model.decode(codes), decoded)
+    assert_codes_equal(vqgan.encode(pixels_of(1)), codes)
+    assert_pixels_equal(vqgan.decode(codes), decoded)
 
 
 def test_old_names_of_diffusers_attention_are_read(diffusers_vq):
@@ -210,57 +204,57 @@ def test_what_is_null_in_a_config_has_the_default(diffusers_vq, chameleon_vq):
         vqgan_from_chameleon(config, chameleon_vq.state_dict())
 
 
-def test_a_model_goes_only_to_formats_that_compute_the_same(model):
+def test_a_model_goes_only_to_formats_that_compute_the_same(vqgan):
     with pytest.raises(UserError, match=r"VQModel does not compute .* unit_codes = True instead of False"):
         vqgan_to_diffusers(VQGAN(SMALL.model_copy(update={"unit_codes": True})))
     with pytest.raises(UserError, match=r"JanusVQVAE does .* encoder_attention = \(1,\) instead of \(2,\)"):
-        vqgan_to_janus(model)
+        vqgan_to_janus(vqgan)
     with pytest.raises(UserError, match=r"ChameleonVQVAE does .* decoder = True instead of False"):
-        vqgan_to_chameleon(model)
+        vqgan_to_chameleon(vqgan)
 
 
 # Our own
 
 
-def test_saved_and_loaded_it_gives_the_same_codes_and_pixels(model, tmp_path):
-    again = VQGAN.from_pretrained(model.save_pretrained(tmp_path))
+def test_saved_and_loaded_it_gives_the_same_codes_and_pixels(vqgan, tmp_path):
+    again = VQGAN.from_pretrained(vqgan.save_pretrained(tmp_path))
     assert again.config == SMALL
-    codes = model.encode(pixels_of(2))
+    codes = vqgan.encode(pixels_of(2))
     assert torch.equal(again.encode(pixels_of(2)), codes)
-    assert torch.equal(again.decode(codes), model.decode(codes))
+    assert torch.equal(again.decode(codes), vqgan.decode(codes))
 
 
-def test_it_has_the_face_of_an_image_tokenizer(model):
-    assert (model.factor, model.codebook_size, model.grid(16, 24)) == (4, 32, (4, 6))
-    assert model.code_vectors().shape == (32, 4)
-    codes = model.encode(pixels_of(1).double())
+def test_it_has_the_face_of_an_image_tokenizer(vqgan):
+    assert (vqgan.factor, vqgan.codebook_size, vqgan.grid(16, 24)) == (4, 32, (4, 6))
+    assert vqgan.code_vectors().shape == (32, 4)
+    codes = vqgan.encode(pixels_of(1).double())
     assert codes.dtype == torch.int64
     assert codes.shape == (1, 4, 6)
-    decoded = model.decode(torch.zeros(1, 2, 5, dtype=torch.long))
+    decoded = vqgan.decode(torch.zeros(1, 2, 5, dtype=torch.long))
     assert decoded.shape == (1, 3, 8, 20)
     assert decoded.dtype == torch.float32
     unit = VQGAN(SMALL.model_copy(update={"unit_codes": True}))
     torch.testing.assert_close(unit.code_vectors().norm(dim=1), torch.ones(32))
 
 
-def test_codes_do_not_depend_on_autocast(model):
+def test_codes_do_not_depend_on_autocast(vqgan):
     pixels = pixels_of(4, 64, 64)  # 1024 codes; in bfloat16, 16 of them would be others
     with torch.autocast("cpu", torch.bfloat16):
-        codes = model.encode(pixels)
-        assert model.decode(codes).dtype == torch.float32
-    assert torch.equal(codes, model.encode(pixels))
+        codes = vqgan.encode(pixels)
+        assert vqgan.decode(codes).dtype == torch.float32
+    assert torch.equal(codes, vqgan.encode(pixels))
 
 
-def test_decoded_pixels_are_clamped(model):
-    model.decoder.head.weight *= 100
-    decoded = model.decode(model.encode(pixels_of(1)))
+def test_decoded_pixels_are_clamped(vqgan):
+    vqgan.decoder.head.weight *= 100
+    decoded = vqgan.decode(vqgan.encode(pixels_of(1)))
     assert (decoded.min(), decoded.max()) == (-1, 1)
 
 
-def test_wrong_sizes_codes_and_settings_are_refused(model):
+def test_wrong_sizes_codes_and_settings_are_refused(vqgan):
     with pytest.raises(UserError, match="18x24 pixels cannot be cut into patches of 4x4"):
-        model.encode(torch.zeros(1, 3, 18, 24))
+        vqgan.encode(torch.zeros(1, 3, 18, 24))
     with pytest.raises(UserError, match=r"codes from 0 to 32 do not fit .* codes 0 to 31"):
-        model.decode(torch.tensor([[[0, 32]]]))
+        vqgan.decode(torch.tensor([[[0, 32]]]))
     with pytest.raises(ValueError, match=r"attention at levels \[3\], but there are 3, from 0"):
         VQGANConfig(**{**SMALL.model_dump(), "decoder_attention": (0, 3)})

@@ -14,7 +14,6 @@ from vqgan_models import (
     assert_weights_equal,
     diffusers_model,
     pixels_of,
-    randomise,
     run_diffusers,
 )
 
@@ -32,11 +31,6 @@ from mmvit.models.image_tokenizer import load_image_tokenizer
 from mmvit.models.vqgan import VQGAN
 
 
-@pytest.fixture
-def model() -> VQGAN:
-    return randomise(VQGAN(SMALL))
-
-
 @pytest.mark.parametrize("peer", ["diffusers_vq", "janus_vq", "chameleon_vq"])
 def test_a_saved_folder_of_any_format_is_recognised(peer, request, tmp_path):
     theirs = request.getfixturevalue(peer)
@@ -47,13 +41,13 @@ def test_a_saved_folder_of_any_format_is_recognised(peer, request, tmp_path):
     assert not model.training
 
 
-def test_diffusers_loads_the_folder_that_is_written(model, tmp_path):
-    folder = save_vqgan(model, tmp_path, "diffusers")
+def test_diffusers_loads_the_folder_that_is_written(vqgan, tmp_path):
+    folder = save_vqgan(vqgan, tmp_path, "diffusers")
     theirs = type(diffusers_model()).from_pretrained(folder).eval()
-    assert_weights_equal(vqgan_to_diffusers(model), theirs.state_dict())
+    assert_weights_equal(vqgan_to_diffusers(vqgan), theirs.state_dict())
     codes, decoded = run_diffusers(theirs, pixels_of(1))
-    assert_codes_equal(model.encode(pixels_of(1)), codes)
-    assert_pixels_equal(model.decode(codes), decoded)
+    assert_codes_equal(vqgan.encode(pixels_of(1)), codes)
+    assert_pixels_equal(vqgan.decode(codes), decoded)
 
 
 @pytest.mark.parametrize("name", ["janus", "chameleon"])
@@ -70,7 +64,7 @@ def test_transformers_loads_the_folder_that_is_written(name, request, tmp_path):
     assert load_vqgan(folder).config == model.config
 
 
-def test_what_a_folder_cannot_tell_is_warned_of_or_refused(model, tmp_path):
+def test_what_a_folder_cannot_tell_is_warned_of_or_refused(vqgan, tmp_path):
     black = VQGAN(SMALL.model_copy(update={"black": 0}))
     with pytest.warns(UserWarning, match="does not tell black, which is 0 here and -1 there"):
         save_vqgan(black, tmp_path, "diffusers")
@@ -136,11 +130,11 @@ def test_the_tokenizer_is_found_inside_a_whole_chameleon(chameleon_vq, tmp_path)
     assert_weights_equal(vqgan_to_chameleon(load_vqgan(tmp_path)), chameleon_vq.state_dict())
 
 
-def test_settings_that_config_json_does_not_tell_are_given(model, tmp_path):
+def test_settings_that_config_json_does_not_tell_are_given(vqgan, tmp_path):
     config = {"_class_name": "VQModel", **DIFFUSERS, "num_vq_embeddings": 32}
     config["down_block_types"] = ["DownEncoderBlock2D", "AttnDownEncoderBlock2D", "DownEncoderBlock2D"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(vqgan_to_diffusers(model), tmp_path / "diffusion_pytorch_model.safetensors")
+    save_file(vqgan_to_diffusers(vqgan), tmp_path / "diffusion_pytorch_model.safetensors")
     (tmp_path / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"not read")
     assert load_vqgan(tmp_path).config == SMALL
     assert load_vqgan(tmp_path, black=0).config == SMALL.model_copy(update={"black": 0})
@@ -148,7 +142,7 @@ def test_settings_that_config_json_does_not_tell_are_given(model, tmp_path):
         load_vqgan(tmp_path, blak=0)
 
 
-def test_folders_without_a_vq_tokenizer_are_refused(model, tmp_path):
+def test_folders_without_a_vq_tokenizer_are_refused(vqgan, tmp_path):
     with pytest.raises(UserError, match=r"there is no file .*config.json"):
         load_vqgan(tmp_path)
     config = tmp_path / "config.json"
@@ -167,6 +161,6 @@ def test_folders_without_a_vq_tokenizer_are_refused(model, tmp_path):
     with pytest.raises(UserError, match=r"a.safetensors is damaged or no safetensors file"):
         load_vqgan(tmp_path)
     for name in ("a.safetensors", "b.safetensors"):
-        save_file(vqgan_to_diffusers(model), tmp_path / name)
+        save_file(vqgan_to_diffusers(vqgan), tmp_path / name)
     with pytest.raises(UserError, match=r"b.safetensors and .*a.safetensors both hold decoder.conv_in.bias"):
         load_vqgan(tmp_path)

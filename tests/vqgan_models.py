@@ -73,6 +73,10 @@ def pixels_of(batch: int, height: int = 16, width: int = 24) -> Tensor:
     return nn.functional.interpolate(colours, (height, width)) * 1.6 + noise * 0.4 - 1
 
 
+def small_vqgan() -> VQGAN:
+    return randomise(VQGAN(SMALL))
+
+
 def diffusers_model(**settings: Any) -> nn.Module:
     pytest.importorskip("diffusers")
     from diffusers.models.autoencoders.vq_model import VQModel

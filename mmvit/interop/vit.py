@@ -301,14 +301,13 @@ def image_size(
 ) -> int | tuple[int, int]:
     """Of pictures that are cut into `places` patches."""
     if given is not None:
-        height, width = (given, given) if isinstance(given, int) else given
-        if (height // patch) * (width // patch) != places:
+        if not fits(places, patch, given):
+            height, width = (given, given) if isinstance(given, int) else given
             raise UserError(
                 f"{source} has positions for {places} patches of {patch} pixels; image_size {height}x{width} "
                 f"has {(height // patch) * (width // patch)}"
             )
         return given
-    side = math.isqrt(places)
-    if side**2 != places:
+    if not fits(places, patch, None):
         raise UserError(f"{source} has positions for {places} patches, which is no square: give image_size")
-    return side * patch
+    return math.isqrt(places) * patch

@@ -1,12 +1,33 @@
 """What the `[model]` of a recipe begins with: a preset, or the model that training starts from."""
 
-from typing import Any
+from typing import Any, Self
 
+from pydantic import Field, model_validator
+
+from mmvit.config import Config
 from mmvit.errors import UserError
 from mmvit.hub import find_model_folder, read_part_description
 from mmvit.models.clip import CLIPConfig
 from mmvit.models.generator import GeneratorConfig
 from mmvit.models.presets import preset
+
+
+class StartConfig(Config):
+    """The weights that training begins from; drawn at random where there is no `model` or `core`."""
+
+    model: str | None = Field(
+        None, description="a run folder, exported model or Hub repository that training goes on from"
+    )
+    core: str | None = Field(
+        None, description="the same of any model with such a core, as another's, of which it alone is taken"
+    )
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.model and self.core:
+            raise ValueError("start.model brings its core: leave start.core out, or start.model")
+        return self
+
 
 # what a preset's model was made for, and the shards and tokenizers of a run say of their own
 FACTS = {"vocab_size", "codebook_size", "grid"}
@@ -39,7 +60,9 @@ def with_start(values: Any, kind: str, **changes: Any) -> Any:
             f"start.model: {folder} holds a {described['kind']}, and training begins from a {kind}"
         )
     own = values.get("model", {})
-    return {**values, "model": merged(described["config"], own)} if isinstance(own, dict) else values
+    if not isinstance(own, dict):
+        return values
+    return {**values, "model": {**merged(described["config"], own), **changes}}
 
 
 def merged(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
