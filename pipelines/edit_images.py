@@ -22,7 +22,7 @@ from mmvit.hub import SHIPPED
 from mmvit.sampling.editing import complete, variations
 from mmvit.sampling.grids import check_picture_name, labelled_grid
 from mmvit.sampling.pictures import read_picture
-from mmvit.sampling.settings import given
+from mmvit.sampling.settings import add_options, given
 
 HALVES = ("top", "bottom", "left", "right")
 
@@ -63,14 +63,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("caption", nargs="?", default="", help="of the new picture; any picture without one")
     parser.add_argument("--keep", default="top", help="(%(default)s)")
     parser.add_argument("--num", type=int, default=4, help="pictures (%(default)s)")
-    parser.add_argument("--candidates", type=int, default=1, help="drawn for each that is kept (%(default)s)")
-    parser.add_argument("--scorer", help="a CLIP that chooses; without it the generator itself does")
     parser.add_argument("--negative", default="", help="a caption that guidance leads away from")
-    parser.add_argument("--guidance-scale", type=float, help="(what the model's folder says, else 1)")
-    parser.add_argument("--temperature", type=float, help="(what the model's folder says, else 1)")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--seed", type=int, default=0)
+    add_options(parser)
     parser.add_argument("--out", type=Path, default=Path("edited.png"), help="(%(default)s)")
     return parser.parse_args()
 

@@ -51,7 +51,7 @@ from mmvit.models.image_tokenizer import KINDS, load_image_tokenizer
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import check_picture_name
 from mmvit.sampling.rerank import CaptionScorer
-from mmvit.sampling.settings import OWN, given
+from mmvit.sampling.settings import OWN, add_options, given
 
 MOST, BYTES = 16, 4 * 3  # GiB of memory for the pictures; of a pixel
 AT_ONCE = 3  # of a measured picture: real, reconstructed or drawn, in between
@@ -225,15 +225,7 @@ def parse_arguments() -> argparse.Namespace:
         "--size", type=parse_size, default="64", help="of the pictures, a side or HEIGHTxWIDTH (%(default)s)"
     )
     drawing = parser.add_argument_group("for a generator: how it draws")
-    drawing.add_argument("--guidance-scale", type=float, help="(what the model's folder says, else 1)")
-    drawing.add_argument("--temperature", type=float, help="(what the model's folder says, else 1)")
-    drawing.add_argument("--top-k", type=int, help="0 for all (what the model's folder says, else all)")
-    drawing.add_argument("--top-p", type=float, help="(what the model's folder says, else 1)")
-    drawing.add_argument("--seed", type=int, default=0)
-    drawing.add_argument(
-        "--candidates", type=int, default=1, help="pictures drawn, of which each is the best (%(default)s)"
-    )
-    drawing.add_argument("--scorer", help="a CLIP that chooses; without it the generator itself does")
+    add_options(drawing)
     measured = parser.add_argument_group("for a generator: what is measured")
     measured.add_argument(
         "--language", nargs="+", help="of the captions (en); of further ones loss and retrieval"

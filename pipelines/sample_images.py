@@ -22,7 +22,7 @@ from mmvit.data.writing import with_progress
 from mmvit.errors import UserError, run_script
 from mmvit.hub import SHIPPED
 from mmvit.sampling.grids import check_picture_name, labelled_grid
-from mmvit.sampling.settings import given
+from mmvit.sampling.settings import add_options, given
 
 PART = 64  # pictures
 
@@ -82,41 +82,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("captions", nargs="*", help="what to draw; '' draws unconditionally")
     parser.add_argument("--captions-file", type=Path, help="a UTF-8 text file with a caption on each line")
     parser.add_argument("--num", type=int, default=1, help="pictures of each caption (%(default)s)")
-    parser.add_argument(
-        "--guidance-scale",
-        type=float,
-        help="above 1 follows the caption more closely (what the model's folder says, else 1)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        help="0 takes the likeliest code (what the model's folder says, else 1)",
-    )
-    parser.add_argument(
-        "--top-k",
-        type=int,
-        help="draw among the k likeliest codes, 0 for all (what the model's folder says, else all)",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        help="draw among the likeliest codes of so much probability (what the model's folder says, else 1)",
-    )
+    add_options(parser)
     parser.add_argument(
         "--batch-size", type=int, help="pictures drawn at a time, fewer where memory is short (64)"
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="picture j of a caption has seed + j (%(default)s)"
-    )
     parser.add_argument("--negative", default="", help="a caption that guidance leads away from")
-    parser.add_argument(
-        "--candidates",
-        type=int,
-        default=1,
-        help="pictures drawn for each that is kept, the best by the model's own likelihood of the caption "
-        "or by --scorer (%(default)s)",
-    )
-    parser.add_argument("--scorer", help="a CLIP's folder or Hub repository (pipelines/train_clip.py)")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="the grid (%(default)s)")
     return parser.parse_args()
 

@@ -152,6 +152,11 @@ def test_the_script_measures_and_draws(run_script, tiny_shards, tmp_path):
     assert figures["nearest_neighbour_accuracy"] > 0.9
     assert Image.open(out).width > 300
     assert figures["views"] == 1
+    ran = run_script("pipelines/evaluate_classifier.py", *arguments[:-2], "--precision", "bf16", "--out", out)
+    assert ran.returncode == 0, ran.stderr
+    rough = json.loads(out.with_suffix(".json").read_text())["loss"]
+    assert rough == pytest.approx(figures["loss"], rel=0.05)
+    assert rough != figures["loss"]
     ran = run_script("pipelines/evaluate_classifier.py", *arguments, "--shift", 1, "--mirror")
     assert ran.returncode == 0, ran.stderr
     more = json.loads(out.with_suffix(".json").read_text())

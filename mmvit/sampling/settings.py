@@ -15,6 +15,34 @@ FILE = "generation_config.json"  # in a generator's folder
 OWN = ("guidance_scale", "temperature", "top_k", "top_p")  # settings that it may name
 
 
+def add_options(parser: Any) -> None:
+    """Declares the options of `given`, with candidates, scorer and seed, in an argparse parser or group."""
+    of_folder = "(what the model's folder says, else {})".format
+    parser.add_argument(
+        "--guidance-scale", type=float, help=f"above 1 follows the caption more closely {of_folder(1)}"
+    )
+    parser.add_argument("--temperature", type=float, help=f"0 takes the likeliest code {of_folder(1)}")
+    parser.add_argument(
+        "--top-k", type=int, help=f"draw among the k likeliest codes, 0 for all {of_folder('all')}"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        help=f"draw among the likeliest codes of so much probability {of_folder(1)}",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="picture j of a caption has seed + j (%(default)s)"
+    )
+    parser.add_argument(
+        "--candidates",
+        type=int,
+        default=1,
+        help="pictures drawn for each that is kept, the best by the model's own likelihood of the caption "
+        "or by --scorer (%(default)s)",
+    )
+    parser.add_argument("--scorer", help="a CLIP's folder or Hub repository (pipelines/train_clip.py)")
+
+
 def given(options: Namespace, *more: str) -> dict[str, Any]:
     """Of a script's options those of `OWN`, and of `more`, that were given."""
     values = {name: getattr(options, name) for name in (*OWN, *more)}
