@@ -71,13 +71,18 @@ def measure(options: argparse.Namespace) -> None:
             out = options.runs / f"{options.images}" / f"{name.replace(' ', '-')}-{seed}"
             if name == PROGRESSIVE:
                 small = out.with_name(f"{out.name}-small")
-                train_for(total * SMALL_SHARE, small, seed, *SMALL)
+                before = train_for(total * SMALL_SHARE, small, seed, *SMALL)
                 found = train_for(total * (1 - SMALL_SHARE), out, seed, start=small)
+                examples = before["examples"] + found["examples"]
             else:
                 found = train_for(total, out, seed, *settings)
+                examples = found["examples"]
             minutes = (time.monotonic() - began) / 60
-            record = {"variant": name, "seed": seed, "images": options.images, "flops": total}
-            write_log(options.log, {**record, "accuracy": found["accuracy"], "minutes": minutes})
+            record = {
+                "variant": name, "seed": seed, "images": options.images, "flops": total,
+                "accuracy": found["accuracy"], "examples": examples, "minutes": minutes,
+            }  # fmt: skip
+            write_log(options.log, record)
 
 
 def train_for(
@@ -91,14 +96,14 @@ def train_for(
 
 
 def show(records: list[dict[str, Any]]) -> None:
-    print("| | accuracy | against the plain ViT | minutes |\n|---|---|---|---|")
+    print("| | accuracy | against the plain ViT | pictures | minutes |\n|---|---|---|---|---|")
     plain = {r["seed"]: r["accuracy"] for r in records if r["variant"] == PLAIN}
     for name in dict.fromkeys(record["variant"] for record in records):
         own = [record for record in records if record["variant"] == name]
         accuracy = cell([100 * record["accuracy"] for record in own], 2)
         gain = cell([100 * (r["accuracy"] - plain[r["seed"]]) for r in own if r["seed"] in plain], 2, "+")
         minutes, _ = interval([record["minutes"] for record in own])
-        print(f"| {name} | {accuracy} | {gain} | {minutes:.1f} |")
+        print(f"| {name} | {accuracy} | {gain} | {own[0]['examples']:,} | {minutes:.1f} |")
 
 
 if __name__ == "__main__":

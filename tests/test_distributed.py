@@ -3,6 +3,7 @@
 The test starts this very file under torchrun: each process goes through all the modes (see `main`).
 """
 
+import copy
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.training import OptimizerConfig, Processes, Recipe, RunFolder, Session, TrainConfig, train
 from mmvit.training.distributed import open_processes
+from mmvit.training.muon import Muon
 
 ROOT = Path(__file__).resolve().parent.parent
 ZERO = {f"zero{stage}": ROOT / f"configs/deepspeed/zero{stage}.json" for stage in range(4)}
@@ -124,6 +126,28 @@ def check_mean_loss(processes: Processes) -> None:
         assert found == {"loss": 2.0}, found
 
 
+def check_muon(processes: Processes) -> None:
+    """Matrices of which each process turns a part, or none, go where torch's Muon takes them."""
+    torch.manual_seed(0)
+    shapes = [(24, 40), (40, 24), (24, 40), (24, 40), (40, 24), (32, 32)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = copy.deepcopy(ours)
+    settings = {"lr": 0.1, "weight_decay": 0.1}
+    optimizers = [Muon([{"params": ours}], **settings)]
+    optimizers.append(torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **settings))
+    for _ in range(3):
+        for mine, peer in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape)
+            peer.grad = mine.grad
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, peer in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, peer, rtol=0.02, atol=0.01)
+        everyone = [torch.empty_like(mine) for _ in range(processes.world_size)]
+        torch.distributed.all_gather(everyone, mine.detach())
+        assert all(torch.equal(mine, other) for other in everyone)
+
+
 def main() -> None:
     """`FOLDER` is what each of the two processes does: every mode to the end, straight and resumed.
     `FOLDER MODE` resumes the run in that folder.
@@ -135,6 +159,7 @@ def main() -> None:
             run_training(new_session(folder, processes, MODES[mode[0]], resume=True))
             return
         check_mean_loss(processes)
+        check_muon(processes)
         for mode, deepspeed in MODES.items():
             run_training(new_session(folder / mode, processes, deepspeed, accumulation=2))
             cut = folder / f"{mode}-cut"

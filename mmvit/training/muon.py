@@ -1,9 +1,10 @@
-"""Muon for matrices and convolution kernels, many small ones at once."""
+"""Muon for matrices and convolution kernels, many small ones at once, shared out among processes."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 STACK = 2**24  # elements of one stack at most: 34 MB in bfloat16
@@ -12,7 +13,10 @@ STACK = 2**24  # elements of one stack at most: 34 MB in bfloat16
 class Muon(torch.optim.Muon):
     """torch's Muon (Jordan et al. 2024), which takes matrices alone, for convolution kernels too: as matrices
     of (out channels, in channels · height · width), on the same memory. Matrices of one shape, or of its
-    transpose, are orthogonalised in one stack, which small layers do in half of the time."""
+    transpose, are orthogonalised in one stack, which small layers do in half of the time.
+
+    Of several processes, whose gradients must be the same, each orthogonalises its share of every stack and
+    gets the others' from them; momentum is kept by all."""
 
     def __init__(self, groups: list[dict[str, Any]], **settings: Any):
         self.kernels: list[tuple[nn.Parameter, nn.Parameter]] = []
@@ -28,6 +32,7 @@ class Muon(torch.optim.Muon):
     def step(self, closure: None = None) -> None:
         for kernel, matrix in self.kernels:
             matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
+        moves = []
         for group in self.param_groups:
             stacks: dict[tuple, list[nn.Parameter]] = {}
             for matrix in group["params"]:
@@ -36,18 +41,32 @@ class Muon(torch.optim.Muon):
             for (rows, columns, _), matrices in stacks.items():
                 at_once = max(1, STACK // (rows * columns))
                 for first in range(0, len(matrices), at_once):
-                    self.move(matrices[first : first + at_once], group)
+                    stack = matrices[first : first + at_once]
+                    moves.append((stack, group, *self.directions(stack, group)))
+        for stack, group, directions, arrival in moves:
+            if arrival is not None:
+                arrival.wait()
+            move(stack, group, directions)
 
-    def move(self, matrices: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
-        """One step of matrices that have one shape, some of them transposed."""
-        updates = orthogonalise(
-            torch.stack([wide(self.momentum(matrix, group["momentum"])) for matrix in matrices]),
-            group["ns_coefficients"], group["ns_steps"], group["eps"],
-        )  # fmt: skip
-        rate = 0.2 * group["lr"] * max(matrices[0].shape) ** 0.5  # as large as AdamW's steps (2502.16982)
-        for matrix, update in zip(matrices, updates, strict=True):
-            matrix.mul_(1 - group["lr"] * group["weight_decay"])
-            matrix.add_(update if matrix.shape == update.shape else update.T, alpha=-rate)
+    def directions(
+        self, matrices: Sequence[nn.Parameter], group: dict[str, Any]
+    ) -> tuple[Tensor, dist.Work | None]:
+        """Where matrices that have one shape, some of them transposed, are to go: (count, rows, columns) in
+        bfloat16, no more rows than columns; complete once the other processes' part, if any, has arrived."""
+        averages = [wide(self.momentum(matrix, group["momentum"])) for matrix in matrices]
+        coefficients, steps, eps = group["ns_coefficients"], group["ns_steps"], group["eps"]
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if world == 1:
+            return orthogonalise(torch.stack(averages), coefficients, steps, eps), None
+        share = -(-len(matrices) // world)
+        first = dist.get_rank() * share
+        own = averages[0].new_zeros(share, *averages[0].shape, dtype=torch.bfloat16)
+        if mine := averages[first : first + share]:
+            own[: len(mine)] = orthogonalise(torch.stack(mine), coefficients, steps, eps)
+        everyone = own.new_empty(share * world, *own.shape[1:])
+        as_bytes = (each.view(torch.uint8) for each in (everyone, own))  # which every backend can send
+        arrival = dist.all_gather_into_tensor(*as_bytes, async_op=True)
+        return everyone[: len(matrices)], arrival
 
     def momentum(self, matrix: nn.Parameter, share: float) -> Tensor:
         """The gradient, averaged over the steps, a step ahead (Nesterov)."""
@@ -61,6 +80,14 @@ class Muon(torch.optim.Muon):
         super().zero_grad(set_to_none)
         for kernel, _ in self.kernels:
             kernel.grad = None
+
+
+def move(matrices: Sequence[nn.Parameter], group: dict[str, Any], directions: Tensor) -> None:
+    """One step of matrices that have one shape, some of them transposed."""
+    rate = 0.2 * group["lr"] * max(matrices[0].shape) ** 0.5  # as large as AdamW's steps (2502.16982)
+    for matrix, direction in zip(matrices, directions, strict=True):
+        matrix.mul_(1 - group["lr"] * group["weight_decay"])
+        matrix.add_(direction if matrix.shape == direction.shape else direction.T, alpha=-rate)
 
 
 def wide(matrix: Tensor) -> Tensor:
