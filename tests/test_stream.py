@@ -3,7 +3,11 @@
 import json
 import random
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -50,6 +54,13 @@ class KeyOnly:
 
     def __call__(self, sample, rng):
         return {"draw": rng.random()}
+
+
+class Large:
+    """More than a pipe holds, so that a worker waits to be rid of it."""
+
+    def __call__(self, sample, rng):
+        return {"text": "x" * 100_000}
 
 
 # Coverage and order
@@ -303,3 +314,23 @@ def test_too_few_samples_for_the_readers_is_said(tmp_path):
     stream = ShardStream(tmp_path, KeyOnly(), 2, rank=2, world_size=3)
     with pytest.raises(UserError, match="reader 3 of 3"):
         next(iter(stream))
+
+
+def test_workers_end_with_a_process_that_is_killed(tiny_shards):
+    script = f"""
+import multiprocessing, os, signal
+from pathlib import Path
+from test_stream import Large, stream_of
+batches = iter(stream_of(Path({str(tiny_shards)!r}), Large(), num_workers=1))
+next(batches)
+print(multiprocessing.active_children()[0].pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    command, here = [sys.executable, "-c", script], Path(__file__).parent
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=here, timeout=60)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    worker = Path("/proc") / ended.stdout.strip()
+    deadline = time.monotonic() + 10  # the kernel's work, not ours
+    while worker.exists() and "State:\tZ" not in (worker / "status").read_text():
+        assert time.monotonic() < deadline, "the worker outlived its parent"
+        time.sleep(0.05)

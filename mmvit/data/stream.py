@@ -1,7 +1,9 @@
 """The data stream: shards → shuffled, decoded batches, over ranks and workers, with an exact position."""
 
+import ctypes
 import os
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,6 +21,8 @@ from mmvit.data.tally import Tally
 from mmvit.errors import UserError
 
 ECHO = 3.0  # seconds; a launcher (torchrun, deepspeed) repeats a signal, which then is still the same one
+
+PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent is gone
 
 
 class ShardStream:
@@ -114,7 +118,7 @@ class ShardStream:
             Lanes([(lane, self.readers[lane], self.positions[lane]) for lane in order]),
             batch_size=None,
             num_workers=self.num_workers,
-            worker_init_fn=leave_signals_to_parent,
+            worker_init_fn=become_worker,
             generator=torch.Generator(),  # drawing from the global one would change a model's dropout
         )
         return iter(loader)
@@ -178,9 +182,12 @@ class Lanes(IterableDataset):
         return reader.deliver(lane, position)
 
 
-def leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C, and a scheduler's SIGTERM, reach the whole process group; the main process saves a checkpoint,
-    for which it may still want batches, and then ends its workers."""
+def become_worker(worker: int) -> None:
+    """Ends with the main process, and leaves its signals to it: Ctrl-C, and a scheduler's SIGTERM, reach the
+    whole process group; the main process saves a checkpoint, for which it may still want batches, and then
+    ends its workers."""
+    if sys.platform == "linux":  # else a process killed for its memory leaves workers that wait for ever
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, bear_one_signal)
 
