@@ -21,8 +21,9 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.classifier import Classifier
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
+from mmvit.models.presets import preset
 from mmvit.sampling import decoding
 from mmvit.sampling.decoding import sample_codes
 from mmvit.training.config import OptimizerConfig
@@ -41,9 +42,7 @@ def main() -> None:
     table = Table(title="training step")
     for column in ("model", "parameters", "batch", "images/s", "TFLOP/s", "share of the ceiling"):
         table.add_column(column, justify="right")
-    classifier = Classifier(
-        ClassifierConfig(**tomllib.loads((CONFIGS / "fashion_mnist.toml").read_text())["model"])
-    )
+    classifier = Classifier(preset("vit-modern"))
     generator = GeneratorTransformer(demo_config())
     for name, model, batch in (
         ("fashion_mnist.toml", classifier, classifier_batch(classifier, 64)),

@@ -1,5 +1,6 @@
 """mmvit: one Transformer core that reads image patches, text tokens and image codes."""
 
+from mmvit.evaluation.image_classifier import ImageClassifier
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.clip import CLIP, CLIPConfig
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
@@ -17,6 +18,7 @@ __all__ = [
     "Generator",
     "GeneratorConfig",
     "GeneratorTransformer",
+    "ImageClassifier",
     "VQConfig",
     "VQModel",
     "preset",

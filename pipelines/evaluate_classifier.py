@@ -10,7 +10,7 @@ that it gets wrong most surely to those that it gets right, and not of a ResNet;
 
 --shift 1 --mirror averages what it says of ten views of each picture: as it is and moved by a pixel in each
 direction, and each of these mirrored. --precision bf16 is several times faster where the hardware multiplies
-bfloat16, and is what training measures there; a picture in a thousand may then be taken for another class.
+bfloat16, and is what training measures there; the last digits may differ.
 
 With --features, the features that the head reads are judged without training them, on the train split's
 classes: ridge regression on 1, 5, 10 and 25 pictures of each class in closed form (three draws), the nearest
@@ -36,7 +36,8 @@ from mmvit.evaluation.accuracy import views_of
 from mmvit.evaluation.attention_maps import attention_maps
 from mmvit.evaluation.calibration import calibration_error, confusion_matrix, draw_confusion
 from mmvit.evaluation.frozen import few_shot_accuracies, linear_probe_accuracy, nearest_neighbour_accuracy
-from mmvit.hub import find_model_folder, read_part_description, write_json
+from mmvit.evaluation.image_classifier import ImageClassifier
+from mmvit.hub import write_json
 from mmvit.models.classifier import Classifier
 from mmvit.models.perceptual import fit_pixels
 from mmvit.models.resnet import ResNet
@@ -50,8 +51,8 @@ DRAWN = 16  # pictures with their attention
 def main() -> None:
     options = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load(options.model, device)
-    names = class_names(options.data, model.config.num_classes)
+    classifier = ImageClassifier.from_pretrained(options.model, device)
+    model, names = classifier.model, class_names(options.data, classifier)
     if options.shift < 0:
         raise UserError(f"--shift {options.shift}: it is a number of pixels, 0 or more")
     views = partial(views_of, shift=options.shift, mirror=options.mirror)
@@ -109,20 +110,18 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(path: Path, device: torch.device) -> Classifier | ResNet:
-    folder = find_model_folder(path)
-    kinds = {kind.kind: kind for kind in (Classifier, ResNet)}
-    kind = read_part_description(folder, *kinds)["kind"]
-    if kind not in kinds:
-        raise UserError(f"{folder} holds a {kind}, not a classifier ({', '.join(kinds)})")
-    return kinds[kind].from_pretrained(folder, device)
-
-
-def class_names(data: Path, num_classes: int) -> list[str]:
-    """What dataset.json calls the classes, or their numbers."""
-    names = read_dataset_card(data).get("classes") or [str(number) for number in range(num_classes)]
-    if len(names) != num_classes:
-        raise UserError(f"{data} has {len(names)} classes, the classifier {num_classes}")
+def class_names(data: Path, classifier: ImageClassifier) -> list[str]:
+    """What dataset.json calls the classes, or the classifier does. Raises UserError where they differ."""
+    names = read_dataset_card(data).get("classes") or classifier.classes
+    if len(names) != len(classifier.classes):
+        raise UserError(f"{data} has {len(names)} classes, the classifier {len(classifier.classes)}")
+    if classifier.named and list(names) != classifier.classes:
+        number, own, other = next(
+            (number, *pair)
+            for number, pair in enumerate(zip(classifier.classes, names, strict=True))
+            if pair[0] != pair[1]
+        )
+        raise UserError(f"class {number} is {own!r} to the classifier and {other!r} in {data}/dataset.json")
     return list(names)
 
 

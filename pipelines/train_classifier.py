@@ -18,6 +18,7 @@ The run folder (`output` in the recipe) gets config.toml, metrics.jsonl, curves.
 exported models best/ (by held-out accuracy) and last/. Ctrl-C saves first; --resume continues exactly there.
 """
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -30,6 +31,7 @@ from mmvit.data.samples import ClassifierSample, check_classes
 from mmvit.data.shards import ShardPatterns
 from mmvit.errors import run_script
 from mmvit.evaluation.accuracy import classification_metrics
+from mmvit.evaluation.image_classifier import ImageClassifier
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.fine_tuning import ResizeMode, fine_tuned, freeze, take_core
 from mmvit.models.perceptual import FitBatch
@@ -76,7 +78,7 @@ class ClassifierRecipe(Recipe):
 def main() -> None:
     with open_session(ClassifierRecipe, __doc__) as session:
         recipe, data, config = session.recipe, session.recipe.data, session.recipe.model
-        check_classes([*data.train, *data.held_out], config.num_classes)
+        classes = check_classes([*data.train, *data.held_out], config.num_classes)
         decode = ClassifierSample(config.height_width, config.num_classes, data.augment)
         stream = training_stream(session, data.train, decode, data.shuffle_buffer)
         decode = ClassifierSample(config.height_width, config.num_classes)
@@ -98,7 +100,10 @@ def main() -> None:
         def prepare(batch: dict[str, Any]) -> dict[str, Any]:
             return mix(as_read(batch)) if data.mixing.does_anything else as_read(batch)
 
-        train(session, model, stream, evaluate, select="accuracy", mode="max", prepare=prepare)
+        def export(trained: nn.Module, folder: Path) -> None:
+            ImageClassifier(trained, classes).save_pretrained(folder)
+
+        train(session, model, stream, evaluate, select="accuracy", mode="max", prepare=prepare, export=export)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ from mmvit.data.samples import ClassifierSample, check_classes
 from mmvit.data.shards import ShardPatterns
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.accuracy import classification_metrics
+from mmvit.evaluation.image_classifier import CLASSES
 from mmvit.evaluation.likelihood import mean_loss
+from mmvit.hub import write_json
 from mmvit.models.joint import Joint, JointConfig
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.preview import PreviewConfig, check_preview, draw_preview
@@ -60,7 +62,7 @@ def main() -> None:
         sections = ("model.generator", "captions")
         captions = open_caption_codes(session, recipe.captions, recipe.model.generator, *sections)
         seen = recipe.model.classifier
-        check_classes([*classes.train, *classes.held_out], seen.num_classes, "model.classifier")
+        names = check_classes([*classes.train, *classes.held_out], seen.num_classes, "model.classifier")
         size = (seen.height_width, seen.num_classes)
         decode = ClassifierSample(*size, classes.augment)
         pictures = training_stream(session, classes.train, decode, classes.shuffle_buffer)
@@ -85,6 +87,8 @@ def main() -> None:
 
         def export(model: nn.Module, folder: Path) -> Any:
             whole(model).save_surroundings(folder)
+            if names:
+                write_json(names, folder / CLASSES)
             return model.save_pretrained(folder)
 
         train(

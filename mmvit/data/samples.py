@@ -165,9 +165,10 @@ class CaptionCodesSample:
         }
 
 
-def check_classes(patterns: list[str], num_classes: int, section: str = "model") -> None:
-    """Raises UserError when the dataset.json beside the shards names another number of classes than the
-    recipe's `section`, or other classes in one place than in another."""
+def check_classes(patterns: list[str], num_classes: int, section: str = "model") -> list[str] | None:
+    """The names of the classes in the dataset.json beside the shards, None where there are none. Raises
+    UserError when they are another number than the recipe's `section` has, or others in one place than in
+    another."""
     first: tuple[Path, list[str]] | None = None
     for folder in sorted({shard.parent for shard in expand_shards(patterns)}):
         classes = read_dataset_card(folder).get("classes")
@@ -184,6 +185,7 @@ def check_classes(patterns: list[str], num_classes: int, section: str = "model")
                 f"{folder / 'dataset.json'} names {len(classes)} classes, {section}.num_classes is "
                 f"{num_classes}: set it to {len(classes)}"
             )
+    return first and first[1]
 
 
 def image_bytes(sample: Sample) -> bytes:

@@ -51,14 +51,18 @@ TINY, SMALL, BASE = core(192, 12, 3), core(384, 12, 6), core(768, 12, 12)
 LARGE, HUGE = core(1024, 24, 16), core(1280, 32, 16)
 
 CLASSIFIERS = {
-    "vit-tiny": ClassifierConfig(
+    # for small data and CPUs, of the parts that paid at equal FLOPs (benchmarks/README.md), for 28 pixels
+    "vit-modern": ClassifierConfig(
         image_size=28,
         patch_size=4,
         num_classes=10,
-        stem="conv",
+        stem="residual",
+        stem_width=64,
+        stem_blocks=(3, 2),
         pooling="mean",
-        positions="rotary_2d",
-        core=core(192, 6, 3),
+        positions="learned_2d",
+        patch_dropout=0.5,
+        core=core(128, 4, 4),
     ),
     "vit-ti16": vit(16, TINY),
     "vit-s16": vit(16, SMALL),
