@@ -51,6 +51,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
     for i in range(40):
         Image.new("RGB", (20 + i, 30), (6 * i, 100, 0)).save(photos / f"photo{i}.jpg")
         (photos / f"photo{i}.txt").write_text(f"a green picture number {i}")
+    Image.new("RGB", (20, 30)).save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -75,15 +76,23 @@ def test_the_commands_run_in_order(workplace, run_script):
     assert (workplace / "demo.png").is_file()
     assert (workplace / "samples.png").is_file()
     assert (workplace / "runs/photos/best/model.safetensors").is_file()
+    names = {}
+    exec(examples()[0], names)
+    assert len(names["classes"]) == 3
+    assert len(names["features"]) == 1
 
 
-def test_the_library_example_runs_on_the_names_it_uses():
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    compile(example, "README.md", "exec")
+def examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_library_examples_use_names_that_there_are():
     import mmvit
 
-    assert "from mmvit import Generator" in example
-    assert hasattr(mmvit.Generator, "from_pretrained")
+    for example, name in zip(examples(), ("ImageClassifier", "Generator"), strict=True):
+        compile(example, "README.md", "exec")
+        assert f"from mmvit import {name}" in example
+        assert hasattr(getattr(mmvit, name), "from_pretrained")
 
 
 def test_the_file_tree_is_true():
