@@ -23,6 +23,11 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @classmethod
+    def before_overrides(cls, values: dict[str, Any], overrides: dict[str, str]) -> dict[str, Any]:
+        """The values of a file as they are where the command line says `overrides`, before these are set."""
+        return values
+
 
 Settings = TypeVar("Settings", bound=Config)
 
@@ -41,6 +46,7 @@ def load_config(cls: type[Settings], path: Path | None, overrides: list[str] = (
     """
     values = read_toml(path) if path is not None else {}
     pairs = parse_overrides(overrides)
+    values = cls.before_overrides(values, dict(pairs))
     for key, text in pairs:
         value = parse_value(text)
         drop_other_kinds(cls, values, key, value)

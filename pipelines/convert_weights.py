@@ -44,12 +44,18 @@ def main() -> None:
     if not source.exists():
         source = download(source, ("*.json", "*.safetensors", "*.npz"))
     refuse_source(options.out, source)
+    if options.to == "mmvit" and options.out.suffix in (".npz", ".safetensors", ".pth"):
+        raise UserError(
+            f"{options.out} is named like a file, and mmvit has folders; for an .npz add --to official"
+        )
     settings = dict(map(parse_setting, options.set))
     model = read(source, settings)
     if options.to == "mmvit":
         model.save_pretrained(options.out)
     else:
         save_vit(model, options.out, options.to)
+    if source.suffix == ".npz" and "mlp" not in settings:
+        print(f"mlp = {model.config.core.mlp}, as the official code has it: --set mlp=gelu for the exact one")
     core, parameters = model.config.core, sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{options.out}: {core.depth} layers of width {core.width}, {core.num_heads} heads, patches of "

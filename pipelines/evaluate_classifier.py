@@ -41,7 +41,7 @@ from mmvit.hub import write_json
 from mmvit.models.classifier import Classifier
 from mmvit.models.perceptual import fit_pixels
 from mmvit.models.resnet import ResNet
-from mmvit.sampling.grids import labelled_grid
+from mmvit.sampling.grids import check_picture_name, labelled_grid
 from mmvit.sampling.pictures import pictures_from_pixels
 from mmvit.training.distributed import choose_precision
 
@@ -50,6 +50,9 @@ DRAWN = 16  # pictures with their attention
 
 def main() -> None:
     options = parse_arguments()
+    check_picture_name(options.out)
+    if options.out.parent.exists() and not options.out.parent.is_dir():
+        raise UserError(f"--out {options.out}: {options.out.parent} is a file, not a folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier = ImageClassifier.from_pretrained(options.model, device)
     model, names = classifier.model, class_names(options.data, classifier)
@@ -171,14 +174,21 @@ def judge_features(known: dict[str, Tensor], unseen: dict[str, Tensor]) -> dict[
 
 
 def draw_attention(model: Classifier, unseen: dict[str, Tensor], names: list[str]) -> Image.Image:
-    """Picture and picture in the light of its attention, from the surest mistakes to the surest hits."""
+    """Picture and its attention, from nothing (black) to the most (yellow) over the grey picture; from the
+    surest mistakes to the surest hits."""
+    from matplotlib import colormaps  # takes half a second to import
+
     truth = unseen["logits"].log_softmax(1).gather(1, unseen["labels"][:, None])[:, 0]
     order = truth.argsort()
     places = order[torch.linspace(0, len(order) - 1, min(DRAWN, len(order))).round().long()]
     pixels = unseen["pixels"][places] / 127.5 - 1
     device = next(model.parameters()).device
-    light = attention_maps(model, fit_pixels(pixels.to(device), model.config)).cpu()[:, None]
-    columns = [pictures_from_pixels(each) for each in (pixels, (pixels + 1) * light - 1)]
+    light = attention_maps(model, fit_pixels(pixels.to(device), model.config)).cpu()
+    light = F.interpolate(light[:, None], pixels.shape[-2:], mode="bilinear")[:, 0]
+    least = light.amin((1, 2), keepdim=True)
+    heat = torch.from_numpy(colormaps["inferno"](((light - least) / (1 - least).clamp(min=1e-6)).numpy()))
+    mixed = 0.35 * pixels.mean(1, keepdim=True) + 0.65 * (2 * heat[..., :3].permute(0, 3, 1, 2) - 1)
+    columns = [pictures_from_pixels(each) for each in (pixels, mixed)]
     predicted = unseen["logits"][places].argmax(1).tolist()
     labels = unseen["labels"][places].tolist()
     captions = [

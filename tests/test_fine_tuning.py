@@ -100,7 +100,7 @@ def test_positions_of_every_layer_are_resized_and_relative_ones_cannot_be():
 
 def test_weights_of_another_model_are_refused_by_what_differs():
     config = CONFIG.model_copy(update={"patch_size": 8, "core": CORE.model_copy(update={"width": 32})})
-    with pytest.raises(UserError, match=r"patch_size = 8 instead of 4; core\.width = 32 instead of 16"):
+    with pytest.raises(UserError, match=r"patch_size = 4, the recipe 8; they have core\.width = 16"):
         fine_tuned(trained(), config)
 
 
@@ -109,7 +109,7 @@ def test_frozen_parts_do_not_train_and_unknown_ones_are_named():
     freeze(model, ["stem", "core.blocks.0"])
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {n for n, _ in model.named_parameters() if n.startswith(("stem.", "core.blocks.0."))}
-    with pytest.raises(UserError, match="there is no 'blocks' to freeze; the model's parts are cls_token, "):
+    with pytest.raises(UserError, match=r"no 'blocks' to freeze; .* cls_token, .*core\.blocks\.1$"):
         freeze(model, ["blocks"])
     with pytest.raises(UserError, match="nothing is left to train"):
         freeze(model, ["cls_token", "stem", "positions", "core", "head"])
@@ -184,6 +184,15 @@ def test_a_run_begins_from_trained_weights_and_resumes(fine_tune, tmp_path, asse
     assert ran.returncode == 0, ran.stderr
     assert "resuming at step 2 of 4" in ran.stdout
     assert_same_state(read_weights(last / "model.safetensors"), weights)
+    kept = (tmp_path / "run/config.toml").read_text()
+    ran = fine_tune("--data.mixing", mixing, "--resume", "--optimizer.lr", 0.5)
+    assert ran.returncode == 0, ran.stderr
+    assert "nothing is left to train, and config.toml stays as it is" in ran.stdout
+    assert (tmp_path / "run/config.toml").read_text() == kept
+    for changed in (["--start.freeze", '["core.norm"]'], ["--optimizer.layer_decay", 1.0]):
+        ran = fine_tune("--data.mixing", mixing, "--resume", "--train.steps", 6, *changed)
+        assert ran.returncode == 2
+        assert "set start.freeze and optimizer.layer_decay back to what config.toml says" in ran.stderr
 
 
 def test_the_layer_in_front_of_the_trained_head_is_left_behind(fine_tune, tmp_path):
@@ -200,7 +209,7 @@ def test_the_layer_in_front_of_the_trained_head_is_left_behind(fine_tune, tmp_pa
         (["--start.model", "/no/folder"], "no model at /no/folder"),
         (["--start.model", "{tmp_path}/resnet"], "holds a resnet, and training begins from a classifier"),
         (["--model.image_size", 25], "patch_size 4 does not divide image_size 25"),
-        (["--model.core.width", 32], "core.width = 32 instead of 16"),
+        (["--model.core.width", 32], "they have core.width = 16, the recipe 32; set the recipe's to theirs"),
         (["--start.freeze", '["heads"]'], "there is no 'heads' to freeze"),
         (["--start.resize", "nearest"], "start.resize"),
     ],

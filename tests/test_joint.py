@@ -241,7 +241,7 @@ def test_a_core_of_another_shape_is_refused(tmp_path):
     VQModel(VQConfig(codebook_size=16)).save_pretrained(tmp_path / "tokenizer")
     wide = CORE.model_copy(update={"width": 64})
     generator = GeneratorTransformer(GeneratorConfig(**GENERATOR, core=wide))
-    with pytest.raises(UserError, match=r"core\.width = 64 instead of 32"):
+    with pytest.raises(UserError, match=r"they have core\.width = 32, the recipe 64"):
         take_core(generator, str(tmp_path / "classifier"))
     with pytest.raises(UserError, match="holds a vq, which has no core"):
         take_core(generator, str(tmp_path / "tokenizer"))

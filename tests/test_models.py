@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from mmvit.config import build_config
+from mmvit.config import build_config, load_config
 from mmvit.core.masks import additive, sparse_causal
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
@@ -78,7 +78,7 @@ def test_an_unknown_preset_names_the_nearest():
         preset("vit-b-16")
 
 
-def test_a_recipe_begins_with_a_preset():
+def test_a_recipe_begins_with_a_preset(tmp_path):
     class AnyRecipe(Recipe):
         model: ClassifierConfig | ResNetConfig = Field(discriminator="kind")
 
@@ -94,6 +94,15 @@ def test_a_recipe_begins_with_a_preset():
     assert model(preset="bit-r101") == preset("bit-r101")
     with pytest.raises(UserError, match=r"no preset 'vit-s17': did you mean vit-s16\?"):
         model(preset="vit-s17")
+    path = tmp_path / "recipe.toml"
+    core = "{width = 96, depth = 2, num_heads = 3}"
+    facts = f'kind = "vit", image_size = 32, num_classes = 7, patch_size = 4, core = {core}'
+    path.write_text(f'output = "x"\nmodel = {{{facts}}}')
+    small = load_config(AnyRecipe, path, ["--model.preset", "vit-s16", "--model.core.depth", "3"]).model
+    assert small == preset("vit-s16").model_copy(update={"image_size": 32, "num_classes": 7, "core": shallow})
+    other = load_config(AnyRecipe, path, ["--model.preset", "bit-r101"]).model
+    assert other == preset("bit-r101").model_copy(update={"image_size": 32, "num_classes": 7})
+    assert load_config(AnyRecipe, path).model.patch_size == 4
     facts = with_preset({"model": {"preset": "dalle-tiny"}})["model"]
     assert not facts.keys() & {"vocab_size", "codebook_size", "grid", "preset"}  # the data have their own
     assert facts["attention"] == "dalle"

@@ -9,6 +9,7 @@ from torch import nn
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
 from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.fine_tuning import freeze
 from mmvit.training import OptimizerConfig, Processes, TrainConfig
 from mmvit.training.engine import TorchEngine
 from mmvit.training.muon import Muon
@@ -112,6 +113,9 @@ def test_muon_trains_hidden_layers_and_resumes(stem):
         Optimizer(twin, OptimizerConfig(), total_steps=10).load_state_dict(optimizer.state_dict())
     with pytest.raises(UserError, match="is for hidden layers, and Linear marks none"):
         Optimizer(nn.Linear(2, 2), config, total_steps=10)
+    freeze(twin, ["core", "stem"])
+    with pytest.raises(UserError, match="is for hidden layers, and all of them are frozen; use --optimizer"):
+        Optimizer(twin, config, total_steps=10)
 
 
 def test_muon_sees_a_kernel_as_a_matrix():

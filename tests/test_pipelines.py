@@ -283,8 +283,10 @@ def test_a_trained_generator_is_trained_on(run, place, run_script, tmp_path):
     recipe.write_text(text[: text.index("[data]")] + "[train]\nsteps = 1\nbatch_size = 8\nnum_workers = 0\n"
         "[optimizer]\nlr = 1e-9\n" + text[text.index("[data]") :])  # fmt: skip
     Generator.from_pretrained(run).save_pretrained(start, torch.bfloat16)  # as one that is shipped
-    refused(train_on("--model.core.depth", 3), "the trained weights are of another model: core.depth = 3")
-    refused(train_on("--model.text_loss_weight", 0), "text_loss_weight = 0.0 instead of 1.0")
+    refused(
+        train_on("--model.core.depth", 3), "the trained weights are of another model: they have core.depth = "
+    )
+    refused(train_on("--model.text_loss_weight", 0), "they have text_loss_weight = 1.0, the recipe 0.0")
     refused(train_on("--start.core", run), "start.model brings its core")
     other = TextTokenizer.from_file(start / "text_tokenizer").tokenizer
     other.add_tokens(["squ"])

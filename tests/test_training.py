@@ -276,6 +276,18 @@ def test_state_files_cannot_run_code(tmp_path):
         read_state(tmp_path / "optimizer.pt")
 
 
+def test_held_out_data_that_cannot_be_read_costs_no_training(tmp_path, tiny_shards):
+    session = new_session(tmp_path / "run", steps=2, evaluate_every=2, checkpoint_every=100)
+
+    def evaluate(model: Classifier) -> dict[str, float]:
+        raise UserError("held-out data are bad")
+
+    stream = ShardStream(f"{tiny_shards}/train-*.tar", ClassifierSample((16, 16), 4), 8)
+    with pytest.raises(UserError, match="held-out data are bad"):
+        train(session, Classifier(MODEL), stream, evaluate)
+    assert [path.name for path in session.run.checkpoints.iterdir()] == ["step-00000002"]
+
+
 def test_changed_architecture_is_refused_by_key(tmp_path, tiny_shards):
     train_on_shards(new_session(tmp_path / "run", steps=2), tiny_shards)
     deeper = MODEL.model_copy(update={"core": MODEL.core.model_copy(update={"depth": 3})})

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+MOST_NAMED = 120  # classes; of more the names would run together
 LARGEST = 20.0  # inches, of a picture of what is confused
 
 
@@ -36,10 +37,11 @@ def draw_confusion(counts: Tensor, names: list[str], path: Path) -> None:
     side = min(max(4.0, 1.5 + 0.45 * len(names)), LARGEST)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    if len(names) <= 40:
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-        axes.set_yticks(range(len(names)), names, fontsize=8)
+    image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
+    if len(names) <= MOST_NAMED:
+        size = 8 if len(names) <= 40 else 5
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+        axes.set_yticks(range(len(names)), names, fontsize=size)
     if len(names) <= 20:
         for row, column in (shares > 0.005).nonzero().tolist():
             share = shares[row, column].item()

@@ -84,7 +84,7 @@ def refuse_parts(config: ClassifierConfig, naming: Naming) -> None:
             if value != default:
                 warnings.warn(
                     f"files of {naming} do not tell {name}, which is {value} here and {default} there: tell "
-                    "it to whoever loads them",
+                    f"it to whoever loads them (convert_weights.py: --set {name.split('.')[-1]}={value})",
                     stacklevel=3,
                 )
 

@@ -75,8 +75,9 @@ def continued(source: GeneratorTransformer, config: GeneratorConfig) -> Generato
     refuse_differences(source.config, config, FREE_IN_GENERATOR)
     if bool(config.text_loss_weight) != bool(source.config.text_loss_weight):
         raise UserError(
-            f"the trained weights are of another model: text_loss_weight = {config.text_loss_weight} instead "
-            f"of {source.config.text_loss_weight}, and only one that is not 0 has a head for captions"
+            "the trained weights are of another model: they have text_loss_weight = "
+            f"{source.config.text_loss_weight}, the recipe {config.text_loss_weight}, and only one that is "
+            "not 0 has a head for captions"
         )
     model = GeneratorTransformer(config)
     model.load_state_dict(source.state_dict())
@@ -88,19 +89,22 @@ def refuse_differences(
 ) -> None:
     ours, theirs = config.model_dump(exclude={"core"}), source.model_dump(exclude={"core"})
     problems = [
-        f"{name} = {ours[name]!r} instead of {theirs[name]!r}"
+        f"they have {name} = {theirs[name]!r}, the recipe {ours[name]!r}"
         for name in ours
         if name not in free and ours[name] != theirs[name]
     ]
     problems += differences_of_cores(source.core, config.core)
     if problems:
-        raise UserError(f"the trained weights are of another model: {'; '.join(problems)}")
+        raise UserError(
+            f"the trained weights are of another model: {'; '.join(problems)}; set the recipe's to "
+            "theirs, or leave them out of [model]"
+        )
 
 
 def differences_of_cores(source: TransformerConfig, config: TransformerConfig) -> list[str]:
     ours, theirs = config.model_dump(), source.model_dump()
     problems = [
-        f"core.{name} = {ours[name]!r} instead of {theirs[name]!r}"
+        f"they have core.{name} = {theirs[name]!r}, the recipe {ours[name]!r}"
         for name in ours
         if name not in FREE_IN_CORE and ours[name] != theirs[name]
     ]
@@ -161,7 +165,11 @@ def freeze(model: nn.Module, parts: list[str]) -> None:
         found = [p for name, p in model.named_parameters() if f"{name}.".startswith(f"{part}.")]
         if not found:
             tops = dict.fromkeys(name.partition(".")[0] for name, _ in model.named_parameters())
-            raise UserError(f"there is no {part!r} to freeze; the model's parts are {', '.join(tops)}")
+            core = getattr(model, "core", None)
+            blocks = f", core.blocks.0 to core.blocks.{len(core.blocks) - 1}" if core is not None else ""
+            raise UserError(
+                f"there is no {part!r} to freeze; the model's parts are {', '.join(tops)}{blocks}"
+            )
         for parameter in found:
             parameter.requires_grad_(False)
         for name, module in model.named_modules():

@@ -39,12 +39,26 @@ def with_preset(values: Any) -> Any:
     own = values.get("model") if isinstance(values, dict) else None
     if not isinstance(own, dict) or "preset" not in own:
         return values
-    base = preset(str(own["preset"]))
+    begun = settings_of(preset(str(own["preset"])))
+    return {**values, "model": merged(begun, {key: own[key] for key in own if key != "preset"})}
+
+
+def under_preset(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The values of a recipe with the settings of a preset in the place of its own in `[model]`, which are
+    left out where the preset's kind of model does not have them. Raises UserError for a preset that there is
+    not."""
+    base, own = preset(name), values.get("model")
+    if not isinstance(own, dict):
+        return values
+    known = {key: value for key, value in own.items() if key in type(base).model_fields}
+    return {**values, "model": merged(known, settings_of(base))}
+
+
+def settings_of(base: Config) -> dict[str, Any]:
+    """What a preset says, without what is the data's."""
     facts = FACTS if isinstance(base, GeneratorConfig | CLIPConfig) else set()
     begun = base.model_dump(exclude=facts, exclude_unset=True)
-    if hasattr(base, "kind"):
-        begun["kind"] = base.kind
-    return {**values, "model": merged(begun, {key: own[key] for key in own if key != "preset"})}
+    return {**begun, "kind": base.kind} if hasattr(base, "kind") else begun
 
 
 def with_start(values: Any, kind: str, **changes: Any) -> Any:

@@ -56,7 +56,8 @@ def train(
         if folder := checkpoints.latest():
             progress, changes = resume(session, folder, engine, stream)
         processes.on_main(lambda: run.rewind(progress.step))
-    processes.on_main(lambda: run.write_config(session.recipe))
+    if progress.step < config.steps:
+        processes.on_main(lambda: run.write_config(session.recipe))
 
     def export_to(folder: Path, trained: nn.Module) -> None:
         write = trained.save_pretrained if export is None else partial(export, trained)
@@ -80,6 +81,8 @@ def train(
         batches = raw if prepare is None else map(prepare, raw)
         if session.resume:
             display.say("; ".join([f"resuming at step {progress.step} of {config.steps}", *changes.values()]))
+            if progress.step >= config.steps:
+                display.say("nothing is left to train, and config.toml stays as it is: raise train.steps")
         if session.recipe.optimizer.warmup_steps >= config.steps:
             display.say(
                 f"optimizer.warmup_steps {session.recipe.optimizer.warmup_steps} covers all train.steps "
@@ -101,8 +104,13 @@ def train(
                 report(session, display, training_record(session, engine, progress, norm, speed))
                 shown = (progress.examples, progress.seconds)
             if evaluate and (progress.step % config.evaluate_every == 0 or is_last):
-                with engine.evaluating() as trained, undisturbed_randomness(processes.device):
-                    hold_out(trained)
+                try:
+                    with engine.evaluating() as trained, undisturbed_randomness(processes.device):
+                        hold_out(trained)
+                except UserError:  # held-out data that cannot be read; perhaps by one process alone
+                    if processes.world_size == 1:
+                        save(session, checkpoints, engine, stream, progress)
+                    raise
             if progress.step % config.checkpoint_every == 0 or is_last or stop:
                 save(session, checkpoints, engine, stream, progress)
                 with engine.evaluating() as trained:

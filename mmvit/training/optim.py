@@ -65,6 +65,13 @@ class Optimizer:
                 f"the checkpoint was trained by {state['name']}, optimizer.name is now "
                 f"{self.config.name}; set it back"
             )
+        sizes = [[len(group["params"]) for group in part.state_dict()["param_groups"]] for part in self.parts]
+        if sizes != [[len(group["params"]) for group in part["param_groups"]] for part in state["parts"]]:
+            raise UserError(
+                "the checkpoint was trained with other parameters, or with other groups of them: set "
+                "start.freeze and optimizer.layer_decay back to what config.toml says, or start a new run "
+                "with --start.model"
+            )
         for part, saved in zip(self.parts, state["parts"], strict=True):
             settings = [
                 {key: value for key, value in group.items() if key != "params"} for group in part.param_groups
@@ -80,10 +87,10 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     if config.name != "muon":
         decayed, hidden = [*decayed, *hidden], []
     elif not hidden:
-        raise UserError(
-            f"optimizer.name = muon is for hidden layers, and {type(model).__name__} marks none "
-            "(mmvit.core.hidden); use adamw"
-        )
+        is_frozen = not all(parameter.requires_grad for parameter in model.parameters())
+        marks_none = f"{type(model).__name__} marks none (mmvit.core.hidden)"
+        why = "all of them are frozen" if is_frozen else marks_none
+        raise UserError(f"optimizer.name = muon is for hidden layers, and {why}; use --optimizer.name adamw")
     scales = layer_scales(model, config.layer_decay)
     decaying = by_rate(decayed, scales, config.lr, config.weight_decay)
     others = by_rate(plain, scales, config.lr, 0.0)

@@ -37,7 +37,10 @@ class RunFolder:
                 f"{self.path} is not empty; add --resume to continue the run in it, or choose another "
                 "place with --output"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output: cannot make the folder {self.path}: {error.strerror}") from None
 
     def write_config(self, recipe: Config) -> None:
         """Writes the resolved configuration, config.toml."""

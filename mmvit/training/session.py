@@ -14,7 +14,7 @@ from pydantic import model_validator
 
 from mmvit.config import Config, describe_settings, load_config, split_command_line
 from mmvit.errors import UserError
-from mmvit.models.sections import with_preset
+from mmvit.models.sections import under_preset, with_preset
 from mmvit.training.config import OptimizerConfig, TrainConfig
 from mmvit.training.distributed import Processes, open_processes
 from mmvit.training.run import RunFolder
@@ -28,12 +28,18 @@ class Recipe(Config):
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
+    @classmethod
+    def before_overrides(cls, values: dict[str, Any], overrides: dict[str, str]) -> dict[str, Any]:
+        """A preset that the command line names wins over what the file says of the model."""
+        return under_preset(values, overrides[PRESET]) if PRESET in overrides else values
+
     @model_validator(mode="before")
     @classmethod
     def _a_preset_and_what_differs(cls, values: Any) -> Any:
         return with_preset(values)
 
 
+PRESET = "model.preset"
 OwnRecipe = TypeVar("OwnRecipe", bound=Recipe)
 
 
