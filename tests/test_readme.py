@@ -23,6 +23,7 @@ SHORT = "--train.steps 2 --train.batch_size 8 --train.num_workers 0 --train.prec
 SMALL_CORE = "--model.core.width 32 --model.core.depth 1 --model.core.num_heads 2"
 SHORTER = {  # what makes a command small enough for a test; nothing else of it is changed
     "train_classifier.py": f"{SHORT} {SMALL_CORE}",
+    "pretrain_classifier.py": f"{SHORT} {SMALL_CORE}",
     "train_caption_to_image.py": f"{SHORT} {SMALL_CORE}",
     "train_joint.py": f"{SHORT} {SMALL_CORE}",
     "train_image_tokenizer.py": f"{SHORT} --model.encoder_width 32 --model.decoder_widths [32,16]",
