@@ -30,7 +30,13 @@ from PIL import Image
 
 from mmvit.data.images import MAX_PIXELS, open_image
 from mmvit.data.shards import BadSample
-from mmvit.data.writing import Outcome, ShardWriter, with_progress, write_dataset_card
+from mmvit.data.writing import (
+    Outcome,
+    ShardWriter,
+    refuse_other_data,
+    with_progress,
+    write_dataset_card,
+)
 from mmvit.errors import UserError, refuse_source, run_script
 from mmvit.hub import shorten
 
@@ -219,6 +225,7 @@ def name_classes(entries: list[Entry], source: Path) -> list[str]:
 def write(entries: list[Entry], arguments: argparse.Namespace, outcome: Outcome) -> None:
     """Writes both splits in an order mixed by the hash of the key, and `dataset.json`."""
     out, classes = arguments.out, name_classes(entries, arguments.source)
+    refuse_other_data(out, str(arguments.source))
     numbers = {name: number for number, name in enumerate(classes)}
     hashes = {entry.key: hashlib.sha256(entry.key.encode()).digest() for entry in entries}
     entries = sorted(entries, key=lambda entry: hashes[entry.key])

@@ -39,7 +39,13 @@ from PIL import Image
 
 from mmvit.data.images import decode_image
 from mmvit.data.shards import BadSample
-from mmvit.data.writing import Outcome, ShardWriter, with_progress, write_dataset_card
+from mmvit.data.writing import (
+    Outcome,
+    ShardWriter,
+    refuse_other_data,
+    with_progress,
+    write_dataset_card,
+)
 from mmvit.errors import UserError, run_script
 from mmvit.hub import write_json
 
@@ -91,6 +97,7 @@ def main() -> None:
     parser.add_argument("--samples-per-shard", type=int, default=500)
     arguments = parser.parse_args()
 
+    refuse_other_data(arguments.out, SOURCES[arguments.style]["source"])
     outcome = Outcome()
     if arguments.style == "twemoji":
         splits, rule = split_emoji(collect_emoji(outcome)), RULE

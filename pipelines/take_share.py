@@ -17,6 +17,7 @@ from mmvit.data.writing import (
     ShardWriter,
     inherited_facts,
     read_samples,
+    refuse_other_data,
     with_progress,
     write_dataset_card,
 )
@@ -51,6 +52,7 @@ def main() -> None:
         for members in places.values()
         for _, key in sorted(members)[: max(1, round(options.share * len(members)))]
     }
+    refuse_other_data(options.out, inherited_facts(options.source).get("source"))
     with ShardWriter(options.out, options.split) as writer:
         chosen = (sample for sample in read_samples(shards, Outcome()) if sample.key in taken)
         for sample in with_progress(chosen, len(taken), f"writing {options.split}"):

@@ -196,3 +196,19 @@ def test_unusable_source_is_an_error_with_exit_code_2(run_script, tmp_path, name
     assert "Traceback" not in done.stderr
     assert re.search(message, done.stderr)
     assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_shards_of_another_source_are_not_replaced(run_script, tmp_path, monkeypatch):
+    for name in ("photos", "others"):
+        save_image(tmp_path / name / "a.png")
+        (tmp_path / name / "a.txt").write_text(f"one of {name}")
+    out = tmp_path / "shards"
+    make_shards(run_script, tmp_path / "photos", out)
+    refused = run_script("pipelines/make_shards.py", tmp_path / "others", out)
+    assert refused.returncode == 2
+    assert f"{out} holds data of {tmp_path / 'photos'}, which those of" in refused.stderr
+    assert read_split(out, "train")["a"].files["txt"] == b"one of photos"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos/a.txt").write_text("told anew")
+    samples, _ = make_shards(run_script, Path("photos"), out)  # the same source, named in another way
+    assert samples["a"].files["txt"] == b"told anew"

@@ -167,6 +167,20 @@ def write_dataset_card(folder: Path, outcome: Outcome, **facts: Any) -> None:
     write_json({"samples": dict(outcome.written), **facts}, Path(folder) / "dataset.json")
 
 
+def refuse_other_data(folder: Path, source: str | None) -> None:
+    """Raises UserError where `folder` holds shards whose dataset.json tells of another source: they would be
+    lost."""
+    found = read_dataset_card(folder).get("source")
+    if found is None or source is None or found == source:
+        return
+    if Path(found).exists() and Path(found).resolve() == Path(source).resolve():
+        return
+    raise UserError(
+        f"{folder} holds data of {found}, which those of {source} would replace: name another folder, or "
+        "remove this one"
+    )
+
+
 def inherited_facts(folder: Path) -> dict[str, Any]:
     """What dataset.json of the shards that others are made of says of those, too: all but their number."""
     return {name: fact for name, fact in read_dataset_card(folder).items() if name != "samples"}
