@@ -39,12 +39,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "patch dropout 0.5": ("--model.patch_dropout", "0.5"),
     "AdamW": ("--optimizer.name", "adamw", "--optimizer.lr", "1e-3"),
     PROGRESSIVE: (),
-    "the preset vit-modern": (
-        "--model.stem", "residual", "--model.stem_width", "64", "--model.stem_blocks", "[3, 2]",
-        "--model.pooling", "mean", "--model.positions", "learned_2d", "--model.patch_dropout", "0.5",
-        "--model.core.width", "128", "--model.core.depth", "4", "--model.core.num_heads", "4",
-    ),
-}  # fmt: skip
+    "the preset vit-modern": ("--model.preset", "vit-modern"),
+}
 
 
 def main() -> None:

@@ -184,7 +184,6 @@ def draw_attention(model: Classifier, unseen: dict[str, Tensor], names: list[str
     pixels = unseen["pixels"][places] / 127.5 - 1
     device = next(model.parameters()).device
     light = attention_maps(model, fit_pixels(pixels.to(device), model.config)).cpu()
-    light = F.interpolate(light[:, None], pixels.shape[-2:], mode="bilinear")[:, 0]
     least = light.amin((1, 2), keepdim=True)
     heat = torch.from_numpy(colormaps["inferno"](((light - least) / (1 - least).clamp(min=1e-6)).numpy()))
     mixed = 0.35 * pixels.mean(1, keepdim=True) + 0.65 * (2 * heat[..., :3].permute(0, 3, 1, 2) - 1)
