@@ -25,7 +25,8 @@ from mmvit.errors import UserError, run_script
 
 SHARES = (0.01, 0.1, 1.0)
 SCRATCH = "scratch"
-METHODS = (SCRATCH, "masked", "byol", "mae")
+NAMES = {SCRATCH: "scratch", "masked": "masked patches", "byol": "BYOL", "mae": "MAE"}
+METHODS = tuple(NAMES)
 PRETRAINING = 0.5  # share of the FLOPs; with 0.75, and rates that fall by layer, fine-tuning was too short
 BATCH = 64
 DATA: dict[str, tuple[str, ...]] = {
@@ -128,7 +129,7 @@ def show(records: list[dict[str, Any]], plot: Path | None) -> None:
         print("| | " + " | ".join(f"{share:.0%} of the labels" for share in SHARES) + " |")
         print("|---|" + "---|" * len(SHARES))
         for method, groups in by_share(own):
-            print(f"| {method} | " + " | ".join(cell(group, 1) for group in groups) + " |")
+            print(f"| {NAMES[method]} | " + " | ".join(cell(group, 1) for group in groups) + " |")
     if plot:
         draw(records, plot)
 
@@ -149,10 +150,12 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     for place, (name, images) in enumerate(data, start=1):
         axes = figure.add_subplot(1, len(data), place)
         own = [record for record in records if (record["data"], record["images"]) == (name, images)]
-        for method, groups in by_share(own):
+        for number, (method, groups) in enumerate(by_share(own)):
             means, halves = zip(*map(interval, groups), strict=True)
-            axes.errorbar(shares, means, halves, label=method, marker="o", capsize=3)
+            beside = [share * 1.06 ** (number - 1.5) for share in shares]  # intervals would hide each other
+            axes.errorbar(beside, means, halves, label=NAMES[method], marker="o", capsize=3)
         axes.set(xscale="log", xlabel="% of the labels", ylabel="test accuracy, %", title=name)
+        axes.set_xticks(shares, [f"{share:.0f}" for share in shares])
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
