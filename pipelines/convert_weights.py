@@ -18,9 +18,10 @@ from typing import Any, get_args
 from mmvit.config import parse_value
 from mmvit.data.images import parse_size
 from mmvit.errors import UserError, refuse_source, run_script
+from mmvit.evaluation.image_classifier import CLASSES, ImageClassifier, read_classes
 from mmvit.hub import download
 from mmvit.interop.files import find_ours
-from mmvit.interop.vit import load_vit
+from mmvit.interop.vit import class_names, load_vit
 from mmvit.interop.vit_export import save_vit
 from mmvit.interop.vit_names import Naming
 from mmvit.models.classifier import Classifier
@@ -49,11 +50,11 @@ def main() -> None:
             f"{options.out} is named like a file, and mmvit has folders; for an .npz add --to official"
         )
     settings = dict(map(parse_setting, options.set))
-    model = read(source, settings)
+    model, names = read(source, settings)
     if options.to == "mmvit":
-        model.save_pretrained(options.out)
+        ImageClassifier(model, names).save_pretrained(options.out)
     else:
-        save_vit(model, options.out, options.to)
+        save_vit(model, options.out, options.to, names)
     if source.suffix == ".npz" and "mlp" not in settings:
         print(f"mlp = {model.config.core.mlp}, as the official code has it: --set mlp=gelu for the exact one")
     core, parameters = model.config.core, sum(parameter.numel() for parameter in model.parameters())
@@ -71,9 +72,13 @@ def parse_setting(pair: str) -> tuple[str, Any]:
     return name, parse_size(text, "--set image_size") if name == "image_size" else parse_value(text)
 
 
-def read(source: Path, settings: dict) -> Classifier:
-    folder = find_ours(source, settings)
-    return load_vit(source, **settings) if folder is None else Classifier.from_pretrained(folder)
+def read(source: Path, settings: dict) -> tuple[Classifier, list[str] | None]:
+    """The model, and the names of its classes where the source tells them and the head is kept."""
+    if (folder := find_ours(source, settings)) is not None:
+        return Classifier.from_pretrained(folder), read_classes(folder / CLASSES)
+    model, names = load_vit(source, **settings), class_names(source)
+    is_whole = names is not None and len(names) == model.config.num_classes
+    return model, names if is_whole and "num_classes" not in settings else None
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from mmvit.data.writing import (
     inherited_facts,
     read_dataset_card,
     read_samples,
+    refuse_other_data,
     with_progress,
     write_dataset_card,
 )
@@ -72,6 +73,7 @@ class Views:
 def main() -> None:
     options = parse_arguments()
     refuse_source(options.out, options.source)
+    refuse_other_data(options.out, inherited_facts(options.source).get("source"))
     tokenizer = load_image_tokenizer(options.tokenizer, "cuda" if torch.cuda.is_available() else "cpu")
     try:
         grid = tokenizer.grid(*options.size)

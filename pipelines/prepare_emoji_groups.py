@@ -25,6 +25,7 @@ from mmvit.data.writing import (
     ShardWriter,
     inherited_facts,
     read_samples,
+    refuse_other_data,
     with_progress,
     write_dataset_card,
 )
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--by", choices=["category", "subcategory"], default="category")
     options = parser.parse_args()
     refuse_source(options.out, options.source)
+    refuse_other_data(options.out, inherited_facts(options.source).get("source"))
     groups = read_groups(options.by)
     classes, outcome = sorted(set(groups.values())), Outcome()
     numbers = {name: number for number, name in enumerate(classes)}

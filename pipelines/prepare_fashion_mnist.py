@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from mmvit.data.images import encode_png
-from mmvit.data.writing import Outcome, ShardWriter, with_progress, write_dataset_card
+from mmvit.data.writing import Outcome, ShardWriter, refuse_other_data, with_progress, write_dataset_card
 from mmvit.errors import UserError, run_script
 
+SOURCE = "Fashion-MNIST (Xiao, Rasul, Vollgraf 2017), IDX files"
 PACKAGE_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = [
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--samples-per-shard", type=int, default=5000)
     arguments = parser.parse_args()
 
+    refuse_other_data(arguments.out, SOURCE)
     data = {split: read_split(arguments.source, prefix) for split, prefix in PREFIXES.items()}
     outcome = Outcome()
     for split, (images, labels) in data.items():
@@ -58,7 +60,7 @@ def main() -> None:
         arguments.out,
         outcome,
         classes=CLASSES,
-        source="Fashion-MNIST (Xiao, Rasul, Vollgraf 2017), IDX files",
+        source=SOURCE,
         licence="MIT",
     )
     outcome.print(arguments.out)

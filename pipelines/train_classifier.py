@@ -33,7 +33,7 @@ from mmvit.errors import run_script
 from mmvit.evaluation.accuracy import classification_metrics
 from mmvit.evaluation.image_classifier import ImageClassifier
 from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.models.fine_tuning import ResizeMode, fine_tuned, freeze, take_core
+from mmvit.models.fine_tuning import ResizeMode, fine_tuned, freeze, take_core, what_changes
 from mmvit.models.perceptual import FitBatch
 from mmvit.models.presets import MODELS
 from mmvit.models.resnet import ResNetConfig
@@ -92,6 +92,9 @@ def main() -> None:
         if recipe.start.model:
             source = Classifier.from_pretrained(recipe.start.model)
             model = fine_tuned(source, config, recipe.start.resize)
+            if not session.resume:
+                changes = what_changes(source.config, config)
+                session.say(f"begins with the weights of {recipe.start.model}, {changes}")
         elif recipe.start.core:
             take_core(model, recipe.start.core)
         freeze(model, recipe.start.freeze)

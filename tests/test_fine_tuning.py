@@ -165,6 +165,8 @@ def test_a_run_begins_from_trained_weights_and_resumes(fine_tune, tmp_path, asse
     mixing = "{rand_augment = 2, mixup = 0.2, cutmix = 1.0}"
     ran = fine_tune("--data.mixing", mixing)
     assert ran.returncode == 0, ran.stderr
+    changes = "a new head of zeros, positions of 4x4 patches resized to 6x6"
+    assert f"begins with the weights of {tmp_path / 'start'}, {changes}\n" in ran.stdout
     model = Classifier.from_pretrained(tmp_path / "run")
     assert model.config == build_config(
         ClassifierConfig,

@@ -466,3 +466,22 @@ train = {{steps = 3, batch_size = 8, log_every = 1}}
     assert again.returncode == 2
     assert "is not empty; add --resume" in again.stderr
     assert "Traceback" not in again.stderr
+
+
+def test_what_evaluations_skip_is_counted_at_the_end(tmp_path, tiny_shards, run_script):
+    shard = tmp_path / "heldout-000000.tar"
+    shard.write_bytes((tiny_shards / "heldout-000000.tar").read_bytes()[:-15_000])
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f"""
+output = "{tmp_path}/run"
+data = {{train = "{tiny_shards}/train-*.tar", held_out = "{shard}"}}
+model = {{image_size = 16, patch_size = 8, num_classes = 4, core = {{width = 16, depth = 1, num_heads = 2}}}}
+train = {{steps = 3, batch_size = 8, log_every = 1, num_workers = 0, precision = "fp32"}}
+"""
+    )
+    ran = run_script("pipelines/train_classifier.py", recipe)
+    assert ran.returncode == 0, ran.stderr
+    assert "3 steps of 8 samples in float32, a line every 1\n" in ran.stdout
+    (line,) = [line for line in ran.stdout.splitlines() if line.startswith("in all evaluations together: ")]
+    assert f"0 skipped (1 broken shard, the first: {shard} is truncated" in line

@@ -9,15 +9,18 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
-from mmvit.interop.vit import load_vit, recognise, vit_from_weights
+from mmvit.evaluation.image_classifier import ImageClassifier
+from mmvit.interop.vit import class_names, load_vit, recognise, vit_from_weights
 from mmvit.interop.vit_export import TIMM_HYBRIDS, save_vit, vit_to_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.presets import preset
+from mmvit.sampling.pictures import pixels_from_pictures
 
 SHAPE = {"width": 24, "depth": 3, "num_heads": 4, "mlp_ratio": 2.5}
 SHAPES = {  # ours, of several sizes
@@ -386,9 +389,29 @@ def test_models_that_have_no_place_elsewhere_are_refused_by_their_parts(tmp_path
         save_vit(plain, tmp_path / "x.npz", "official")
 
 
+def test_pictures_and_names_go_with_the_weights(timm, tmp_path):
+    from transformers import ViTForImageClassification, ViTImageProcessor
+
+    model = ours(**SHAPES["square"])
+    names = [f"kind {letter}" for letter in "abcdefg"]
+    folder = save_vit(model, tmp_path / "five", "transformers5", names)
+    assert class_names(folder) == names
+    assert ViTForImageClassification.from_pretrained(folder).config.id2label[2] == "kind c"
+    values = torch.randint(256, (32, 32, 3), dtype=torch.uint8, generator=torch.manual_seed(0)).numpy()
+    picture = Image.fromarray(values)
+    theirs = ViTImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"]
+    own = pixels_from_pictures([picture], 32, 32)
+    torch.testing.assert_close(theirs, own, rtol=0, atol=1e-5)
+    assert class_names(save_vit(model, tmp_path / "timm", "timm", names)) == names
+    peer = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    assert peer.pretrained_cfg["label_names"] == names
+    assert class_names(save_vit(model, tmp_path / "unnamed", "transformers4")) is None
+
+
 def test_the_script_goes_there_and_back(run_script, tmp_path):
     model = ours(**SHAPES["square"])
-    model.save_pretrained(tmp_path / "ours")
+    names = [f"kind {letter}" for letter in "abcdefg"]
+    ImageClassifier(model, names).save_pretrained(tmp_path / "ours")
     for source, out, *more in (
         ("ours", "five", "--to", "transformers5"),
         ("five", "timm", "--to", "timm"),
@@ -398,6 +421,7 @@ def test_the_script_goes_there_and_back(run_script, tmp_path):
         assert ran.returncode == 0, ran.stderr
     assert "back: 3 layers of width 24, 4 heads, patches of 8, 7 classes" in ran.stdout
     assert_equal(Classifier.from_pretrained(tmp_path / "back").state_dict(), model.state_dict())
+    assert ImageClassifier.from_pretrained(tmp_path / "back").classes == names
     (tmp_path / "five/config.json").unlink()
     ran = run_script("pipelines/convert_weights.py", tmp_path / "five", tmp_path / "x")
     assert ran.returncode == 2

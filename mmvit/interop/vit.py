@@ -30,6 +30,7 @@ from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.resnet import stem_stride
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of the published widths
+UNNAMED = re.compile(r"LABEL_\d+|class \d+")  # what stands for names where there are none
 PREFIXES = ("opt/target/", "params/img/", "params/")
 GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
 FLAT = re.compile(r"(^|/)gn_?\w*/(scale|bias)$")  # some files have them as (1, 1, 1, channels)
@@ -69,6 +70,22 @@ def load_vit(path: str | Path, **settings: Any) -> Classifier:
             described = read_config(path / "config.json")
     naming, weights = recognise(read_tensors(file), file)
     return vit_from_weights(weights, naming, {**describe(described, path), **settings}, str(file))
+
+
+def class_names(folder: str | Path) -> list[str] | None:
+    """The names of the classes that the config.json of timm or transformers in `folder` tells, None where it
+    tells none of its own."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return None
+    config = read_config(path)
+    if isinstance(names := config.get("label_names"), list):
+        return [str(name) for name in names]
+    labels = config.get("id2label")
+    if not isinstance(labels, dict) or sorted(labels) != sorted(map(str, range(len(labels)))):
+        return None
+    names = [str(labels[str(number)]) for number in range(len(labels))]
+    return None if all(UNNAMED.fullmatch(name) for name in names) else names
 
 
 def find_weights(folder: Path) -> Path:

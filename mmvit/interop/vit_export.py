@@ -1,10 +1,11 @@
 """Our plain ViT classifiers, and hybrids, for other projects: the way back of mmvit.interop.vit.
 
 save_vit(model, "ViT-B_16.npz", "official")
-save_vit(model, "vit-b16", "transformers5")
+save_vit(model, "vit-b16", "transformers5", ["cat", "dog"])
 """
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,16 @@ def has_stem(config: ClassifierConfig, naming: Naming) -> bool:
     return config.stem == "patch" or (config.stem == "resnet" and naming == "official")
 
 
-def save_vit(model: Classifier, path: str | Path, naming: Naming) -> Path:
+def save_vit(
+    model: Classifier, path: str | Path, naming: Naming, classes: Sequence[str] | None = None
+) -> Path:
     """Writes `model` for another project: an .npz for the official code and big_vision; for timm
     (`create_model("local-dir:FOLDER", pretrained=True)`) and transformers
-    (`ViTForImageClassification.from_pretrained`) a folder with model.safetensors and config.json.
+    (`ViTForImageClassification.from_pretrained`) a folder with model.safetensors and config.json, for the
+    latter also preprocessor_config.json (`AutoImageProcessor.from_pretrained`).
+
+    Args:
+        classes: their names by number, which timm's and transformers' files tell, too.
 
     Raises:
         UserError: as `vit_to_weights` does, and for a path of the wrong kind.
@@ -119,7 +126,12 @@ def save_vit(model: Classifier, path: str | Path, naming: Naming) -> Path:
         raise UserError(f"{naming} reads a folder; {path} is named like a file")
     path.mkdir(parents=True, exist_ok=True)
     write_weights(weights, path / "model.safetensors")
-    write_json((timm_config if naming == "timm" else transformers_config)(model.config), path / "config.json")
+    if naming == "timm":
+        names = {} if classes is None else {"label_names": list(classes)}
+        write_json({**timm_config(model.config), **names}, path / "config.json")
+    else:
+        write_json(transformers_config(model.config, classes), path / "config.json")
+        write_json(image_processor(model.config), path / "preprocessor_config.json")
     return path
 
 
@@ -156,8 +168,25 @@ def timm_config(config: ClassifierConfig) -> dict[str, Any]:
     }
 
 
-def transformers_config(config: ClassifierConfig) -> dict[str, Any]:
+def image_processor(config: ClassifierConfig) -> dict[str, Any]:
+    """What transformers' ViTImageProcessor does to a picture: the size and values that we train with."""
+    rows, columns = config.height_width
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": rows, "width": columns},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5] * config.channels,
+        "image_std": [0.5] * config.channels,
+    }
+
+
+def transformers_config(config: ClassifierConfig, classes: Sequence[str] | None = None) -> dict[str, Any]:
     core = config.core
+    names = [f"class {number}" for number in range(config.num_classes)] if classes is None else classes
     return {
         "architectures": ["ViTForImageClassification"],
         "model_type": "vit",
@@ -173,6 +202,6 @@ def transformers_config(config: ClassifierConfig) -> dict[str, Any]:
         "patch_size": config.patch_size,
         "num_channels": config.channels,
         "qkv_bias": True,
-        "id2label": {str(n): f"class {n}" for n in range(config.num_classes)},
-        "label2id": {f"class {n}": n for n in range(config.num_classes)},
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
     }

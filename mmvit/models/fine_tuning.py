@@ -66,6 +66,17 @@ def fine_tuned(source: Classifier, config: ClassifierConfig, resize: ResizeMode 
     return model
 
 
+def what_changes(source: ClassifierConfig, config: ClassifierConfig) -> str:
+    """What `fine_tuned` makes of trained weights beside taking them, for a line that the user reads."""
+    changes = ["a new head of zeros"]
+    if source.num_classes != config.num_classes:
+        changes[0] += f" for {config.num_classes} classes instead of {source.num_classes}"
+    if source.grid != config.grid and config.positions.startswith("learned"):
+        grids = ["x".join(map(str, grid)) for grid in (source.grid, config.grid)]
+        changes.append(f"positions of {grids[0]} patches resized to {grids[1]}")
+    return ", ".join(changes)
+
+
 def continued(source: GeneratorTransformer, config: GeneratorConfig) -> GeneratorTransformer:
     """A generator of `config` with all the weights of `source`.
 

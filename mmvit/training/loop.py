@@ -15,6 +15,7 @@ from mmvit.data.tally import Tally
 from mmvit.errors import UserError
 from mmvit.training.checkpoint import Checkpoints, undisturbed_randomness
 from mmvit.training.display import Display
+from mmvit.training.distributed import Processes, choose_precision
 from mmvit.training.engine import Engine, TorchEngine
 from mmvit.training.interruption import Interruption
 from mmvit.training.resume import Progress, Stream, resume, save
@@ -90,7 +91,10 @@ def train(
             )
         if progress.step + config.log_every < config.steps:
             left = config.steps - progress.step
-            display.say(f"{left} steps of {config.batch_size} samples, a line every {config.log_every}")
+            precision = str(choose_precision(config.precision, processes.device)).removeprefix("torch.")
+            display.say(
+                f"{left} steps of {config.batch_size} samples in {precision}, a line every {config.log_every}"
+            )
         shown = (progress.examples, progress.seconds)  # at the last log line
         while progress.step < config.steps:
             started = time.perf_counter()
@@ -121,9 +125,17 @@ def train(
                     f"{name}: saved at step {progress.step}; the same command with --resume continues"
                 )
                 raise SystemExit(128 + stop)
-        tally = reduce(Tally.plus, processes.gather(stream.tally), Tally())
-        display.say(f"{tally.describe()}; the run is in {run.path}")
+        evaluated = sum_tallies(processes, session.evaluated)
+        if evaluated.skipped or evaluated.broken_shards:
+            display.say(f"in all evaluations together: {evaluated.describe()}")
+        display.say(f"{sum_tallies(processes, [stream]).describe()}; the run is in {run.path}")
     return progress
+
+
+def sum_tallies(processes: Processes, streams: list[Stream]) -> Tally:
+    """What became of the samples of `streams`, in all processes together."""
+    own = reduce(Tally.plus, (stream.tally for stream in streams), Tally())
+    return reduce(Tally.plus, processes.gather(own), Tally())
 
 
 def build_engine(session: Session, model: nn.Module) -> Engine:

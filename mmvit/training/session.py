@@ -4,7 +4,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +13,7 @@ import torch
 from pydantic import model_validator
 
 from mmvit.config import Config, describe_settings, load_config, split_command_line
+from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError
 from mmvit.models.sections import under_preset, with_preset
 from mmvit.training.config import OptimizerConfig, TrainConfig
@@ -52,12 +53,18 @@ class Session(Generic[OwnRecipe]):
     run: RunFolder
     resume: bool = False
     deepspeed: Path | None = None
+    evaluated: list[ShardStream] = field(default_factory=list)  # what evaluations read
 
     @property
     def micro_batch_size(self) -> int:
         """Samples of one forward pass in one process: the batch size of its stream."""
         train = self.recipe.train
         return train.batch_size // (train.accumulation * self.processes.world_size)
+
+    def say(self, text: str) -> None:
+        """A line for the user, from the main process alone."""
+        if self.processes.is_main:
+            print(text, flush=True)
 
 
 @contextmanager

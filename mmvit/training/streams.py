@@ -22,8 +22,9 @@ def training_stream(session: Session, shards: list[str], decode: Decode, shuffle
 def one_epoch(
     session: Session, shards: list[str], decode: Decode, whole: bool = False, num_workers: int = 0
 ) -> ShardStream:
-    """This process's share of `shards` once, in order; all of it in every process where `whole`."""
-    return ShardStream(
+    """This process's share of `shards` once, in order; all of it in every process where `whole`. The session
+    remembers it, to tell at the end what was skipped."""
+    stream = ShardStream(
         shards,
         decode,
         session.micro_batch_size,
@@ -33,3 +34,5 @@ def one_epoch(
         shuffle_buffer=0,
         repeat=False,
     )
+    session.evaluated.append(stream)
+    return stream
