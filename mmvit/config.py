@@ -15,6 +15,7 @@ from mmvit.errors import UserError
 
 FEW = 3  # problems that are told one by one
 VALID_KEYS = ": valid keys: "
+OTHER_SCRIPT = "; is this for another script? A recipe's header names its own"
 KIND = "kind"  # the key by which sections that may be of several kinds differ
 
 
@@ -86,7 +87,7 @@ def shorten(problems: list[str]) -> list[str]:
         shown.append(text if keys in told else problem)
         told |= {keys} - {""}
     if left := len(problems) - len(shown):
-        shown.append(f"and {left} more; is this for another script? A recipe's header names its own")
+        shown.append(f"and {left} more{OTHER_SCRIPT}")
     return shown
 
 
@@ -163,7 +164,7 @@ def describe_problem(cls: type[Config], problem: dict[str, Any]) -> str:
         advice = (
             f": did you mean {'.'.join([*where[:-1], near[0]])}?"
             if near
-            else f"{VALID_KEYS}{', '.join(valid)}"
+            else f"{VALID_KEYS}{', '.join(valid)}{OTHER_SCRIPT if len(where) == 1 else ''}"
         )
         return f"unknown key {key}{advice}"
     if problem["type"] == "missing":

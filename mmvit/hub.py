@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from huggingface_hub import snapshot_download
@@ -104,10 +104,16 @@ def download(path: str | Path, patterns: Sequence[str] = ("*.json", "*.safetenso
 
 def read_description(folder: Path) -> dict:
     """The parsed config.json of a model folder: `{"kind": ..., "config": {...}}`."""
+    description: Any = None
     try:
         description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         return {"kind": description["kind"], "config": description["config"]}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        whose = {"architecture": "timm", "model_type": "transformers"}
+        for key in whose.keys() & (description if isinstance(description, dict) else {}):
+            raise UserError(
+                f"{folder} is of {whose[key]}: make its weights ours by pipelines/convert_weights.py"
+            ) from None
         raise UserError(
             f"{folder / CONFIG} is not an mmvit model description (JSON with 'kind' and 'config')"
         ) from None

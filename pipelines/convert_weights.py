@@ -57,6 +57,8 @@ def main() -> None:
         save_vit(model, options.out, options.to, names)
     if source.suffix == ".npz" and "mlp" not in settings:
         print(f"mlp = {model.config.core.mlp}, as the official code has it: --set mlp=gelu for the exact one")
+    if not model.head.weight.any():
+        print("its head is untrained: all zeros")
     core, parameters = model.config.core, sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{options.out}: {core.depth} layers of width {core.width}, {core.num_heads} heads, patches of "

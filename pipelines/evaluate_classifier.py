@@ -36,7 +36,7 @@ from mmvit.evaluation.accuracy import views_of
 from mmvit.evaluation.attention_maps import attention_maps
 from mmvit.evaluation.calibration import calibration_error, confusion_matrix, draw_confusion
 from mmvit.evaluation.frozen import few_shot_accuracies, linear_probe_accuracy, nearest_neighbour_accuracy
-from mmvit.evaluation.image_classifier import ImageClassifier
+from mmvit.evaluation.image_classifier import UNTRAINED, ImageClassifier
 from mmvit.hub import write_json
 from mmvit.models.classifier import Classifier
 from mmvit.models.perceptual import fit_pixels
@@ -55,6 +55,8 @@ def main() -> None:
         raise UserError(f"--out {options.out}: {options.out.parent} is a file, not a folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier = ImageClassifier.from_pretrained(options.model, device)
+    if not (classifier.is_trained or options.features):
+        raise UserError(f"{options.model}: {UNTRAINED} (--features)")
     model, names = classifier.model, class_names(options.data, classifier)
     if options.shift < 0:
         raise UserError(f"--shift {options.shift}: it is a number of pixels, 0 or more")

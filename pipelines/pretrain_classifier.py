@@ -1,5 +1,5 @@
 """Pre-trains a classifier on shards of pictures without classes: by masked patch prediction as in the ViT
-paper, by BYOL (`method = "byol"`) or by MAE (`method = "mae"`).
+paper (`method = "masked_patches"`), by BYOL (`method = "byol"`) or by MAE (`method = "mae"`).
 
     python pipelines/pretrain_classifier.py configs/fashion_mnist_masked.toml
     python pipelines/train_classifier.py configs/fashion_mnist_vit.toml \\
@@ -44,7 +44,7 @@ class PretrainingRecipe(Recipe):
 
     data: DataConfig
     model: ClassifierConfig
-    method: Literal["masked_patches", "byol", "mae"] = "masked_patches"
+    method: Literal["masked_patches", "byol", "mae"]
     masked_patches: MaskedPatchesConfig = MaskedPatchesConfig()
     byol: BYOLConfig = BYOLConfig()
     mae: MaskedAutoencoderConfig = MaskedAutoencoderConfig()

@@ -67,6 +67,7 @@ def test_names_are_kept_beside_the_weights(tmp_path):
     assert ImageClassifier.from_pretrained(tmp_path / "named").classes == NAMES
     assert ImageClassifier.from_pretrained(new_model().save_pretrained(tmp_path / "plain")).named is False
     resnet = ResNet(ResNetConfig(image_size=16, num_classes=4, width=32, depths=(1,), root="small"))
+    torch.nn.init.normal_(resnet.head.weight)
     ImageClassifier(resnet, NAMES).save_pretrained(tmp_path / "resnet")
     found = ImageClassifier.from_pretrained(tmp_path / "resnet").classify([Image.new("RGB", (16, 16))])
     assert {name for name, _ in found[0]} == set(NAMES)
@@ -78,6 +79,10 @@ def test_mistakes_are_named(tmp_path):
     classifier = ImageClassifier(new_model())
     with pytest.raises(UserError, match="no pictures to classify"):
         classifier.classify([])
+    pretrained = ImageClassifier(Classifier(MODEL))
+    with pytest.raises(UserError, match="has not learnt classes: its head is all zeros"):
+        pretrained.classify([Image.new("RGB", (16, 16))])
+    assert pretrained.features([Image.new("RGB", (16, 16))]).shape == (1, 16)
     with pytest.raises(UserError, match="top is 0"):
         classifier.classify([Image.new("RGB", (16, 16))], top=0)
     new_model().save_pretrained(tmp_path)
@@ -111,13 +116,22 @@ optimizer = {{lr = 1e-2, warmup_steps = 5}}
         assert said.count("%") == 2
     (photos.parent / "empty").mkdir(exist_ok=True)
     for wrong, words in (
-        (photos.parent / "empty", "holds no pictures (jpg, png, webp, jpeg)"),
-        (config, "is no picture that can be read"),
+        (photos.parent / "empty", "holds no pictures (jpg, png, webp, jpeg, gif"),
+        (config, "1 of 1 pictures could not be read: "),
         (tmp_path / "none.png", "No such file"),
     ):
         ran = run_script("pipelines/classify_images.py", tmp_path / "run", wrong)
         assert ran.returncode == 2, ran.stdout
         assert words in ran.stderr
+    mixed = tmp_path / "mixed"
+    shutil.copytree(photos, mixed)
+    (mixed / "broken.png").write_bytes(b"no picture")
+    (mixed / "notes.txt").write_text("no picture")
+    ran = run_script("pipelines/classify_images.py", tmp_path / "run", mixed)
+    assert ran.returncode == 2
+    assert len(ran.stdout.splitlines()) == 8
+    assert "1 other files are left out" in ran.stderr
+    assert "1 of 9 pictures could not be read: " in ran.stderr
     other = tmp_path / "other"
     shutil.copytree(named_shards, other)
     (other / "dataset.json").write_text(json.dumps({"classes": [NAMES[1], NAMES[0], *NAMES[2:]]}))

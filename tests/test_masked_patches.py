@@ -126,6 +126,9 @@ def test_a_classifier_is_pre_trained_without_classes_and_started_from(
     recipes = {name: tmp_path / f"{name}.toml" for name in ("masked", "tuned")}
     for name, path in recipes.items():
         path.write_text(f'output = "{tmp_path / name}"\n{data}')
+    ran = run_script("pipelines/pretrain_classifier.py", recipes["masked"])
+    assert ran.returncode == 2
+    assert "method is required" in ran.stderr
     ran = run_script("pipelines/pretrain_classifier.py", recipes["masked"], "--method", method)
     assert ran.returncode == 0, ran.stderr
     held_out = json.loads((tmp_path / "masked/metrics.jsonl").read_text().splitlines()[-1])

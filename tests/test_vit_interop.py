@@ -406,6 +406,9 @@ def test_pictures_and_names_go_with_the_weights(timm, tmp_path):
     peer = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
     assert peer.pretrained_cfg["label_names"] == names
     assert class_names(save_vit(model, tmp_path / "unnamed", "transformers4")) is None
+    for folder, whose in (("five", "transformers"), ("timm", "timm")):
+        with pytest.raises(UserError, match=f"is of {whose}: make its weights ours by pipelines/convert"):
+            Classifier.from_pretrained(tmp_path / folder)
 
 
 def test_the_script_goes_there_and_back(run_script, tmp_path):

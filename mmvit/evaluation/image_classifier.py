@@ -17,6 +17,10 @@ from mmvit.models.resnet import ResNet
 from mmvit.sampling.pictures import pixels_from_pictures
 
 CLASSES = "classes.json"  # beside the weights
+UNTRAINED = (
+    "this classifier has not learnt classes: its head is all zeros, as after pre-training. Train it on, by "
+    "pipelines/train_classifier.py with --start.model FOLDER; its features need no head"
+)
 KINDS = {kind.kind: kind for kind in (Classifier, ResNet)}
 
 
@@ -40,6 +44,11 @@ class ImageClassifier:
             raise UserError(f"there are {len(classes)} names for a classifier of {number} classes")
         self.model, self.named = model.eval(), classes is not None
         self.classes = list(classes) if classes is not None else [str(label) for label in range(number)]
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it has learnt classes: the head of one that was pre-trained without them is all zeros."""
+        return bool(self.model.head.weight.any())
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +90,9 @@ class ImageClassifier:
 
     @torch.inference_mode()
     def logits(self, pictures: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
-        """(pictures, classes), float32 on the CPU."""
+        """(pictures, classes), float32 on the CPU. Raises UserError where the head is untrained."""
+        if not self.is_trained:
+            raise UserError(UNTRAINED)
         return self.model.head(self.features(pictures, batch_size).to(self.device)).float().cpu()
 
     def classify(
