@@ -52,6 +52,8 @@ def test_a_misspelt_folder_names_its_neighbour(tmp_path):
     (tmp_path / "photos").mkdir()
     with pytest.raises(UserError, match=r"no shards match .*photso; .* no photso; did you mean .*photos\?"):
         expand_shards(tmp_path / "photso")
+    with pytest.raises(UserError, match=r"no shards match .*xyz; .* has no xyz; it has photos$"):
+        expand_shards(tmp_path / "xyz")
     with pytest.raises(UserError, match=r"photso does not exist; did you mean .*photos\?"):
         expand_shards(tmp_path / "photso" / "train-*.tar")
 

@@ -122,7 +122,8 @@ def what_exists(path: Path) -> str:
     if not names and folder != path and path.suffix not in SHARD_SUFFIXES:
         folders = sorted(inner.name for inner in folder.iterdir() if inner.is_dir())
         near = difflib.get_close_matches(path.name, folders, n=1)
-        return f"{folder} has no {path.name}" + (f"; did you mean {folder / near[0]}?" if near else "")
+        held = f"; it has {', '.join(folders[:8])}{' ...' if len(folders) > 8 else ''}" if folders else ""
+        return f"{folder} has no {path.name}" + (f"; did you mean {folder / near[0]}?" if near else held)
     missing = path.parent
     if not names and not missing.is_dir():  # the nearest existing folder is further up
         while not missing.parent.is_dir():
