@@ -4,12 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from mmvit import ImageClassifier
 from mmvit.core.transformer import TransformerConfig
+from mmvit.data.images import decode_image, to_unit_range
 from mmvit.data.shards import read_shard
 from mmvit.errors import UserError
 from mmvit.models.classifier import Classifier, ClassifierConfig
@@ -62,6 +64,24 @@ def test_pictures_get_the_classes_of_the_logits(photos):
     assert grey.logits([Image.new("L", (40, 20))]).shape == (1, 4)
 
 
+def test_pictures_of_every_mode_are_read_as_those_of_files(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    levels = torch.randint(65536, (24, 20), generator=draw, dtype=torch.int32).numpy().astype(np.uint16)
+    alpha = torch.randint(256, (24, 20, 4), generator=draw, dtype=torch.uint8).numpy()
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was held upright
+    for name, picture in (
+        ("deep", Image.fromarray(levels)),
+        ("through", Image.fromarray(alpha)),
+        ("turned", Image.fromarray(alpha[..., :3])),
+    ):
+        path = tmp_path / f"{name}.png"
+        picture.save(path, exif=turned if name == "turned" else None)
+        expected = to_unit_range(decode_image(path.read_bytes(), (16, 16)))
+        found = pixels_from_pictures([Image.open(path)], 16, 16)[0]
+        assert np.array_equal(found.numpy(), expected), name
+
+
 def test_names_are_kept_beside_the_weights(tmp_path):
     ImageClassifier(new_model(), NAMES).save_pretrained(tmp_path / "named")
     assert ImageClassifier.from_pretrained(tmp_path / "named").classes == NAMES
@@ -79,6 +99,12 @@ def test_mistakes_are_named(tmp_path):
     classifier = ImageClassifier(new_model())
     with pytest.raises(UserError, match="no pictures to classify"):
         classifier.classify([])
+    with pytest.raises(UserError, match=r"a list of pictures is wanted.*\[picture\]"):
+        classifier.classify(Image.new("RGB", (16, 16)))
+    with pytest.raises(UserError, match="picture 0 is a str, not one of Pillow's"):
+        classifier.classify(["photo.png"])
+    with pytest.raises(UserError, match="picture 0: its pixels are floating-point numbers of unknown range"):
+        classifier.classify([Image.new("F", (16, 16))])
     pretrained = ImageClassifier(Classifier(MODEL))
     with pytest.raises(UserError, match="has not learnt classes: its head is all zeros"):
         pretrained.classify([Image.new("RGB", (16, 16))])

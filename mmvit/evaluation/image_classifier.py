@@ -14,7 +14,7 @@ from mmvit.hub import find_model_folder, read_part_description, write_json
 from mmvit.models.classifier import Classifier
 from mmvit.models.perceptual import fit_pixels
 from mmvit.models.resnet import ResNet
-from mmvit.sampling.pictures import pixels_from_pictures
+from mmvit.sampling.pictures import check_pictures, pixels_from_pictures
 
 CLASSES = "classes.json"  # beside the weights
 UNTRAINED = (
@@ -80,6 +80,7 @@ class ImageClassifier:
     @torch.inference_mode()
     def features(self, pictures: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
         """What the head reads: (pictures, width), float32 on the CPU."""
+        check_pictures(pictures)
         if not pictures:
             raise UserError("no pictures to classify; give at least one")
         config, found = self.model.config, []
