@@ -179,6 +179,11 @@ def test_the_script_measures_and_draws(run_script, tiny_shards, tmp_path):
     out = tmp_path / "resnet.png"
     arguments = (tmp_path / "resnet", tiny_shards, "--split", "heldout", "--out", out)
     ran = run_script("pipelines/evaluate_classifier.py", *arguments)
+    assert ran.returncode == 2
+    assert "has not learnt classes: its head is all zeros" in ran.stderr
+    torch.nn.init.normal_(resnet.head.weight)
+    resnet.save_pretrained(tmp_path / "resnet")
+    ran = run_script("pipelines/evaluate_classifier.py", *arguments)
     assert ran.returncode == 0, ran.stderr
     assert json.loads(out.with_suffix(".json").read_text())["accuracy"] == 0.25  # a head of zeros
     assert not out.with_name("resnet-attention.png").exists()
