@@ -50,14 +50,15 @@ def main() -> None:
             f"{options.out} is named like a file, and mmvit has folders; for an .npz add --to official"
         )
     settings = dict(map(parse_setting, options.set))
-    model, names = read(source, settings)
+    classifier = read(source, settings)
+    model = classifier.model
     if options.to == "mmvit":
-        ImageClassifier(model, names).save_pretrained(options.out)
+        classifier.save_pretrained(options.out)
     else:
-        save_vit(model, options.out, options.to, names)
+        save_vit(model, options.out, options.to, classifier.classes if classifier.named else None)
     if source.suffix == ".npz" and "mlp" not in settings:
         print(f"mlp = {model.config.core.mlp}, as the official code has it: --set mlp=gelu for the exact one")
-    if not model.head.weight.any():
+    if not classifier.is_trained:
         print("its head is untrained: all zeros")
     core, parameters = model.config.core, sum(parameter.numel() for parameter in model.parameters())
     print(
@@ -74,13 +75,13 @@ def parse_setting(pair: str) -> tuple[str, Any]:
     return name, parse_size(text, "--set image_size") if name == "image_size" else parse_value(text)
 
 
-def read(source: Path, settings: dict) -> tuple[Classifier, list[str] | None]:
-    """The model, and the names of its classes where the source tells them and the head is kept."""
+def read(source: Path, settings: dict) -> ImageClassifier:
+    """The model, with the names of its classes where the source tells them and the head is kept."""
     if (folder := find_ours(source, settings)) is not None:
-        return Classifier.from_pretrained(folder), read_classes(folder / CLASSES)
+        return ImageClassifier(Classifier.from_pretrained(folder), read_classes(folder / CLASSES))
     model, names = load_vit(source, **settings), class_names(source)
     is_whole = names is not None and len(names) == model.config.num_classes
-    return model, names if is_whole and "num_classes" not in settings else None
+    return ImageClassifier(model, names if is_whole and "num_classes" not in settings else None)
 
 
 if __name__ == "__main__":

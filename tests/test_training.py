@@ -438,16 +438,19 @@ def test_config_toml_holds_every_kind_of_value(tmp_path):
     assert load_config(Outer, recipe.output / "config.toml") == recipe
 
 
-def test_classifier_script_trains_resumes_and_reports_mistakes(tmp_path, tiny_shards, run_script):
-    config = tmp_path / "config.toml"
-    config.write_text(
-        f"""
-output = "{tmp_path}/run"
-data = {{train = "{tiny_shards}/train-*.tar", held_out = "{tiny_shards}/heldout-*.tar"}}
+def classifier_recipe(run: Path, shards: Path, held_out: Path | None = None) -> str:
+    """A recipe of three steps of a tiny classifier."""
+    return f"""
+output = "{run}"
+data = {{train = "{shards}/train-*.tar", held_out = "{held_out or shards / "heldout-*.tar"}"}}
 model = {{image_size = 16, patch_size = 8, num_classes = 4, core = {{width = 16, depth = 1, num_heads = 2}}}}
 train = {{steps = 3, batch_size = 8, log_every = 1}}
 """
-    )
+
+
+def test_classifier_script_trains_resumes_and_reports_mistakes(tmp_path, tiny_shards, run_script):
+    config = tmp_path / "config.toml"
+    config.write_text(classifier_recipe(tmp_path / "run", tiny_shards))
     script = "pipelines/train_classifier.py"
     first = run_script(script, config)
     assert first.returncode == 0, first.stderr
@@ -472,15 +475,9 @@ def test_what_evaluations_skip_is_counted_at_the_end(tmp_path, tiny_shards, run_
     shard = tmp_path / "heldout-000000.tar"
     shard.write_bytes((tiny_shards / "heldout-000000.tar").read_bytes()[:-15_000])
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(
-        f"""
-output = "{tmp_path}/run"
-data = {{train = "{tiny_shards}/train-*.tar", held_out = "{shard}"}}
-model = {{image_size = 16, patch_size = 8, num_classes = 4, core = {{width = 16, depth = 1, num_heads = 2}}}}
-train = {{steps = 3, batch_size = 8, log_every = 1, num_workers = 0, precision = "fp32"}}
-"""
-    )
-    ran = run_script("pipelines/train_classifier.py", recipe)
+    recipe.write_text(classifier_recipe(tmp_path / "run", tiny_shards, held_out=shard))
+    plain = ("--train.num_workers", 0, "--train.precision", "fp32")
+    ran = run_script("pipelines/train_classifier.py", recipe, *plain)
     assert ran.returncode == 0, ran.stderr
     assert "3 steps of 8 samples in float32, a line every 1\n" in ran.stdout
     (line,) = [line for line in ran.stdout.splitlines() if line.startswith("in all evaluations together: ")]
