@@ -27,6 +27,7 @@ CAUSAL = ("--model.attention", "causal", "--model.text_loss_weight", "1")
 VARIANTS: dict[str, tuple[str, ...]] = {
     DEFAULT: (),
     "AdamW": ("--optimizer.name", "adamw", "--optimizer.lr", "1e-3"),
+    "embeddings and head at 3 times the rate": ("--optimizer.lr", "6e-3", "--optimizer.muon_lr", "2e-3"),
     "2-D rotary": ("--model.positions", "rotary_2d"),
     "RMSNorm": ("--model.core.norm", "rmsnorm"),
     "SwiGLU": ("--model.core.mlp", "swiglu"),

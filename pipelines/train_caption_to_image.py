@@ -8,18 +8,20 @@
     python pipelines/train_caption_to_image.py configs/emoji_demo.toml --start.model generators/emoji
 
 With `start.model` a trained generator is trained on, on captions and codes of the tokenizers that it has;
-`[model]` then needs only what differs. The same command with --resume continues. The run folder then holds
-the model with both tokenizers (best/, last/), ready for pipelines/sample_images.py, and a grid of samples at
-every evaluation (samples/).
+`[model]` then needs only what differs. With `start.translate_from = "en"` it goes on from English to the
+languages of data.languages: captions of the same pictures tell which words say the same. The same command
+with --resume continues. The run folder then holds the model with both tokenizers (best/, last/), ready for
+pipelines/sample_images.py, and a grid of samples at every evaluation (samples/).
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
+from mmvit.data.translation import token_translations
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.likelihood import mean_loss
 from mmvit.hub import find_model_folder
@@ -38,6 +40,17 @@ class GeneratorStart(StartConfig):
     codebook: bool = Field(
         True, description="whether codes begin with vectors and logits of what they look like"
     )
+    translate_from: str | None = Field(
+        None,
+        description="the language that `model` reads: tokens that its captions do not have begin as mixtures "
+        "of those that say the same in it",
+    )
+
+    @model_validator(mode="after")
+    def _translations_are_of_a_model(self) -> Self:
+        if self.translate_from and not self.model:
+            raise ValueError("start.translate_from is for a model that reads this language: set start.model")
+        return self
 
 
 class GeneratorRecipe(Recipe):
@@ -90,6 +103,10 @@ def main() -> None:
         check_preview(recipe.samples, recipe.model)
         data = open_caption_codes(session, recipe.data, recipe.model)
         model = begin(recipe.start, data)
+        if known := recipe.start.translate_from:
+            words = token_translations(recipe.data.train, data.text_tokenizer, known, recipe.data.languages)
+            begun = model.start_from_translations(*words)
+            session.say(f"{begun:,} tokens that no caption in {known} has begin as mixtures of its tokens")
 
         def whole(model: nn.Module) -> Generator:
             return Generator(model, data.text_tokenizer, data.image_tokenizer, recipe.samples.settings)

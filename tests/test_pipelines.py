@@ -293,12 +293,21 @@ def test_a_trained_generator_is_trained_on(run, place, run_script, tmp_path):
     (tmp_path / "text").mkdir()
     other.save(str(tmp_path / "text/tokenizer.json"))
     refused(train_on("--data.text_tokenizer", tmp_path / "text"), "tokenizer")
-    ran = train_on("--model.caption_dropout", 0.3)
+    ran = train_on(
+        "--model.caption_dropout", 0.3, "--start.translate_from", "en", "--data.languages", '["en", "de"]'
+    )
     assert ran.returncode == 0, ran.stderr
+    assert "1 tokens that no caption in en has begin as mixtures" in ran.stdout
     found, begun = (
         read_weights(tmp_path / "more/last/model.safetensors"),
         read_weights(start / "model.safetensors"),
     )
+    texts = TextTokenizer.from_file(start / "text_tokenizer")
+    (quadrat,), square = texts.tokenize("quadrat"), texts.tokenize("square")
+    words = begun["text_embedding.weight"] = begun["text_embedding.weight"].float()
+    assert torch.cosine_similarity(words[quadrat], words[square].mean(0), dim=0) < 0.5
+    words[quadrat] = found["text_embedding.weight"][quadrat]
+    assert torch.cosine_similarity(words[quadrat], words[square].mean(0), dim=0) > 0.9
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, begun[name].float(), atol=1e-6, rtol=0)
     assert GeneratorTransformer.from_pretrained(tmp_path / "more").config.caption_dropout == 0.3
@@ -314,6 +323,7 @@ def test_a_trained_generator_is_trained_on(run, place, run_script, tmp_path):
         (["--model.attention", "prefix"], ["text_loss_weight = 0"]),
         (["--model.grid", "[4,4]"], ["model.grid is (4, 4), but the shards have (2, 2); leave it out"]),
         (["--model.attention", "dalle"], ["model.convolution is 11, but the shards have 2 columns of codes"]),
+        (["--start.translate_from", "en"], ["start.translate_from is for a model", "set start.model"]),
         (["--data.text_tokenizer", "nowhere"], ["no text tokenizer at nowhere"]),
     ],
 )

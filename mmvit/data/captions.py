@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -169,11 +170,17 @@ def read_caption(
 
 def choose_caption(facts: dict, languages: Sequence[str], rng: random.Random) -> str | None:
     """Draws one of the captions `{"captions": {language: caption}}` in `languages`; None if there is none."""
+    captions = captions_of(facts)
+    spoken = [language for language in languages if language in captions]
+    return captions[rng.choice(spoken)] if spoken else None
+
+
+def captions_of(facts: Any) -> dict[str, str]:
+    """The captions by language of a sample's `json`, which holds {"captions": {language: caption}}."""
     captions = facts.get("captions", {}) if isinstance(facts, dict) else {}
     if not isinstance(captions, dict):
         raise BadSample("json is invalid", 'captions are not {"captions": {language: caption}}')
-    spoken = [language for language in languages if isinstance(captions.get(language), str)]
-    return captions[rng.choice(spoken)] if spoken else None
+    return {language: caption for language, caption in captions.items() if isinstance(caption, str)}
 
 
 def read_text(sample: Sample, extension: str) -> str:

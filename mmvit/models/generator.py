@@ -118,6 +118,26 @@ class GeneratorTransformer(Pretrained, nn.Module):
         for table in (self.code_embedding.weight, self.image_head.weight):
             table.copy_(0.02 * likeness.to(table.device) @ mixing.to(table.device))
 
+    @torch.no_grad()
+    def start_from_translations(self, tokens: Tensor, meanings: Tensor, shares: Tensor) -> int:
+        """Starts words that the model has not learnt as mixtures of words that it has, as WECHSEL does for
+        whole languages (Minixhofer et al., 2112.06598).
+
+        Args:
+            tokens, meanings, shares: `mmvit.data.translation.Translations`; each of `tokens` begins as the
+                sum of the embeddings of its `meanings` by their `shares`, the others stay as they are.
+
+        Returns:
+            how many tokens begin anew.
+        """
+        begun, counts = torch.unique_consecutive(tokens, return_counts=True)
+        table = self.text_embedding.weight
+        first = counts.cumsum(0) - counts
+        known = table.detach().to("cpu", torch.float32)
+        mixtures = F.embedding_bag(meanings, known, first, mode="sum", per_sample_weights=shares)
+        table[begun.to(table.device)] = mixtures.to(table)
+        return len(begun)
+
     def embed_captions(self, caption_ids: Tensor) -> Tensor:
         """caption_ids (batch, text_length) → (batch, 1 + text_length, width), without positions.
 

@@ -1,0 +1,101 @@
+"""Which tokens of one language say what those of another say, learnt from captions of the same pictures."""
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmvit.data.captions import TextTokenizer, captions_of, read_text
+from mmvit.data.shards import BadSample, Sample, ShardPatterns
+from mmvit.data.stream import ShardStream
+from mmvit.errors import UserError
+
+ROUNDS = 8  # of expectation and maximization
+NOTHING = -1  # what a token is written for that no token of the other text stands for
+
+
+class TranslationsSample:
+    """→ {"json": str}, captions of one picture by language."""
+
+    needs = (("json",),)
+
+    def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
+        text = read_text(sample, "json")
+        try:
+            return {"json": json.dumps(captions_of(json.loads(text)))}
+        except json.JSONDecodeError as error:
+            raise BadSample("json is invalid", str(error)) from None
+
+
+class Translations(NamedTuple):
+    """For tokens of the languages that are new, the tokens of a known one that they stand for.
+
+    Three tensors (entries,): `tokens` int64 in ascending order, each as often as it has `meanings`, int64;
+    and `shares`, float32, which sum to 1 for each token.
+    """
+
+    tokens: Tensor
+    meanings: Tensor
+    shares: Tensor
+
+
+def token_translations(
+    shards: ShardPatterns, tokenizer: TextTokenizer, known: str, languages: Iterable[str]
+) -> Translations:
+    """What the tokens of `languages` mean in the tokens of the language `known`, by the captions of `shards`;
+    tokens that `known` has itself are left out.
+
+    Raises:
+        UserError: where no picture has a caption in `known` and one in another of `languages`.
+    """
+    stream = ShardStream(shards, TranslationsSample(), batch_size=256, shuffle_buffer=0, repeat=False)
+    pictures: list[dict[str, str]] = [json.loads(text) for batch in stream for text in batch["json"]]
+    others = sorted({*languages} - {known})
+    pairs = [
+        (tokenizer.tokenize(captions[language]), tokenizer.tokenize(captions[known]))
+        for captions in pictures
+        if known in captions
+        for language in others
+        if language in captions
+    ]
+    if not pairs:
+        found = sorted({language for captions in pictures for language in captions})
+        raise UserError(
+            f"of {len(pictures):,} pictures none has captions in {known} and in "
+            f"{' or '.join(others) or 'another of data.languages'}; found {', '.join(found) or 'no language'}"
+        )
+    own = {token for captions in pictures for token in tokenizer.tokenize(captions.get(known, ""))}
+    found = align_tokens(pairs)
+    is_new = ~torch.isin(found.tokens, torch.tensor(sorted(own), dtype=torch.int64))
+    return Translations(*(column[is_new] for column in found))
+
+
+def align_tokens(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Translations:
+    """The first of IBM's models of translation (Brown et al. 1993, section 4.1), by expectation and
+    maximization from even chances: each token of the second text of a pair was written for one of the first
+    text's, or for none of them. A token's share is that in all that was written for the other."""
+    spoken, written, occasions = [], [], []
+    occasion = 0
+    for first, second in pairs:
+        candidates = [*first, NOTHING]
+        for token in second:
+            spoken += candidates
+            written += [token] * len(candidates)
+            occasions += [occasion] * len(candidates)
+            occasion += 1
+    base = 1 + max(written)
+    entries, entry_of = torch.unique(torch.tensor(spoken) * base + torch.tensor(written), return_inverse=True)
+    tokens, meanings = entries // base, entries % base
+    _, token_of = torch.unique_consecutive(tokens, return_inverse=True)
+    occasion_of = torch.tensor(occasions)
+    shares = torch.ones(len(entries), dtype=torch.float64)
+    for _ in range(ROUNDS):
+        chances = shares[entry_of]
+        chances /= torch.bincount(occasion_of, chances)[occasion_of]
+        counts = torch.bincount(entry_of, chances)
+        shares = counts / torch.bincount(token_of, counts)[token_of]
+    is_token = tokens != NOTHING
+    return Translations(tokens[is_token], meanings[is_token], shares[is_token].float())
