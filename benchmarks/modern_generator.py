@@ -26,8 +26,12 @@ DEFAULT, UNGUIDED = "the default", "captions never left out"
 CAUSAL = ("--model.attention", "causal", "--model.text_loss_weight", "1")
 VARIANTS: dict[str, tuple[str, ...]] = {
     DEFAULT: (),
-    "AdamW": ("--optimizer.name", "adamw", "--optimizer.lr", "1e-3"),
-    "embeddings and head at 3 times the rate": ("--optimizer.lr", "6e-3", "--optimizer.muon_lr", "2e-3"),
+    "AdamW alone, 1e-3": ("--optimizer.name", "adamw", "--optimizer.lr", "1e-3"),
+    "AdamW alone, 4e-3": ("--optimizer.name", "adamw", "--optimizer.lr", "4e-3"),
+    "embeddings and head at 2e-3, as the hidden layers": ("--optimizer.lr", "2e-3"),
+    "embeddings and head at 6e-3": ("--optimizer.lr", "6e-3"),
+    "embeddings and head at 6e-2": ("--optimizer.lr", "6e-2"),
+    "hidden layers at 5e-3": ("--optimizer.muon_lr", "5e-3"),
     "2-D rotary": ("--model.positions", "rotary_2d"),
     "RMSNorm": ("--model.core.norm", "rmsnorm"),
     "SwiGLU": ("--model.core.mlp", "swiglu"),
