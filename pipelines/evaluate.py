@@ -64,8 +64,8 @@ OF_LANGUAGE = ("held_out_loss", "retrieval@1", "retrieval@5")
 def main() -> None:
     options = parse_arguments()
     check_picture_name(options.out)
-    for name in ("rows", "seeds"):
-        if (number := getattr(options, name)) < 1:
+    for name in ("rows", "seeds", "limit"):
+        if (number := getattr(options, name)) is not None and number < 1:
             raise UserError(f"--{name} {number}: it is 1 or more")
     if options.captioned < 0:
         raise UserError(f"--captioned {options.captioned}: it is 0 or more")
@@ -130,7 +130,11 @@ def evaluate_generator(options: argparse.Namespace) -> None:
     def captions(split: str, language: str) -> dict[str, Any]:
         return read_split(options.data, split, CaptionSample([language], falls_back=not options.language))
 
-    unseen = Unseen.of(captions(options.split, first), real, trained)
+    def measured(language: str) -> Unseen:
+        whole = Unseen.of(captions(options.split, language), real, trained)
+        return whole.spread(options.limit) if options.limit else whole
+
+    unseen = measured(first)
     how = generator.defaults.but(given(options, "seed"))
     settings = {name: getattr(how, name) for name in (*OWN, "seed")} | {"candidates": options.candidates}
     scorer = CaptionScorer.from_pretrained(options.scorer) if options.scorer else None
@@ -152,7 +156,7 @@ def evaluate_generator(options: argparse.Namespace) -> None:
     if others:
         figures["languages"] = {first: {name: figures[name] for name in OF_LANGUAGE}}
         for language in others:
-            own = Unseen.of(captions(options.split, language), real, trained)
+            own = measured(language)
             found, _, _ = loss_and_retrieval(
                 generator, own, generator.encode(own.pixels), scorer=scorer, **settings
             )
@@ -164,9 +168,9 @@ def evaluate_generator(options: argparse.Namespace) -> None:
     draw_best_to_worst(report, unseen, options.rows).save(options.out)
     show(figures)
     print(
-        f"of {figures['captions']} unseen captions {figures['retrieval@1']:.1%} find their own picture among "
-        f"{figures['candidates']}, {figures['retrieval@5']:.1%} among the five nearest; the tokenizer's "
-        f"own reconstructions {figures['reconstruction_retrieval@1']:.1%}"
+        f"of {figures['captions']} captions of {options.split} {figures['retrieval@1']:.1%} find their own "
+        f"picture among {figures['candidates']}, {figures['retrieval@5']:.1%} among the five nearest; the "
+        f"tokenizer's own reconstructions {figures['reconstruction_retrieval@1']:.1%}"
     )
 
 
@@ -229,6 +233,9 @@ def parse_arguments() -> argparse.Namespace:
     measured = parser.add_argument_group("for a generator: what is measured")
     measured.add_argument(
         "--language", nargs="+", help="of the captions (en); of further ones loss and retrieval"
+    )
+    measured.add_argument(
+        "--limit", type=int, help="captions measured, evenly spread over a larger split (all of the split)"
     )
     measured.add_argument("--train", default=TRAIN, help="the split it has seen (%(default)s)")
     measured.add_argument("--seeds", type=int, default=1, help="pictures of each caption (%(default)s)")

@@ -160,6 +160,23 @@ def test_evaluation_by_a_clip_a_classifier_and_in_two_languages(run, tiny_shards
     refused(run_script("pipelines/evaluate.py", *arguments, "--train", "trian"), "no shards", "trian-*.tar")
     refused(run_script("pipelines/evaluate.py", *arguments, "--scorer", "x"), "chooses among --candidates")
     refused(run_script("pipelines/evaluate.py", *arguments, "--captioned", -1), "-1: it is 0 or more")
+    refused(run_script("pipelines/evaluate.py", *arguments, "--limit", 0), "--limit 0: it is 1 or more")
+
+
+def test_a_part_of_a_split_is_spread_over_it(run, tiny_shards, run_script, tmp_path):
+    real = read_split(tiny_shards, "*", PixelsSample((16, 16)))
+    unseen = Unseen.of(read_split(tiny_shards, "train", CaptionSample()), real, [])
+    part = unseen.spread(5)
+    assert part.keys == [f"train-{number:03d}" for number in (0, 12, 24, 35, 47)]
+    assert [unseen.captions[unseen.keys.index(key)] for key in part.keys] == part.captions
+    assert torch.equal(part.pixels, unseen.pixels[[0, 12, 24, 35, 47]])
+    assert unseen.spread(100).keys == unseen.keys
+    out = tmp_path / "sheet.png"
+    ran = run_script(
+        "pipelines/evaluate.py", run, tiny_shards, "--split", "train", "--limit", 5, "--out", out
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "of 5 captions of train" in ran.stdout
 
 
 def test_copies_of_training_pictures_are_counted(run, tiny_shards):

@@ -2,7 +2,7 @@
 of them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -51,6 +51,16 @@ class Unseen:
             everything=real["pixels"],
             own=torch.tensor([place[key] for key, _ in pairs], dtype=torch.long),
             trained=torch.tensor([place[key] for key in trained if key in place], dtype=torch.long),
+        )
+
+    def spread(self, number: int) -> Self:
+        """`number` of the captions, evenly spread over the split, or all where there are fewer."""
+        chosen = evenly_spread(len(self.own), number)
+        return replace(
+            self,
+            keys=[self.keys[i] for i in chosen],
+            captions=[self.captions[i] for i in chosen],
+            own=self.own[chosen],
         )
 
 
@@ -142,7 +152,7 @@ def measure_captions(
 ) -> dict[str, float]:
     """How often a real picture's own caption is the likeliest of all captions of the data set
     (`rank_captions`), for `number` pictures evenly spread over the split."""
-    chosen = torch.linspace(0, len(unseen.own) - 1, min(number, len(unseen.own))).round().long()
+    chosen = evenly_spread(len(unseen.own), number)
     candidates = list(dict.fromkeys([*unseen.captions, *all_captions]))
     precision = choose_precision("auto", generator.device)
     scores = rank_captions(generator, unseen.pixels[chosen], candidates, precision).cpu()
@@ -151,6 +161,11 @@ def measure_captions(
     is_own[torch.arange(len(chosen)), [place[unseen.captions[i]] for i in chosen]] = True
     ranks = caption_ranks(scores, is_own)
     return {"captioned": len(chosen), "caption_candidates": len(candidates), **recalls("caption", ranks)}
+
+
+def evenly_spread(total: int, number: int) -> Tensor:
+    """Places of `number` among `total`, from the first to the last; all where there are not as many."""
+    return torch.linspace(0, total - 1, min(number, total)).round().long()
 
 
 def recalls(name: str, ranks: Tensor) -> dict[str, float]:
