@@ -8,6 +8,7 @@ column is the real emoji. Nothing is chosen but the captions.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 from mmvit import Generator
@@ -17,11 +18,12 @@ from mmvit.evaluation.splits import read_split
 from mmvit.sampling.grids import check_picture_name, labelled_grid, side_by_side
 from mmvit.sampling.pictures import pictures_from_pixels
 
+LANGUAGES = ("en", "ja", "de")
 SHOWN = (
-    "red apple", "thumbs up dark skin tone", "woman astronaut dark skin tone", "astronaut dark skin tone",
-    "man judge light skin tone", "ear dark skin tone", "woman student medium skin tone",
+    "red apple", "赤リンゴ", "thumbs up dark skin tone", "woman astronaut dark skin tone",
+    "man judge light skin tone", "ear dark skin tone", "rocket", "roter apfel",
     "police officer medium skin tone", "waving hand medium skin tone", "woman fairy dark skin tone",
-    "man fairy dark skin tone", "office worker medium skin tone",
+    "office worker medium skin tone",
 )  # fmt: skip
 NUM_IMAGES = 4
 UNSEEN = "combinations"
@@ -38,8 +40,8 @@ def main() -> None:
     check_picture_name(options.out)
     generator = Generator.from_pretrained(options.generator)
     found = {}
-    for split in ("train", UNSEEN):
-        whole = read_split(options.data, split, CaptionPixelsSample(generator.size))
+    for split, language in itertools.product(("train", UNSEEN), LANGUAGES):
+        whole = read_split(options.data, split, CaptionPixelsSample(generator.size, [language]))
         for caption, pixels in zip(whole["captions"], whole["pixels"], strict=True):
             found[caption] = (pixels, split == UNSEEN)
     rows, labels = [], []
