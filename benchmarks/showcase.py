@@ -8,11 +8,10 @@ column is the real emoji. Nothing is chosen but the captions.
 """
 
 import argparse
-import itertools
 from pathlib import Path
 
 from mmvit import Generator
-from mmvit.data.samples import CaptionPixelsSample
+from mmvit.data.samples import CaptionSample, PixelsSample
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.splits import read_split
 from mmvit.sampling.grids import check_picture_name, labelled_grid, side_by_side
@@ -40,10 +39,12 @@ def main() -> None:
     check_picture_name(options.out)
     generator = Generator.from_pretrained(options.generator)
     found = {}
-    for split, language in itertools.product(("train", UNSEEN), LANGUAGES):
-        whole = read_split(options.data, split, CaptionPixelsSample(generator.size, [language]))
-        for caption, pixels in zip(whole["captions"], whole["pixels"], strict=True):
-            found[caption] = (pixels, split == UNSEEN)
+    for split in ("train", UNSEEN):
+        pictures = read_split(options.data, split, PixelsSample(generator.size))["pixels"]
+        for language in LANGUAGES:
+            captions = read_split(options.data, split, CaptionSample([language]))["captions"]
+            for caption, pixels in zip(captions, pictures, strict=True):
+                found[caption] = (pixels, split == UNSEEN)
     rows, labels = [], []
     for caption in SHOWN:
         if caption not in found:

@@ -5,7 +5,6 @@ import random
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -153,13 +152,9 @@ def read_caption(
         BadSample: not UTF-8, not JSON, or neither any of the languages nor a `txt` to fall back to.
     """
     if "json" in sample.files:
-        try:
-            facts = json.loads(read_text(sample, "json"))
-        except json.JSONDecodeError as error:
-            raise BadSample("json is invalid", str(error)) from None
-        caption = choose_caption(facts, languages, rng)
-        if caption is not None:
-            return caption
+        captions = read_captions(sample)
+        if spoken := [language for language in languages if language in captions]:
+            return captions[rng.choice(spoken)]
     if "txt" in sample.files and falls_back:
         return read_text(sample, "txt").strip()
     no_text = "has no txt, and " if falls_back else "has "
@@ -168,15 +163,16 @@ def read_caption(
     )
 
 
-def choose_caption(facts: dict, languages: Sequence[str], rng: random.Random) -> str | None:
-    """Draws one of the captions `{"captions": {language: caption}}` in `languages`; None if there is none."""
-    captions = captions_of(facts)
-    spoken = [language for language in languages if language in captions]
-    return captions[rng.choice(spoken)] if spoken else None
+def read_captions(sample: Sample) -> dict[str, str]:
+    """The captions by language of a sample's `json`, which holds {"captions": {language: caption}}.
 
-
-def captions_of(facts: Any) -> dict[str, str]:
-    """The captions by language of a sample's `json`, which holds {"captions": {language: caption}}."""
+    Raises:
+        BadSample: not UTF-8, not JSON, or of another form.
+    """
+    try:
+        facts = json.loads(read_text(sample, "json"))
+    except json.JSONDecodeError as error:
+        raise BadSample("json is invalid", str(error)) from None
     captions = facts.get("captions", {}) if isinstance(facts, dict) else {}
     if not isinstance(captions, dict):
         raise BadSample("json is invalid", 'captions are not {"captions": {language: caption}}')

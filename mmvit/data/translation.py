@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmvit.data.captions import TextTokenizer, captions_of, read_text
-from mmvit.data.shards import BadSample, Sample, ShardPatterns
+from mmvit.data.captions import TextTokenizer, read_captions
+from mmvit.data.shards import Sample, ShardPatterns
 from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError
 
@@ -23,11 +23,7 @@ class TranslationsSample:
     needs = (("json",),)
 
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
-        text = read_text(sample, "json")
-        try:
-            return {"json": json.dumps(captions_of(json.loads(text)))}
-        except json.JSONDecodeError as error:
-            raise BadSample("json is invalid", str(error)) from None
+        return {"json": json.dumps(read_captions(sample))}
 
 
 class Translations(NamedTuple):
@@ -54,10 +50,10 @@ def token_translations(
     stream = ShardStream(shards, TranslationsSample(), batch_size=256, shuffle_buffer=0, repeat=False)
     pictures: list[dict[str, str]] = [json.loads(text) for batch in stream for text in batch["json"]]
     others = sorted({*languages} - {known})
+    texts = [(captions, tokenizer.tokenize(captions[known])) for captions in pictures if known in captions]
     pairs = [
-        (tokenizer.tokenize(captions[language]), tokenizer.tokenize(captions[known]))
-        for captions in pictures
-        if known in captions
+        (tokenizer.tokenize(captions[language]), text)
+        for captions, text in texts
         for language in others
         if language in captions
     ]
@@ -67,7 +63,7 @@ def token_translations(
             f"of {len(pictures):,} pictures none has captions in {known} and in "
             f"{' or '.join(others) or 'another of data.languages'}; found {', '.join(found) or 'no language'}"
         )
-    own = {token for captions in pictures for token in tokenizer.tokenize(captions.get(known, ""))}
+    own = {token for _, text in texts for token in text}
     found = align_tokens(pairs)
     is_new = ~torch.isin(found.tokens, torch.tensor(sorted(own), dtype=torch.int64))
     return Translations(*(column[is_new] for column in found))
