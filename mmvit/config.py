@@ -4,7 +4,7 @@ by name."""
 import difflib
 import json
 import tomllib
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -57,7 +57,7 @@ def load_config(cls: type[Settings], path: Path | None, overrides: list[str] = (
 
 
 def build_config(
-    cls: type[Settings], values: dict[str, Any], source: str, overridden: Container[str] = ()
+    cls: type[Settings], values: dict[str, Any], source: str, overridden: Collection[str] = ()
 ) -> Settings:
     """Validates `values` as a `cls`; errors name the `source`, or the command line for keys that it has
     `overridden`."""
@@ -71,6 +71,7 @@ def build_config(
                 key += f".{KIND}"
             parts = key.split(".")
             given = any(".".join(parts[:end]) in overridden for end in range(1, len(parts) + 1))
+            given = given or any(name.startswith(f"{key}.") for name in overridden)  # a section's own check
             origin = "the command line" if given else source
             problems.setdefault(origin, []).append(describe_problem(cls, problem))
         lines = [f"{origin}: {'; '.join(shorten(texts))}" for origin, texts in problems.items()]

@@ -22,6 +22,13 @@ from mmvit.errors import UserError
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 SHIPPED = Path(__file__).resolve().parent.parent / "generators" / "emoji"  # in a checkout
 JOINT = "joint"  # the kind of a folder with several models on one core
+IN_WORDS = {
+    "vq": "an image tokenizer",
+    "dvae": "an image tokenizer",
+    "vqgan": "an image tokenizer",
+    "clip": "a CLIP",
+    JOINT: "several models on one core",
+}
 
 
 class Pretrained:
@@ -60,13 +67,19 @@ class Pretrained:
         folder = find_model_folder(path)
         description = read_part_description(folder, cls.kind)
         if description["kind"] != cls.kind:
-            raise UserError(f"{folder} holds a {description['kind']}, not a {cls.kind}")
+            raise UserError(f"{folder} holds {in_words(description['kind'])}, not {in_words(cls.kind)}")
         model = cls(build_config(cls.config_class, description["config"], source=str(folder / CONFIG)))
         weights = read_weights(folder / WEIGHTS)
         if read_description(folder)["kind"] != cls.kind:
             weights = weights_of_part(weights, cls.kind)
         load_weights(model, weights, source=str(folder / WEIGHTS))
         return model.to(device).eval()
+
+
+def in_words(kind: str) -> str:
+    """A kind of model as a message calls it."""
+    words = IN_WORDS.get(kind, f"a {kind}")
+    return words if kind in words.lower() or kind == JOINT else f"{words} ({kind})"
 
 
 def find_model_folder(path: str | Path) -> Path:
@@ -148,8 +161,8 @@ def read_core(path: str | Path) -> tuple[Path, dict, dict[str, torch.Tensor]]:
     config = description["config"].get("core") if isinstance(description["config"], dict) else None
     if not isinstance(config, dict):
         raise UserError(
-            f"{folder} holds a {description['kind']}, which has no core to take; a classifier has, or a "
-            "generator"
+            f"{folder} holds {in_words(description['kind'])}, which has no core to take; a classifier has, "
+            "or a generator"
         )
     weights = read_weights(folder / WEIGHTS)
     own = {name.removeprefix("core."): t for name, t in weights.items() if name.startswith("core.")}

@@ -3,8 +3,10 @@
     python pipelines/caption_images.py apple.png pear.png --captions-file captions.txt --top 5
     python pipelines/caption_images.py --model runs/emoji-clip apple.png --captions-file captions.txt
 
-A generator tells log p(picture | caption) - log p(picture) of every caption, which takes a pass of its own
-for each; a CLIP compares pictures and captions in its space, at once.
+The number before a caption is, of a generator, log p(picture | caption) - log p(picture), in nats over all
+codes of the picture: above 0 the caption makes it likelier, and of two captions that differ by 3 the first is
+twenty times as likely. It takes a pass of its own for each caption. A CLIP compares pictures and captions in
+its space, at once: the number is a cosine, from -1 to 1.
 """
 
 import argparse

@@ -5,18 +5,24 @@
     python pipelines/edit_images.py --model runs/emoji apple.png "red apple" --keep mask.png
 
 --keep says what stays: a half (top, bottom, left, right), a random share of the codes, another for each
-picture, or a picture of the same size whose white parts are drawn again and whose black ones stay. Codes are
-drawn from what is above and left of them; what is kept below guides the choice among --candidates alone.
+picture, or a picture of the same size whose white parts are drawn again and whose black ones stay, code by
+code (of 8x8 pixels, as the shipped generator has them, the lighter half is drawn again). Codes are drawn from
+what is above and left of them; what is kept below guides the choice among --candidates alone. Writes
+edited.png, with the given picture on the left as the image tokenizer has it, and each drawn one alone in the
+folder edited/, numbered.
 """
 
 import argparse
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from mmvit import CaptionScorer, Generator
+from mmvit.data.writing import with_progress
 from mmvit.errors import UserError, run_script
 from mmvit.hub import SHIPPED
 from mmvit.sampling.editing import complete, variations
@@ -24,30 +30,66 @@ from mmvit.sampling.grids import check_picture_name, labelled_grid
 from mmvit.sampling.pictures import read_picture
 from mmvit.sampling.settings import add_options, given
 
+PART = 16  # pictures
+MOST_COLOUR = 32  # levels of 255 between the channels of a mask
 HALVES = ("top", "bottom", "left", "right")
 
 
 def main() -> None:
     options = parse_arguments()
-    check_picture_name(options.out)
     if options.num < 1:
         raise UserError(f"--num {options.num}: at least 1 picture is drawn")
+    check_picture_name(options.out, columns=1 + options.num)
     picture = read_picture(options.picture)
     generator = Generator.from_pretrained(options.model)
-    settings = given(options, "candidates", "seed", "negative")
+    draw = drawer(generator, picture, options)
+    row = generator.pictures(generator.encode([picture]))
+    folder = options.out.with_suffix("")
+    for drawn in with_progress(draw_in_parts(draw, options), options.num, "drawing"):
+        folder.mkdir(parents=True, exist_ok=True)
+        drawn.save(folder / f"{len(row) - 1:03d}.png")
+        row.append(drawn)
+    labelled_grid([row], [options.caption], ["caption", "given"]).save(options.out)
+    print(f"{len(row) - 1} drawn, the given one on the left: {options.out}, and each alone in {folder}/")
+
+
+def drawer(
+    generator: Generator, picture: Image.Image, options: argparse.Namespace
+) -> Callable[[int, int], list[Image.Image]]:
+    """What draws so many pictures from a seed on."""
+    settings = given(options, "candidates", "negative")
     if options.scorer:
         settings["scorer"] = CaptionScorer.from_pretrained(options.scorer)
-    try:
-        share = float(options.keep)
-    except ValueError:
+    share = as_number(options.keep)
+    if share is None:
         kept = kept_codes(options.keep, generator.transformer.config.grid, picture.size)
-        drawn = complete(generator, [picture], kept, options.caption, options.num, **settings)
-    else:
-        drawn = variations(generator, picture, options.caption, options.num, share, **settings)
-    own = generator.pictures(generator.encode([picture]))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid([[*own, *drawn]], [options.caption], ["caption", "given"]).save(options.out)
-    print(f"{len(drawn)} drawn, the given one on the left: {options.out}")
+        if kept.all():
+            raise UserError(f"--keep {options.keep}: nothing is white, so nothing would be drawn again")
+        return lambda number, seed: complete(
+            generator, [picture], kept, options.caption, number, seed=seed, **settings
+        )
+    if share == 1:
+        raise UserError("--keep 1: all codes would stay and nothing be drawn again; 0.5 is a half of them")
+    return lambda number, seed: variations(
+        generator, picture, options.caption, number, share, seed, **settings
+    )
+
+
+def as_number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def draw_in_parts(
+    draw: Callable[[int, int], list[Image.Image]], options: argparse.Namespace
+) -> Iterator[Image.Image]:
+    """All pictures, in parts of which each is saved before the next is begun; candidates are compared, so
+    that these are drawn in one."""
+    most = PART if options.candidates == 1 else options.num
+    for begun in range(0, options.num, most):
+        yield from draw(min(most, options.num - begun), options.seed + begun)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,7 +103,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("picture", type=Path)
     parser.add_argument("caption", nargs="?", default="", help="of the new picture; any picture without one")
-    parser.add_argument("--keep", default="top", help="(%(default)s)")
+    parser.add_argument(
+        "--keep", default="top", help="what stays: a half, a share as 0.5, or a mask's file (%(default)s)"
+    )
     parser.add_argument("--num", type=int, default=4, help="pictures (%(default)s)")
     parser.add_argument("--negative", default="", help="a caption that guidance leads away from")
     add_options(parser)
@@ -84,6 +128,12 @@ def kept_codes(keep: str, grid: tuple[int, int], size: tuple[int, int]) -> Tenso
         raise UserError(
             f"--keep {keep}: the mask is {mask.width}x{mask.height} pixels, the picture {size[0]}x{size[1]}; "
             "they have to be of one size"
+        )
+    levels = np.asarray(mask.convert("RGB"), dtype=int)
+    if np.ptp(levels, axis=2).max() > MOST_COLOUR:
+        raise UserError(
+            f"--keep {keep} is a picture in colour; a mask is black where the picture stays and white where "
+            "it is drawn again"
         )
     mask = ImageOps.fit(mask.convert("L"), (columns, rows), Image.Resampling.BOX)
     return torch.tensor(list(mask.tobytes())).view(grid) < 128

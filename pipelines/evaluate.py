@@ -13,7 +13,7 @@ pictures of one caption differ, --clip retrieval in a CLIP's space, --classifier
 finds the caption's class (of --classes, shards with the same keys), --language several languages,
 --captioned 32 how many of 32 real pictures have their own caption as the likeliest of all. The picture shows
 caption · real · reconstruction · generated, from the best to the worst. 15 s for 405 captions on 2 cores.
-MODEL/evaluation-SPLIT.json keeps the figures.
+MODEL/evaluation-SPLIT.json keeps the figures, of a part of the split evaluation-SPLIT-LIMIT.json.
 
 An image tokenizer: PSNR, SSIM, L1, the codes that the split uses, and the Fréchet distance between the
 pictures and their reconstructions. The picture shows real and reconstruction from the worst to the best; a
@@ -39,6 +39,7 @@ from mmvit.evaluation.code_use import draw_code_use
 from mmvit.evaluation.generator_report import (
     Unseen,
     draw_best_to_worst,
+    evenly_spread,
     loss_and_retrieval,
     report_generator,
 )
@@ -90,6 +91,9 @@ def evaluate_image_tokenizer(options: argparse.Namespace) -> None:
     check_memory(AT_ONCE * number_of(options.data).get(options.split, 1), options.size, "--size")
     space = feature_space(options.features)
     unseen = read_split(options.data, options.split, PixelsSample(options.size))
+    if options.limit:
+        chosen = evenly_spread(len(unseen["keys"]), options.limit)
+        unseen = {"keys": [unseen["keys"][i] for i in chosen], "pixels": unseen["pixels"][chosen]}
     if len(unseen["pixels"]) < 2:
         raise UserError(
             f"the split {options.split} holds one picture; the Fréchet distance needs two or more"
@@ -163,8 +167,9 @@ def evaluate_generator(options: argparse.Namespace) -> None:
             figures["languages"][language] = {name: found[name] for name in OF_LANGUAGE}
     settings["candidates_drawn"] = settings.pop("candidates")
     if options.model.is_dir():
-        kept = {**figures, **settings, "scorer": options.scorer}
-        write_json(kept, options.model / f"evaluation-{options.split}.json")
+        kept = {**figures, **settings, "scorer": options.scorer, "data": str(options.data)}
+        part = f"-{options.limit}" if options.limit else ""
+        write_json(kept, options.model / f"evaluation-{options.split}{part}.json")
     draw_best_to_worst(report, unseen, options.rows).save(options.out)
     show(figures)
     print(
@@ -224,6 +229,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--features", type=Path, help="for Fréchet distances a classifier, or Inception's .pth"
     )
+    parser.add_argument(
+        "--limit", type=int, help="samples measured, evenly spread over a larger split (all of the split)"
+    )
     tokenizer = parser.add_argument_group("for an image tokenizer")
     tokenizer.add_argument(
         "--size", type=parse_size, default="64", help="of the pictures, a side or HEIGHTxWIDTH (%(default)s)"
@@ -233,9 +241,6 @@ def parse_arguments() -> argparse.Namespace:
     measured = parser.add_argument_group("for a generator: what is measured")
     measured.add_argument(
         "--language", nargs="+", help="of the captions (en); of further ones loss and retrieval"
-    )
-    measured.add_argument(
-        "--limit", type=int, help="captions measured, evenly spread over a larger split (all of the split)"
     )
     measured.add_argument("--train", default=TRAIN, help="the split it has seen (%(default)s)")
     measured.add_argument("--seeds", type=int, default=1, help="pictures of each caption (%(default)s)")

@@ -4,10 +4,10 @@
     python pipelines/plan_memory.py generator-b --gpus 1 8 --precision fp32 --ema
 
 State is what does not grow with the batch: weights, gradients, AdamW's moments, and with --ema the average of
-the weights. The last column says how many examples then fit, with and without activation checkpointing
-(`model.core.activation_checkpointing`). An estimate: buffers of communication, what is lost between
-allocations and the logits are not counted, so leave a tenth free, more where a small core has a large
-vocabulary.
+the weights. The last columns say how many examples then fit beside it into a GPU of --memory, without and
+with activation checkpointing (`model.core.activation_checkpointing`): 0 where not one does, "no room" where
+the state alone is too large. An estimate: buffers of communication, what is lost between allocations and the
+logits are not counted, so leave a tenth free, more where a small core has a large vocabulary.
 """
 
 import argparse
@@ -39,7 +39,8 @@ def main() -> None:
         model = MODELS[type(config)](config)
     parameters, tokens = sum(parameter.numel() for parameter in model.parameters()), model.positions.length
     table = Table(
-        title=f"{options.name}: {parameters:,} parameters, {tokens:,} tokens an example, {options.precision}"
+        title=f"{options.name}: {parameters:,} parameters, {tokens:,} tokens an example, "
+        f"{options.precision}, GPUs of {options.memory:g} GB"
     )
     for column in ("GPUs", "ZeRO", "state, GB a GPU", "examples a GPU", "with checkpointing"):
         table.add_column(column, justify="right")

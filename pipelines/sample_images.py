@@ -36,6 +36,12 @@ def main() -> None:
     if not captions:
         raise UserError("no captions to draw; give at least one, '' for an unconditional picture")
     generator = Generator.from_pretrained(options.model)
+    how = generator.defaults.but(given(options))
+    if "" in captions and 0 < how.temperature < 1:
+        print(
+            f"note: a picture without a caption is the likeliest of all at temperature {how.temperature:g}, "
+            "often an empty one; --temperature 1 draws as many kinds as there are"
+        )
     start = time.perf_counter()
     folder = options.out.with_suffix("")
     rows: list[list[Image.Image]] = [[] for _ in captions]

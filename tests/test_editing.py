@@ -214,6 +214,8 @@ def test_the_scripts_edit_and_name(generator, run_script, tmp_path):
     mask.save(tmp_path / "mask.png")
     small = tmp_path / "small.png"
     Image.new("L", (8, 8)).save(small)
+    black = tmp_path / "black.png"
+    Image.new("L", (24, 16)).save(black)
     sheets = []
     for keep in ("top", tmp_path / "mask.png", 0.5):
         out = tmp_path / f"{len(sheets)}.png"
@@ -221,6 +223,7 @@ def test_the_scripts_edit_and_name(generator, run_script, tmp_path):
         ran = run_script("pipelines/edit_images.py", "--model", model, *arguments)
         assert ran.returncode == 0, ran.stderr
         sheets.append(out.read_bytes())
+        assert [path.name for path in sorted(out.with_suffix("").iterdir())] == ["000.png", "001.png"]
     assert sheets[0] == sheets[1] != sheets[2]
     captions = tmp_path / "captions.txt"
     captions.write_text("red apple\npear\n")
@@ -242,8 +245,12 @@ def test_the_scripts_edit_and_name(generator, run_script, tmp_path):
         (("gone.png",), "cannot read gone.png"),
         ((picture, "--keep", "middle"), "--keep middle: it is top, bottom"),
         ((captions,), "captions.txt is no picture that can be read (undecodable image)"),
+        ((picture, "--keep", picture), "red.png is a picture in colour; a mask is black"),
+        ((picture, "--keep", black), "nothing is white, so nothing would be drawn again"),
+        ((picture, "--keep", 1), "all codes would stay"),
+        ((picture, "--num", 100_000), "1 captions of 100,001 pictures make a sheet"),
         ((picture, "--keep", small), "the mask is 8x8 pixels, the picture 24x16"),
-        ((picture, "pear", "--scorer", model), "holds a generator, not a clip"),
+        ((picture, "pear", "--scorer", model), "holds a generator, not a CLIP"),
         ((picture, "pear", "--negative", "apple"), "changes nothing at guidance_scale 1"),
     ):
         ran = run_script("pipelines/edit_images.py", "--model", model, *arguments)
@@ -269,6 +276,16 @@ def test_pictures_become_pixels_over_white():
         (("a",), {"seed": 2**64}, "seed is 18446744073709551616; it is a whole number of 64 bits"),
         (("a",), {"negative": "b"}, "the negative caption 'b' changes nothing at guidance_scale 1"),
         (("a",), {"scorer": object()}, "a scorer chooses among candidates: draw 2"),
+        (("a",), {"scorer": "runs/clip", "candidates": 2}, "scorer is a str, not a CaptionScorer: load it"),
+        (("a",), {"seed": None}, "seed is None; it is a whole number"),
+        (("a",), {"seed": 1.5}, "seed is 1.5; it is a whole number"),
+        (("a",), {"top_k": 1.5}, "top_k is 1.5; it is a whole number"),
+        (("a",), {"temperature": "hot"}, "temperature is 'hot'; it is a number"),
+        (("a",), {"guidance_scale": -3}, "guidance_scale is -3; it is 0"),
+        (("a", 1.5), {}, "num_images is 1.5; it is a whole number"),
+        (([None],), {}, r"None is a NoneType, not a caption \(str\)"),
+        (([b"a"],), {}, r"b'a' is a bytes, not a caption"),
+        (({1: 0.5},), {}, "a mixture has 1 in it; captions are str"),
         ((["a", ""],), {"candidates": 2}, "candidates of a picture without a caption cannot be compared"),
         (("a",), {"given": torch.zeros(1, 3, 3)}, r"given codes are \(1, 3, 3\); they have"),
         (("a",), {"given": torch.full((1, 2, 3), 16)}, "from 16 to 16; they are 0 to 15"),

@@ -367,7 +367,7 @@ def test_mistakes_in_sampling_are_named(run, run_script, tmp_path):
     refused(
         sample(run, "a", "--num", 200, "--out", "a.webp"), "200 pictures make a sheet of", "sides of 16,383"
     )
-    refused(sample(run, "a", "--scorer", run), "holds a generator, not a clip")
+    refused(sample(run, "a", "--scorer", run), "holds a generator, not a CLIP")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     refused(sample(run, "--captions-file", tmp_path / "latin.txt"), "not UTF-8")
 

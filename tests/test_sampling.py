@@ -1,5 +1,7 @@
 """Sampling: filters by hand, guidance, seeds, and captions to pictures in one folder."""
 
+import shutil
+
 import pytest
 import torch
 from PIL import Image
@@ -138,7 +140,9 @@ def test_a_folder_says_how_it_is_sampled(generator, tmp_path):
     ("written", "message"),
     [
         ("[", r"generation_config\.json is not"),
-        ('{"temperature": "warm"}', r"generation_config\.json is not"),
+        ('{"temperature": "warm"}', r"generation_config\.json: temperature is 'warm'; it is a number"),
+        ('{"temprature": 1}', r"generation_config\.json has no setting 'temprature': did you mean temp"),
+        ("[1]", r"generation_config\.json is a list; it is \{guidance_scale"),
         ('{"temperature": -1}', r"generation_config\.json: temperature is -1"),
     ],
 )
@@ -194,6 +198,22 @@ def test_guidance_needs_a_model_that_learnt_it(generator):
         unguided.generate("a", guidance_scale=2.0)
 
 
+def test_what_a_model_cannot_know_is_said(generator):
+    config = generator.transformer.config.model_copy(update={"caption_dropout": 0.0})
+    unguided = Generator(GeneratorTransformer(config), generator.text_tokenizer, generator.image_tokenizer)
+    with pytest.warns(UserWarning, match="knows no pictures without captions"):
+        unguided.generate("")
+    with pytest.warns(UserWarning, match="has no letter or digit in it"):
+        generator.generate("🍎🍏")
+
+
+def test_a_folder_that_lacks_a_tokenizer_is_named(generator, tmp_path):
+    folder = generator.save_pretrained(tmp_path / "model")
+    shutil.rmtree(folder / "image_tokenizer")
+    with pytest.raises(UserError, match=r"model has no image_tokenizer/, the tokenizer that"):
+        Generator.from_pretrained(folder)
+
+
 def test_tokenizers_that_do_not_fit_are_refused(generator):
     other = VQModel(VQConfig(codebook_size=32))
     with pytest.raises(UserError, match="has 32 codes, the generator was built for 16"):
@@ -201,7 +221,8 @@ def test_tokenizers_that_do_not_fit_are_refused(generator):
 
 
 def test_long_and_strange_captions_are_drawn(generator):
-    assert len(generator.generate(["apple " * 10_000, "🍎🍏", "赤リンゴ", "\x00"])) == 4
+    with pytest.warns(UserWarning, match="and are cut there"):
+        assert len(generator.generate(["apple " * 10_000, "🍎🍏", "赤リンゴ", "\x00"])) == 4
 
 
 def test_retrieval_by_hand():

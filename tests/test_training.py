@@ -383,6 +383,20 @@ def test_the_stream_is_closed_when_training_ends_well_or_not(tmp_path, select):
     assert (kept is None) == (select == "loss")
 
 
+def test_a_start_that_is_refused_leaves_no_folder(tmp_path):
+    config = tmp_path / "config.toml"
+    config.write_text(f'output = "{tmp_path}/run"\n')
+
+    def start() -> None:
+        with open_session(ClassifierRecipe, "usage", [str(config)]) as session:
+            assert session.run.path.is_dir()
+            raise UserError("no such data")
+
+    with pytest.raises(UserError, match="no such data"):
+        start()
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -394,7 +408,7 @@ def test_the_stream_is_closed_when_training_ends_well_or_not(tmp_path, select):
         (["{config}", "--train.steps", "many"], r"train\.steps = \"many\""),
         (
             ["{config}", "--train.batch_size", "9", "--train.accumulation", "2"],
-            r"config\.toml: \[train\]: train\.batch_size 9 is not a multiple of accumulation 2",
+            r"^the command line: \[train\]: train\.batch_size 9 is not a multiple of accumulation 2",
         ),
         (["{config}", "--train.device", "abacus"], "'abacus' is no torch device"),
         (["{config}", "--optimizer.schedule", "cosin"], r"optimizer\.schedule"),

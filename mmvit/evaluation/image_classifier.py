@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmvit.errors import UserError
-from mmvit.hub import find_model_folder, read_part_description, write_json
+from mmvit.hub import find_model_folder, in_words, read_part_description, write_json
 from mmvit.models.classifier import Classifier
 from mmvit.models.perceptual import fit_pixels
 from mmvit.models.resnet import ResNet
@@ -67,7 +67,7 @@ class ImageClassifier:
         folder = find_model_folder(path)
         kind = read_part_description(folder, *KINDS)["kind"]
         if kind not in KINDS:
-            raise UserError(f"{folder} holds a {kind}, not a classifier ({', '.join(KINDS)})")
+            raise UserError(f"{folder} holds {in_words(kind)}, not a classifier ({', '.join(KINDS)})")
         return cls(KINDS[kind].from_pretrained(folder, device), read_classes(folder / CLASSES))
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:

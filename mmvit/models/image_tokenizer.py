@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from mmvit.errors import UserError
-from mmvit.hub import find_model_folder, read_description
+from mmvit.hub import find_model_folder, in_words, read_description
 from mmvit.models.codes import ImageTokenizer
 from mmvit.models.dvae import DiscreteVAE
 from mmvit.models.vq import VQModel
@@ -23,5 +23,5 @@ def load_image_tokenizer(path: str | Path, device: str | torch.device = "cpu") -
     folder = find_model_folder(path)
     kind = read_description(folder)["kind"]
     if kind not in KINDS:
-        raise UserError(f"{folder} holds a {kind}, not an image tokenizer ({', '.join(KINDS)})")
+        raise UserError(f"{folder} holds {in_words(kind)}, not an image tokenizer ({', '.join(KINDS)})")
     return KINDS[kind].from_pretrained(folder, device)

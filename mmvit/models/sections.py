@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from mmvit.config import Config
 from mmvit.errors import UserError
-from mmvit.hub import find_model_folder, read_part_description
+from mmvit.hub import find_model_folder, in_words, read_part_description
 from mmvit.models.clip import CLIPConfig
 from mmvit.models.generator import GeneratorConfig
 from mmvit.models.presets import preset
@@ -71,7 +71,8 @@ def with_start(values: Any, kind: str, **changes: Any) -> Any:
     described = read_part_description(folder, kind)
     if described["kind"] != kind:
         raise UserError(
-            f"start.model: {folder} holds a {described['kind']}, and training begins from a {kind}"
+            f"start.model: {folder} holds {in_words(described['kind'])}, and training begins from "
+            f"{in_words(kind)}"
         )
     own = values.get("model", {})
     if not isinstance(own, dict):

@@ -64,6 +64,11 @@ def check_candidates(
     """Raises UserError for a scorer that has nothing to choose, and for pictures that nothing compares."""
     if scorer is not None and candidates == 1:
         raise UserError("a scorer chooses among candidates: draw 2 of them or more, or leave it out")
+    if scorer is not None and not isinstance(scorer, CaptionScorer):
+        raise UserError(
+            f"scorer is a {type(scorer).__name__}, not a CaptionScorer: load it by "
+            "CaptionScorer.from_pretrained(FOLDER)"
+        )
     if candidates > 1 and scorer is None and not by_given and any([*prompt] == [""] for prompt in prompts):
         raise UserError(
             "candidates of a picture without a caption cannot be compared: give a caption, or draw no more "

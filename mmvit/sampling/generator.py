@@ -1,6 +1,7 @@
 """Captions to pictures: a generator transformer with the two tokenizers that it was trained on, kept in one
 folder."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mmvit.data.captions import TextTokenizer
 from mmvit.errors import UserError
-from mmvit.hub import find_model_folder
+from mmvit.hub import SHIPPED, find_model_folder
 from mmvit.models.generator import GeneratorTransformer
 from mmvit.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from mmvit.sampling.candidates import Drawn, check_candidates, choose, in_parts
@@ -61,10 +62,11 @@ class Generator:
         return rows * self.image_tokenizer.factor, columns * self.image_tokenizer.factor
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> Self:
+    def from_pretrained(cls, path: str | Path = SHIPPED, device: str | torch.device | None = None) -> Self:
         """Loads a generator's folder, a run folder (its best model) or a Hub repository.
 
         Args:
+            path: by default the generator that a checkout holds.
             device: where to draw; by default a GPU where there is one.
 
         Raises:
@@ -74,6 +76,12 @@ class Generator:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = find_model_folder(path)
         transformer = GeneratorTransformer.from_pretrained(folder, device)
+        for part in (TEXT, IMAGE):
+            if not (folder / part).is_dir():
+                raise UserError(
+                    f"{folder} has no {part}/, the tokenizer that its generator was trained on: copy the "
+                    "whole folder, or train it again"
+                )
         image_tokenizer = load_image_tokenizer(folder / IMAGE, device)
         text_tokenizer = TextTokenizer.from_file(folder / TEXT / "tokenizer.json")
         return cls(transformer, text_tokenizer, image_tokenizer, SamplingSettings.load(folder))
@@ -140,6 +148,8 @@ class Generator:
         how = self.defaults.but(settings)
         prompts = list_prompts(captions)
         for name, number in (("num_images", num_images), ("candidates", candidates)):
+            if not isinstance(number, int):
+                raise UserError(f"{name} is {number!r}; it is a whole number")
             if number < 1:
                 raise UserError(f"{name} is {number}; at least 1 is drawn")
         config = self.transformer.config
@@ -213,6 +223,12 @@ class Generator:
                     "scale, such as 2"
                 )
             return
+        if any([*prompt] == [""] for prompt in prompts):
+            warnings.warn(
+                "this model was trained without caption dropout and knows no pictures without captions: what "
+                "it draws for the empty one is arbitrary",
+                stacklevel=3,
+            )
         asked = {
             f"guidance_scale is {how.guidance_scale}": how.guidance_scale != 1,
             "captions are mixed by weights": has_weights(prompts),

@@ -22,16 +22,29 @@ def list_prompts(prompts: Prompt | Sequence[Prompt]) -> list[dict[str, float]]:
     """
     if isinstance(prompts, str | Mapping):
         prompts = [prompts]
-    listed = [{prompt: 1.0} if isinstance(prompt, str) else dict(prompt) for prompt in prompts]
+    listed = [as_weights(prompt) for prompt in prompts]
     if not listed:
         raise UserError("no captions to draw; give at least one, '' for an unconditional picture")
     for prompt in listed:
         if not prompt:
             raise UserError("a mixture of no captions; give at least one with its weight")
         for caption, weight in prompt.items():
+            if not isinstance(caption, str):
+                raise UserError(f"a mixture has {caption!r} in it; captions are str")
             if not isinstance(weight, int | float) or not math.isfinite(weight):
                 raise UserError(f"the weight of {caption!r} is {weight!r}; it is a number")
     return listed
+
+
+def as_weights(prompt: Prompt) -> dict[str, float]:
+    """Raises UserError for what is neither a caption nor a mapping."""
+    if isinstance(prompt, str):
+        return {prompt: 1.0}
+    if not isinstance(prompt, Mapping):
+        raise UserError(
+            f"{prompt!r} is a {type(prompt).__name__}, not a caption (str) nor captions with their weights"
+        )
+    return dict(prompt)
 
 
 def pad_prompts(prompts: Sequence[Mapping[str, float]]) -> list[list[tuple[str, float]]]:
@@ -52,6 +65,12 @@ def encode_prompts(
     if num_cut:
         warnings.warn(
             f"{num_cut} of {len(captions)} captions have more than {length} tokens and are cut there",
+            stacklevel=4,
+        )
+    if wordless := [caption for caption in captions if caption and not any(map(str.isalnum, caption))]:
+        warnings.warn(
+            f"the caption {wordless[0][:20]!r} has no letter or digit in it: a model reads words, as those "
+            "of the captions that it learnt; name what is to be seen",
             stacklevel=4,
         )
     weights = [[weight for _, weight in row] for row in rows]

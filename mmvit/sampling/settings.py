@@ -1,7 +1,9 @@
 """How codes are drawn: the settings that every way of sampling shares, and what they may be."""
 
+import difflib
 import json
 import math
+import numbers
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,6 +15,7 @@ from mmvit.hub import write_json
 
 FILE = "generation_config.json"  # in a generator's folder
 OWN = ("guidance_scale", "temperature", "top_k", "top_p")  # settings that it may name
+WHOLE = ("top_k", "seed", "batch_size")  # settings that are whole numbers
 
 
 def add_options(parser: Any) -> None:
@@ -54,12 +57,13 @@ class SamplingSettings:
     """Settings of `Generator.generate`; a generator's folder may name its own defaults.
 
     Args:
-        guidance_scale: above 1 follows the caption more closely (2207.12598); needs a model trained with
-            caption dropout.
+        guidance_scale: above 1 follows the caption more closely (2207.12598), 0 not at all; needs a model
+            trained with caption dropout. From about 5 on pictures get coarse.
         temperature: below 1 is more cautious; 0 always takes the likeliest code.
         top_k: draw among the k likeliest codes alone; None or 0 takes all.
         top_p: draw among the likeliest codes that together have this probability.
-        seed: picture j of a caption is drawn with seed + j, so it can be drawn again alone.
+        seed: picture j of a caption is drawn with seed + j, so it can be drawn again alone: the same codes,
+            and colours that rounding moves by one level of 255 at most.
         batch_size: pictures drawn at a time.
 
     Raises:
@@ -74,8 +78,13 @@ class SamplingSettings:
     batch_size: int = 64
 
     def __post_init__(self):
-        if not math.isfinite(self.guidance_scale):
-            raise UserError(f"guidance_scale is {self.guidance_scale}; it is a number")
+        for field in fields(self):
+            check_number(field.name, getattr(self, field.name))
+        if not (self.guidance_scale >= 0 and math.isfinite(self.guidance_scale)):
+            raise UserError(
+                f"guidance_scale is {self.guidance_scale}; it is 0 (the caption does not count) or more; a "
+                "negative caption names what to lead away from"
+            )
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise UserError(f"temperature is {self.temperature}; it is 0 (the likeliest code) or more")
         if self.top_k is not None and self.top_k < 0:
@@ -105,8 +114,24 @@ class SamplingSettings:
             return cls()
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            return cls().but({name: found[name] for name in OWN if name in found})
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path} is not {{{', '.join(OWN)}}} with numbers: {error}") from None
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(found, dict):
+            raise UserError(f"{path} is a {type(found).__name__}; it is {{{', '.join(OWN)}}} with numbers")
+        if unknown := [name for name in found if name not in OWN]:
+            near = difflib.get_close_matches(unknown[0], OWN, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(OWN)}"
+            raise UserError(f"{path} has no setting {unknown[0]!r}: {advice}")
+        try:
+            return cls().but(found)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises UserError for a setting that is no number, or no whole one where it has to be."""
+    if value is None and name == "top_k":
+        return
+    kind = numbers.Integral if name in WHOLE else numbers.Real
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"{name} is {value!r}; it is a {'whole ' if name in WHOLE else ''}number")

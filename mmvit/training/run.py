@@ -42,6 +42,11 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"output: cannot make the folder {self.path}: {error.strerror}") from None
 
+    def discard(self) -> None:
+        """Removes the folder of a start that was refused before it trained; one that holds more stays."""
+        if self.path.is_dir() and {*self.path.iterdir()} <= {self.path / "config.toml"}:
+            shutil.rmtree(self.path)
+
     def write_config(self, recipe: Config) -> None:
         """Writes the resolved configuration, config.toml."""
         (self.path / "config.toml").write_text(to_toml(recipe.model_dump(mode="json")), encoding="utf-8")

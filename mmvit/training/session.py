@@ -103,7 +103,12 @@ def open_session(
         run = RunFolder(recipe.output)
         processes.on_main(lambda: run.open(resume))
         seed_everything(recipe.train.seed)
-        yield Session(recipe, processes, run, resume, deepspeed)
+        try:
+            yield Session(recipe, processes, run, resume, deepspeed)
+        except UserError:
+            if processes.is_main:
+                run.discard()
+            raise
 
 
 def check_batch_divides(train: TrainConfig, world_size: int) -> None:
