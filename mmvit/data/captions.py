@@ -151,15 +151,16 @@ def read_caption(
     Raises:
         BadSample: not UTF-8, not JSON, or neither any of the languages nor a `txt` to fall back to.
     """
-    if "json" in sample.files:
-        captions = read_captions(sample)
-        if spoken := [language for language in languages if language in captions]:
-            return captions[rng.choice(spoken)]
+    captions = read_captions(sample) if "json" in sample.files else {}
+    if spoken := [language for language in languages if language in captions]:
+        return captions[rng.choice(spoken)]
     if "txt" in sample.files and falls_back:
         return read_text(sample, "txt").strip()
     no_text = "has no txt, and " if falls_back else "has "
     raise BadSample(
-        "no caption", f"{no_text}no caption in {', '.join(languages) or 'any language'} in its json"
+        "no caption",
+        f"{no_text}no caption in {', '.join(languages) or 'any language'} in its json, which has "
+        f"{', '.join(captions) or 'none'}",
     )
 
 

@@ -115,7 +115,12 @@ class Reader:
         """Says which needed extensions `sample` lacks, "" if none."""
         groups = getattr(self.decode, "needs", [])
         lacking = [" or ".join(group) for group in groups if not any(name in sample.files for name in group)]
-        return f"needs {' and '.join(lacking)}, has {', '.join(sorted(sample.files))}" if lacking else ""
+        if not lacking:
+            return ""
+        told = f"needs {' and '.join(lacking)}, has {', '.join(sorted(sample.files))}"
+        if "codes.npy" in sample.files and any("png" in group for group in groups):
+            told += " (a shard of codes: give those with pictures that they were made from)"
+        return told
 
     def try_decode(self, found: Sample | BadShard, position: Position) -> dict[str, Any] | None:
         """Decodes a sample; counts it in `position.tally` and gives None where that is not possible."""
