@@ -4,7 +4,8 @@ held out of training.
     python benchmarks/showcase.py generators/emoji data/emoji assets/emoji.png
 
 Every row is four pictures of one caption, by seeds 0 to 3 and the generator's own settings; the first
-column is the real emoji. Nothing is chosen but the captions.
+column is the real emoji. Nothing is chosen but the captions. Japanese letters need a font of the system that
+has them (matplotlib-fontja brings one).
 """
 
 import argparse

@@ -5,13 +5,13 @@
     torchrun --nproc_per_node 2 pipelines/train_caption_to_image.py configs/emoji_demo.toml
     deepspeed pipelines/train_caption_to_image.py configs/emoji_demo.toml \\
         --deepspeed configs/deepspeed/zero2.json --optimizer.name adamw
-    python pipelines/train_caption_to_image.py configs/emoji_demo.toml --start.model generators/emoji
+    python pipelines/train_caption_to_image.py configs/emoji.toml --start.model generators/emoji
 
 With `start.model` a trained generator is trained on, on captions and codes of the tokenizers that it has;
-`[model]` then needs only what differs. With `start.translate_from = "en"` it goes on from English to the
-languages of data.languages: captions of the same pictures tell which words say the same. The same command
-with --resume continues. The run folder then holds the model with both tokenizers (best/, last/), ready for
-pipelines/sample_images.py, and a grid of samples at every evaluation (samples/).
+`[model]` then needs only what differs, and its core is that of the start. With `start.translate_from = "en"`
+it goes on from English to the languages of data.languages: captions of the same pictures tell which words say
+the same. The same command with --resume continues. The run folder then holds the model with both tokenizers
+(best/, last/), ready for pipelines/sample_images.py, and a grid of samples at every evaluation (samples/).
 """
 
 from pathlib import Path

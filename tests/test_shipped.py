@@ -23,14 +23,17 @@ def test_it_is_small_and_in_bfloat16():
 
 def test_its_tokenizers_are_those_beside_it():
     for own, beside in (("image_tokenizer/model.safetensors", "emoji-image/model.safetensors"),
-                        ("text_tokenizer/tokenizer.json", "emoji-text/tokenizer.json")):  # fmt: skip
+                        ("text_tokenizer/tokenizer.json", "emoji-words/tokenizer.json")):  # fmt: skip
         assert (SHIPPED / own).read_bytes() == (SHIPPED.parent.parent / "tokenizers" / beside).read_bytes()
 
 
 def test_the_script_draws_with_no_model_named(run_script, tmp_path):
-    ran = run_script("pipelines/sample_images.py", "red apple", "--out", tmp_path / "apples.png")
+    captions = ("red apple", "赤リンゴ", "roter Apfel")
+    ran = run_script("pipelines/sample_images.py", *captions, "--out", tmp_path / "apples.png")
     assert ran.returncode == 0, ran.stderr
-    for path in (tmp_path / "apples").iterdir():
+    apples = [*(tmp_path / "apples").iterdir()]
+    assert len(apples) == 3
+    for path in apples:
         assert is_red(Image.open(path)), path
 
 
