@@ -243,7 +243,7 @@ def test_a_core_of_another_shape_is_refused(tmp_path):
     generator = GeneratorTransformer(GeneratorConfig(**GENERATOR, core=wide))
     with pytest.raises(UserError, match=r"they have core\.width = 32, the recipe 64"):
         take_core(generator, str(tmp_path / "classifier"))
-    with pytest.raises(UserError, match="holds an image tokenizer \(vq\), which has no core"):
+    with pytest.raises(UserError, match=r"holds an image tokenizer \(vq\), which has no core"):
         take_core(generator, str(tmp_path / "tokenizer"))
     with pytest.raises(UserError, match="of kind 'resnet' has no core to begin from"):
         take_core(ResNet(ResNetConfig(width=32, depths=(1,))), str(tmp_path / "classifier"))
