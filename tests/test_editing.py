@@ -246,7 +246,7 @@ def test_the_scripts_edit_and_name(generator, run_script, tmp_path):
         ((picture, "--keep", "middle"), "--keep middle: it is top, bottom"),
         ((captions,), "captions.txt is no picture that can be read (undecodable image)"),
         ((picture, "--keep", picture), "red.png is a picture in colour; a mask is black"),
-        ((picture, "--keep", black), "nothing is white, so nothing would be drawn again"),
+        ((picture, "--keep", black), "no code's part is mostly white, so nothing"),
         ((picture, "--keep", 1), "all codes would stay"),
         ((picture, "--num", 100_000), "1 captions of 100,001 pictures make a sheet"),
         ((picture, "--keep", small), "the mask is 8x8 pixels, the picture 24x16"),
