@@ -8,7 +8,8 @@ same training FLOPs.
 The recipe is configs/emoji_demo.toml: emoji, 64 codes. Held-out loss is in nats per code on the 405 held-out
 combinations, retrieval@1 among all pictures at guidance 2 (1 where captions are never left out) and
 temperature 0.3; mean and 95% interval of the seeds (Student's t). A part that makes a step dearer gets fewer
-steps, one that makes it cheaper more; Muon's own products are not counted, minutes stand beside.
+steps, one that makes it cheaper more; Muon's own products are not counted, minutes stand beside. The whole
+recipe is 48,000 pictures: at half of them what learns fast looks better than it ends.
 """
 
 import argparse
@@ -24,13 +25,16 @@ BATCH = 64
 VIEWS = "data/emoji-views"
 DEFAULT, UNGUIDED = "the default", "captions never left out"
 CAUSAL = ("--model.attention", "causal", "--model.text_loss_weight", "1")
+# fmt: off
 VARIANTS: dict[str, tuple[str, ...]] = {
     DEFAULT: (),
     "AdamW alone, 1e-3": ("--optimizer.name", "adamw", "--optimizer.lr", "1e-3"),
     "AdamW alone, 4e-3": ("--optimizer.name", "adamw", "--optimizer.lr", "4e-3"),
-    "embeddings and head at 2e-3, as the hidden layers": ("--optimizer.lr", "2e-3"),
     "embeddings and head at 6e-3": ("--optimizer.lr", "6e-3"),
-    "embeddings and head at 6e-2": ("--optimizer.lr", "6e-2"),
+    "embeddings and head at 2e-2": ("--optimizer.lr", "2e-2"),
+    "embeddings and head at 2e-2, dropout 0.2, code noise 0.1": (
+        "--optimizer.lr", "2e-2", "--model.core.dropout", "0.2", "--model.code_noise", "0.1",
+    ),
     "hidden layers at 5e-3": ("--optimizer.muon_lr", "5e-3"),
     "2-D rotary": ("--model.positions", "rotary_2d"),
     "RMSNorm": ("--model.core.norm", "rmsnorm"),
@@ -47,6 +51,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "causal captions, 1 : 7": CAUSAL,
     "DALL·E's attention, 1 : 7": ("--model.attention", "dalle", "--model.convolution", "7", *CAUSAL[2:]),
 }
+# fmt: on
 
 
 def main() -> None:
