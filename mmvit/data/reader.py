@@ -114,11 +114,11 @@ class Reader:
     def what_lacks(self, sample: Sample) -> str:
         """Says which needed extensions `sample` lacks, "" if none."""
         groups = getattr(self.decode, "needs", [])
-        lacking = [" or ".join(group) for group in groups if not any(name in sample.files for name in group)]
+        lacking = [group for group in groups if not any(name in sample.files for name in group)]
         if not lacking:
             return ""
-        told = f"needs {' and '.join(lacking)}, has {', '.join(sorted(sample.files))}"
-        if "codes.npy" in sample.files and any("png" in group for group in groups):
+        told = f"needs {' and '.join(map(' or '.join, lacking))}, has {', '.join(sorted(sample.files))}"
+        if "codes.npy" in sample.files and any("png" in group for group in lacking):
             told += " (a shard of codes: give those with pictures that they were made from)"
         return told
 
