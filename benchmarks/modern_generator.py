@@ -25,7 +25,6 @@ BATCH = 64
 VIEWS = "data/emoji-views"
 DEFAULT, UNGUIDED = "the default", "captions never left out"
 CAUSAL = ("--model.attention", "causal", "--model.text_loss_weight", "1")
-# fmt: off
 VARIANTS: dict[str, tuple[str, ...]] = {
     DEFAULT: (),
     "AdamW alone, 1e-3": ("--optimizer.name", "adamw", "--optimizer.lr", "1e-3"),
@@ -50,8 +49,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "half of the pictures shifted": ("--data.views", "0.5", "--data.train", f"{VIEWS}/train-*.tar"),
     "causal captions, 1 : 7": CAUSAL,
     "DALL·E's attention, 1 : 7": ("--model.attention", "dalle", "--model.convolution", "7", *CAUSAL[2:]),
-}
-# fmt: on
+}  # fmt: skip
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ alone in the folder edited/, numbered.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +25,13 @@ from mmvit import CaptionScorer, Generator
 from mmvit.data.writing import with_progress
 from mmvit.errors import UserError, run_script
 from mmvit.hub import SHIPPED
+from mmvit.sampling.candidates import parts_of_seeds
 from mmvit.sampling.editing import complete, variations
 from mmvit.sampling.grids import check_picture_name, labelled_grid
 from mmvit.sampling.pictures import read_picture
 from mmvit.sampling.settings import add_options, given
 
-PART = 16  # pictures
+PART = 16  # pictures drawn before they are saved
 MOST_COLOUR = 32  # levels of 255 between the channels of a mask
 HALVES = ("top", "bottom", "left", "right")
 
@@ -45,7 +46,9 @@ def main() -> None:
     draw = drawer(generator, picture, options)
     row = generator.pictures(generator.encode([picture]))
     folder = options.out.with_suffix("")
-    for drawn in with_progress(draw_in_parts(draw, options), options.num, "drawing"):
+    parts = parts_of_seeds(options.num, options.seed, options.candidates, PART)
+    pictures = (picture for number, seed in parts for picture in draw(number, seed))
+    for drawn in with_progress(pictures, options.num, "drawing"):
         folder.mkdir(parents=True, exist_ok=True)
         drawn.save(folder / f"{len(row) - 1:03d}.png")
         row.append(drawn)
@@ -82,16 +85,6 @@ def as_number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def draw_in_parts(
-    draw: Callable[[int, int], list[Image.Image]], options: argparse.Namespace
-) -> Iterator[Image.Image]:
-    """All pictures, in parts of which each is saved before the next is begun; candidates are compared, so
-    that these are drawn in one."""
-    most = PART if options.candidates == 1 else options.num
-    for begun in range(0, options.num, most):
-        yield from draw(min(most, options.num - begun), options.seed + begun)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -21,6 +21,7 @@ from mmvit.data.captions import read_caption_file
 from mmvit.data.writing import with_progress
 from mmvit.errors import UserError, run_script
 from mmvit.hub import SHIPPED
+from mmvit.sampling.candidates import parts_of_seeds
 from mmvit.sampling.grids import check_picture_name, labelled_grid
 from mmvit.sampling.settings import add_options, given
 
@@ -65,14 +66,12 @@ def draw_in_parts(
     settings = given(options, "batch_size")
     scorer = CaptionScorer.from_pretrained(options.scorer) if options.scorer else None
     together = max(1, PART // options.num)  # captions
-    most = PART if options.candidates == 1 else options.num  # pictures of a caption: candidates are compared
     for first in range(0, len(captions), together):
         group = captions[first : first + together]
-        for begun in range(0, options.num, most):
-            number = min(most, options.num - begun)
+        for number, seed in parts_of_seeds(options.num, options.seed, options.candidates, PART):
             drawn = generator.draw(
                 group, number, negative=options.negative, candidates=options.candidates, scorer=scorer,
-                seed=options.seed + begun, **settings,
+                seed=seed, **settings,
             )  # fmt: skip
             for i, picture in enumerate(generator.pictures(drawn.codes)):
                 yield first + i // number, drawn.seeds[i], picture

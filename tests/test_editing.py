@@ -270,7 +270,7 @@ def test_pictures_become_pixels_over_white():
         (({"a": float("nan")},), {}, "the weight of 'a' is nan"),
         (({},), {}, "a mixture of no captions"),
         (("a",), {"candidates": 0}, "candidates is 0; at least 1"),
-        (("a",), {"guidance": 2.0}, "there is no setting 'guidance' for sampling; there are guidance_scale"),
+        (("a",), {"guidance": 2.0}, "no setting 'guidance' for sampling: did you mean guidance_scale"),
         (("a",), {"guidance_scale": float("inf")}, "guidance_scale is inf"),
         (("a",), {"batch_size": 0}, "batch_size is 0"),
         (("a",), {"seed": 2**64}, "seed is 18446744073709551616; it is a whole number of 64 bits"),

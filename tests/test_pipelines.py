@@ -179,6 +179,21 @@ def test_a_part_of_a_split_is_spread_over_it(run, tiny_shards, run_script, tmp_p
     assert "of 5 captions of train" in ran.stdout
 
 
+def test_a_part_of_a_split_is_chosen_by_its_keys(run, tiny_shards, run_script, tmp_path):
+    arguments = (run, tiny_shards, "--split", "train", "--out", tmp_path / "sheet.png")
+    ran = run_script("pipelines/evaluate.py", *arguments, "--keys", "n-0[01].$", "--limit", 8)
+    assert ran.returncode == 0, ran.stderr
+    assert "of 8 captions of train" in ran.stdout
+    assert json.loads((run / "evaluation-train-8-of-keys.json").read_text())["keys"] == "n-0[01].$"
+    real = read_split(tiny_shards, "*", PixelsSample((16, 16)))
+    unseen = Unseen.of(read_split(tiny_shards, "train", CaptionSample()), real, [])
+    part = unseen.matching("n-0[01].$")
+    assert part.keys == [f"train-{number:03d}" for number in range(20)]
+    assert torch.equal(part.pixels, unseen.pixels[:20])
+    refused(run_script("pipelines/evaluate.py", *arguments, "--keys", "x9"), "'x9': found in none of 48")
+    refused(run_script("pipelines/evaluate.py", *arguments, "--keys", "("), "'(': no regular expression")
+
+
 def test_copies_of_training_pictures_are_counted(run, tiny_shards):
     generator = Generator.from_pretrained(run)
     sample = PixelsSample((16, 16))

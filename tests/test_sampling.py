@@ -141,7 +141,7 @@ def test_a_folder_says_how_it_is_sampled(generator, tmp_path):
     [
         ("[", r"generation_config\.json is not"),
         ('{"temperature": "warm"}', r"generation_config\.json: temperature is 'warm'; it is a number"),
-        ('{"temprature": 1}', r"generation_config\.json has no setting 'temprature': did you mean temp"),
+        ('{"temprature": 1}', r"config\.json: .* no setting 'temprature' for sampling: did you mean temp"),
         ("[1]", r"generation_config\.json is a list; it is \{guidance_scale"),
         ('{"temperature": -1}', r"generation_config\.json: temperature is -1"),
     ],

@@ -1,6 +1,7 @@
 """A generator on captions that it has not seen, beside the real pictures and what its image tokenizer can say
 of them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmvit.errors import UserError
 from mmvit.evaluation.generated import COPY, diversity, nearest
 from mmvit.evaluation.likelihood import mean_loss
 from mmvit.evaluation.retrieval import caption_ranks, pixel_ranks, recall
@@ -55,7 +57,20 @@ class Unseen:
 
     def spread(self, number: int) -> Self:
         """`number` of the captions, evenly spread over the split, or all where there are fewer."""
-        chosen = evenly_spread(len(self.own), number)
+        return self.some(evenly_spread(len(self.own), number))
+
+    def matching(self, pattern: str) -> Self:
+        """The captions in whose key this regular expression is found. Raises UserError for none."""
+        try:
+            chosen = [i for i, key in enumerate(self.keys) if re.search(pattern, key)]
+        except re.error as error:
+            raise UserError(f"keys {pattern!r}: no regular expression, {error}") from None
+        if not chosen:
+            raise UserError(f"keys {pattern!r}: found in none of {len(self.keys)}, such as {self.keys[:2]}")
+        return self.some(chosen)
+
+    def some(self, chosen: Sequence[int] | Tensor) -> Self:
+        """The captions at these places."""
         return replace(
             self,
             keys=[self.keys[i] for i in chosen],

@@ -1,6 +1,6 @@
 """Several pictures of a caption are drawn, as many at a time as memory holds, and the best are kept."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +19,14 @@ class Drawn:
     codes: Tensor
     seeds: list[int]
     scores: Tensor | None = None
+
+
+def parts_of_seeds(number: int, seed: int, candidates: int, most: int) -> Iterator[tuple[int, int]]:
+    """How many pictures to draw from which seed on, for a picture each of `number` seeds, at most `most` at a
+    time; in one part where candidates are compared, all with all."""
+    most = most if candidates == 1 else number
+    for begun in range(0, number, most):
+        yield min(most, number - begun), seed + begun
 
 
 def in_parts(draw: Callable[[slice], Tensor], number: int, size: int) -> list[Tensor]:

@@ -5,7 +5,7 @@ import json
 import math
 import numbers
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -98,9 +98,7 @@ class SamplingSettings:
 
     def but(self, settings: Mapping[str, Any]) -> Self:
         """These with some exchanged. Raises UserError for a name that there is not."""
-        known = [field.name for field in fields(self)]
-        if unknown := [name for name in settings if name not in known]:
-            raise UserError(f"there is no setting {unknown[0]!r} for sampling; there are {', '.join(known)}")
+        check_names(settings, [field.name for field in fields(self)])
         return replace(self, **settings)
 
     def save(self, folder: Path) -> None:
@@ -118,14 +116,19 @@ class SamplingSettings:
             raise UserError(f"{path} is not valid JSON: {error}") from None
         if not isinstance(found, dict):
             raise UserError(f"{path} is a {type(found).__name__}; it is {{{', '.join(OWN)}}} with numbers")
-        if unknown := [name for name in found if name not in OWN]:
-            near = difflib.get_close_matches(unknown[0], OWN, n=1)
-            advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(OWN)}"
-            raise UserError(f"{path} has no setting {unknown[0]!r}: {advice}")
         try:
+            check_names(found, OWN)
             return cls().but(found)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
+
+
+def check_names(settings: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raises UserError for a setting that is none of the known, with the nearest of these."""
+    if unknown := [name for name in settings if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise UserError(f"there is no setting {unknown[0]!r} for sampling: {advice}")
 
 
 def check_number(name: str, value: Any) -> None:
