@@ -1,11 +1,17 @@
 """The user's mistakes: one exception for them, and how a script reports it (a message and exit code 2, no
 traceback)."""
 
+import errno
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+# a file that is not there, may not be opened, has another kind in its way or too long a name, a full disk
+OF_FILES = {getattr(errno, name) for name in (
+    "ENOENT", "EACCES", "EPERM", "EEXIST", "ENOTDIR", "EISDIR", "ENAMETOOLONG", "EROFS", "ENOSPC", "EDQUOT",
+)}  # fmt: skip
 
 
 class UserError(Exception):
@@ -19,21 +25,29 @@ def refuse_source(out: Path, *sources: Path) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main`. A `UserError` becomes one line on stderr and exit code 2, a warning one line,
-    Ctrl-C exit code 130."""
+    """Runs a script's `main`. A `UserError`, or a file that cannot be read or written, becomes one line on
+    stderr and exit code 2, a warning one line, Ctrl-C exit code 130."""
     warnings.showwarning = show_warning
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.stderr.flush()
-        sys.exit(2)
+        refuse(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, `head` for one, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in OF_FILES or not error.filename:
+            raise
+        refuse(f"{error.filename}: {os.strerror(error.errno)}")
+
+
+def refuse(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.stderr.flush()
+    sys.exit(2)
 
 
 def show_warning(message: Warning | str, category: type[Warning], *place: object, **more: object) -> None:

@@ -11,7 +11,12 @@ from typing import Any, Self
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -106,13 +111,35 @@ def download(path: str | Path, patterns: Sequence[str] = ("*.json", "*.safetenso
     try:
         return Path(snapshot_download(str(path), allow_patterns=[*patterns]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        folders = Path(path).parent.glob("*/") if Path(path).parent.is_dir() else ()
-        near = difflib.get_close_matches(Path(path).name, [folder.name for folder in folders], n=1)
-        advice = f"; did you mean {Path(path).with_name(near[0])}?" if near else ""
+        near = nearest_folder(Path(path))
+        advice = f"; did you mean {near}?" if near else ""
         raise UserError(
             f"no model at {path}: there is no such folder, nor could it be had from the Hugging Face Hub "
-            f"({type(error).__name__}){advice}"
+            f"({why_not(error)}){advice}"
         ) from None
+
+
+def nearest_folder(path: Path) -> Path | None:
+    """The folder with the most similar name, part by part: generators/emoji for generator/emojis."""
+    place = Path(path.anchor)
+    for name in path.relative_to(place).parts:
+        if not (place / name).is_dir():
+            there = [inner.name for inner in place.iterdir() if inner.is_dir()]
+            name = next(iter(difflib.get_close_matches(name, there, n=1)), None)
+        if name is None:
+            return None
+        place = place / name
+    return place
+
+
+def why_not(error: Exception) -> str:
+    """Why a download failed, in words."""
+    reasons = {
+        HFValidationError: "no name of a repository there",
+        RepositoryNotFoundError: "no such repository, or a private one",
+        LocalEntryNotFoundError: "no connection, and no earlier download",
+    }
+    return next((words for kind, words in reasons.items() if isinstance(error, kind)), type(error).__name__)
 
 
 def read_description(folder: Path) -> dict:

@@ -27,7 +27,7 @@ from mmvit.errors import UserError, run_script
 from mmvit.hub import SHIPPED
 from mmvit.sampling.candidates import parts_of_seeds
 from mmvit.sampling.editing import complete, variations
-from mmvit.sampling.grids import check_picture_name, labelled_grid
+from mmvit.sampling.grids import check_picture_name, folder_of_pictures, labelled_grid
 from mmvit.sampling.pictures import read_picture
 from mmvit.sampling.settings import add_options, given
 
@@ -45,11 +45,10 @@ def main() -> None:
     generator = Generator.from_pretrained(options.model)
     draw = drawer(generator, picture, options)
     row = generator.pictures(generator.encode([picture]))
-    folder = options.out.with_suffix("")
+    folder = folder_of_pictures(options.out)
     parts = parts_of_seeds(options.num, options.seed, options.candidates, PART)
     pictures = (picture for number, seed in parts for picture in draw(number, seed))
     for drawn in with_progress(pictures, options.num, "drawing"):
-        folder.mkdir(parents=True, exist_ok=True)
         drawn.save(folder / f"{len(row) - 1:03d}.png")
         row.append(drawn)
     labelled_grid([row], [options.caption], ["caption", "given"]).save(options.out)

@@ -86,12 +86,13 @@ def main() -> None:
         )
     splits = find_splits(options.source)
     make_room(options.out, splits)
-    card, outcome = read_dataset_card(options.source), Outcome()
+    numbers = read_dataset_card(options.source).get("samples", {})
+    outcome = Outcome(numbers)
     plan = Views(options.views, options.shift, tuple(options.flip_unless))
     for split, shards in splits.items():
         samples = with_progress(
             read_pictures(shards, options.size, outcome, plan if split == TRAIN else Views()),
-            card.get("samples", {}).get(split),
+            numbers.get(split),
             f"encoding {split}",
         )
         with ShardWriter(options.out, split) as writer:

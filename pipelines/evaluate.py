@@ -27,6 +27,7 @@ Inception v3 (FID), whose weights torch-fidelity has.
 
 import argparse
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,12 @@ def main() -> None:
             raise UserError(f"--{name} {number}: it is 1 or more")
     if options.captioned < 0:
         raise UserError(f"--captioned {options.captioned}: it is 0 or more")
+    try:
+        re.compile(options.keys)
+    except re.error as error:
+        raise UserError(f"--keys {options.keys!r} is no regular expression: {error}") from None
     if options.scorer and options.candidates == 1:
         raise UserError("--scorer chooses among --candidates: give 2 of them or more, or leave it out")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     if read_description(find_model_folder(options.model))["kind"] in KINDS:
         evaluate_image_tokenizer(options)
     else:

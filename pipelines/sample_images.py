@@ -22,7 +22,7 @@ from mmvit.data.writing import with_progress
 from mmvit.errors import UserError, run_script
 from mmvit.hub import SHIPPED
 from mmvit.sampling.candidates import parts_of_seeds
-from mmvit.sampling.grids import check_picture_name, labelled_grid
+from mmvit.sampling.grids import check_picture_name, folder_of_pictures, labelled_grid
 from mmvit.sampling.settings import add_options, given
 
 PART = 64  # pictures
@@ -44,12 +44,11 @@ def main() -> None:
             "often an empty one; --temperature 1 draws as many kinds as there are"
         )
     start = time.perf_counter()
-    folder = options.out.with_suffix("")
+    folder = folder_of_pictures(options.out)
     rows: list[list[Image.Image]] = [[] for _ in captions]
     total = len(captions) * options.num
     parts = with_progress(draw_in_parts(generator, captions, options), total, "drawing")
     for place, seed, picture in parts:
-        folder.mkdir(parents=True, exist_ok=True)
         picture.save(folder / f"{place:03d}-{file_name(captions[place])}-seed{seed}.png")
         rows[place].append(picture)
     seconds = time.perf_counter() - start

@@ -269,6 +269,7 @@ def test_pictures_become_pixels_over_white():
     [
         (({"a": float("nan")},), {}, "the weight of 'a' is nan"),
         (({},), {}, "a mixture of no captions"),
+        (({"a": 0, "b": -1},), {}, "no caption with a weight above 0; `negative` leads away"),
         (("a",), {"candidates": 0}, "candidates is 0; at least 1"),
         (("a",), {"guidance": 2.0}, "no setting 'guidance' for sampling: did you mean guidance_scale"),
         (("a",), {"guidance_scale": float("inf")}, "guidance_scale is inf"),

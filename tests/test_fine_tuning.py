@@ -209,6 +209,7 @@ def test_the_layer_in_front_of_the_trained_head_is_left_behind(fine_tune, tmp_pa
     ("arguments", "message"),
     [
         (["--start.model", "/no/folder"], "no model at /no/folder"),
+        (["--start.model", "generator/emojis"], "did you mean generators/emoji?"),
         (["--start.model", "{tmp_path}/resnet"], "holds a resnet, and training begins from a classifier"),
         (["--model.image_size", 25], "patch_size 4 does not divide image_size 25"),
         (["--model.core.width", 32], "they have core.width = 16, the recipe 32; set the recipe's to theirs"),

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -190,8 +191,27 @@ def test_a_part_of_a_split_is_chosen_by_its_keys(run, tiny_shards, run_script, t
     part = unseen.matching("n-0[01].$")
     assert part.keys == [f"train-{number:03d}" for number in range(20)]
     assert torch.equal(part.pixels, unseen.pixels[:20])
-    refused(run_script("pipelines/evaluate.py", *arguments, "--keys", "x9"), "'x9': found in none of 48")
-    refused(run_script("pipelines/evaluate.py", *arguments, "--keys", "("), "'(': no regular expression")
+    refused(run_script("pipelines/evaluate.py", *arguments, "--keys", "x9"), "'x9' is found in none of 48")
+    refused(run_script("pipelines/evaluate.py", *arguments, "--keys", "("), "'(' is no regular expression")
+
+
+def test_a_damaged_shard_is_counted_and_not_measured(run, place, tiny_shards, run_script, tmp_path):
+    shards = tmp_path / "shards"
+    shutil.copytree(tiny_shards, shards)
+    damaged = min(shards.glob("train-*.tar"))
+    damaged.write_bytes(damaged.read_bytes()[:20_000])
+    (shards / "dataset.json").write_text('{"samples": {"train": 48}}')
+    settings = ("--tokenizer", place / "tokenizer", "--size", 16)
+    ran = run_script("pipelines/encode_images.py", shards, tmp_path / "codes", *settings)
+    assert ran.returncode == 0, ran.stderr
+    kept = json.loads((tmp_path / "codes" / "dataset.json").read_text())["samples"]["train"]
+    assert kept < 48
+    assert f"{kept} of 48" in ran.stdout
+    ran = run_script("pipelines/evaluate.py", run, shards, "--split", "heldout", "--out", tmp_path / "a.png")
+    refused(ran, damaged.name, "would not compare")
+    within = damaged / "codes"
+    ran = run_script("pipelines/encode_images.py", tiny_shards, within, *settings)
+    refused(ran, f"error: {within}", "Not a directory")
 
 
 def test_copies_of_training_pictures_are_counted(run, tiny_shards):
@@ -385,6 +405,12 @@ def test_mistakes_in_sampling_are_named(run, run_script, tmp_path):
     refused(sample(run, "a", "--scorer", run), "holds a generator, not a CLIP")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     refused(sample(run, "--captions-file", tmp_path / "latin.txt"), "not UTF-8")
+    inside_a_file = tmp_path / "latin.txt" / "a.png"
+    refused(sample(run, "a", "--out", inside_a_file), f"--out {inside_a_file}: cannot be written")
+    (tmp_path / "folder.png").mkdir()
+    refused(sample(run, "a", "--out", tmp_path / "folder.png"), "is a folder")
+    (tmp_path / "taken").touch()
+    refused(sample(run, "a", "--out", tmp_path / "taken.png"), "the folder", "cannot be made")
 
 
 def test_encoding_refuses_what_it_cannot_do(place, tiny_shards, run_script, tmp_path):

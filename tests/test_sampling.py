@@ -18,7 +18,7 @@ from mmvit.models.vqgan import VQGAN, VQGANConfig
 from mmvit.sampling.decoding import sample_codes
 from mmvit.sampling.filters import draw, filter_logits, uniforms
 from mmvit.sampling.generator import Generator
-from mmvit.sampling.grids import labelled_grid, readable
+from mmvit.sampling.grids import font, labelled_grid, readable, wrapped
 from mmvit.sampling.settings import SamplingSettings
 
 CAPTIONS = torch.tensor([[3, 4, 0, 0], [5, 6, 7, 8]])
@@ -241,7 +241,12 @@ def test_retrieval_by_hand():
 def test_labels_that_no_font_shows_are_code_points(monkeypatch):
     monkeypatch.setattr("mmvit.sampling.grids.system_fonts", lambda: [])
     assert readable("rød æble – красное яблоко") == "rød æble – красное яблоко"
-    assert readable("赤い apple\n") == "U+8D64 U+3044 apple"
+    with pytest.warns(UserWarning, match="no font here shows い赤: labels have code points"):
+        assert readable("赤い apple\n") == "U+8D64 U+3044 apple"
+    for label in ("U+8D64 U+30EA U+30F3 U+30B4 " * 3, "W" * 100, "i i " * 3000, "apple"):
+        lines = wrapped(label, 192)
+        assert max(font().getlength(line) for line in lines) <= 192
+        assert "".join(lines).replace(" ", "") == label[:768].replace(" ", "")
 
 
 def test_grid_has_a_row_for_each_caption():

@@ -306,7 +306,7 @@ def test_a_broken_shard_is_one_however_often_it_is_met(tiny_shards, tmp_path, nu
         take(stream, 150)  # twelve epochs
     assert len([warning for warning in caught if str(cut) in str(warning.message)]) <= max(1, num_workers)
     assert list(stream.report()["broken_shards"]) == [str(cut)]
-    assert "0 skipped (1 broken shard, the first: " in stream.tally.describe()
+    assert "0 skipped, and the rest of 1 broken shard, the first: " in stream.tally.describe()
 
 
 def test_too_few_samples_for_the_readers_is_said(tmp_path):

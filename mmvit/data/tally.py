@@ -62,17 +62,23 @@ class Tally:
             f"{number} x {reason}, the first: {self.examples[reason]}"
             for reason, number in self.skipped.items()
         ]
-        if self.broken_shards:
-            first = next(iter(self.broken_shards.values()))
-            reasons.append(f"{plural(len(self.broken_shards), 'broken shard')}, the first: {first}")
-        return "; ".join(reasons)
+        return "; ".join([*reasons, *self.broken()])
+
+    def broken(self) -> list[str]:
+        if not self.broken_shards:
+            return []
+        first = next(iter(self.broken_shards.values()))
+        return [f"{plural(len(self.broken_shards), 'broken shard')}, the first: {first}"]
 
     def describe(self) -> str:
         """One line for the end of a run."""
         counts = "".join(f", {number:,} {name}" for name, number in self.counts.items())
-        reasons = f" ({self.reasons()})" if self.skipped or self.broken_shards else ""
-        read, skipped = plural(self.read, "sample"), sum(self.skipped.values())
-        return f"{read} read{counts}, {skipped:,} skipped{reasons}"
+        read, skipped = plural(self.read, "sample"), f"{sum(self.skipped.values()):,} skipped"
+        if self.skipped:
+            skipped += f" ({self.reasons()})"
+        elif self.broken_shards:
+            skipped += f", and the rest of {self.reasons()}"
+        return f"{read} read{counts}, {skipped}"
 
 
 def plural(number: int, thing: str) -> str:

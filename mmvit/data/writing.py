@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,7 +88,8 @@ class ShardWriter:
 class Outcome:
     """What a preparing script has written and skipped, and why."""
 
-    def __init__(self) -> None:
+    def __init__(self, expected: Mapping[str, int] | None = None) -> None:
+        self.expected = dict(expected or {})
         self.written: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
         self.noted: Counter[str] = Counter()
@@ -119,7 +120,8 @@ class Outcome:
         table.add_column("samples", justify="right")
         table.add_column("examples", overflow="fold")
         for split, count in self.written.items():
-            table.add_row(f"written: {split}", f"{count:,}", "")
+            lacking = f" of {self.expected[split]:,}" if self.expected.get(split, count) != count else ""
+            table.add_row(f"written: {split}", f"{count:,}{lacking}", "")
         for fact, count in self.noted.most_common():
             table.add_row(f"of these: {fact}", f"{count:,}", ", ".join(self.examples[fact]))
         for reason, count in self.skipped.most_common():

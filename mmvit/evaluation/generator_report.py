@@ -61,12 +61,9 @@ class Unseen:
 
     def matching(self, pattern: str) -> Self:
         """The captions in whose key this regular expression is found. Raises UserError for none."""
-        try:
-            chosen = [i for i, key in enumerate(self.keys) if re.search(pattern, key)]
-        except re.error as error:
-            raise UserError(f"keys {pattern!r}: no regular expression, {error}") from None
+        chosen = [i for i, key in enumerate(self.keys) if re.search(pattern, key)]
         if not chosen:
-            raise UserError(f"keys {pattern!r}: found in none of {len(self.keys)}, such as {self.keys[:2]}")
+            raise UserError(f"--keys {pattern!r} is found in none of {len(self.keys)}, as {self.keys[:2]}")
         return self.some(chosen)
 
     def some(self, chosen: Sequence[int] | Tensor) -> Self:

@@ -16,10 +16,13 @@ def read_split(folder: Path, split: str, decode: Decode) -> dict[str, Any]:
     gives, tensors as one and the rest as lists.
 
     Raises:
-        UserError: when the split holds no sample.
+        UserError: when the split holds no sample, or a shard is damaged: figures of the rest would not
+            compare with others.
     """
     stream = ShardStream(f"{folder}/{split}-*.tar", decode, batch_size=256, shuffle_buffer=0, repeat=False)
     batches = list(stream)
+    for problem in stream.report()["broken_shards"].values():
+        raise UserError(f"{problem}; figures of what is left would not compare with others: write it again")
     if not batches:
         raise UserError(f"{folder}/{split}-*.tar holds no samples")
     whole: dict[str, Any] = {}

@@ -1,6 +1,7 @@
 """Pictures side by side with their captions, as one picture."""
 
 import textwrap
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -47,8 +48,14 @@ def missing(text: str, path: Path) -> set[str]:
 
 
 def readable(text: str) -> str:
-    """`text`, with the code points of characters that no font here shows, as U+8D64."""
+    """`text`, with the code points of characters that no font here shows, as U+8D64, and a warning."""
     unknown = missing(text, Path(font(text).path))
+    if unknown:
+        warnings.warn(
+            f"no font here shows {''.join(sorted(unknown))}: labels have code points instead; one that does "
+            "may be had by apt-get install fonts-noto-cjk",
+            stacklevel=3,
+        )
     told = "".join(f" U+{ord(letter):04X} " if letter in unknown else letter for letter in text)
     return " ".join(told.split()) if unknown else text
 
@@ -78,13 +85,22 @@ def labelled_grid(
     for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
         y = top + i * (cell + GAP)
         label = readable(label or "(no caption)")
-        lines = textwrap.wrap(label, width=int(label_width / (0.58 * TEXT_SIZE)))
+        lines = wrapped(label, label_width - 2 * GAP)
         pen.multiline_text(
             (GAP, y + GAP), "\n".join(lines[: cell // (TEXT_SIZE + 4)]), fill="black", font=font(label)
         )
         for j, picture in enumerate(row):
             sheet.paste(fit(picture, cell), (label_width + j * (cell + GAP), y))
     return sheet
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """The beginning of `text`, as much as a label shows, in lines of `width` pixels at most."""
+    text, shown = text[: 4 * width], font(text)
+    letters = width // 2  # in a line; there is none so narrow
+    while max(map(shown.getlength, lines := textwrap.wrap(text, letters))) > width and letters > 1:
+        letters -= 1
+    return lines
 
 
 def sheet_size(
@@ -95,9 +111,16 @@ def sheet_size(
 
 
 def check_picture_name(out: Path, rows: int = 1, columns: int = 1) -> None:
-    """Raises UserError unless a grid of so many pictures can be saved under this name."""
+    """Makes the folder of `out`. Raises UserError unless a grid of so many pictures can be saved there."""
     if (suffix := out.suffix.lower()) not in MOST_PIXELS:
         raise UserError(f"--out {out}: name a .png, .jpg or .webp file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        taken = out.is_dir()
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written, {error.strerror}") from None
+    if taken:
+        raise UserError(f"--out {out} is a folder; name a file that may be written")
     width, height = sheet_size(rows, columns)
     if max(width, height) > MOST_PIXELS[suffix] or width * height > MOST_IN_ALL:
         most = f"a {suffix} has sides of {MOST_PIXELS[suffix]:,} at most, and a sheet {MOST_IN_ALL:,} in all"
@@ -105,6 +128,19 @@ def check_picture_name(out: Path, rows: int = 1, columns: int = 1) -> None:
             f"--out {out}: {rows:,} captions of {columns:,} pictures make a sheet of {width:,}x{height:,} "
             f"pixels; {most}: draw fewer at a time"
         )
+
+
+def folder_of_pictures(out: Path) -> Path:
+    """The folder beside the grid `out` for each picture alone, made. Raises UserError if a file is there."""
+    folder = out.with_suffix("")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: each picture alone would go into the folder {folder}, which cannot be made "
+            f"({error.strerror}); name another picture"
+        ) from None
+    return folder
 
 
 def side_by_side(sheets: Sequence[Image.Image]) -> Image.Image:

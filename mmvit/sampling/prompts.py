@@ -33,6 +33,10 @@ def list_prompts(prompts: Prompt | Sequence[Prompt]) -> list[dict[str, float]]:
                 raise UserError(f"a mixture has {caption!r} in it; captions are str")
             if not isinstance(weight, int | float) or not math.isfinite(weight):
                 raise UserError(f"the weight of {caption!r} is {weight!r}; it is a number")
+        if max(prompt.values()) <= 0:
+            raise UserError(
+                f"the mixture {prompt} has no caption with a weight above 0; `negative` leads away from one"
+            )
     return listed
 
 
