@@ -1,15 +1,16 @@
 """Draws a part of a picture again with a trained generator, or variations of the whole.
 
-    python pipelines/edit_images.py apple.png "green apple" --keep top --num 4 --out edited.png
-    python pipelines/edit_images.py apple.png "red apple" --keep 0.5
-    python pipelines/edit_images.py --model runs/emoji apple.png "red apple" --keep mask.png
+    python pipelines/edit_images.py judge.png "man astronaut light skin tone" --keep top --num 4
+    python pipelines/edit_images.py apple.png "green apple" --keep 0.3
+    python pipelines/edit_images.py --model runs/emoji apple.png "green apple" --keep mask.png
 
 --keep says what stays: a half (top, bottom, left, right), a random share of the codes, another for each
 picture, or a picture of the same size whose white parts are drawn again and whose black ones stay. A code
 (8x8 pixels of the shipped generator's) is drawn again as a whole where the mask is more white than black.
 Codes are drawn from what is above and left of them; what is kept below guides the choice among --candidates
-alone. Writes edited.png, with the given picture on the left as the image tokenizer has it, and each drawn one
-alone in the folder edited/, numbered.
+alone. What is kept often outweighs the caption (the lower half of a red apple stays red), less so at a higher
+--guidance-scale. Writes edited.png, with the given picture on the left as the image tokenizer has it, and
+each drawn one alone in the folder edited/, numbered.
 """
 
 import argparse
