@@ -39,9 +39,10 @@ def run_script(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno not in OF_FILES or not error.filename:
+        if error.errno not in OF_FILES:
             raise
-        refuse(f"{error.filename}: {os.strerror(error.errno)}")
+        where = f"{error.filename}: " if error.filename else ""
+        refuse(f"{where}{os.strerror(error.errno)}")
 
 
 def refuse(message: str) -> None:
