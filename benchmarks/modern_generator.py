@@ -2,6 +2,8 @@
 same training FLOPs.
 
     python pipelines/encode_images.py data/emoji data/emoji-views --views 8 --shift 2
+    python pipelines/encode_images.py data/emoji data/emoji-views-flipped --views 8 --shift 2 \\
+        --flip-unless left right clockwise counterclockwise
     python benchmarks/modern_generator.py run --images 24000 --log modern-generator.jsonl
     python benchmarks/modern_generator.py table modern-generator.jsonl
 
@@ -23,6 +25,7 @@ from mmvit.errors import run_script
 RECIPE = ("pipelines/train_caption_to_image.py", ROOT / "configs/emoji_demo.toml")
 BATCH = 64
 VIEWS = "data/emoji-views"
+FLIPPED = f"{VIEWS}-flipped"  # every second view, where the caption does not name a side
 DEFAULT, UNGUIDED = "the default", "captions never left out"
 CAUSAL = ("--model.attention", "causal", "--model.text_loss_weight", "1")
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -47,6 +50,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "label smoothing 0.1": ("--model.label_smoothing", "0.1"),
     "BPE dropout 0.1": ("--data.bpe_dropout", "0.1", "--model.text_length", "24"),  # captions get longer
     "half of the pictures shifted": ("--data.views", "0.5", "--data.train", f"{VIEWS}/train-*.tar"),
+    "half of the pictures shifted or flipped": (
+        "--data.views", "0.5", "--data.train", f"{FLIPPED}/train-*.tar",
+    ),
     "causal captions, 1 : 7": CAUSAL,
     "DALL·E's attention, 1 : 7": ("--model.attention", "dalle", "--model.convolution", "7", *CAUSAL[2:]),
 }  # fmt: skip

@@ -8,12 +8,13 @@ A generator: held-out loss in nats per image code; retrieval@1 and @5: the share
 picture has its own true picture as the nearest, or among the five nearest, in pixels, of all pictures of the
 data set. The same for the image tokenizer's reconstructions of the true pictures is the most that any
 generator on these codes can reach. Fréchet distance to the real pictures of the split; copies: pictures that
-agree with a training picture, as the tokenizer shows it, to 34 dB or more. --seeds 4 measures how much
+agree with a training picture, as the tokenizer shows it, to 34 dB or more (marked in the picture; of which
+one, the .json says). --seeds 4 measures how much
 pictures of one caption differ, --clip retrieval in a CLIP's space, --classifier whether a classifier of ours
 finds the caption's class (of --classes, shards with the same keys), --language several languages,
 --captioned 32 how many of 32 real pictures have their own caption as the likeliest of all. --keys measures a
 part of the split, emoji without skin tones by --keys "^(?!.*1f3f[b-f])". The picture shows
-caption · real · reconstruction · generated, from the best to the worst. 15 s for 405 captions on 2 cores.
+caption · real · reconstruction · generated, from the worst to the best. 15 s for 405 captions on 2 cores.
 MODEL/evaluation-SPLIT.json keeps the figures, of a part of the split evaluation-SPLIT-LIMIT.json, of certain
 keys -of-keys.json.
 
@@ -41,14 +42,14 @@ from mmvit.errors import UserError, run_script
 from mmvit.evaluation.code_use import draw_code_use
 from mmvit.evaluation.generator_report import (
     Unseen,
-    draw_best_to_worst,
+    draw_worst_to_best,
     evenly_spread,
     loss_and_retrieval,
     report_generator,
 )
 from mmvit.evaluation.spaces import feature_space
 from mmvit.evaluation.splits import read_split
-from mmvit.evaluation.tokenizer_report import draw_worst_to_best, report_tokenizer
+from mmvit.evaluation.tokenizer_report import draw_tokens_worst_to_best, report_tokenizer
 from mmvit.hub import find_model_folder, read_description, write_json
 from mmvit.models.classifier import Classifier
 from mmvit.models.image_tokenizer import KINDS, load_image_tokenizer
@@ -109,7 +110,7 @@ def evaluate_image_tokenizer(options: argparse.Namespace) -> None:
     kept, drawn = options.out.with_suffix(".json"), options.out.with_name(f"{options.out.stem}-codes.png")
     write_json(figures, kept)
     draw_code_use(report.counts, drawn)
-    draw_worst_to_best(report, unseen["keys"], options.rows).save(options.out)
+    draw_tokens_worst_to_best(report, unseen["keys"], options.rows).save(options.out)
     show(figures)
     print(f"figures: {kept.resolve()}; use of the codes: {drawn.resolve()}")
 
@@ -175,11 +176,13 @@ def evaluate_generator(options: argparse.Namespace) -> None:
     settings["candidates_drawn"] = settings.pop("candidates")
     if options.model.is_dir():
         kept = {**figures, **settings, "scorer": options.scorer, "data": str(options.data)}
+        kept |= {"copied": report.copies} if report.copies else {}
         kept |= {"keys": options.keys} if options.keys else {}
         part = f"-{options.limit}" if options.limit else ""
         of_keys = "-of-keys" if options.keys else ""
         write_json(kept, options.model / f"evaluation-{options.split}{part}{of_keys}.json")
-    draw_best_to_worst(report, unseen, options.rows).save(options.out)
+    heading = "caption" if options.split == options.train else "caption, never seen"
+    draw_worst_to_best(report, unseen, options.rows, heading).save(options.out)
     show(figures)
     print(
         f"of {figures['captions']} captions of {options.split} {figures['retrieval@1']:.1%} find their own "

@@ -1,4 +1,4 @@
-"""Prints how much memory a GPU needs to train a model, for each ZeRO stage and number of GPUs.
+"""Prints how much memory a GPU needs to train a model, for each ZeRO stage, number of GPUs and precision.
 
     python pipelines/plan_memory.py dalle-12b --gpus 64 256 1024 --memory 80
     python pipelines/plan_memory.py generator-b --gpus 1 8 --precision fp32 --ema
@@ -11,6 +11,7 @@ logits are not counted, so leave a tenth free, more where a small core has a lar
 """
 
 import argparse
+import itertools
 
 import torch
 from rich.console import Console
@@ -22,6 +23,7 @@ from mmvit.models.presets import MODELS, PRESETS, preset
 
 GB = 1e9
 STAGES = (0, 1, 2, 3)
+PRECISIONS = ["bf16", "fp32"]
 
 
 def main() -> None:
@@ -40,21 +42,20 @@ def main() -> None:
     parameters, tokens = sum(parameter.numel() for parameter in model.parameters()), model.positions.length
     table = Table(
         title=f"{options.name}: {parameters:,} parameters, {tokens:,} tokens an example, "
-        f"{options.precision}, GPUs of {options.memory:g} GB"
+        f"GPUs of {options.memory:g} GB"
     )
-    for column in ("GPUs", "ZeRO", "state, GB a GPU", "examples a GPU", "with checkpointing"):
+    for column in ("precision", "GPUs", "ZeRO", "state, GB a GPU", "examples a GPU", "with checkpointing"):
         table.add_column(column, justify="right")
-    for gpus in options.gpus:
-        for stage in STAGES:
-            fits = []
-            for checkpointing in (False, True):
-                shape = core.model_copy(update={"activation_checkpointing": checkpointing})
-                memory = training_memory(
-                    parameters, shape, tokens, stage, gpus, options.precision, options.ema and stage < 3
-                )
-                room = options.memory * GB - memory.state
-                fits.append(f"{int(room // memory.activations):,}" if room >= 0 else "no room")
-            table.add_row(f"{gpus:,}", str(stage), f"{memory.state / GB:,.1f}", *fits)
+    for precision, gpus, stage in itertools.product(options.precision, options.gpus, STAGES):
+        fits = []
+        for checkpointing in (False, True):
+            shape = core.model_copy(update={"activation_checkpointing": checkpointing})
+            memory = training_memory(
+                parameters, shape, tokens, stage, gpus, precision, options.ema and stage < 3
+            )
+            room = options.memory * GB - memory.state
+            fits.append(f"{int(room // memory.activations):,}" if room >= 0 else "no room")
+        table.add_row(precision, f"{gpus:,}", str(stage), f"{memory.state / GB:,.1f}", *fits)
     Console().print(table)
 
 
@@ -65,7 +66,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("name", help="a preset, of pipelines/list_presets.py")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64], help="numbers of them (1 8 64)")
     parser.add_argument("--memory", type=float, default=80.0, help="of a GPU, in GB (%(default)s)")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument(
+        "--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of products (both)"
+    )
     parser.add_argument("--ema", action="store_true", help="with an average of the weights (not in stage 3)")
     return parser.parse_args()
 

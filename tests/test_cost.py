@@ -1,4 +1,4 @@
-"""What classifiers cost, against the figures of the paper and of plain arithmetic."""
+"""What models cost to run and to train, against the figures of the paper and of plain arithmetic."""
 
 import pytest
 import torch
@@ -111,7 +111,9 @@ def test_a_plan_is_printed_for_each_stage(run_script, monkeypatch):
     assert ran.returncode == 0, ran.stderr
     assert "12,292,840,960 parameters, 1,281 tokens" in ran.stdout
     rows = [line for line in ran.stdout.splitlines() if line.startswith("│")]
-    assert [row.split("│")[2].strip() for row in rows] == ["0", "1", "2", "3"]
+    assert [[cell.strip() for cell in row.split("│")[1:4:2]] for row in rows] == [
+        [precision, stage] for precision in ("bf16", "fp32") for stage in "0123"
+    ]
     assert "no room" in rows[0]
     assert "no room" not in rows[3]
     ran = run_script("pipelines/plan_memory.py", "vq-f8")

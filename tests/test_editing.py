@@ -1,5 +1,7 @@
 """Mixed and negative captions, choosing among candidates, completing pictures, and naming them."""
 
+from unittest import mock
+
 import pytest
 import torch
 from PIL import Image
@@ -155,6 +157,33 @@ def test_where_memory_is_short_fewer_are_drawn_at_a_time(generator, monkeypatch)
     most = 0
     with pytest.raises(UserError, match="one picture alone does not fit into memory"):
         generator.draw("pear")
+
+
+def test_where_memory_is_short_fewer_are_decoded_encoded_and_scored_at_a_time(generator, monkeypatch):
+    codes = generator.draw(["red apple", "pear"], 4, seed=3).codes
+    pixels = generator.decode(codes)
+    own, captions = generator.encode(pixels), ["red apple"] * 8
+    evidence = generator.evidence(captions, codes)
+
+    def short_of_memory(whole):
+        def limited(part, *arguments):
+            if len(part) > 3:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+            return whole(part, *arguments)
+
+        return limited
+
+    for part, name in (
+        (generator.image_tokenizer, "decode_many"), (generator.image_tokenizer, "encode_many"),
+        (generator.transformer, "forward"),
+    ):  # fmt: skip
+        monkeypatch.setattr(part, name, short_of_memory(getattr(part, name)))
+    torch.testing.assert_close(generator.decode(codes), pixels)
+    assert torch.equal(generator.encode(pixels), own)
+    torch.testing.assert_close(generator.evidence(captions, codes), evidence)
+    monkeypatch.setattr(generator.image_tokenizer, "decode_many", mock.Mock(side_effect=RuntimeError("else")))
+    with pytest.raises(RuntimeError, match="else"):
+        generator.decode(codes)
 
 
 def test_a_kept_upper_half_stays_in_every_picture(generator):

@@ -28,7 +28,14 @@ from mmvit.training.optim import layer_scales
 ROOT = Path(__file__).resolve().parent.parent
 CORE = TransformerConfig(width=32, depth=2, num_heads=2)
 CLASSIFIER = {"image_size": 16, "patch_size": 8, "num_classes": 4}
-GENERATOR = {"vocab_size": 40, "text_length": 6, "codebook_size": 16, "grid": (2, 2)}
+GENERATOR = {
+    "vocab_size": 40,
+    "text_length": 6,
+    "codebook_size": 16,
+    "grid": (2, 2),
+    "attention": "causal",
+    "text_loss_weight": 1.0,
+}
 
 
 def small() -> Joint:

@@ -134,6 +134,20 @@ def test_every_config_loads_and_builds(config, script):
     assert sum(parameter.numel() for parameter in model.parameters()) > 0
 
 
+@pytest.mark.parametrize("config", ["dalle.toml", "emoji_dalle.toml"])
+def test_dalles_recipes_train_as_published(config):
+    recipe = load_config(recipe_class_of(ROOT / recipes()[config]), ROOT / "configs" / config, ())
+    optimizer, train = recipe.optimizer, recipe.train
+    assert (optimizer.name, optimizer.lr, optimizer.weight_decay) == ("adamw", 4.5e-4, 4.5e-2)
+    assert (tuple(optimizer.betas), train.clip_norm, train.ema_decay) == ((0.9, 0.96), 4.0, 0.99)
+    assert (recipe.data.bpe_dropout, recipe.samples.temperature) == (0.1, 1.0)
+    model = recipe.model
+    assert (model.attention, model.text_loss_weight, model.image_loss_weight) == ("dalle", 1.0, 7.0)
+    if config == "dalle.toml":
+        assert (train.batch_size, train.steps, optimizer.warmup_steps) == (1024, 430_000, 5000)
+        assert (model.core.width, model.core.depth, model.core.num_heads) == (3968, 64, 62)
+
+
 def recipe_class_of(path: Path) -> type[Recipe]:
     """A script's recipe, without running the script."""
     import runpy

@@ -37,6 +37,9 @@ def small_generator(**parts) -> GeneratorTransformer:
         "text_length": 5,
         "codebook_size": 30,
         "grid": (3, 4),
+        "attention": "causal",
+        "positions": "rotary_2d",
+        "text_loss_weight": 1.0,
         "core": CORE,
         **parts,
     }
@@ -276,9 +279,9 @@ def test_dalles_layers_see_by_column_by_row_and_at_last_by_convolution():
     GeneratorConfig(attention="dalle", convolution=11)  # its grid is that of the data, and checked there
 
 
-@pytest.mark.parametrize("attention", ["causal", "prefix"])
+@pytest.mark.parametrize("attention", ["causal", "prefix", "dalle"])
 def test_permuting_caption_tokens_changes_image_logits(attention):
-    model = small_generator(attention=attention, text_loss_weight=0)
+    model = small_generator(attention=attention, text_loss_weight=0, convolution=3)
     captions, codes = captions_and_codes()
     permuted = captions.clone()
     permuted[1] = captions[1, [1, 0, 2, 4, 3]]
@@ -357,7 +360,7 @@ def test_codes_that_look_alike_start_alike():
 
 def test_prefix_captions_cannot_be_predicted():
     with pytest.raises(ValueError, match="text_loss_weight = 0"):
-        GeneratorConfig(attention="prefix")
+        GeneratorConfig(attention="prefix", text_loss_weight=1.0)
 
 
 def test_classifier_and_generator_exchange_core_weights():

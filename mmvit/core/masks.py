@@ -37,11 +37,12 @@ def sparse_causal(
     """DALL·E's attention (2102.12092, appendix B.1) over a prefix (the caption) and the codes of a grid in
     raster order: every token sees itself and the prefix before it, and a code, of the codes before it,
 
-    - `row`: the last `columns`, back to the one above it;
+    - `row`: the last `columns` before it, back to the one above it;
     - `column`: those above it in its column;
     - `convolution`: those that a causal square of `kernel` x `kernel` codes around it covers.
 
-    Rows and squares go on at the other side of the picture where they leave it, one row higher.
+    What leaves the picture on the left goes on at its right, one row higher; on the right, at its left, one
+    row lower.
 
     Returns:
         (length, length) with length = prefix_length + rows · columns.

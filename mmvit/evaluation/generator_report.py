@@ -35,6 +35,7 @@ class Unseen:
     everything: Tensor
     own: Tensor
     trained: Tensor
+    trained_keys: list[str]
 
     @property
     def pixels(self) -> Tensor:
@@ -47,12 +48,14 @@ class Unseen:
         What has no picture in `real` is left out."""
         place = {key: i for i, key in enumerate(real["keys"])}
         pairs = [pair for pair in zip(unseen["keys"], unseen["captions"], strict=True) if pair[0] in place]
+        trained = [key for key in trained if key in place]
         return cls(
             keys=[key for key, _ in pairs],
             captions=[caption for _, caption in pairs],
             everything=real["pixels"],
             own=torch.tensor([place[key] for key, _ in pairs], dtype=torch.long),
-            trained=torch.tensor([place[key] for key in trained if key in place], dtype=torch.long),
+            trained=torch.tensor([place[key] for key in trained], dtype=torch.long),
+            trained_keys=trained,
         )
 
     def spread(self, number: int) -> Self:
@@ -79,12 +82,14 @@ class Unseen:
 @dataclass(frozen=True)
 class GeneratorReport:
     """Figures; and of every caption what was drawn and what the image tokenizer makes of the real picture, as
-    pixels, with the rank of the true picture."""
+    pixels, with the rank of the true picture; and which drawn pictures are copies (key → key of the training
+    picture)."""
 
     figures: dict[str, Any]
     generated: Tensor
     reconstructed: Tensor
     ranks: Tensor
+    copies: dict[str, str]
 
 
 def report_generator(
@@ -106,8 +111,8 @@ def report_generator(
         space: of the Fréchet distance.
         seeds: pictures of every caption that are drawn once more, without candidates, for their diversity.
         clip: in whose space retrieval is measured, too, and how well pictures fit their captions.
-        classifier, labels: by whom and of which classes (key → class) pictures are; without `labels` nothing
-            is measured by it.
+        classifier: which looks for the class of the caption in what was drawn.
+        labels: the class of each picture by its key; without them the classifier measures nothing.
         captioned: pictures of the split, evenly spread, whose caption is looked for in `all_captions`.
         settings: as for `Generator.draw`.
     """
@@ -121,10 +126,14 @@ def report_generator(
         name = f"frechet_distance_{space.name}"
         figures[name] = space.distance(unseen.pixels, generated)
         figures[f"reconstruction_{name}"] = space.distance(unseen.pixels, reconstructed)
+    copies: dict[str, str] = {}
     if len(unseen.trained):
         codes = tokenizer.encode_many(unseen.everything[unseen.trained])
         trained = tokenizer.decode_many(codes).cpu()
-        figures["copies"] = int((nearest(generated, trained)[0] < COPY).sum())
+        distances, places = nearest(generated, trained)
+        found = (distances < COPY).nonzero().flatten().tolist()
+        copies = {unseen.keys[i]: unseen.trained_keys[places[i]] for i in found}
+        figures["copies"] = len(copies)
         figures["copies_among_reconstructions"] = int((nearest(reconstructed, trained)[0] < COPY).sum())
     if seeds > 1 and len(unseen.keys) > 1:
         plain = {name: value for name, value in settings.items() if name not in ("candidates", "scorer")}
@@ -137,7 +146,7 @@ def report_generator(
         figures |= measure_by_classes(classifier, labels, unseen, generated)
     if captioned:
         figures |= measure_captions(generator, unseen, captioned, all_captions)
-    return GeneratorReport(figures, generated, reconstructed, ranks)
+    return GeneratorReport(figures, generated, reconstructed, ranks, copies)
 
 
 def loss_and_retrieval(
@@ -225,14 +234,20 @@ def measure_by_classes(
     return figures
 
 
-def draw_best_to_worst(report: GeneratorReport, unseen: Unseen, num_rows: int) -> Image.Image:
+def draw_worst_to_best(
+    report: GeneratorReport, unseen: Unseen, num_rows: int, heading: str = "caption"
+) -> Image.Image:
     """Caption, real picture, reconstruction and what was drawn, in two halves of `num_rows`: evenly from the
-    caption whose true picture ranks first to the one where it ranks last, of the same rank in their order."""
-    order = report.ranks.argsort(stable=True)
+    caption whose true picture ranks last to the one where it ranks first, of the same rank in their order;
+    copies of a training picture are marked."""
+    order = report.ranks.argsort(stable=True, descending=True)
     chosen = order[torch.linspace(0, len(order) - 1, min(2 * num_rows, len(order))).round().long()].tolist()
     columns = [
         pictures_from_pixels(pixels[chosen])
         for pixels in (unseen.pixels, report.reconstructed, report.generated)
     ]
-    captions = [f"{unseen.captions[i]} (rank {report.ranks[i] + 1})" for i in chosen]
-    return two_halves(columns, captions, ["caption, never seen", "real", "tokenizer", "generated"], num_rows)
+    captions = [
+        f"{unseen.captions[i]} (rank {report.ranks[i] + 1}{', a copy' * (unseen.keys[i] in report.copies)})"
+        for i in chosen
+    ]
+    return two_halves(columns, captions, [heading, "real", "tokenizer", "generated"], num_rows)

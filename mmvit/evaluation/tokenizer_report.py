@@ -45,7 +45,7 @@ def report_tokenizer(tokenizer: ImageTokenizer, pixels: Tensor, space: FeatureSp
     return TokenizerReport(figures, counts, pixels, reconstructed, psnr)
 
 
-def draw_worst_to_best(report: TokenizerReport, keys: list[str], num_rows: int) -> Image.Image:
+def draw_tokens_worst_to_best(report: TokenizerReport, keys: list[str], num_rows: int) -> Image.Image:
     """Real and reconstruction in two halves of `num_rows`: evenly from the worst of the split to its best."""
     order = report.psnr.argsort()
     chosen = order[torch.linspace(0, len(order) - 1, min(2 * num_rows, len(order))).round().long()].tolist()

@@ -42,6 +42,7 @@ def dalle(shape: TransformerConfig, **parts) -> GeneratorConfig:
         **{**of_the_paper, **parts},
         positions="learned_2d",
         attention="dalle",
+        text_loss_weight=1.0,
         caption_dropout=0.0,
         core=shape,
     )
@@ -81,15 +82,16 @@ CLASSIFIERS = {
 }
 
 GENERATORS = {
-    "generator-tiny": GeneratorConfig(core=core(256, 6, 4)),
-    "generator-small": GeneratorConfig(core=core(384, 12, 6)),
+    # of the parts that paid at equal FLOPs (benchmarks/README.md)
+    "generator-tiny": GeneratorConfig(core=core(256, 6, 4, dropout=0.1)),
+    "generator-small": GeneratorConfig(core=core(384, 12, 6, dropout=0.1)),
     # the sizes of LlamaGen (2406.06525, Table 1), 256 pixels at factor 16, captions of up to 120 tokens
     "generator-b": GeneratorConfig(
-        vocab_size=16384, text_length=120, codebook_size=16384, grid=(16, 16),
+        vocab_size=16384, text_length=120, codebook_size=16384, grid=(16, 16), positions="rotary_2d",
         core=core(768, 12, 12, norm="rmsnorm", mlp="swiglu", bias=False),
     ),
     "generator-xl": GeneratorConfig(
-        vocab_size=16384, text_length=120, codebook_size=16384, grid=(16, 16),
+        vocab_size=16384, text_length=120, codebook_size=16384, grid=(16, 16), positions="rotary_2d",
         core=core(1280, 36, 20, norm="rmsnorm", mlp="swiglu", bias=False),
     ),
     # DALL·E (2102.12092, appendix B), which has 64 layers of 62 heads; then smaller, and one that trains here

@@ -36,13 +36,20 @@ def in_parts(draw: Callable[[slice], Tensor], number: int, size: int) -> list[Te
     while first < number:
         try:
             parts.append(draw(slice(first, first + size)))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if size == 1:
                 raise UserError("one picture alone does not fit into memory: take another device") from None
             size = min(size, number - first) // 2 or 1
         else:
             first += size
     return parts
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """A GPU's lack of memory has a class of its own, a CPU's a message."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def choose(

@@ -66,7 +66,8 @@ def variations(
     seed: int = 0,
     **settings,
 ) -> list[Image.Image]:
-    """Pictures that each share a random `keep` of the codes of `picture`; the j-th is drawn with seed + j."""
+    """Pictures that each share a random `keep` of the codes of `picture`; the j-th is drawn with seed + j.
+    Raises UserError for a share outside 0 to 1."""
     if not 0 <= keep <= 1:
         raise UserError(f"keep is {keep}; it is the share of the codes that stay, from 0 to 1")
     drawn = []

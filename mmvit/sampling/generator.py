@@ -255,12 +255,20 @@ class Generator:
             raise UserError(
                 f"pixels are {tuple(pixels.shape[1:])}, this generator draws {(3, height, width)}"
             )
-        return self.image_tokenizer.encode_many(pixels, batch_size)
+
+        def encode_part(part: slice) -> Tensor:
+            return self.image_tokenizer.encode_many(pixels[part], batch_size)
+
+        return torch.cat(in_parts(encode_part, len(pixels), batch_size))
 
     @torch.inference_mode()
     def decode(self, codes: Tensor, batch_size: int = 64) -> Tensor:
         """Codes (pictures, rows, columns) as pixels (pictures, 3, height, width) in [-1, 1]."""
-        return self.image_tokenizer.decode_many(codes, batch_size)
+
+        def decode_part(part: slice) -> Tensor:
+            return self.image_tokenizer.decode_many(codes[part], batch_size)
+
+        return torch.cat(in_parts(decode_part, len(codes), batch_size))
 
     def pictures(self, codes: Tensor, batch_size: int = 64) -> list[Image.Image]:
         """Codes (pictures, rows, columns) as RGB pictures."""

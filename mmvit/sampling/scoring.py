@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvit.models.generator import PAD, GeneratorTransformer
+from mmvit.sampling.candidates import in_parts
 
 
 @torch.inference_mode()
@@ -26,11 +27,12 @@ def code_likelihoods(
     model: GeneratorTransformer, caption_ids: Tensor, codes: Tensor, batch_size: int = 64
 ) -> Tensor:
     """log p(code | codes before it, caption) in nats, (batch, rows · columns)."""
-    parts = []
-    for ids, own in zip(caption_ids.split(batch_size), codes.split(batch_size), strict=True):
-        logits = model(ids, own)[1].float()
-        parts.append(-F.cross_entropy(logits.transpose(1, 2), own, reduction="none"))
-    return torch.cat(parts)
+
+    def of_part(part: slice) -> Tensor:
+        logits = model(caption_ids[part], codes[part])[1].float()
+        return -F.cross_entropy(logits.transpose(1, 2), codes[part], reduction="none")
+
+    return torch.cat(in_parts(of_part, len(codes), batch_size))
 
 
 @torch.inference_mode()
@@ -39,7 +41,8 @@ def likelihood_of_given(
 ) -> Tensor:
     """How well codes that were drawn fit the given ones which follow them, (batch,): the sum of log p(given
     code | codes before it, caption). As each code was drawn from those before it alone, this is by how much
-    (the logarithm of the importance weight) given codes make what was drawn likelier.
+    (the logarithm of the importance weight, at guidance 1 and temperature 1) given codes make what was drawn
+    likelier.
 
     Args:
         codes: (batch, rows · columns), given ones and drawn ones.
