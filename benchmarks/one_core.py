@@ -42,18 +42,23 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 
 def main() -> None:
-    run_study(__doc__, "one-core", measure, show, images=24_000, of="a generator alone")
+    budget = {"images": 24_000, "of": "a generator alone"}
+    run_study(__doc__, "one-core", measure, show, **budget, extend=add_options)
+
+
+def add_options(run: argparse.ArgumentParser) -> None:
+    run.add_argument("--only", nargs="+", choices=VARIANTS, default=[*VARIANTS], metavar="VARIANT")
 
 
 def measure(options: argparse.Namespace) -> None:
     total = flops_of(*GENERATOR) * options.images
     done = {(r["variant"], r["seed"], r["images"]) for r in read_log(options.log)}
     for seed in range(options.seeds):
-        for name, stages in VARIANTS.items():
+        for name in options.only:
             if (name, seed, options.images) in done:
                 continue
             began = time.monotonic()
-            figures = train_stages(options, seed, stages, total)
+            figures = train_stages(options, seed, VARIANTS[name], total)
             record = {"variant": name, "seed": seed, "images": options.images, "flops": total}
             write_log(options.log, {**record, **figures, "minutes": (time.monotonic() - began) / 60})
 
