@@ -42,7 +42,8 @@ def main() -> None:
         print(f"| {scale:g} | {recall(ranks, 1):.1%} | {recall(ranks, 5):.1%} |", flush=True)
     scorer = CaptionScorer.from_pretrained(options.scorer) if options.scorer else None
     ranks, scores = candidates(generator, unseen, scorer, guidance_scale=options.guidance_scale, **settings)
-    print(f"\n| best of (guidance {options.guidance_scale:g}), chosen by | {' | '.join(map(str, NUMBERS))} |")
+    how = f"guidance {options.guidance_scale:g}, temperature {options.temperature:g}"
+    print(f"\n| best of ({how}), chosen by | {' | '.join(map(str, NUMBERS))} |")
     print("|---" * (1 + len(NUMBERS)) + "|")
     for name, score in {**scores, "retrieval itself": -ranks.float()}.items():
         cells = []
@@ -67,7 +68,7 @@ def candidates(
         own.append(generator.evidence(repeated, codes).cpu())
         if scorer is not None:
             clip.append(scorer.scores(pixels, repeated).cpu())
-    scores = {"the generator": torch.cat(own).view(-1, most)}
+    scores = {"the generator's own likelihood of the caption": torch.cat(own).view(-1, most)}
     if scorer is not None:
         scores["CLIP"] = torch.cat(clip).view(-1, most)
     return torch.cat(ranks).view(-1, most), scores

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from mmvit.config import load_config
 from mmvit.core.transformer import TransformerConfig
@@ -194,7 +195,7 @@ def run(tmp_path_factory, tiny_shards, run_script) -> Path:
     return place / "run"
 
 
-def test_one_run_classifies_and_draws(run, tiny_shards, run_script, tmp_path):
+def test_one_run_classifies_draws_and_captions(run, tiny_shards, run_script, tmp_path):
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     held_out = [record for record in records if record["kind"] == "held_out"]
     assert {"loss", "accuracy", "classification_loss", "image_loss"} <= held_out[-1].keys()
@@ -204,6 +205,14 @@ def test_one_run_classifies_and_draws(run, tiny_shards, run_script, tmp_path):
     ran = run_script("pipelines/evaluate_classifier.py", run, tiny_shards, "--split", "heldout", "--out", out)
     assert ran.returncode == 0, ran.stderr
     assert out.is_file()
+    captions, picture = tmp_path / "captions.txt", tmp_path / "red.png"
+    captions.write_text("red square\nblue square\n")
+    Image.new("RGB", (16, 16), "red").save(picture)
+    named = ("--model", run, picture, "--captions-file", captions)
+    ran = run_script("pipelines/caption_images.py", *named)
+    assert ran.returncode == 0, ran.stderr
+    assert "red square" in ran.stdout
+    assert "blue square" in ran.stdout
 
 
 def test_a_killed_joint_run_resumes_bit_identically(run, run_script, tmp_path):

@@ -324,6 +324,28 @@ def test_codes_of_another_tokenizer_are_refused(place, run_script, tmp_path):
     refused(ran, "fingerprint", "encode_images.py")
 
 
+def test_a_run_leaves_captions_out_before_and_after_evaluations(place, run_script, tmp_path):
+    shares, forward = [], GeneratorTransformer.forward
+
+    def watched(model, captions, codes):
+        if model.training:
+            shares.append((captions == 0).all(1).double().mean().item())
+        return forward(model, captions, codes)
+
+    settings = ("--train.steps", 4, "--train.evaluate_every", 1, "--output", tmp_path / "run")
+    for dropout, least, most in ((0.9, 0.5, 1), (0, 0, 0)):
+        shares.clear()
+        more = ("--model.caption_dropout", dropout, "--samples.guidance_scale", 1)
+        with mock.patch.object(GeneratorTransformer, "forward", watched):
+            ran = run_script(
+                "pipelines/train_caption_to_image.py", place / "config.toml", *SMALL, *settings, *more
+            )
+        assert ran.returncode == 0, ran.stderr
+        assert len(shares) == 4
+        assert least <= min(shares) <= max(shares) <= most
+        shutil.rmtree(tmp_path / "run")
+
+
 def test_a_changed_architecture_cannot_resume(run, place, run_script):
     ran = run_script(
         "pipelines/train_caption_to_image.py",

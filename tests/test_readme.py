@@ -81,6 +81,8 @@ def test_the_commands_run_in_order(workplace, run_script):
     exec(examples()[0], names)
     assert len(names["classes"]) == 3
     assert len(names["features"]) == 1
+    exec(examples()[1], names)
+    assert (len(names["pictures"]), len(names["between"])) == (4, 4)
 
 
 def examples() -> list[str]:
