@@ -30,7 +30,8 @@ SAME_CORE = (
     "--model.core.dropout", "0.1", "--train.ema_decay", "0.99", "--optimizer.lr", "2e-3",
     "--data.train", "data/emoji-groups/train-*.tar",
 )  # fmt: skip
-RECIPES = {"joint": (JOINT, ()), "generator": (GENERATOR, ()), "classifier": (CLASSIFIER, SAME_CORE)}
+PLAIN = ("--model.core.mlp", "gelu")  # of all cores, so that one can begin with another's
+RECIPES = {"joint": (JOINT, PLAIN), "generator": (GENERATOR, PLAIN), "classifier": (CLASSIFIER, SAME_CORE)}
 # what is trained, one after the other, each from the core of the one before
 VARIANTS: dict[str, tuple[str, ...]] = {
     "classifier alone": ("classifier",),
@@ -51,7 +52,7 @@ def add_options(run: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    total = flops_of(*GENERATOR) * options.images
+    total = flops_of(*GENERATOR, PLAIN) * options.images
     done = {(r["variant"], r["seed"], r["images"]) for r in read_log(options.log)}
     for seed in range(options.seeds):
         for name in options.only:

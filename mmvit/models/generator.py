@@ -25,8 +25,8 @@ class GeneratorConfig(Config):
     `attention` is `prefix`: the caption's tokens see each other in both directions, and then cannot be
     predicted, so `text_loss_weight` must be 0; `causal` over the whole sequence; or `dalle`: codes see the
     caption, and of each other what DALL·E's layers let them, by row, by column, and in the last layer by a
-    convolution. The defaults, with some dropout, were chosen by benchmarks/modern_generator.py; DALL·E weighs
-    the losses of caption and codes 1 : 7.
+    convolution. The defaults, with SwiGLU and some dropout, were chosen by benchmarks/modern_generator.py;
+    DALL·E weighs the losses of caption and codes 1 : 7.
     """
 
     vocab_size: int = Field(4096, gt=1)
