@@ -44,6 +44,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "RMSNorm": ("--model.core.norm", "rmsnorm"),
     "SwiGLU": ("--model.core.mlp", "swiglu"),
     "QK-norm": ("--model.core.qk_norm", "true"),
+    "SwiGLU, no dropout": ("--model.core.mlp", "swiglu", "--model.core.dropout", "0"),
     "SwiGLU, QK-norm": ("--model.core.mlp", "swiglu", "--model.core.qk_norm", "true"),
     "zero-initialised head, random codes": ("--start.codebook", "false"),
     "no dropout": ("--model.core.dropout", "0"),
