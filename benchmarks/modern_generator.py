@@ -8,11 +8,11 @@ FLOPs.
     python benchmarks/modern_generator.py table modern-generator.jsonl
 
 The base is configs/emoji_demo.toml with a plain MLP (GELU), as it was before SwiGLU came out of this: emoji,
-64 codes. Held-out loss is in nats per code on the 405 held-out
-combinations, retrieval@1 among all pictures at guidance 2 (1 where captions are never left out) and
-temperature 0.3; mean and 95% interval of the seeds (Student's t). A part that makes a step dearer gets fewer
-steps, one that makes it cheaper more; Muon's own products are not counted, minutes stand beside. The whole
-recipe is 48,000 pictures: at half of them what learns fast looks better than it ends.
+64 codes. Held-out loss is in nats per code on the 405 held-out combinations, retrieval@1 among all pictures
+at guidance 2 (1 where captions are never left out) and temperature 0.3; mean and 95% interval of the seeds
+(Student's t). A part that makes a step dearer gets fewer steps, one that makes it cheaper more; Muon's own
+products are not counted, minutes stand beside. The whole recipe is 48,000 pictures: at half of them what
+learns fast looks better than it ends.
 """
 
 import argparse
@@ -96,15 +96,15 @@ def measure(options: argparse.Namespace) -> None:
 def show(records: list[dict[str, Any]]) -> None:
     print("| | nats per code | against the base | retrieval@1 | against the base | minutes |")
     print("|---|---|---|---|---|---|")
-    defaults = {r["seed"]: r for r in records if r["variant"] == BASE}
+    base_records = {r["seed"]: r for r in records if r["variant"] == BASE}
     for name in dict.fromkeys(record["variant"] for record in records):
-        print(row_of(name, [record for record in records if record["variant"] == name], defaults))
+        print(row_of(name, [record for record in records if record["variant"] == name], base_records))
 
 
-def row_of(name: str, records: list[dict[str, Any]], defaults: dict[int, dict[str, Any]]) -> str:
+def row_of(name: str, records: list[dict[str, Any]], base_records: dict[int, dict[str, Any]]) -> str:
     cells = [name]
     for figure, scale, digits in (("loss", 1, 3), ("retrieval", 100, 1)):
-        bases = {seed: record[figure] for seed, record in defaults.items()}
+        bases = {seed: record[figure] for seed, record in base_records.items()}
         gains = [scale * (r[figure] - bases[r["seed"]]) for r in records if r["seed"] in bases]
         cells += [cell([scale * record[figure] for record in records], digits), cell(gains, digits, "+")]
     minutes, _ = interval([record["minutes"] for record in records])

@@ -9,14 +9,13 @@ picture has its own true picture as the nearest, or among the five nearest, in p
 data set. The same for the image tokenizer's reconstructions of the true pictures is the most that any
 generator on these codes can reach. Fréchet distance to the real pictures of the split; copies: pictures that
 agree with a training picture, as the tokenizer shows it, to 34 dB or more (marked in the picture; of which
-one, the .json says). --seeds 4 measures how much
-pictures of one caption differ, --clip retrieval in a CLIP's space, --classifier whether a classifier of ours
-finds the caption's class (of --classes, shards with the same keys), --language several languages,
---captioned 32 how many of 32 real pictures have their own caption as the likeliest of all. --keys measures a
-part of the split, emoji without skin tones by --keys "^(?!.*1f3f[b-f])". The picture shows
-caption · real · reconstruction · generated, from the worst to the best. 15 s for 405 captions on 2 cores.
-MODEL/evaluation-SPLIT.json keeps the figures, of a part of the split evaluation-SPLIT-LIMIT.json, of certain
-keys -of-keys.json.
+one, the .json says). --seeds 4 measures how much pictures of one caption differ, --clip retrieval in a CLIP's
+space, --classifier whether a classifier of ours finds the caption's class (of --classes, shards with the same
+keys), --language several languages, --captioned 32 how many of 32 real pictures have their own caption as the
+likeliest of all. --keys measures a part of the split, emoji without skin tones by --keys "^(?!.*1f3f[b-f])".
+The picture shows caption · real · reconstruction · generated, from the worst to the best. 15 s for 405
+captions on 2 cores. MODEL/evaluation-SPLIT.json keeps the figures, of a part of the split
+evaluation-SPLIT-LIMIT.json, of certain keys -of-keys.json.
 
 An image tokenizer: PSNR, SSIM, L1, the codes that the split uses, and the Fréchet distance between the
 pictures and their reconstructions. The picture shows real and reconstruction from the worst to the best; a
