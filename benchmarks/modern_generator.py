@@ -68,11 +68,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 def main() -> None:
     budget = {"images": 24_000, "of": "the base", "seeds": 2}
-    run_study(__doc__, "modern-generator", measure, show, **budget, extend=add_options)
-
-
-def add_options(run: argparse.ArgumentParser) -> None:
-    run.add_argument("--only", nargs="+", choices=VARIANTS, default=[*VARIANTS], metavar="VARIANT")
+    run_study(__doc__, "modern-generator", measure, show, **budget, variants=VARIANTS)
 
 
 def measure(options: argparse.Namespace) -> None:

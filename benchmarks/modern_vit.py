@@ -44,11 +44,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 
 def main() -> None:
-    run_study(__doc__, "modern-vit", measure, show, images=60_000, of="the plain ViT", extend=add_options)
+    budget = {"images": 60_000, "of": "the plain ViT"}
+    run_study(__doc__, "modern-vit", measure, show, **budget, variants=VARIANTS, extend=add_options)
 
 
 def add_options(run: argparse.ArgumentParser) -> None:
-    run.add_argument("--only", nargs="+", choices=VARIANTS, default=[*VARIANTS], metavar="VARIANT")
     run.add_argument(
         "--together", nargs="+", choices=[name for name in VARIANTS if VARIANTS[name]], metavar="VARIANT",
         help="measure these in one model, instead of each alone",

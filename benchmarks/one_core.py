@@ -44,11 +44,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 def main() -> None:
     budget = {"images": 24_000, "of": "a generator alone"}
-    run_study(__doc__, "one-core", measure, show, **budget, extend=add_options)
-
-
-def add_options(run: argparse.ArgumentParser) -> None:
-    run.add_argument("--only", nargs="+", choices=VARIANTS, default=[*VARIANTS], metavar="VARIANT")
+    run_study(__doc__, "one-core", measure, show, **budget, variants=VARIANTS)
 
 
 def measure(options: argparse.Namespace) -> None:

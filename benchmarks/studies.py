@@ -8,7 +8,7 @@ import runpy
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,7 @@ def run_study(
     images: int,
     of: str,
     seeds: int = 3,
+    variants: Collection[str] = (),
     extend: Callable[[argparse.ArgumentParser], None] = lambda run: None,
 ) -> None:
     """The command line `run`, which measures, and `table LOG`, which shows the figures of each budget.
@@ -129,13 +130,16 @@ def run_study(
         usage: the script's docstring.
         name: of the log and of the folder of runs, where none are given.
         images, of: how many pictures a budget is of by default, and of what.
-        extend: adds options to `run`.
+        variants: the names among which `run --only` chooses, if there are such.
+        extend: adds further options to `run`.
     """
     parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
     run.add_argument("--images", type=int, default=images, help=f"pictures that {of} trains on")
     run.add_argument("--seeds", type=int, default=seeds)
+    if variants:
+        run.add_argument("--only", nargs="+", choices=variants, default=[*variants], metavar="VARIANT")
     extend(run)
     run.add_argument("--log", type=Path, default=Path(f"{name}.jsonl"))
     run.add_argument("--runs", type=Path, default=Path(f"runs/{name}"), help="where runs go")

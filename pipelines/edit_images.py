@@ -32,7 +32,6 @@ from mmvit.sampling.grids import check_picture_name, folder_of_pictures, labelle
 from mmvit.sampling.pictures import read_picture
 from mmvit.sampling.settings import add_options, given
 
-PART = 16  # pictures drawn before they are saved
 MOST_COLOUR = 32  # levels of 255 between the channels of a mask
 HALVES = ("top", "bottom", "left", "right")
 
@@ -47,7 +46,7 @@ def main() -> None:
     draw = drawer(generator, picture, options)
     row = generator.pictures(generator.encode([picture]))
     folder = folder_of_pictures(options.out)
-    parts = parts_of_seeds(options.num, options.seed, options.candidates, PART)
+    parts = parts_of_seeds(options.num, options.seed, options.candidates)
     pictures = (picture for number, seed in parts for picture in draw(number, seed))
     for drawn in with_progress(pictures, options.num, "drawing"):
         drawn.save(folder / f"{len(row) - 1:03d}.png")

@@ -21,11 +21,9 @@ from mmvit.data.captions import read_caption_file
 from mmvit.data.writing import with_progress
 from mmvit.errors import UserError, run_script
 from mmvit.hub import SHIPPED
-from mmvit.sampling.candidates import parts_of_seeds
+from mmvit.sampling.candidates import DRAWN_TOGETHER, parts_of_seeds
 from mmvit.sampling.grids import check_picture_name, folder_of_pictures, labelled_grid
 from mmvit.sampling.settings import add_options, given
-
-PART = 64  # pictures
 
 
 def main() -> None:
@@ -64,10 +62,10 @@ def draw_in_parts(
     saved before the next one is begun."""
     settings = given(options, "batch_size")
     scorer = CaptionScorer.from_pretrained(options.scorer) if options.scorer else None
-    together = max(1, PART // options.num)  # captions
+    together = max(1, DRAWN_TOGETHER // options.num)  # captions
     for first in range(0, len(captions), together):
         group = captions[first : first + together]
-        for number, seed in parts_of_seeds(options.num, options.seed, options.candidates, PART):
+        for number, seed in parts_of_seeds(options.num, options.seed, options.candidates):
             drawn = generator.draw(
                 group, number, negative=options.negative, candidates=options.candidates, scorer=scorer,
                 seed=seed, **settings,

@@ -18,6 +18,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from generator_scripts import SMALL
 from PIL import Image
 from vqgan_models import chameleon_model, diffusers_model, janus_model, small_vqgan
 
@@ -25,6 +26,7 @@ from mmvit.data.captions import TextTokenizer
 from mmvit.data.codes import pack_codes
 from mmvit.data.writing import ShardWriter
 from mmvit.interop.lpips import LPIPS
+from mmvit.models.vq import VQConfig, VQModel
 from mmvit.models.vqgan import VQGAN
 from mmvit.training import RunFolder
 
@@ -171,6 +173,39 @@ def run_script() -> Callable[..., Ran]:
         return Ran(code, stdout.getvalue(), stderr.getvalue())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def encoded(tmp_path_factory, tiny_shards, run_script) -> Path:
+    """A folder with an image tokenizer, codes that encode_images.py made by it, and a generator's recipe."""
+    folder = tmp_path_factory.mktemp("encoded")
+    tokenizer = VQModel(VQConfig(codebook_size=16, encoder_width=32, decoder_widths=(32, 16)))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    settings = ("--tokenizer", folder / "tokenizer", "--size", 16)
+    ran = run_script("pipelines/encode_images.py", tiny_shards, folder / "codes", *settings)
+    assert ran.returncode == 0, ran.stderr
+    (folder / "config.toml").write_text(
+        f"""
+        output = "{folder / "run"}"
+        [data]
+        train = "{folder}/codes/train-*.tar"
+        held_out = "{folder}/codes/heldout-*.tar"
+        image_tokenizer = "{folder}/tokenizer"
+        text_tokenizer = "{ROOT}/tokenizers/emoji-text"
+        [samples]
+        captions = ["red square"]
+        """
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def generator_run(encoded, run_script) -> Path:
+    """The run folder of a generator that train_caption_to_image.py trained on the codes of `encoded`."""
+    ran = run_script("pipelines/train_caption_to_image.py", encoded / "config.toml", *SMALL)
+    assert ran.returncode == 0, ran.stderr
+    assert "32 captions, 0 captions cut, 0 skipped" in ran.stdout
+    return encoded / "run"
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from mmvit.errors import UserError
 from mmvit.sampling.prompts import pad_prompts
 from mmvit.sampling.rerank import CaptionScorer
 
+DRAWN_TOGETHER = 64  # pictures that scripts draw before they save them
+
 
 @dataclass
 class Drawn:
@@ -21,7 +23,9 @@ class Drawn:
     scores: Tensor | None = None
 
 
-def parts_of_seeds(number: int, seed: int, candidates: int, most: int) -> Iterator[tuple[int, int]]:
+def parts_of_seeds(
+    number: int, seed: int, candidates: int, most: int = DRAWN_TOGETHER
+) -> Iterator[tuple[int, int]]:
     """How many pictures to draw from which seed on, for a picture each of `number` seeds, at most `most` at a
     time; in one part where candidates are compared, all with all."""
     most = most if candidates == 1 else number

@@ -1,0 +1,123 @@
+"""Codes made of pictures: whose they are, their views and grids, and what is refused."""
+
+import itertools
+import json
+import random
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from generator_scripts import refused
+
+from mmvit.data.augment import Augment, AugmentConfig
+from mmvit.data.codes import pack_codes, unpack_codes
+from mmvit.data.images import decode_image, to_unit_range
+from mmvit.data.samples import CaptionCodesSample
+from mmvit.data.shards import BadSample, read_shard
+from mmvit.data.stream import ShardStream
+from mmvit.data.writing import ShardWriter
+from mmvit.errors import UserError
+from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
+from mmvit.models.vq import VQModel
+
+
+def test_code_shards_say_which_tokenizer_made_them(encoded):
+    made = json.loads((encoded / "codes" / "dataset.json").read_text())["image_tokenizer"]
+    assert made["grid"] == [2, 2]
+    assert made["codebook_size"] == 16
+    assert len(made["fingerprint"]) == 16
+
+
+def test_encoding_refuses_what_it_cannot_do(encoded, tiny_shards, run_script, tmp_path):
+    tokenizer = encoded / "tokenizer"
+    script = "pipelines/encode_images.py"
+    refused(run_script(script, tiny_shards, tiny_shards, "--tokenizer", tokenizer), "is the source itself")
+    refused(
+        run_script(script, tiny_shards, tmp_path, "--tokenizer", tokenizer, "--size", 20), "multiples of 8"
+    )
+    refused(run_script(script, tmp_path / "none", tmp_path, "--tokenizer", tokenizer), "none")
+    refused(run_script(script, tiny_shards, tmp_path, "--size", "64x"), "--size 64x: it is a side or")
+    (tmp_path / "test-000000.tar").touch()
+    no_codes = run_script(script, tiny_shards, tmp_path, "--tokenizer", tokenizer, "--size", 16)
+    refused(no_codes, f"{tmp_path} holds shards that are no codes of this script")
+    (tmp_path / "dataset.json").write_text('{"image_tokenizer": {}}')
+    refused(
+        run_script(script, tiny_shards, tmp_path, "--tokenizer", tokenizer, "--size", 16), "shards of test"
+    )
+
+
+def test_a_sample_whose_codes_do_not_fit_is_named(encoded, run_script, tokenizer, tmp_path):
+    with ShardWriter(tmp_path, "train") as writer:
+        writer.write("good", {"codes.npy": pack_codes(np.zeros((2, 2))), "txt": b"red"})
+        writer.write("bad", {"codes.npy": pack_codes(np.full((2, 2), 16)), "txt": b"red"})
+    stream = ShardStream(tmp_path, CaptionCodesSample(tokenizer, 8, (2, 2), 16), 1, shuffle_buffer=0)
+    with pytest.raises(UserError, match=r"^bad in .*train-000000.tar: there is a code 16, the codebook"):
+        list(itertools.islice(stream, 3))
+
+
+def test_views_are_moved_and_flipped_where_the_caption_allows(
+    encoded, tiny_shards, run_script, tokenizer, tmp_path
+):
+    out = tmp_path / "codes"
+    arguments = (tiny_shards, out, "--tokenizer", encoded / "tokenizer", "--size", 16)
+    ran = run_script("pipelines/encode_images.py", *arguments, "--views", 3, "--flip-unless", "Red", "left")
+    assert ran.returncode == 0, ran.stderr
+    model = VQModel.from_pretrained(encoded / "tokenizer")
+    shards = sorted(tiny_shards.glob("train-*.tar"))
+    pictures = {sample.key: sample for shard in shards for sample in read_shard(shard)}
+    moved = AugmentConfig(crop_padding=2)
+    seen_flips = set()
+    for sample in read_shard(next(out.glob("train-*0.tar"))):
+        pixels, rng = decode_image(pictures[sample.key].files["png"], (16, 16)), random.Random(sample.key)
+        views = unpack_codes(sample.files["views.npy"], (2, 2), 16, views=True)
+        is_flipped = not sample.files["txt"].startswith(b"red")
+        seen_flips.add(is_flipped)
+        for view in range(3):
+            flip = moved.model_copy(update={"flip": float(is_flipped and view == 1)})
+            expected = to_unit_range(Augment(flip)(pixels, rng))
+            codes = model.encode(torch.from_numpy(expected.copy())[None])
+            assert torch.equal(codes[0], torch.from_numpy(views[view])), sample.key
+    assert seen_flips == {True, False}
+    (held_out,) = out.glob("heldout-*.tar")
+    assert "views.npy" not in next(read_shard(held_out)).files
+
+    sample = next(read_shard(next(out.glob("train-*0.tar"))))
+    shape = (tokenizer, 8, (2, 2), 16)
+    views = unpack_codes(sample.files["views.npy"], (2, 2), 16, views=True).reshape(3, 4).tolist()
+    drawn = CaptionCodesSample(*shape, views=1.0)(sample, random.Random(0))["codes"].tolist()
+    assert drawn in views
+    plain = CaptionCodesSample(*shape)(sample, random.Random(0))["codes"].tolist()
+    assert plain == unpack_codes(sample.files["codes.npy"], (2, 2), 16).reshape(-1).tolist()
+    with pytest.raises(BadSample, match="no views"):
+        CaptionCodesSample(*shape, views=1.0)(next(read_shard(held_out)), random.Random(0))
+
+
+def test_codes_that_are_being_replaced_do_not_say_whose_they_are(encoded, tiny_shards, run_script, tmp_path):
+    arguments = (tiny_shards, tmp_path / "codes", "--tokenizer", encoded / "tokenizer", "--size", 16)
+    assert run_script("pipelines/encode_images.py", *arguments).returncode == 0
+    full = mock.patch("mmvit.data.codes.pack_codes", side_effect=OSError("the disk is full"))
+    with full, pytest.raises(OSError, match="the disk is full"):
+        run_script("pipelines/encode_images.py", *arguments)
+    assert not (tmp_path / "codes/dataset.json").exists()
+
+
+def test_codes_of_the_discrete_vae_are_encoded_and_named(tiny_shards, run_script, tmp_path):
+    config = DiscreteVAEConfig(codebook_size=16, width=8, blocks_per_group=1, code_width=4)
+    DiscreteVAE(config).save_pretrained(tmp_path / "dvae")
+    arguments = (tiny_shards, tmp_path / "codes", "--tokenizer", tmp_path / "dvae", "--size", 16)
+    ran = run_script("pipelines/encode_images.py", *arguments)
+    assert ran.returncode == 0, ran.stderr
+    made = json.loads((tmp_path / "codes" / "dataset.json").read_text())["image_tokenizer"]
+    assert (made["grid"], made["codebook_size"], len(made["fingerprint"])) == ([2, 2], 16, 16)
+
+
+def test_pictures_of_any_shape_are_encoded_and_the_shards_say_their_grid(
+    encoded, tiny_shards, run_script, tmp_path
+):
+    arguments = (tiny_shards, tmp_path, "--tokenizer", encoded / "tokenizer", "--size", "16x40")
+    ran = run_script("pipelines/encode_images.py", *arguments)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads((tmp_path / "dataset.json").read_text())["image_tokenizer"]["grid"] == [2, 5]
+    sample = next(iter(read_shard(tmp_path / "heldout-000000.tar")))
+    assert unpack_codes(sample.files["codes.npy"], (2, 5), 16).shape == (2, 5)

@@ -1,0 +1,192 @@
+"""What evaluate.py measures of generators and image tokenizers on tiny data, and what it refuses."""
+
+import json
+import shutil
+from unittest import mock
+
+import pytest
+import torch
+from generator_scripts import refused
+from PIL import Image
+
+from mmvit.core.transformer import TransformerConfig
+from mmvit.data.captions import TextTokenizer
+from mmvit.data.samples import CaptionSample, PixelsSample
+from mmvit.evaluation.generator_report import Unseen, draw_worst_to_best, report_generator
+from mmvit.evaluation.spaces import feature_space
+from mmvit.evaluation.splits import read_split
+from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.clip import CLIP, CLIPConfig
+from mmvit.sampling.generator import Generator
+from mmvit.sampling.rerank import CaptionScorer
+
+
+def test_evaluation_writes_figures_and_a_picture(generator_run, tiny_shards, run_script, tmp_path):
+    out = tmp_path / "sheet.png"
+    ran = run_script("pipelines/evaluate.py", generator_run, tiny_shards, "--split", "heldout", "--out", out)
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads((generator_run / "evaluation-heldout.json").read_text())
+    assert figures["captions"] == 8
+    assert figures["candidates"] == 56
+    assert 0 <= figures["retrieval@1"] <= figures["retrieval@5"] <= 1
+    assert figures["held_out_loss_of_picture"] == pytest.approx(4 * figures["held_out_loss"])
+    assert "frechet_distance_pixels-8x8" in figures
+    assert out.is_file()
+    generator = Generator.from_pretrained(generator_run)  # what is not said is drawn as the run's samples are
+    assert generator.defaults.temperature == figures["temperature"] == 0.7
+    assert figures["guidance_scale"] == 1
+
+
+def test_evaluation_by_a_clip_a_classifier_and_in_two_languages(
+    generator_run, tiny_shards, run_script, tmp_path
+):
+    tokenizer = TextTokenizer.from_file(generator_run / "best" / "text_tokenizer")
+    core = TransformerConfig(width=16, depth=1, num_heads=1)
+    image = ClassifierConfig(image_size=16, patch_size=8, num_classes=4, core=core)
+    clip = CLIP(CLIPConfig(image=image, text=core, vocab_size=tokenizer.vocab_size))
+    CaptionScorer(clip, tokenizer).save_pretrained(tmp_path / "clip")
+    Classifier(image).save_pretrained(tmp_path / "classifier")
+    arguments = (generator_run, tiny_shards, "--split", "heldout", "--out", tmp_path / "sheet.png")
+    spaces = ("--clip", tmp_path / "clip", "--classifier", tmp_path / "classifier")
+    more = ("--captioned", 3, "--seeds", 2, *spaces)
+    ran = run_script("pipelines/evaluate.py", *arguments, *more, "--language", "en", "de")
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads((generator_run / "evaluation-heldout.json").read_text())
+    assert figures["languages"].keys() == {"en", "de"}
+    assert figures["languages"]["en"]["held_out_loss"] == figures["held_out_loss"]
+    assert figures["languages"]["de"]["held_out_loss"] != figures["held_out_loss"]
+    assert -1 <= figures["clip_score"] <= 1
+    assert figures["class_accuracy_of_real"] == 0.25  # its head is zero: all are of the first of four classes
+    assert figures["with_class"] == 8
+    assert figures["diversity"] > 0
+    assert figures["captioned"] == 3
+    assert figures["caption_candidates"] == 4  # captions that are the same are one
+    refused(run_script("pipelines/evaluate.py", *arguments, "--language", "xx"), "has no caption in xx")
+    refused(run_script("pipelines/evaluate.py", *arguments, "--train", "trian"), "no shards", "trian-*.tar")
+    refused(run_script("pipelines/evaluate.py", *arguments, "--scorer", "x"), "chooses among --candidates")
+    refused(run_script("pipelines/evaluate.py", *arguments, "--captioned", -1), "-1: it is 0 or more")
+    refused(run_script("pipelines/evaluate.py", *arguments, "--limit", 0), "--limit 0: it is 1 or more")
+
+
+def test_a_part_of_a_split_is_spread_over_it(generator_run, tiny_shards, run_script, tmp_path):
+    real = read_split(tiny_shards, "*", PixelsSample((16, 16)))
+    unseen = Unseen.of(read_split(tiny_shards, "train", CaptionSample()), real, [])
+    part = unseen.spread(5)
+    assert part.keys == [f"train-{number:03d}" for number in (0, 12, 24, 35, 47)]
+    assert [unseen.captions[unseen.keys.index(key)] for key in part.keys] == part.captions
+    assert torch.equal(part.pixels, unseen.pixels[[0, 12, 24, 35, 47]])
+    assert unseen.spread(100).keys == unseen.keys
+    out = tmp_path / "sheet.png"
+    ran = run_script(
+        "pipelines/evaluate.py", generator_run, tiny_shards, "--split", "train", "--limit", 5, "--out", out
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "of 5 captions of train" in ran.stdout
+
+
+def test_a_part_of_a_split_is_chosen_by_its_keys(generator_run, tiny_shards, run_script, tmp_path):
+    arguments = (generator_run, tiny_shards, "--split", "train", "--out", tmp_path / "sheet.png")
+    ran = run_script("pipelines/evaluate.py", *arguments, "--keys", "n-0[01].$", "--limit", 8)
+    assert ran.returncode == 0, ran.stderr
+    assert "of 8 captions of train" in ran.stdout
+    assert json.loads((generator_run / "evaluation-train-8-of-keys.json").read_text())["keys"] == "n-0[01].$"
+    real = read_split(tiny_shards, "*", PixelsSample((16, 16)))
+    unseen = Unseen.of(read_split(tiny_shards, "train", CaptionSample()), real, [])
+    part = unseen.matching("n-0[01].$")
+    assert part.keys == [f"train-{number:03d}" for number in range(20)]
+    assert torch.equal(part.pixels, unseen.pixels[:20])
+    refused(run_script("pipelines/evaluate.py", *arguments, "--keys", "x9"), "'x9' is found in none of 48")
+    refused(run_script("pipelines/evaluate.py", *arguments, "--keys", "("), "'(' is no regular expression")
+
+
+def test_a_damaged_shard_is_counted_and_not_measured(
+    generator_run, encoded, tiny_shards, run_script, tmp_path
+):
+    shards = tmp_path / "shards"
+    shutil.copytree(tiny_shards, shards)
+    damaged = min(shards.glob("train-*.tar"))
+    damaged.write_bytes(damaged.read_bytes()[:20_000])
+    (shards / "dataset.json").write_text('{"samples": {"train": 48}}')
+    settings = ("--tokenizer", encoded / "tokenizer", "--size", 16)
+    ran = run_script("pipelines/encode_images.py", shards, tmp_path / "codes", *settings)
+    assert ran.returncode == 0, ran.stderr
+    kept = json.loads((tmp_path / "codes" / "dataset.json").read_text())["samples"]["train"]
+    assert kept < 48
+    assert f"{kept} of 48" in ran.stdout
+    ran = run_script(
+        "pipelines/evaluate.py", generator_run, shards, "--split", "heldout", "--out", tmp_path / "a.png"
+    )
+    refused(ran, damaged.name, "would not compare")
+    within = damaged / "codes"
+    ran = run_script("pipelines/encode_images.py", tiny_shards, within, *settings)
+    refused(ran, f"error: {within}", "Not a directory")
+
+
+def test_copies_of_training_pictures_are_counted(generator_run, tiny_shards):
+    generator = Generator.from_pretrained(generator_run)
+    sample = PixelsSample((16, 16))
+    real = read_split(tiny_shards, "*", sample)
+    captions = read_split(tiny_shards, "heldout", CaptionSample())
+    trained = read_split(tiny_shards, "train", sample)
+    copied = generator.decode(generator.encode(trained["pixels"][:5]))
+    noise = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    unseen = Unseen.of(captions, real, trained["keys"])
+    with mock.patch.object(generator, "decode", return_value=torch.cat([copied, noise])):
+        report = report_generator(generator, unseen, feature_space(None))
+    assert report.figures["copies"] == 5
+    assert [*report.copies] == unseen.keys[:5]
+    for drawn, key in zip(copied, report.copies.values(), strict=True):
+        twin = trained["pixels"][trained["keys"].index(key)].unsqueeze(0)
+        torch.testing.assert_close(generator.decode(generator.encode(twin))[0], drawn)
+    with mock.patch("mmvit.evaluation.generator_report.two_halves") as sheet:
+        draw_worst_to_best(report, unseen, num_rows=4)
+    labels = sheet.call_args.args[1]
+    ranks = [int(label.partition("(rank ")[2].rstrip(", acopy)")) for label in labels]
+    assert ranks == sorted((report.ranks + 1).tolist(), reverse=True)
+    assert sum("a copy" in label for label in labels) == 5
+
+
+def sheet_order(run_script, arguments) -> list[float]:
+    """The PSNR that stands beside each picture of the sheet, in its order."""
+    labels = []
+    with (
+        mock.patch(
+            "mmvit.sampling.grids.labelled_grid",
+            side_effect=lambda rows, names, *_, **__: labels.extend(names),
+        ),
+        mock.patch("mmvit.sampling.grids.side_by_side", return_value=Image.new("RGB", (1, 1))),
+    ):
+        assert run_script("pipelines/evaluate.py", *arguments).returncode == 0
+    return [float(label.split()[-2]) for label in labels]
+
+
+def test_evaluation_of_an_image_tokenizer_goes_from_worst_to_best(encoded, tiny_shards, run_script, tmp_path):
+    out = tmp_path / "sheet.png"
+    arguments = (encoded / "tokenizer", tiny_shards, "--split", "heldout", "--size", 16, "--out", out)
+    ran = run_script("pipelines/evaluate.py", *arguments)
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads(out.with_suffix(".json").read_text())
+    assert figures["pictures"] == 8
+    assert {
+        "psnr",
+        "ssim",
+        "l1",
+        "codes_in_use",
+        "perplexity",
+        "frechet_distance_pixels-8x8",
+    } <= figures.keys()
+    assert out.is_file()
+    assert (tmp_path / "sheet-codes.png").is_file()
+    order = sheet_order(run_script, arguments)
+    assert len(order) == 8
+    assert order == sorted(order)
+    assert order[0] < order[-1]
+    core = TransformerConfig(width=16, depth=1, num_heads=1)
+    grey = Classifier(ClassifierConfig(image_size=8, patch_size=4, channels=1, core=core))
+    grey.save_pretrained(tmp_path / "grey" / "best")
+    ran = run_script("pipelines/evaluate.py", *arguments, "--features", tmp_path / "grey" / "best")
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(out.with_suffix(".json").read_text())["frechet_distance_grey"] > 0
+    ran = run_script("pipelines/evaluate.py", *arguments, "--size", 20)
+    assert ran.returncode == 2
+    assert "has a code for every 8x8 pixels; give sides that are multiples" in ran.stderr

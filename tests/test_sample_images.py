@@ -1,0 +1,73 @@
+"""Pictures and sheets that sample_images.py draws with a tiny generator, and what it refuses."""
+
+from unittest import mock
+
+import numpy as np
+import torch
+from generator_scripts import refused
+from PIL import Image
+
+from mmvit.sampling.generator import Generator
+
+
+def test_sampling_writes_a_grid_and_single_pictures(generator_run, run_script, tmp_path):
+    captions = tmp_path / "captions.txt"
+    captions.write_text("blue square\n\n赤リンゴ\n🍎\n", encoding="utf-8")
+    ran = run_script(
+        "pipelines/sample_images.py", "--model", generator_run, "red square", "--captions-file", captions,
+        "--num", 2, "--guidance-scale", 2, "--temperature", 0.9, "--top-k", 10, "--top-p", 0.95, "--seed", 5,
+        "--out", tmp_path / "grid.png",
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(path.name for path in (tmp_path / "grid").iterdir()) == [
+        f"{i:03d}-{name}-seed{seed}.png"
+        for i, name in enumerate(["red-square", "blue-square", "赤リンゴ", "1f34e"])
+        for seed in (5, 6)
+    ]
+
+
+def test_pictures_drawn_in_parts_are_those_of_their_seeds(generator_run, run_script, tmp_path):
+    drawn, draw = {}, Generator.draw
+
+    def watched(*arguments, **settings):
+        part = draw(*arguments, **settings)
+        drawn.update(zip(part.seeds, part.codes, strict=True))
+        return part
+
+    out = tmp_path / "many.png"
+    arguments = ("--model", generator_run, "red square", "--num", 66, "--seed", 3, "--out", out)
+    with mock.patch.object(Generator, "draw", watched):
+        ran = run_script("pipelines/sample_images.py", *arguments)
+    assert ran.returncode == 0, ran.stderr
+    assert len(list((tmp_path / "many").iterdir())) == 66
+    generator = Generator.from_pretrained(generator_run)
+    for seed in (3, 66, 67, 68):  # the second part begins at 67
+        alone = generator.draw(["red square"], seed=seed).codes
+        assert torch.equal(drawn[seed], alone[0])
+        (expected,) = generator.pictures(alone)
+        with Image.open(tmp_path / "many" / f"000-red-square-seed{seed}.png") as picture:
+            assert np.abs(np.asarray(picture, int) - np.asarray(expected, int)).max() <= 1  # of 255: rounding
+
+
+def test_mistakes_in_sampling_are_named(generator_run, run_script, tmp_path):
+    def sample(model, *arguments):
+        return run_script("pipelines/sample_images.py", "--model", model, *arguments)
+
+    refused(sample(generator_run), "no captions")
+    refused(sample(tmp_path, "a"), "holds no model")
+    refused(sample(generator_run / "best" / "image_tokenizer", "a"), "holds a", "not a generator")
+    refused(sample(generator_run, "a", "--out", tmp_path / "a.txt"), ".png")
+    refused(
+        sample(generator_run, "a", "--num", 200, "--out", "a.webp"),
+        "200 pictures make a sheet of",
+        "sides of 16,383",
+    )
+    refused(sample(generator_run, "a", "--scorer", generator_run), "holds a generator, not a CLIP")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    refused(sample(generator_run, "--captions-file", tmp_path / "latin.txt"), "not UTF-8")
+    inside_a_file = tmp_path / "latin.txt" / "a.png"
+    refused(sample(generator_run, "a", "--out", inside_a_file), f"--out {inside_a_file}: cannot be written")
+    (tmp_path / "folder.png").mkdir()
+    refused(sample(generator_run, "a", "--out", tmp_path / "folder.png"), "is a folder")
+    (tmp_path / "taken").touch()
+    refused(sample(generator_run, "a", "--out", tmp_path / "taken.png"), "the folder", "cannot be made")

@@ -1,0 +1,164 @@
+"""The generator trained on tiny data by its script, and what it says to mistakes in a recipe."""
+
+import json
+import shutil
+from unittest import mock
+
+import pytest
+import torch
+from generator_scripts import SMALL, refused
+
+from mmvit.data.captions import TextTokenizer
+from mmvit.hub import read_weights
+from mmvit.models.generator import GeneratorTransformer
+from mmvit.models.vq import VQConfig, VQModel
+from mmvit.models.vqgan import VQGAN, VQGANConfig
+from mmvit.sampling.generator import Generator
+
+
+def test_a_run_leaves_models_curves_and_samples(generator_run):
+    for name in ("config.toml", "metrics.jsonl", "curves.png", "samples/step-000004.png"):
+        assert (generator_run / name).is_file(), name
+    for part in ("model.safetensors", "text_tokenizer/tokenizer.json", "image_tokenizer/model.safetensors"):
+        assert (generator_run / "best" / part).is_file(), part
+        assert (generator_run / "last" / part).is_file(), part
+    held_out = [
+        line
+        for line in map(json.loads, (generator_run / "metrics.jsonl").open())
+        if line["kind"] == "held_out"
+    ]
+    assert [line["step"] for line in held_out] == [2, 4]
+    assert held_out[1]["image_loss"] < held_out[0]["image_loss"]
+
+
+def test_codes_of_another_tokenizer_are_refused(encoded, run_script, tmp_path):
+    VQModel(VQConfig(codebook_size=16, encoder_width=32, decoder_widths=(32, 16))).save_pretrained(
+        tmp_path / "other"
+    )
+    ran = run_script(
+        "pipelines/train_caption_to_image.py", encoded / "config.toml", *SMALL,
+        "--data.image_tokenizer", tmp_path / "other", "--output", tmp_path / "run",
+    )  # fmt: skip
+    refused(ran, "fingerprint", "encode_images.py")
+
+
+def test_a_run_leaves_captions_out_before_and_after_evaluations(encoded, run_script, tmp_path):
+    shares, forward = [], GeneratorTransformer.forward
+
+    def watched(model, captions, codes):
+        if model.training:
+            shares.append((captions == 0).all(1).double().mean().item())
+        return forward(model, captions, codes)
+
+    settings = ("--train.steps", 4, "--train.evaluate_every", 1, "--output", tmp_path / "run")
+    for dropout, least, most in ((0.9, 0.5, 1), (0, 0, 0)):
+        shares.clear()
+        more = ("--model.caption_dropout", dropout, "--samples.guidance_scale", 1)
+        with mock.patch.object(GeneratorTransformer, "forward", watched):
+            ran = run_script(
+                "pipelines/train_caption_to_image.py", encoded / "config.toml", *SMALL, *settings, *more
+            )
+        assert ran.returncode == 0, ran.stderr
+        assert len(shares) == 4
+        assert least <= min(shares) <= max(shares) <= most
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_a_changed_architecture_cannot_resume(generator_run, encoded, run_script):
+    ran = run_script(
+        "pipelines/train_caption_to_image.py",
+        encoded / "config.toml",
+        *SMALL,
+        "--model.core.width",
+        64,
+        "--resume",
+    )
+    refused(ran, "model.core.width")
+
+
+def test_a_trained_generator_is_trained_on(generator_run, encoded, run_script, tmp_path):
+    def train_on(*overrides):
+        script, out = "pipelines/train_caption_to_image.py", tmp_path / "more"
+        return run_script(script, recipe, "--start.model", start, "--output", out, *overrides)
+
+    recipe, start = tmp_path / "more.toml", tmp_path / "start"
+    text = (encoded / "config.toml").read_text()
+    recipe.write_text(text[: text.index("[data]")] + "[train]\nsteps = 1\nbatch_size = 8\nnum_workers = 0\n"
+        "[optimizer]\nlr = 1e-9\n" + text[text.index("[data]") :])  # fmt: skip
+    Generator.from_pretrained(generator_run).save_pretrained(start, torch.bfloat16)  # as one that is shipped
+    refused(
+        train_on("--model.core.depth", 3), "the trained weights are of another model: they have core.depth = "
+    )
+    refused(train_on("--model.positions", "none"), "they have positions = 'learned_2d', the recipe 'none'")
+    refused(train_on("--start.core", generator_run), "start.model brings its core")
+    other = TextTokenizer.from_file(start / "text_tokenizer").tokenizer
+    other.add_tokens(["squ"])
+    (tmp_path / "text").mkdir()
+    other.save(str(tmp_path / "text/tokenizer.json"))
+    refused(train_on("--data.text_tokenizer", tmp_path / "text"), "tokenizer")
+    ran = train_on(
+        "--model.caption_dropout", 0.3, "--start.translate_from", "en", "--data.languages", '["en", "de"]'
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "1 tokens that no caption in en has begin as mixtures" in ran.stdout
+    found, begun = (
+        read_weights(tmp_path / "more/last/model.safetensors"),
+        read_weights(start / "model.safetensors"),
+    )
+    texts = TextTokenizer.from_file(start / "text_tokenizer")
+    (quadrat,), square = texts.tokenize("quadrat"), texts.tokenize("square")
+    words = begun["text_embedding.weight"] = begun["text_embedding.weight"].float()
+    assert torch.cosine_similarity(words[quadrat], words[square].mean(0), dim=0) < 0.5
+    words[quadrat] = found["text_embedding.weight"][quadrat]
+    assert torch.cosine_similarity(words[quadrat], words[square].mean(0), dim=0) > 0.9
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, begun[name].float(), atol=1e-6, rtol=0)
+    assert GeneratorTransformer.from_pretrained(tmp_path / "more").config.caption_dropout == 0.3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--train.stepz", "3"], ["unknown key train.stepz", "did you mean train.steps"]),
+        (["--samples.captions", "one"], ["samples.captions", 'a list is wanted, written ["one", "two"]']),
+        (["--model.vocab_size", "77"], ["model.vocab_size is 77", "4096"]),
+        (["--data.train", "nowhere/train-*.tar"], ["nowhere"]),
+        (["--model.text_loss_weight", 1], ["text_loss_weight = 0", "or attention = 'causal'"]),
+        (["--model.grid", "[4,4]"], ["model.grid is (4, 4), but the shards have (2, 2); leave it out"]),
+        (["--model.attention", "dalle"], ["model.convolution is 11, but the shards have 2 columns of codes"]),
+        (["--start.translate_from", "en"], ["start.translate_from is for a model", "set start.model"]),
+        (["--data.text_tokenizer", "nowhere"], ["no text tokenizer at nowhere"]),
+    ],
+)
+def test_mistakes_in_a_config_are_named(encoded, run_script, tmp_path, overrides, words):
+    ran = run_script(
+        "pipelines/train_caption_to_image.py",
+        encoded / "config.toml",
+        *SMALL,
+        "--output",
+        tmp_path / "run",
+        *overrides,
+    )
+    refused(ran, *words)
+
+
+def test_a_generator_trains_on_a_foreign_tokenizer_of_another_grid(
+    encoded, tiny_shards, run_script, tmp_path
+):
+    config = VQGANConfig(
+        codebook_size=16, code_width=4, latent_width=4, stem_width=8, widths=(8, 8, 8, 8), num_groups=4,
+        encoder_attention=(), decoder_attention=(), blocks_per_level=1,
+    )  # fmt: skip
+    VQGAN(config).save_pretrained(tmp_path / "theirs")
+    size = ("--size", "16x24")
+    arguments = (tiny_shards, tmp_path / "codes", "--tokenizer", tmp_path / "theirs", *size)
+    ran = run_script("pipelines/encode_images.py", *arguments)
+    assert ran.returncode == 0, ran.stderr
+    ran = run_script(
+        "pipelines/train_caption_to_image.py", encoded / "config.toml", *SMALL,
+        "--data.train", f"{tmp_path}/codes/train-*.tar", "--data.held_out", f"{tmp_path}/codes/heldout-*.tar",
+        "--data.image_tokenizer", tmp_path / "theirs", "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    picture = Generator.from_pretrained(tmp_path / "run").generate(["red square"], seed=0)[0]
+    assert picture.size == (24, 16)
