@@ -19,7 +19,7 @@ import argparse
 import time
 from typing import Any
 
-from studies import ROOT, cell, flops_of, interval, read_log, retrieval, run_study, train, write_log
+from studies import ROOT, cell, flops_of, interval, missing, retrieval, run_study, train, write_log
 
 from mmvit.errors import run_script
 
@@ -73,24 +73,20 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> None:
     total = flops_of(*RECIPE, PLAIN) * options.images
-    done = {(r["variant"], r["seed"], r["images"]) for r in read_log(options.log)}
-    for seed in range(options.seeds):
-        for name in options.only:
-            if (name, seed, options.images) in done:
-                continue
-            began = time.monotonic()
-            settings = (*PLAIN, *VARIANTS[name])
-            steps = round(total / flops_of(*RECIPE, settings) / BATCH)
-            out = options.runs / f"{options.images}" / f"{name.replace(' ', '-')}-{seed}"
-            found = train(*RECIPE, out, steps, "--train.seed", seed, "--samples.captions", "[]", *settings)
-            minutes = (time.monotonic() - began) / 60
-            guidance = 1 if name == UNGUIDED else 2
-            record = {
-                "variant": name, "seed": seed, "images": options.images, "steps": steps, "flops": total,
-                "loss": found["image_loss"], "retrieval": retrieval(out, "--guidance-scale", guidance),
-                "minutes": minutes,
-            }  # fmt: skip
-            write_log(options.log, record)
+    for seed, name in missing(options, options.only):
+        began = time.monotonic()
+        settings = (*PLAIN, *VARIANTS[name])
+        steps = round(total / flops_of(*RECIPE, settings) / BATCH)
+        out = options.runs / f"{options.images}" / f"{name.replace(' ', '-')}-{seed}"
+        found = train(*RECIPE, out, steps, "--train.seed", seed, "--samples.captions", "[]", *settings)
+        minutes = (time.monotonic() - began) / 60
+        guidance = 1 if name == UNGUIDED else 2
+        record = {
+            "variant": name, "seed": seed, "images": options.images, "steps": steps, "flops": total,
+            "loss": found["image_loss"], "retrieval": retrieval(out, "--guidance-scale", guidance),
+            "minutes": minutes,
+        }  # fmt: skip
+        write_log(options.log, record)
 
 
 def show(records: list[dict[str, Any]]) -> None:

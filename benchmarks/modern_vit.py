@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from studies import ROOT, cell, flops_of, interval, read_log, run_study, train, write_log
+from studies import ROOT, cell, flops_of, interval, missing, run_study, train, write_log
 
 from mmvit.errors import UserError, run_script
 
@@ -63,27 +63,23 @@ def measure(options: argparse.Namespace) -> None:
             raise UserError(f"{' and '.join(options.together)} set the same thing twice: leave one out")
         variants = {" + ".join(options.together): settings}
     total = flops_of(*RECIPE) * options.images
-    done = {(r["variant"], r["seed"], r["images"]) for r in read_log(options.log)}
-    for seed in range(options.seeds):
-        for name, settings in variants.items():
-            if (name, seed, options.images) in done:
-                continue
-            began = time.monotonic()
-            out = options.runs / f"{options.images}" / f"{name.replace(' ', '-')}-{seed}"
-            if name == PROGRESSIVE:
-                small = out.with_name(f"{out.name}-small")
-                before = train_for(total * SMALL_SHARE, small, seed, *SMALL)
-                found = train_for(total * (1 - SMALL_SHARE), out, seed, start=small)
-                examples = before["examples"] + found["examples"]
-            else:
-                found = train_for(total, out, seed, *settings)
-                examples = found["examples"]
-            minutes = (time.monotonic() - began) / 60
-            record = {
-                "variant": name, "seed": seed, "images": options.images, "flops": total,
-                "accuracy": found["accuracy"], "examples": examples, "minutes": minutes,
-            }  # fmt: skip
-            write_log(options.log, record)
+    for seed, name in missing(options, variants):
+        began = time.monotonic()
+        out = options.runs / f"{options.images}" / f"{name.replace(' ', '-')}-{seed}"
+        if name == PROGRESSIVE:
+            small = out.with_name(f"{out.name}-small")
+            before = train_for(total * SMALL_SHARE, small, seed, *SMALL)
+            found = train_for(total * (1 - SMALL_SHARE), out, seed, start=small)
+            examples = before["examples"] + found["examples"]
+        else:
+            found = train_for(total, out, seed, *variants[name])
+            examples = found["examples"]
+        minutes = (time.monotonic() - began) / 60
+        record = {
+            "variant": name, "seed": seed, "images": options.images, "flops": total,
+            "accuracy": found["accuracy"], "examples": examples, "minutes": minutes,
+        }  # fmt: skip
+        write_log(options.log, record)
 
 
 def train_for(

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from studies import ROOT, cell, flops_of, interval, read_log, retrieval, run_study, train, write_log
+from studies import ROOT, cell, flops_of, interval, missing, retrieval, run_study, train, write_log
 
 from mmvit.errors import run_script
 
@@ -49,15 +49,11 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> None:
     total = flops_of(*GENERATOR, PLAIN) * options.images
-    done = {(r["variant"], r["seed"], r["images"]) for r in read_log(options.log)}
-    for seed in range(options.seeds):
-        for name in options.only:
-            if (name, seed, options.images) in done:
-                continue
-            began = time.monotonic()
-            figures = train_stages(options, seed, VARIANTS[name], total)
-            record = {"variant": name, "seed": seed, "images": options.images, "flops": total}
-            write_log(options.log, {**record, **figures, "minutes": (time.monotonic() - began) / 60})
+    for seed, name in missing(options, options.only):
+        began = time.monotonic()
+        figures = train_stages(options, seed, VARIANTS[name], total)
+        record = {"variant": name, "seed": seed, "images": options.images, "flops": total}
+        write_log(options.log, {**record, **figures, "minutes": (time.monotonic() - began) / 60})
 
 
 def train_stages(

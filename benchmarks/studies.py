@@ -8,7 +8,7 @@ import runpy
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,15 @@ def random_batch(config: ClassifierConfig | GeneratorConfig | JointConfig) -> di
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def missing(options: argparse.Namespace, names: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Seeds and variants whose figures of this budget the log lacks."""
+    done = {(r["variant"], r["seed"], r["images"]) for r in read_log(options.log)}
+    for seed in range(options.seeds):
+        for name in names:
+            if (name, seed, options.images) not in done:
+                yield seed, name
 
 
 def write_log(path: Path, record: dict[str, Any]) -> None:

@@ -157,13 +157,9 @@ def test_streams_with_the_same_entry_are_refused(tiny_shards):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_shards, run_script) -> Path:
+def run(tmp_path_factory, tiny_shards, encoded, run_script) -> Path:
     """A run of the script for both tasks."""
     place = tmp_path_factory.mktemp("joint")
-    tokenizer = VQModel(VQConfig(codebook_size=16, encoder_width=32, decoder_widths=(32, 16)))
-    tokenizer.save_pretrained(place / "tokenizer")
-    arguments = (tiny_shards, place / "codes", "--tokenizer", place / "tokenizer", "--size", 16)
-    assert run_script("pipelines/encode_images.py", *arguments).returncode == 0
     (place / "config.toml").write_text(
         f"""
         output = "{place / "run"}"
@@ -171,9 +167,9 @@ def run(tmp_path_factory, tiny_shards, run_script) -> Path:
         train = "{tiny_shards}/train-*.tar"
         held_out = "{tiny_shards}/heldout-*.tar"
         [captions]
-        train = "{place}/codes/train-*.tar"
-        held_out = "{place}/codes/heldout-*.tar"
-        image_tokenizer = "{place}/tokenizer"
+        train = "{encoded}/codes/train-*.tar"
+        held_out = "{encoded}/codes/heldout-*.tar"
+        image_tokenizer = "{encoded}/tokenizer"
         text_tokenizer = "{ROOT}/tokenizers/emoji-text"
         [model]
         core = {{ width = 32, depth = 2, num_heads = 2 }}
