@@ -46,10 +46,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "QK-norm": ("--model.core.qk_norm", "true"),
     "SwiGLU, no dropout": ("--model.core.mlp", "swiglu", "--model.core.dropout", "0"),
     "SwiGLU, QK-norm": ("--model.core.mlp", "swiglu", "--model.core.qk_norm", "true"),
-    "SwiGLU, QK-norm, no dropout": (
-        "--model.core.mlp", "swiglu", "--model.core.qk_norm", "true", "--model.core.dropout", "0",
+    "SwiGLU, QK-norm, dropout 0.2": (
+        "--model.core.mlp", "swiglu", "--model.core.qk_norm", "true", "--model.core.dropout", "0.2",
     ),
-    "SwiGLU, dropout 0.05": ("--model.core.mlp", "swiglu", "--model.core.dropout", "0.05"),
     "zero-initialised head, random codes": ("--start.codebook", "false"),
     "no dropout": ("--model.core.dropout", "0"),
     "dropout 0.2": ("--model.core.dropout", "0.2"),
