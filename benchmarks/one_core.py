@@ -25,12 +25,15 @@ BATCH = 64
 JOINT = ("pipelines/train_joint.py", ROOT / "configs/emoji_joint.toml")
 GENERATOR = ("pipelines/train_caption_to_image.py", ROOT / "configs/emoji_demo.toml")
 CLASSIFIER = ("pipelines/train_classifier.py", ROOT / "configs/emoji_groups.toml")
+# the classifier's part of emoji_joint.toml
 SAME_CORE = (
     "--model.core.width", "256", "--model.core.depth", "6", "--model.core.num_heads", "4",
     "--model.core.dropout", "0.1", "--train.ema_decay", "0.99", "--optimizer.lr", "2e-3",
-    "--data.train", "data/emoji-groups/train-*.tar",
+    "--data.train", "data/emoji-groups/train-*.tar", "--data.augment.erase", "0.2",
+    "--model.label_smoothing", "0",
 )  # fmt: skip
-PLAIN = ("--model.core.mlp", "gelu")  # of all cores, so that one can begin with another's
+# of all cores, so that one can begin with another's
+PLAIN = ("--model.core.mlp", "gelu", "--model.core.qk_norm", "false")
 RECIPES = {"joint": (JOINT, PLAIN), "generator": (GENERATOR, PLAIN), "classifier": (CLASSIFIER, SAME_CORE)}
 # what is trained, one after the other, each from the core of the one before
 VARIANTS: dict[str, tuple[str, ...]] = {

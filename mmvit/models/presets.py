@@ -81,10 +81,11 @@ CLASSIFIERS = {
     "bit-r101": ResNetConfig(depths=(3, 4, 23, 3)),
 }
 
+PAID = {"mlp": "swiglu", "qk_norm": True, "dropout": 0.1}  # at equal FLOPs (benchmarks/README.md)
+
 GENERATORS = {
-    # of the parts that paid at equal FLOPs (benchmarks/README.md)
-    "generator-tiny": GeneratorConfig(core=core(256, 6, 4, mlp="swiglu", dropout=0.1)),
-    "generator-small": GeneratorConfig(core=core(384, 12, 6, mlp="swiglu", dropout=0.1)),
+    "generator-tiny": GeneratorConfig(core=core(256, 6, 4, **PAID)),
+    "generator-small": GeneratorConfig(core=core(384, 12, 6, **PAID)),
     # the sizes of LlamaGen (2406.06525, Table 1), 256 pixels at factor 16, captions of up to 120 tokens
     "generator-b": GeneratorConfig(
         vocab_size=16384, text_length=120, codebook_size=16384, grid=(16, 16), positions="rotary_2d",
