@@ -3,7 +3,7 @@ FLOPs.
 
     python pipelines/encode_images.py data/emoji data/emoji-views --views 8 --shift 2
     python pipelines/encode_images.py data/emoji data/emoji-views-flipped --views 8 --shift 2 \\
-        --flip-unless left right clockwise counterclockwise
+        --flip-unless left right clockwise counterclockwise links rechts
     python benchmarks/modern_generator.py run --images 24000 --log modern-generator.jsonl
     python benchmarks/modern_generator.py table modern-generator.jsonl
 
@@ -26,7 +26,7 @@ from mmvit.errors import run_script
 RECIPE = ("pipelines/train_caption_to_image.py", ROOT / "configs/emoji_demo.toml")
 BATCH = 64
 VIEWS = "data/emoji-views"
-FLIPPED = f"{VIEWS}-flipped"  # every second view, where the caption does not name a side
+FLIPPED = f"{VIEWS}-flipped"  # every second view, where no caption names a side, in English or German
 BASE, UNGUIDED = "the base", "captions never left out"
 PLAIN = ("--model.core.mlp", "gelu", "--model.core.qk_norm", "false")
 CAUSAL = ("--model.attention", "causal", "--model.text_loss_weight", "1")

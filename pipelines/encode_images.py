@@ -7,10 +7,12 @@ takes 20 s for 3953 emoji on 2 cores. Every split of the source is encoded; a sa
 class, loses its picture and gains `codes.npy` (rows, columns). dataset.json says which tokenizer made the
 codes, and training checks it.
 
-    python pipelines/encode_images.py data/emoji data/emoji-codes --views 8 --shift 2 --flip-unless left right
+    python pipelines/encode_images.py data/emoji data/emoji-codes --views 8 --shift 2 \\
+        --flip-unless left right clockwise counterclockwise links rechts
 
 gives the samples of `train` eight more views each (`views.npy`), for `data.views` of a recipe: shifted by up
-to two pixels, and every second one flipped, unless the caption has one of these words.
+to two pixels, and every second one flipped, unless a caption, in any language, has a word that begins with
+one of these ("leftwards").
 """
 
 import argparse
@@ -24,7 +26,7 @@ import numpy as np
 import torch
 
 from mmvit.data.augment import Augment, AugmentConfig
-from mmvit.data.captions import read_caption
+from mmvit.data.captions import read_caption, read_captions
 from mmvit.data.codes import MAX_CODES, pack_codes
 from mmvit.data.images import decode_image, parse_size, to_unit_range
 from mmvit.data.samples import IMAGE_EXTENSIONS, VIEWS, image_bytes
@@ -49,8 +51,9 @@ TRAIN = "train"  # the split whose pictures are seen from more views
 
 @dataclass(frozen=True)
 class Views:
-    """How many more views a picture has, how far each is moved (pixels, each way), and the words of a caption
-    that forbid to flip every second one; none is flipped where there are no words."""
+    """How many more views a picture has, how far each is moved (pixels, each way), and the beginnings of
+    words that forbid, in a caption of any language, to flip every second one; none is flipped where none are
+    given."""
 
     number: int = 0
     shift: int = 0
@@ -59,10 +62,15 @@ class Views:
     def of(self, sample: Sample, pixels: np.ndarray) -> list[np.ndarray]:
         """uint8 (height, width, 3) → the picture and its views, drawn by its key."""
         rng = random.Random(sample.key)
-        words = set()
+        may_flip = False
         if self.number and self.flip_unless:
-            words = set(re.findall(r"\w+", read_caption(sample, ("en",), random.Random(0)).lower()))
-        may_flip = bool(self.flip_unless) and not words & {word.lower() for word in self.flip_unless}
+            captions = [read_caption(sample, (), rng)] if "txt" in sample.files else []
+            captions += read_captions(sample).values() if "json" in sample.files else []
+            if not captions:
+                raise BadSample("no caption", "has neither a txt nor captions in a json: may it be flipped?")
+            forbidden = tuple(word.lower() for word in self.flip_unless)
+            words = re.findall(r"\w+", " ".join(captions).lower())
+            may_flip = not any(word.startswith(forbidden) for word in words)
         seen = [pixels]
         for view in range(self.number):
             flip = float(may_flip and view % 2 == 1)
@@ -138,7 +146,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="WORD",
-        help="flip every second view, unless the caption has one of these words",
+        help="flip every second view, unless a caption, in any language, has a word that begins so",
     )
     options = parser.parse_args()
     for name in ("views", "shift"):

@@ -3,6 +3,8 @@
 import itertools
 import json
 import random
+import runpy
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -14,12 +16,14 @@ from mmvit.data.augment import Augment, AugmentConfig
 from mmvit.data.codes import pack_codes, unpack_codes
 from mmvit.data.images import decode_image, to_unit_range
 from mmvit.data.samples import CaptionCodesSample
-from mmvit.data.shards import BadSample, read_shard
+from mmvit.data.shards import BadSample, Sample, read_shard
 from mmvit.data.stream import ShardStream
 from mmvit.data.writing import ShardWriter
 from mmvit.errors import UserError
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
 from mmvit.models.vq import VQModel
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_code_shards_say_which_tokenizer_made_them(encoded):
@@ -91,6 +95,28 @@ def test_views_are_moved_and_flipped_where_the_caption_allows(
     assert plain == unpack_codes(sample.files["codes.npy"], (2, 2), 16).reshape(-1).tolist()
     with pytest.raises(BadSample, match="no views"):
         CaptionCodesSample(*shape, views=1.0)(next(read_shard(held_out)), random.Random(0))
+
+
+@pytest.mark.parametrize(
+    ("english", "german", "words", "flips"),
+    [
+        ("leftwards hand", "nach rechts weisende Hand", ["left"], False),
+        ("first quarter moon", "Halbmond, nach links", ["left", "Links"], False),
+        ("copyright", "Copyright", ["left", "right"], True),
+        ("copyright", "Copyright", [], False),
+    ],
+)
+def test_a_picture_is_flipped_where_no_caption_forbids_it(english, german, words, flips):
+    views = runpy.run_path(str(ROOT / "pipelines/encode_images.py"))["Views"](2, 0, tuple(words))
+    captions = json.dumps({"captions": {"en": english, "de": german}}).encode()
+    pixels = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+    seen = views.of(Sample("one", Path("shard"), {"txt": english.encode(), "json": captions}), pixels)
+    assert len(seen) == 3
+    assert np.array_equal(seen[1], pixels)
+    assert np.array_equal(seen[2], pixels[:, ::-1] if flips else pixels)
+    if words:
+        with pytest.raises(BadSample, match="neither a txt nor captions"):
+            views.of(Sample("one", Path("shard"), {}), pixels)
 
 
 def test_codes_that_are_being_replaced_do_not_say_whose_they_are(encoded, tiny_shards, run_script, tmp_path):
