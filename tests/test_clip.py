@@ -3,6 +3,7 @@ script."""
 
 import json
 import math
+import runpy
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from mmvit.models.classifier import ClassifierConfig
 from mmvit.models.clip import CLIP, CLIPConfig
 from mmvit.sampling.rerank import CaptionScorer
 
+ROOT = Path(__file__).resolve().parent.parent
 CORE = TransformerConfig(width=16, depth=1, num_heads=2)
 CONFIG = CLIPConfig(
     image=ClassifierConfig(image_size=16, patch_size=8, core=CORE),
@@ -115,6 +117,23 @@ def test_ranks_of_what_belongs_together():
     scores = torch.tensor([[0.9, 0.5, 0.1], [0.2, 0.3, 0.4], [0.5, 0.5, 0.5]])
     belongs = torch.tensor([[False, True, True], [True, False, False], [False, False, True]])
     assert caption_ranks(scores, belongs).tolist() == [1, 2, 1]
+
+
+class Nearly(torch.nn.Linear):
+    """Two pictures, each a hair nearer to its own caption: less than bfloat16 tells apart."""
+
+    def embed_pictures(self, pixels):
+        return torch.tensor([[1, 0.001], [1, -0.001]])
+
+    def embed_captions(self, caption_ids):
+        return torch.tensor([[1, 0.001], [1, -0.001]])
+
+
+def test_near_captions_do_not_tie_in_bfloat16():
+    retrieval = runpy.run_path(str(ROOT / "pipelines/train_clip.py"))["retrieval"]
+    batch = {"pixels": torch.zeros(2, 1), "caption_ids": torch.tensor([[1], [2]])}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert retrieval(Nearly(1, 1), [batch])["caption_at_1"] == 1
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,13 @@ from PIL import Image
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.captions import TextTokenizer
 from mmvit.data.samples import CaptionSample, PixelsSample
-from mmvit.evaluation.generator_report import Unseen, draw_worst_to_best, report_generator
+from mmvit.errors import UserError
+from mmvit.evaluation.generator_report import (
+    Unseen,
+    draw_worst_to_best,
+    measure_captions,
+    report_generator,
+)
 from mmvit.evaluation.spaces import feature_space
 from mmvit.evaluation.splits import read_split
 from mmvit.models.classifier import Classifier, ClassifierConfig
@@ -82,6 +88,35 @@ def test_a_part_of_a_split_is_spread_over_it(generator_run, tiny_shards, run_scr
     )
     assert ran.returncode == 0, ran.stderr
     assert "of 5 captions of train" in ran.stdout
+
+
+def test_pictures_of_one_key_are_refused(tiny_shards):
+    real = read_split(tiny_shards, "*", PixelsSample((16, 16)))
+    twice = {**real, "keys": ["000000", "000000", *real["keys"][2:]]}
+    with pytest.raises(UserError, match="several pictures have the key 000000, perhaps one of each split"):
+        Unseen.of(read_split(tiny_shards, "heldout", CaptionSample()), twice, [])
+
+
+def test_a_split_is_not_another_whose_name_begins_so(tiny_shards, tmp_path):
+    shutil.copy(tiny_shards / "heldout-000000.tar", tmp_path / "heldout-000000.tar")
+    shutil.copy(tiny_shards / "train-000000.tar", tmp_path / "heldout-hard-000000.tar")
+    assert len(read_split(tmp_path, "heldout", CaptionSample())["keys"]) == 8
+    assert len(read_split(tmp_path, "heldout-hard", CaptionSample())["keys"]) == 10
+    assert len(read_split(tmp_path, "*", CaptionSample())["keys"]) == 18
+    (tmp_path / "heldout-000000.tar").unlink()
+    with pytest.raises(UserError, match=r"no shards of heldout in .*, only of splits whose names begin so"):
+        read_split(tmp_path, "heldout", CaptionSample())
+
+
+def test_captions_of_the_same_tokens_are_one(generator_run, tiny_shards):
+    generator = Generator.from_pretrained(generator_run)
+    real = read_split(tiny_shards, "*", PixelsSample((16, 16)))
+    unseen = Unseen.of(read_split(tiny_shards, "heldout", CaptionSample()), real, [])
+    figures = measure_captions(generator, unseen, 8, unseen.captions)
+    shouted = [caption.upper() for caption in unseen.captions]
+    assert figures["caption_candidates"] == 4
+    assert measure_captions(generator, unseen, 8, shouted) == figures
+    assert figures["caption@5"] == 1
 
 
 def test_a_part_of_a_split_is_chosen_by_its_keys(generator_run, tiny_shards, run_script, tmp_path):

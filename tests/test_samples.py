@@ -1,6 +1,7 @@
 """What is made of a sample's files: pictures, augmentation, captions and codes."""
 
 import io
+import json
 import pickle
 import random
 import struct
@@ -11,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from mmvit.data.augment import Augment, AugmentConfig
+from mmvit.data.captions import TextTokenizer
 from mmvit.data.codes import check_codes_fit, pack_codes, unpack_codes
 from mmvit.data.samples import CaptionCodesSample, CaptionPixelsSample, PixelsSample, check_classes
 from mmvit.data.shards import BadSample, Sample, read_shard
@@ -219,6 +223,25 @@ def test_dropout_is_seeded_splits_words_and_decodes_to_the_same_text(tokenizer):
 def test_tokenizer_survives_pickling(tokenizer):
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again.tokenize("[PAD] red apple") == tokenizer.tokenize("[PAD] red apple")
+
+
+def test_a_tokenizer_that_pads_by_another_token_is_refused(tokenizer):
+    facts = json.loads(tokenizer.tokenizer.to_str())
+    swapped = {0: 1, 1: 0}
+    vocabulary = facts["model"]["vocab"]
+    facts["model"]["vocab"] = {token: swapped.get(place, place) for token, place in vocabulary.items()}
+    facts["added_tokens"] = [{**token, "id": 1} for token in facts["added_tokens"]]
+    with pytest.raises(UserError, match=r"^mine: \[PAD\] is token 1; models take token 0 for padding"):
+        TextTokenizer(Tokenizer.from_str(json.dumps(facts)), "mine")
+
+
+def test_tokens_around_a_caption_are_left_out_with_and_without_dropout(tokenizer):
+    framing = Tokenizer.from_str(tokenizer.tokenizer.to_str())
+    framing.post_processor = TemplateProcessing("[PAD] $A [PAD]", special_tokens=[("[PAD]", 0)])
+    framed = TextTokenizer(framing)
+    assert framed.tokenizer.encode("red apple").ids != tokenizer.tokenize("red apple")
+    assert framed.tokenize("red apple") == tokenizer.tokenize("red apple")
+    assert framed.tokenize("red apple", 1e-12, random.Random(0)) == tokenizer.tokenize("red apple")
 
 
 def test_language_is_drawn_from_those_wanted_and_present(tiny_shards):

@@ -42,7 +42,8 @@ def test_filters_by_hand():
     torch.testing.assert_close(filter_logits(logits, top_k=0), logits.exp())
     torch.testing.assert_close(filter_logits(logits, top_p=0.5), torch.tensor([[1.0, 0, 0, 0]]))
     torch.testing.assert_close(filter_logits(logits, top_p=0.6), torch.tensor([[0.625, 0.375, 0, 0]]))
-    torch.testing.assert_close(filter_logits(logits, temperature=0), torch.tensor([[1.0, 0, 0, 0]]))
+    for nothing in (0, 1e-40, 1e-300):
+        torch.testing.assert_close(filter_logits(logits, nothing), torch.tensor([[1.0, 0, 0, 0]]))
     squared = logits.exp().square()
     torch.testing.assert_close(filter_logits(logits, temperature=0.5), squared / squared.sum())
 

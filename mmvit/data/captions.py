@@ -18,8 +18,8 @@ PAD = "[PAD]"
 class TextTokenizer:
     """A `tokenizer.json` of Hugging Face tokenizers (byte-level BPE), with reproducible BPE dropout.
 
-    A caption is its tokens followed by pads; so the empty caption, which stands for "no caption" in
-    classifier-free guidance, is all pads.
+    A caption is its tokens followed by pads, token 0, without those that a file's post-processor would put
+    around it; so the empty caption, which stands for "no caption" in classifier-free guidance, is all pads.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str = "the tokenizer"):
@@ -32,6 +32,11 @@ class TextTokenizer:
             raise UserError(
                 f"{source}: a BPE model with a {PAD} token is needed, found {model['type']} and "
                 f"{'no ' if pad_id is None else ''}{PAD}; learn one with tokenizers/train_text_tokenizer.py"
+            )
+        if pad_id != 0:
+            raise UserError(
+                f"{source}: {PAD} is token {pad_id}; models take token 0 for padding, and for captions that "
+                "are left out: learn one with tokenizers/train_text_tokenizer.py"
             )
         self.tokenizer = tokenizer
         self.source = source
@@ -95,7 +100,7 @@ class TextTokenizer:
     def tokenize(self, caption: str, dropout: float = 0.0, rng: random.Random | None = None) -> list[int]:
         """The token ids of one caption, however many, without pads."""
         if dropout == 0.0:
-            return self.tokenizer.encode(caption).ids
+            return self.tokenizer.encode(caption, add_special_tokens=False).ids
         if rng is None:
             raise ValueError("BPE dropout needs an rng, so that it can be repeated")
         text = self.tokenizer.normalizer.normalize_str(caption) if self.tokenizer.normalizer else caption

@@ -2,6 +2,7 @@
 of them."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -45,8 +46,14 @@ class Unseen:
     @classmethod
     def of(cls, unseen: Mapping[str, Any], real: Mapping[str, Any], trained: Sequence[str]) -> Self:
         """`unseen` (keys, captions) and `real` (keys, pixels) as `read_split` gives them; `trained` are keys.
-        What has no picture in `real` is left out."""
+        What has no picture in `real` is left out. Raises UserError where two pictures have one key."""
         place = {key: i for i, key in enumerate(real["keys"])}
+        if len(place) < len(real["keys"]):
+            (twin, _), *_ = Counter(real["keys"]).most_common(1)
+            raise UserError(
+                f"several pictures have the key {twin}, perhaps one of each split, and a caption's own "
+                "cannot be told: give every sample of the data set a key of its own"
+            )
         pairs = [pair for pair in zip(unseen["keys"], unseen["captions"], strict=True) if pair[0] in place]
         trained = [key for key in trained if key in place]
         return cls(
@@ -172,14 +179,18 @@ def measure_captions(
     generator: Generator, unseen: Unseen, number: int, all_captions: Sequence[str]
 ) -> dict[str, float]:
     """How often a real picture's own caption is the likeliest of all captions of the data set
-    (`rank_captions`), for `number` pictures evenly spread over the split."""
+    (`rank_captions`), for `number` pictures evenly spread over the split. Captions of the same tokens are
+    one."""
     chosen = evenly_spread(len(unseen.own), number)
-    candidates = list(dict.fromkeys([*unseen.captions, *all_captions]))
+    captions = list(dict.fromkeys([*unseen.captions, *all_captions]))
+    ids, _ = generator.text_tokenizer.encode(captions, generator.transformer.config.text_length)
+    read = dict(zip(captions, map(tuple, ids.tolist()), strict=True))  # what the model sees of each
+    candidates = list({read[caption]: caption for caption in reversed(captions)}.values())
     precision = choose_precision("auto", generator.device)
     scores = rank_captions(generator, unseen.pixels[chosen], candidates, precision).cpu()
-    place = {caption: i for i, caption in enumerate(candidates)}
+    place = {read[caption]: i for i, caption in enumerate(candidates)}
     is_own = torch.zeros(scores.shape, dtype=torch.bool)
-    is_own[torch.arange(len(chosen)), [place[unseen.captions[i]] for i in chosen]] = True
+    is_own[torch.arange(len(chosen)), [place[read[unseen.captions[i]]] for i in chosen]] = True
     ranks = caption_ranks(scores, is_own)
     return {"captioned": len(chosen), "caption_candidates": len(candidates), **recalls("caption", ranks)}
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mmvit.data.reader import Decode
+from mmvit.data.shards import expand_shards
 from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError
 
@@ -19,12 +20,16 @@ def read_split(folder: Path, split: str, decode: Decode) -> dict[str, Any]:
         UserError: when the split holds no sample, or a shard is damaged: figures of the rest would not
             compare with others.
     """
-    stream = ShardStream(f"{folder}/{split}-*.tar", decode, batch_size=256, shuffle_buffer=0, repeat=False)
+    pattern = f"{folder}/{split}-*.tar"
+    shards = [shard for shard in expand_shards(pattern) if split in ("*", shard.stem.rpartition("-")[0])]
+    if not shards:
+        raise UserError(f"no shards of {split} in {folder}, only of splits whose names begin so")
+    stream = ShardStream(shards, decode, batch_size=256, shuffle_buffer=0, repeat=False)
     batches = list(stream)
     for problem in stream.report()["broken_shards"].values():
         raise UserError(f"{problem}; figures of what is left would not compare with others: write it again")
     if not batches:
-        raise UserError(f"{folder}/{split}-*.tar holds no samples")
+        raise UserError(f"{pattern} holds no samples")
     whole: dict[str, Any] = {}
     for name, value in batches[0].items():
         parts = [batch[name] for batch in batches]

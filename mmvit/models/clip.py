@@ -100,8 +100,9 @@ class CLIP(Pretrained, nn.Module):
         every_picture, every_caption, every_id = gather(pictures), gather(captions), gather(ids)
         belongs = (ids[:, None] == every_id[None]).all(-1).float()
         wanted = belongs / belongs.sum(1, keepdim=True)
-        of_pictures = self.scale * pictures @ every_caption.T
-        of_captions = self.scale * captions @ every_picture.T
+        with torch.autocast(pictures.device.type, enabled=False):
+            of_pictures = self.scale * pictures @ every_caption.T
+            of_captions = self.scale * captions @ every_picture.T
         loss = (F.cross_entropy(of_pictures, wanted) + F.cross_entropy(of_captions, wanted)) / 2
         found = belongs.gather(1, of_pictures.argmax(1, keepdim=True)).mean()
         metrics = {"loss": loss.detach(), "accuracy": found, "temperature": 1 / self.scale.detach()}

@@ -4,6 +4,8 @@ alone."""
 import torch
 from torch import Tensor
 
+LEAST_TEMPERATURE = 1e-6
+
 
 def filter_logits(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
@@ -12,11 +14,12 @@ def filter_logits(
 
     Args:
         logits: (batch, codes).
-        temperature: 0 is the limit: all probability on the likeliest code.
+        temperature: 0, or so little that float32 cannot hold the quotients, is the limit: all probability on
+            the likeliest code.
         top_k: keep the k likeliest codes; None or 0 keeps all.
         top_p: keep the fewest likeliest codes whose probabilities reach top_p; the likeliest always stays.
     """
-    if temperature == 0:
+    if temperature < LEAST_TEMPERATURE:
         return torch.zeros_like(logits, dtype=torch.float32).scatter_(
             -1, logits.argmax(-1, keepdim=True), 1.0
         )
