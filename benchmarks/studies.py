@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from speed import count_flops
 
-from mmvit.config import load_config
+from mmvit.config import Config, load_config
 from mmvit.errors import UserError
 from mmvit.models.classifier import ClassifierConfig
 from mmvit.models.generator import GeneratorConfig
 from mmvit.models.joint import JointConfig
 from mmvit.models.presets import MODELS
+from mmvit.training.resume import flatten
 
 ROOT = Path(__file__).resolve().parent.parent
 # 97.5% quantile of Student's t by the number of figures
@@ -41,18 +42,36 @@ def call(script: str, *arguments: Any) -> None:
 
 
 def train(script: str, config: Path, out: Path, steps: int, *settings: Any) -> dict[str, Any]:
-    """Trains `out`, or goes on with it, evaluated at its end alone; returns what metrics.jsonl says then."""
+    """Trains `out`, or goes on with it, evaluated at its end alone; returns what metrics.jsonl says then.
+    Raises UserError where `out` has been trained by other settings."""
+    settings = (
+        "--output", out, "--train.steps", steps, "--train.evaluate_every", steps,
+        "--train.checkpoint_every", steps, "--optimizer.warmup_steps", max(1, steps // 20), *settings,
+    )  # fmt: skip
+    if out.is_dir():
+        check_settings(script, config, out, settings)
     if (found := last_figures(out, steps)) is None:
-        resume = ("--resume",) if out.is_dir() else ()
-        call(
-            script, config, "--output", out, "--train.steps", steps, "--train.evaluate_every", steps,
-            "--train.checkpoint_every", steps, "--optimizer.warmup_steps", max(1, steps // 20),
-            *settings, *resume,
-        )  # fmt: skip
+        call(script, config, *settings, *(("--resume",) if out.is_dir() else ()))
         found = last_figures(out, steps)
     if found is None:
         raise UserError(f"{out} was not evaluated at step {steps}; it may be of another length: remove it")
     return found
+
+
+def check_settings(script: str, config: Path, out: Path, settings: Sequence[Any]) -> None:
+    """Raises UserError where the run in `out` is not of these settings: its figures are another's."""
+    kind = recipe_class(script)
+    wanted = flatten(load_config(kind, config, [*map(str, settings)]).model_dump(mode="json"), "")
+    found = flatten(load_config(kind, out / "config.toml").model_dump(mode="json"), "")
+    if other := [key for key in (wanted | found).keys() - {"output"} if wanted.get(key) != found.get(key)]:
+        described = ", ".join(f"{key} = {found.get(key)}, not {wanted.get(key)}" for key in sorted(other)[:3])
+        raise UserError(f"{out} was trained with {described}: remove it, and it will be trained again")
+
+
+def recipe_class(script: str) -> type[Config]:
+    """Of what a pipeline's CONFIG.toml holds."""
+    names = runpy.run_path(str(ROOT / script))
+    return next(value for name, value in names.items() if name.endswith("Recipe") and name != "Recipe")
 
 
 def last_figures(run: Path, steps: int) -> dict[str, Any] | None:
@@ -64,9 +83,8 @@ def last_figures(run: Path, steps: int) -> dict[str, Any] | None:
 @functools.cache
 def flops_of(script: str, config: Path, settings: tuple[str, ...] = ()) -> float:
     """FLOPs of training on one picture, forward and backward, by the objective of a recipe."""
+    recipe = load_config(recipe_class(script), config, [*settings, *PLAIN_KERNEL])
     names = runpy.run_path(str(ROOT / script))
-    kind = next(value for name, value in names.items() if name.endswith("Recipe") and name != "Recipe")
-    recipe = load_config(kind, config, [*settings, *PLAIN_KERNEL])
     build = names.get("build_objective", lambda recipe: MODELS[type(recipe.model)](recipe.model))
     objective = build(recipe)
     batch = random_batch(recipe.model)

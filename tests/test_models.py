@@ -106,6 +106,13 @@ def test_a_recipe_begins_with_a_preset(tmp_path):
     other = load_config(AnyRecipe, path, ["--model.preset", "bit-r101"]).model
     assert other == preset("bit-r101").model_copy(update={"image_size": 32, "num_classes": 7})
     assert load_config(AnyRecipe, path).model.patch_size == 4
+    more = ', stem = "residual", stem_blocks = [1, 1], positions = "learned_2d", label_smoothing = 0.1'
+    core = '{width = 96, depth = 2, num_heads = 3, mlp = "swiglu", dropout = 0.2}'
+    path.write_text(f'output = "x"\nmodel = {{image_size = 32, num_classes = 7, core = {core}{more}}}')
+    plain = load_config(AnyRecipe, path, ["--model.preset", "vit-s16"]).model
+    core = preset("vit-s16").core.model_copy(update={"dropout": 0.2})  # training's part stays the recipe's
+    changed = {"image_size": 32, "num_classes": 7, "label_smoothing": 0.1, "core": core}
+    assert plain == preset("vit-s16").model_copy(update=changed)
     facts = with_preset({"model": {"preset": "dalle-tiny"}})["model"]
     assert not facts.keys() & {"vocab_size", "codebook_size", "grid", "preset"}  # the data have their own
     assert facts["attention"] == "dalle"

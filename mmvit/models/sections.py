@@ -31,6 +31,12 @@ class StartConfig(Config):
 
 # what a preset's model was made for, and the shards and tokenizers of a run say of their own
 FACTS = {"vocab_size", "codebook_size", "grid"}
+# of the data and of training, not of the model: what a recipe says of these stays beside another model
+KEPT = {
+    "image_size", "channels", "num_classes", "text_length", "label_smoothing", "patch_dropout",
+    "caption_dropout", "code_noise", "dropout", "stochastic_depth", "attention_kernel",
+    "activation_checkpointing",
+}  # fmt: skip
 
 
 def with_preset(values: Any) -> Any:
@@ -44,19 +50,28 @@ def with_preset(values: Any) -> Any:
 
 
 def under_preset(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """The values of a recipe with the settings of a preset in the place of its own in `[model]`, which are
-    left out where the preset's kind of model does not have them. Raises UserError for a preset that there is
-    not."""
+    """The values of a recipe with a preset in the place of its own `[model]`, of which stays what the preset
+    says nothing of and is of the data or of training. Raises UserError for a preset that there is not."""
     base, own = preset(name), values.get("model")
     if not isinstance(own, dict):
         return values
-    known = {key: value for key, value in own.items() if key in type(base).model_fields}
-    return {**values, "model": merged(known, settings_of(base))}
+    left = kept({key: own[key] for key in own if key in type(base).model_fields}, KEPT | facts_of(base))
+    return {**values, "model": merged(left, settings_of(base))}
+
+
+def kept(values: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """The settings of these names, section by section."""
+    sections = {name: kept(value, names) for name, value in values.items() if isinstance(value, dict)}
+    return {**{name: value for name, value in values.items() if name in names}, **sections}
+
+
+def facts_of(base: Config) -> set[str]:
+    return FACTS if isinstance(base, GeneratorConfig | CLIPConfig) else set()
 
 
 def settings_of(base: Config) -> dict[str, Any]:
     """What a preset says, without what is the data's."""
-    facts = FACTS if isinstance(base, GeneratorConfig | CLIPConfig) else set()
+    facts = facts_of(base)
     begun = base.model_dump(exclude=facts, exclude_unset=True)
     return {**begun, "kind": base.kind} if hasattr(base, "kind") else begun
 

@@ -31,7 +31,7 @@ class Recipe(Config):
 
     @classmethod
     def before_overrides(cls, values: dict[str, Any], overrides: dict[str, str]) -> dict[str, Any]:
-        """A preset that the command line names wins over what the file says of the model."""
+        """A preset that the command line names takes the place of the model that the file describes."""
         return under_preset(values, overrides[PRESET]) if PRESET in overrides else values
 
     @model_validator(mode="before")
