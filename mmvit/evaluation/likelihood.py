@@ -10,7 +10,8 @@ from torch import nn
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Iterable[dict[str, Any]], count: str) -> dict[str, float]:
-    """Averages the metrics of `model.loss` over `batches`, each weighted by its number of samples.
+    """Averages the metrics of `model.loss` over `batches`, each weighted by its number of samples; one that
+    is a mean over something else, as `text_loss` over captions' tokens, depends a little on the batches.
 
     Args:
         model: in evaluation mode, with `loss(batch) -> (scalar, metrics)`.
