@@ -23,7 +23,7 @@ from torch import nn
 
 from mmvit.data.translation import token_translations
 from mmvit.errors import UserError, run_script
-from mmvit.evaluation.likelihood import mean_loss
+from mmvit.evaluation.likelihood import generator_loss
 from mmvit.hub import find_model_folder
 from mmvit.models.fine_tuning import continued, take_core
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
@@ -121,7 +121,7 @@ def main() -> None:
             session,
             model,
             data.stream,
-            evaluate=lambda model: mean_loss(model, data.held_out, count="codes"),
+            evaluate=lambda model: generator_loss(model, data.held_out),
             select="image_loss",
             after_evaluation=draw,
             export=export,

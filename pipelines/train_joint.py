@@ -25,7 +25,7 @@ from mmvit.data.shards import ShardPatterns
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.accuracy import classification_metrics
 from mmvit.evaluation.image_classifier import CLASSES
-from mmvit.evaluation.likelihood import mean_loss
+from mmvit.evaluation.likelihood import generator_loss
 from mmvit.hub import write_json
 from mmvit.models.joint import Joint, JointConfig
 from mmvit.sampling.generator import Generator
@@ -73,7 +73,7 @@ def main() -> None:
 
         def evaluate(model: nn.Module) -> dict[str, float]:
             classified = classification_metrics(model.classifier, held_out)
-            generated = mean_loss(model.generator, captions.held_out, count="codes")
+            generated = generator_loss(model.generator, captions.held_out)
             losses = {"classification_loss": classified.pop("loss"), "generation_loss": generated.pop("loss")}
             loss = recipe.model.classification_weight * losses["classification_loss"]
             return {"loss": loss + losses["generation_loss"], **losses, **classified, **generated}

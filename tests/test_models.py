@@ -11,6 +11,7 @@ from mmvit.config import build_config, load_config
 from mmvit.core.masks import additive, sparse_causal
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
+from mmvit.evaluation.likelihood import generator_loss
 from mmvit.hub import write_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.generator import GeneratorConfig, GeneratorTransformer, caption_loss, dalle_layers
@@ -332,6 +333,25 @@ def test_every_place_of_a_caption_has_a_padding_of_its_own():
         after = model(captions, codes)[1]
     assert not torch.allclose(after[0], before[0])
     assert torch.equal(after[1], before[1])
+
+
+def test_a_held_out_loss_does_not_depend_on_the_batches():
+    config = GeneratorConfig(
+        vocab_size=9, text_length=4, codebook_size=7, grid=(2, 2), attention="causal", text_loss_weight=1,
+        core=TransformerConfig(width=16, depth=1, num_heads=2),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = GeneratorTransformer(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    captions = torch.tensor([[3, 4, 5, 6], [7, 0, 0, 0], [8, 2, 0, 0]])
+    batch = {"caption_ids": captions, "codes": torch.randint(7, (3, 4))}
+    whole = generator_loss(model, [batch])
+    with torch.no_grad():
+        _, metrics = model.loss(batch)
+    assert whole == pytest.approx({name: value.item() for name, value in metrics.items()})
+    parts = [{name: value[part] for name, value in batch.items()} for part in ([0], [1, 2])]
+    assert generator_loss(model, parts) == pytest.approx(whole)
 
 
 def test_caption_loss_counts_tokens_and_the_padding_that_ends_them():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmvit.errors import UserError
 from mmvit.evaluation.generated import COPY, diversity, nearest
-from mmvit.evaluation.likelihood import mean_loss
+from mmvit.evaluation.likelihood import generator_loss
 from mmvit.evaluation.retrieval import caption_ranks, pixel_ranks, recall
 from mmvit.evaluation.spaces import FeatureSpace
 from mmvit.models.classifier import Classifier
@@ -211,7 +211,7 @@ def held_out_loss(generator: Generator, captions: list[str], codes: Tensor, batc
         {"caption_ids": ids, "codes": true.flatten(1)}
         for ids, true in zip(caption_ids.split(batch_size), codes.split(batch_size), strict=True)
     ]
-    return mean_loss(generator.transformer, batches, count="codes")["image_loss"]
+    return generator_loss(generator.transformer, batches)["image_loss"]
 
 
 def measure_by_clip(clip: CaptionScorer, unseen: Unseen, generated: Tensor) -> dict[str, float]:

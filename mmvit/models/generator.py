@@ -43,6 +43,11 @@ class GeneratorConfig(Config):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     core: TransformerConfig = TransformerConfig()
 
+    def weigh(self, text_loss: Any, image_loss: Any) -> Any:
+        """Both losses as one."""
+        total = self.text_loss_weight + self.image_loss_weight
+        return (self.text_loss_weight * text_loss + self.image_loss_weight * image_loss) / total
+
     @model_validator(mode="after")
     def _prefix_captions_are_not_predicted(self):
         if self.attention == "prefix" and self.text_loss_weight > 0:
@@ -218,8 +223,7 @@ class GeneratorTransformer(Pretrained, nn.Module):
         if text_logits is not None:
             text_loss = caption_loss(text_logits, caption_ids, is_dropped)
             metrics["text_loss"] = text_loss.detach()
-            total = config.text_loss_weight + config.image_loss_weight
-            loss = (config.text_loss_weight * text_loss + config.image_loss_weight * image_loss) / total
+            loss = config.weigh(text_loss, image_loss)
         return loss, {"loss": loss.detach(), **metrics}
 
     def prefill(self, caption_ids: Tensor, cache: KeyValueCache) -> Tensor:
@@ -249,6 +253,15 @@ def dalle_layers(depth: int) -> list[Sparse]:
     return kinds
 
 
+def counted_tokens(caption_ids: Tensor) -> Tensor:
+    """Boolean, of the shape of caption_ids (batch, text_length): the tokens of captions and the first padding
+    behind them."""
+    is_padding = caption_ids == PAD
+    later_padding = is_padding & is_padding.roll(1, dims=1)
+    later_padding[:, 0] = False
+    return ~later_padding
+
+
 def caption_loss(logits: Tensor, caption_ids: Tensor, is_dropped: Tensor) -> Tensor:
     """Mean cross-entropy over the captions' tokens and the padding that ends each; dropped captions do not
     count.
@@ -257,10 +270,7 @@ def caption_loss(logits: Tensor, caption_ids: Tensor, is_dropped: Tensor) -> Ten
         logits: (batch, text_length, vocab_size), place i predicting caption_ids[:, i].
         is_dropped: boolean (batch, 1).
     """
-    is_padding = caption_ids == PAD
-    later_padding = is_padding & is_padding.roll(1, dims=1)
-    later_padding[:, 0] = False
-    ignored = later_padding | is_dropped
+    ignored = ~counted_tokens(caption_ids) | is_dropped
     losses = F.cross_entropy(logits.float().flatten(0, 1), caption_ids.flatten(), reduction="none").view_as(
         caption_ids
     )
