@@ -10,7 +10,7 @@ picture, or a picture of the same size whose white parts are drawn again and who
 Codes are drawn from what is above and left of them; what is kept below guides the choice among --candidates
 alone. What is kept often outweighs the caption (the lower half of a red apple stays red), less so at a higher
 --guidance-scale. Writes edited.png, with the given picture on the left as the image tokenizer has it, and
-each drawn one alone in the folder edited/, numbered.
+each drawn one alone in the folder edited/, numbered and named by the caption.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from mmvit.errors import UserError, run_script
 from mmvit.hub import SHIPPED
 from mmvit.sampling.candidates import parts_of_seeds
 from mmvit.sampling.editing import complete, variations
-from mmvit.sampling.grids import check_picture_name, folder_of_pictures, labelled_grid
+from mmvit.sampling.grids import check_picture_name, file_name, folder_of_pictures, labelled_grid
 from mmvit.sampling.pictures import read_picture
 from mmvit.sampling.settings import add_options, given
 
@@ -49,7 +49,7 @@ def main() -> None:
     parts = parts_of_seeds(options.num, options.seed, options.candidates)
     pictures = (picture for number, seed in parts for picture in draw(number, seed))
     for drawn in with_progress(pictures, options.num, "drawing"):
-        drawn.save(folder / f"{len(row) - 1:03d}.png")
+        drawn.save(folder / f"{len(row) - 1:03d}-{file_name(options.caption)}.png")
         row.append(drawn)
     labelled_grid([row], [options.caption], ["caption", "given"]).save(options.out)
     print(f"{len(row) - 1} drawn, the given one on the left: {options.out}, and each alone in {folder}/")

@@ -18,6 +18,7 @@ one of these ("leftwards").
 import argparse
 import random
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ from mmvit.hub import fingerprint
 from mmvit.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 
 BATCH = 64
+FIRST_JOINED = "\u0590"  # Hebrew, Arabic, Indic, Thai, Chinese, ...: behind Latin, Greek and Cyrillic
 TRAIN = "train"  # the split whose pictures are seen from more views
 
 
@@ -68,14 +70,24 @@ class Views:
             captions += read_captions(sample).values() if "json" in sample.files else []
             if not captions:
                 raise BadSample("no caption", "has neither a txt nor captions in a json: may it be flipped?")
-            forbidden = tuple(word.lower() for word in self.flip_unless)
-            words = re.findall(r"\w+", " ".join(captions).lower())
-            may_flip = not any(word.startswith(forbidden) for word in words)
+            text = normalized(" ".join(captions))
+            may_flip = not any(re.search(beginning(word), text) for word in self.flip_unless)
         seen = [pixels]
         for view in range(self.number):
             flip = float(may_flip and view % 2 == 1)
             seen.append(Augment(AugmentConfig(crop_padding=self.shift, flip=flip))(pixels, rng))
         return seen
+
+
+def normalized(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).lower()
+
+
+def beginning(word: str) -> str:
+    """A pattern of where a word begins so; of anywhere in scripts that join words or write them together."""
+    word = normalized(word)
+    is_joined = any(character >= FIRST_JOINED for character in word)
+    return ("" if is_joined else r"(?<!\w)") + re.escape(word)
 
 
 def main() -> None:

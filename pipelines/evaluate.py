@@ -46,10 +46,11 @@ from mmvit.evaluation.generator_report import (
     loss_and_retrieval,
     report_generator,
 )
+from mmvit.evaluation.image_classifier import ImageClassifier
 from mmvit.evaluation.spaces import feature_space
 from mmvit.evaluation.splits import read_split
 from mmvit.evaluation.tokenizer_report import draw_tokens_worst_to_best, report_tokenizer
-from mmvit.hub import find_model_folder, read_description, write_json
+from mmvit.hub import find_model_folder, read_description, shorten, write_json
 from mmvit.models.classifier import Classifier
 from mmvit.models.image_tokenizer import KINDS, load_image_tokenizer
 from mmvit.sampling.generator import Generator
@@ -149,7 +150,7 @@ def evaluate_generator(options: argparse.Namespace) -> None:
     how = generator.defaults.but(given(options, "seed"))
     settings = {name: getattr(how, name) for name in (*OWN, "seed")} | {"candidates": options.candidates}
     scorer = CaptionScorer.from_pretrained(options.scorer) if options.scorer else None
-    classifier = Classifier.from_pretrained(options.classifier) if options.classifier else None
+    classifier = read_classifier(options) if options.classifier else None
     report = report_generator(
         generator,
         unseen,
@@ -203,6 +204,21 @@ def keys_of_train(options: argparse.Namespace) -> list[str]:
 
 def keys_alone(sample: Sample, rng: random.Random) -> dict[str, Any]:
     return {}
+
+
+def read_classifier(options: argparse.Namespace) -> Classifier:
+    """Raises UserError for one that has learnt nothing, or other classes than those of the shards."""
+    classifier = ImageClassifier.from_pretrained(options.classifier, "cpu")
+    folder = options.classes or options.data
+    names = read_dataset_card(folder).get("classes")
+    if not classifier.is_trained:
+        raise UserError(f"--classifier {options.classifier}: its head is all zeros, it names nothing yet")
+    if classifier.named and names and classifier.classes != names:
+        raise UserError(
+            f"--classifier {options.classifier} knows {shorten(classifier.classes)}, and {folder} has "
+            f"{shorten(names)}: give the shards that it learnt from by --classes"
+        )
+    return classifier.model
 
 
 def read_labels(options: argparse.Namespace, classifier: Classifier, keys: list[str]) -> dict[str, int]:

@@ -123,7 +123,7 @@ def entries_of_folder(folder: Path, images: list[Path], outcome: Outcome) -> lis
             continue
         if captioned:
             try:
-                entry.caption = text.read_bytes().decode("utf-8").strip()
+                entry.caption = text.read_bytes().decode("utf-8-sig").strip()
                 if not entry.caption:
                     outcome.note("the caption is empty, which stands for any picture", name)
             except UnicodeDecodeError:

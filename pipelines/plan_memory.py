@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmvit.errors import UserError, run_script
-from mmvit.models.cost import training_memory
+from mmvit.models.cost import stem_activations, training_memory
 from mmvit.models.presets import MODELS, PRESETS, preset
 
 GB = 1e9
@@ -40,6 +40,7 @@ def main() -> None:
     with torch.device("meta"):
         model = MODELS[type(config)](config)
     parameters, tokens = sum(parameter.numel() for parameter in model.parameters()), model.positions.length
+    stem = stem_activations(config)
     table = Table(
         title=f"{options.name}: {parameters:,} parameters, {tokens:,} tokens an example, "
         f"GPUs of {options.memory:g} GB"
@@ -51,7 +52,7 @@ def main() -> None:
         for checkpointing in (False, True):
             shape = core.model_copy(update={"activation_checkpointing": checkpointing})
             memory = training_memory(
-                parameters, shape, tokens, stage, gpus, precision, options.ema and stage < 3
+                parameters, shape, tokens, stage, gpus, precision, options.ema and stage < 3, stem
             )
             room = options.memory * GB - memory.state
             fits.append(f"{int(room // memory.activations):,}" if room >= 0 else "no room")

@@ -9,7 +9,6 @@ which it can be drawn again. A 64-code picture of the demo's generator takes abo
 """
 
 import argparse
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from mmvit.data.writing import with_progress
 from mmvit.errors import UserError, run_script
 from mmvit.hub import SHIPPED
 from mmvit.sampling.candidates import DRAWN_TOGETHER, parts_of_seeds
-from mmvit.sampling.grids import check_picture_name, folder_of_pictures, labelled_grid
+from mmvit.sampling.grids import check_picture_name, file_name, folder_of_pictures, labelled_grid
 from mmvit.sampling.settings import add_options, given
 
 
@@ -91,13 +90,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--negative", default="", help="a caption that guidance leads away from")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="the grid (%(default)s)")
     return parser.parse_args()
-
-
-def file_name(caption: str) -> str:
-    """A caption as part of a file name: letters and digits of any script, at most 40 characters; the code
-    points of one that has none, as of emoji."""
-    points = "-".join(f"{ord(character):x}" for character in caption[:6] if not character.isspace())
-    return re.sub(r"\W+", "-", caption)[:40].strip("-") or points or "unconditional"
 
 
 if __name__ == "__main__":

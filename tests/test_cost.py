@@ -4,8 +4,14 @@ import pytest
 import torch
 
 from mmvit.core.transformer import Transformer, TransformerConfig
-from mmvit.models.classifier import ClassifierConfig
-from mmvit.models.cost import core_activations, forward_macs, training_flops, training_memory
+from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.cost import (
+    core_activations,
+    forward_macs,
+    stem_activations,
+    training_flops,
+    training_memory,
+)
 from mmvit.models.presets import preset
 
 MACS = {  # billions, at 224 and 384 pixels: plain arithmetic on the architecture
@@ -86,6 +92,31 @@ def test_activations_are_about_what_a_core_keeps(mlp, checkpointing):
         planned -= 2 * core_activations(config.model_copy(update=block), 48)
     assert alive.requires_grad
     assert measured == pytest.approx(planned, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["r50-b32", "vit-modern", "vit-b16"])
+def test_activations_of_a_stem_are_what_it_keeps(name):
+    config = preset(name).model_copy(update={"image_size": 64 if name != "vit-modern" else 28})
+    stem = Classifier(config).stem
+
+    def measure(batch: int) -> int:
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            alive = stem(torch.randn(batch, config.channels, *config.height_width))
+        assert alive.requires_grad
+        return sum(storage.nbytes() for storage in kept.values())
+
+    planned = stem_activations(config)
+    if config.stem == "patch":
+        assert planned == 0
+    else:
+        assert (measure(3) - measure(1)) / 2 == pytest.approx(planned, rel=0.05)
 
 
 def test_zero_shares_out_moments_then_gradients_then_weights():

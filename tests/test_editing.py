@@ -227,6 +227,11 @@ def test_captions_are_ranked_by_the_evidence_of_a_picture(generator, monkeypatch
     assert not torch.equal(rough, ranked)
 
 
+def test_captions_that_are_cut_where_they_are_ranked_are_named(generator):
+    with pytest.warns(UserWarning, match="1 of 2 captions have more than 6 tokens and are cut there"):
+        rank_captions(generator, generator.generate(["pear"]), ["pear", "apple " * 9])
+
+
 def test_pictures_of_another_shape_are_cropped_as_those_of_shards_are():
     wide = Image.new("RGB", (60, 20), "red")
     wide.paste("blue", (20, 0, 40, 20))
@@ -252,7 +257,8 @@ def test_the_scripts_edit_and_name(generator, run_script, tmp_path):
         ran = run_script("pipelines/edit_images.py", "--model", model, *arguments)
         assert ran.returncode == 0, ran.stderr
         sheets.append(out.read_bytes())
-        assert [path.name for path in sorted(out.with_suffix("").iterdir())] == ["000.png", "001.png"]
+        names = ["000-red-apple.png", "001-red-apple.png"]
+        assert [path.name for path in sorted(out.with_suffix("").iterdir())] == names
     assert sheets[0] == sheets[1] != sheets[2]
     captions = tmp_path / "captions.txt"
     captions.write_text("red apple\npear\n")
@@ -305,6 +311,12 @@ def test_pictures_become_pixels_over_white():
         (("a",), {"batch_size": 0}, "batch_size is 0"),
         (("a",), {"seed": 2**64}, "seed is 18446744073709551616; it is a whole number of 64 bits"),
         (("a",), {"negative": "b"}, "the negative caption 'b' changes nothing at guidance_scale 1"),
+        (
+            ("a",),
+            {"negative": "b", "guidance_scale": 0.5},
+            "the negative caption 'b' is drawn at ",
+        ),
+        (({"a": 0.3, "c": 0.7},), {"negative": "b"}, "'b' changes nothing at guidance_scale 1 and these wei"),
         (("a",), {"scorer": object()}, "a scorer chooses among candidates: draw 2"),
         (("a",), {"scorer": "runs/clip", "candidates": 2}, "scorer is a str, not a CaptionScorer: load it"),
         (("a",), {"seed": None}, "seed is None; it is a whole number"),

@@ -104,6 +104,10 @@ def test_views_are_moved_and_flipped_where_the_caption_allows(
         ("first quarter moon", "Halbmond, nach links", ["left", "Links"], False),
         ("copyright", "Copyright", ["left", "right"], True),
         ("copyright", "Copyright", [], False),
+        ("hand", "手指朝左", ["左"], False),
+        ("hand", "tro\u0309 tra\u0301i", ["trái"], False),
+        ("upside-down face", "Gesicht", ["upside-down"], False),
+        ("arrow", "السهم اليسار", ["يسار"], False),
     ],
 )
 def test_a_picture_is_flipped_where_no_caption_forbids_it(english, german, words, flips):

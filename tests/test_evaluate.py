@@ -51,8 +51,19 @@ def test_evaluation_by_a_clip_a_classifier_and_in_two_languages(
     image = ClassifierConfig(image_size=16, patch_size=8, num_classes=4, core=core)
     clip = CLIP(CLIPConfig(image=image, text=core, vocab_size=tokenizer.vocab_size))
     CaptionScorer(clip, tokenizer).save_pretrained(tmp_path / "clip")
-    Classifier(image).save_pretrained(tmp_path / "classifier")
+    classifier = Classifier(image)
     arguments = (generator_run, tiny_shards, "--split", "heldout", "--out", tmp_path / "sheet.png")
+    named = ("--classifier", classifier.save_pretrained(tmp_path / "classifier"))
+    refused(run_script("pipelines/evaluate.py", *arguments, *named), "its head is all zeros")
+    with torch.no_grad():
+        classifier.head.weight[0, 0], classifier.head.bias[0] = 1e-9, 1
+    classifier.save_pretrained(tmp_path / "classifier")
+    (tmp_path / "classes").mkdir()
+    (tmp_path / "classes" / "dataset.json").write_text('{"classes": ["a", "b", "c", "d"]}')
+    (tmp_path / "classifier" / "classes.json").write_text('["w", "x", "y", "z"]')
+    other = run_script("pipelines/evaluate.py", *arguments, *named, "--classes", tmp_path / "classes")
+    refused(other, "knows w, x, y, z, and", "has a, b, c, d: give the shards that it")
+    (tmp_path / "classifier" / "classes.json").unlink()
     spaces = ("--clip", tmp_path / "clip", "--classifier", tmp_path / "classifier")
     more = ("--captioned", 3, "--seeds", 2, *spaces)
     ran = run_script("pipelines/evaluate.py", *arguments, *more, "--language", "en", "de")
@@ -62,7 +73,7 @@ def test_evaluation_by_a_clip_a_classifier_and_in_two_languages(
     assert figures["languages"]["en"]["held_out_loss"] == figures["held_out_loss"]
     assert figures["languages"]["de"]["held_out_loss"] != figures["held_out_loss"]
     assert -1 <= figures["clip_score"] <= 1
-    assert figures["class_accuracy_of_real"] == 0.25  # its head is zero: all are of the first of four classes
+    assert figures["class_accuracy_of_real"] == 0.25  # all are of the first of four classes
     assert figures["with_class"] == 8
     assert figures["diversity"] > 0
     assert figures["captioned"] == 3

@@ -13,6 +13,7 @@ from mmvit.evaluation.code_use import use_metrics
 from mmvit.evaluation.frechet import coarse_pixels, frechet_distance
 from mmvit.evaluation.generated import diversity, nearest
 from mmvit.evaluation.reconstruction import image_psnr, image_ssim
+from mmvit.evaluation.retrieval import caption_ranks, pixel_ranks
 from mmvit.evaluation.spaces import feature_space
 
 
@@ -44,6 +45,14 @@ def test_frechet_distance_where_covariances_do_not_commute():
     crossed = (product.trace() + 2 * product.det().sqrt()).sqrt()
     expected = first.trace() + second.trace() - 2 * crossed
     assert frechet_distance(one, two) == pytest.approx(expected.item())
+
+
+def test_what_is_not_finite_has_no_rank():
+    pictures = torch.zeros(2, 3)
+    with pytest.raises(UserError, match="drawn pictures have values that are not finite"):
+        pixel_ranks(torch.full((2, 3), float("nan")), pictures, torch.tensor([0, 1]))
+    with pytest.raises(UserError, match="scores are not finite"):
+        caption_ranks(torch.full((1, 2), float("nan")), torch.tensor([[True, False]]))
 
 
 def test_psnr_and_ssim_of_known_errors():

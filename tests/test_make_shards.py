@@ -35,7 +35,7 @@ def test_folder_with_captions_beside_the_images(run_script, tmp_path):
     source = tmp_path / "photos"
     for name in ("a.png", "sub/b.jpg", "sub.x/c.webp", "d.bmp"):
         save_image(source / name, (20, 10))
-        (source / name).with_suffix(".txt").write_text(f"caption of {name}\n")
+        (source / name).with_suffix(".txt").write_text(f"caption of {name}\n", "utf-8-sig")  # as Windows does
     save_image(source / "uncaptioned.png")
     (source / "broken.png").write_bytes(b"no image")
     (source / "broken.txt").write_text("broken")

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from mmvit.data.augment import Augment, AugmentConfig
-from mmvit.data.captions import TextTokenizer
+from mmvit.data.captions import TextTokenizer, read_caption, read_caption_file
 from mmvit.data.codes import check_codes_fit, pack_codes, unpack_codes
 from mmvit.data.samples import CaptionCodesSample, CaptionPixelsSample, PixelsSample, check_classes
 from mmvit.data.shards import BadSample, Sample, read_shard
@@ -242,6 +242,13 @@ def test_tokens_around_a_caption_are_left_out_with_and_without_dropout(tokenizer
     assert framed.tokenizer.encode("red apple").ids != tokenizer.tokenize("red apple")
     assert framed.tokenize("red apple") == tokenizer.tokenize("red apple")
     assert framed.tokenize("red apple", 1e-12, random.Random(0)) == tokenizer.tokenize("red apple")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    sample = Sample("one", tmp_path, {"txt": b"\xef\xbb\xbfred apple"})
+    assert read_caption(sample, (), random.Random(0)) == "red apple"
+    (tmp_path / "captions.txt").write_bytes(b"\xef\xbb\xbfred apple\npear\n")
+    assert read_caption_file(tmp_path / "captions.txt") == ["red apple", "pear"]
 
 
 def test_language_is_drawn_from_those_wanted_and_present(tiny_shards):

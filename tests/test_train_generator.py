@@ -128,6 +128,7 @@ def test_a_trained_generator_is_trained_on(generator_run, encoded, run_script, t
         (["--model.attention", "dalle"], ["model.convolution is 11, but the shards have 2 columns of codes"]),
         (["--start.translate_from", "en"], ["start.translate_from is for a model", "set start.model"]),
         (["--data.text_tokenizer", "nowhere"], ["no text tokenizer at nowhere"]),
+        (["--samples.guidance_scale", "-1"], ["samples: guidance_scale is -1.0; it is 0"]),
     ],
 )
 def test_mistakes_in_a_config_are_named(encoded, run_script, tmp_path, overrides, words):

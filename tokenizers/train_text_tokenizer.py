@@ -54,7 +54,7 @@ def collect_captions(source: str) -> dict[str, list[str]]:
     """Captions by language; those of unknown language under "txt"."""
     if Path(source).is_file() and not source.endswith((".tar", ".tar.gz", ".tgz")):
         try:
-            lines = Path(source).read_text(encoding="utf-8").splitlines()
+            lines = Path(source).read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{source} is not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start:,}"

@@ -137,7 +137,7 @@ class TextTokenizer:
 def read_caption_file(path: Path) -> list[str]:
     """The lines of a UTF-8 text file, without the empty ones."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise UserError(f"cannot read the caption file {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -188,7 +188,7 @@ def read_captions(sample: Sample) -> dict[str, str]:
 def read_text(sample: Sample, extension: str) -> str:
     data = sample.files[extension]
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         found = f"byte 0x{data[error.start]:02x} at position {error.start} of {extension}"
         raise BadSample("caption is not UTF-8", found) from None

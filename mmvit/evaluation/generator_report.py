@@ -217,8 +217,9 @@ def held_out_loss(generator: Generator, captions: list[str], codes: Tensor, batc
 def measure_by_clip(clip: CaptionScorer, unseen: Unseen, generated: Tensor) -> dict[str, float]:
     """Retrieval by the cosine of pictures, and the mean cosine of pictures with their captions."""
     drawn, real = clip.embed_pictures(generated), clip.embed_pictures(unseen.everything)
-    is_own = torch.zeros(len(drawn), len(real), dtype=torch.bool)
-    is_own[torch.arange(len(drawn)), unseen.own] = True
+    first: dict[bytes, int] = {}  # pictures that are equal are one
+    same = torch.tensor([first.setdefault(p.numpy().tobytes(), i) for i, p in enumerate(unseen.everything)])
+    is_own = same[unseen.own].unsqueeze(1) == same
     captions = clip.embed_captions(unseen.captions)
     return {
         **recalls("clip_retrieval", caption_ranks((drawn @ real.T).cpu(), is_own)),

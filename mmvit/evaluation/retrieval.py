@@ -4,6 +4,8 @@ pictures; and ranks of what belongs together by any score."""
 import torch
 from torch import Tensor
 
+from mmvit.errors import UserError
+
 TIE = 1e-6  # relative; pictures that are equal pixel for pixel must not outrank each other by rounding
 
 
@@ -30,6 +32,8 @@ def pixel_ranks(generated: Tensor, references: Tensor, own: Tensor, chunk: int =
         squares = (
             pictures.square().sum(1, keepdim=True) + sizes - 2 * pictures @ candidates.T
         )  # (pictures, candidates)
+        if not squares.isfinite().all():
+            raise UserError("drawn pictures have values that are not finite: the model's weights are damaged")
         true = squares.gather(1, places.unsqueeze(1))
         ranks.append((squares < true - TIE * sizes.mean()).sum(1))
     return torch.cat(ranks)
@@ -43,6 +47,8 @@ def caption_ranks(scores: Tensor, belongs: Tensor) -> Tensor:
         scores: (rows, candidates).
         belongs: boolean, of the same shape: which candidates are a row's own; each has one at least.
     """
+    if not scores.isfinite().all():
+        raise UserError("scores are not finite: the model's weights are damaged")
     best = scores.masked_fill(~belongs, float("-inf")).amax(1, keepdim=True)
     others = ~belongs
     higher, same = ((scores > best) & others).sum(1), ((scores == best) & others).sum(1)

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmvit.config import Config
 from mmvit.core.transformer import TransformerConfig
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.resnet import ResNet, ResNetConfig
@@ -54,6 +56,7 @@ def training_memory(
     processes: int = 1,
     precision: Literal["fp32", "bf16"] = "bf16",
     average: bool = False,
+    stem: float = 0.0,
 ) -> Memory:
     """An estimate for AdamW under ZeRO `stage` (1910.02054) as our engines train: weights, gradients and both
     moments in float32, to which bf16 adds the copies that products read. Buffers of communication, what is
@@ -63,6 +66,7 @@ def training_memory(
         parameters: of the whole model.
         tokens: of one example, in the core.
         average: whether an average of the weights is kept (`train.ema_decay`).
+        stem: bytes of `stem_activations`.
     """
     share = 1 / processes
     of_weights, of_gradients, of_moments = (share if stage >= first else 1.0 for first in (3, 2, 1))
@@ -73,8 +77,33 @@ def training_memory(
         gradients=parameters * 4 * of_gradients,
         moments=parameters * 8 * of_moments,
         average=parameters * 4 * average,
-        activations=core_activations(core, tokens) * (1 if precision == "bf16" else 2),
+        activations=core_activations(core, tokens) * (1 if precision == "bf16" else 2) + stem,
     )
+
+
+def stem_activations(config: Config) -> float:
+    """Bytes of 32 bits a value that the convolutions of a classifier's stem keep of one example for their
+    gradient; none of a model without them. In bf16 it is a little less, as their norms stay in float32."""
+    if not isinstance(config, ClassifierConfig) or config.stem == "patch":
+        return 0.0
+    with torch.device("meta"):
+        stem = Classifier(config).stem
+
+        def kept(batch: int) -> float:
+            storages: dict[int, torch.UntypedStorage] = {}
+            values: dict[int, float] = {}
+
+            def keep(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()
+                storages[storage._cdata] = storage  # alive, so that no other gets its number
+                values[storage._cdata] = storage.nbytes() / tensor.element_size()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                stem(torch.empty(batch, config.channels, *config.height_width))
+            return sum(values.values())
+
+        return 4.0 * (kept(2) - kept(1))  # without the weights, which both keep
 
 
 def core_activations(core: TransformerConfig, tokens: int) -> float:

@@ -1,5 +1,6 @@
 """From a picture to others, and to its caption, with a generator that learnt captions to pictures alone."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -91,7 +92,13 @@ def rank_captions(
             several times faster. The `SHORTLIST` likeliest of each picture are computed in float32.
     """
     model, codes = generator.transformer, generator.encode(pictures).flatten(1)
-    ids, _ = generator.text_tokenizer.encode(captions, model.config.text_length)
+    ids, num_cut = generator.text_tokenizer.encode(captions, model.config.text_length)
+    if num_cut:
+        warnings.warn(
+            f"{num_cut} of {len(captions)} captions have more than {model.config.text_length} tokens and are "
+            "cut there: those that differ only behind it are ranked alike",
+            stacklevel=2,
+        )
     ids = ids.to(generator.device)
     is_rough = precision != torch.float32
     with torch.autocast(generator.device.type, precision, enabled=is_rough):

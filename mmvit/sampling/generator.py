@@ -217,10 +217,14 @@ class Generator:
         """Raises UserError for what a model cannot do that never saw pictures without captions, and for a
         negative caption that nothing is led away from."""
         if self.transformer.config.caption_dropout > 0:
-            if negative and how.guidance_scale == 1 and not has_weights(prompts):
+            least = min(how.guidance_scale * sum(prompt.values()) for prompt in prompts)
+            if negative and least < 1 + 1e-6:
+                does = "changes nothing" if least > 1 - 1e-6 else "is drawn"
+                scale = f"guidance_scale {how.guidance_scale:g}"
+                weights = " and these weights" if has_weights(prompts) else ""
                 raise UserError(
-                    f"the negative caption {negative!r} changes nothing at guidance_scale 1; give another "
-                    "scale, such as 2"
+                    f"the negative caption {negative!r} {does} at {scale}{weights}; "
+                    "it leads away above 1, as at 2"
                 )
             return
         if any([*prompt] == [""] for prompt in prompts):

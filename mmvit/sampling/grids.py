@@ -1,5 +1,6 @@
 """Pictures side by side with their captions, as one picture."""
 
+import re
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -141,6 +142,13 @@ def folder_of_pictures(out: Path) -> Path:
             f"({error.strerror}); name another picture"
         ) from None
     return folder
+
+
+def file_name(caption: str) -> str:
+    """A caption as part of a file name: letters and digits of any script, at most 40 characters; the code
+    points of one that has none, as of emoji."""
+    points = "-".join(f"{ord(character):x}" for character in caption[:6] if not character.isspace())
+    return re.sub(r"\W+", "-", caption)[:40].strip("-") or points or "unconditional"
 
 
 def side_by_side(sheets: Sequence[Image.Image]) -> Image.Image:

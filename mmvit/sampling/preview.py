@@ -27,7 +27,12 @@ class PreviewConfig(Config):
 
 
 def check_preview(config: PreviewConfig, model: GeneratorConfig) -> None:
-    """Raises UserError, before anything is trained, for guidance that `model` will not know."""
+    """Raises UserError, before anything is trained, for settings that there are not, and for guidance that
+    `model` will not know."""
+    try:
+        _ = config.settings  # which checks each
+    except UserError as error:
+        raise UserError(f"samples: {error}") from None
     if config.guidance_scale != 1 and model.caption_dropout == 0:
         raise UserError(
             f"samples.guidance_scale is {config.guidance_scale}, but with caption_dropout = 0 the model "
