@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmvit.data.samples import ClassifierSample
+from mmvit.data.shards import shards_of
 from mmvit.data.stream import ShardStream
 from mmvit.data.writing import read_dataset_card
 from mmvit.errors import UserError, run_script
@@ -37,6 +38,7 @@ from mmvit.evaluation.attention_maps import attention_maps
 from mmvit.evaluation.calibration import calibration_error, confusion_matrix, draw_confusion
 from mmvit.evaluation.frozen import few_shot_accuracies, linear_probe_accuracy, nearest_neighbour_accuracy
 from mmvit.evaluation.image_classifier import UNTRAINED, ImageClassifier
+from mmvit.evaluation.splits import refuse_broken
 from mmvit.hub import write_json
 from mmvit.models.classifier import Classifier
 from mmvit.models.perceptual import fit_pixels
@@ -144,7 +146,7 @@ def read_out(
     probability, and if wanted its `pixels`, in 256 levels."""
     config, device = model.config, next(model.parameters()).device
     sample = ClassifierSample(config.height_width, config.num_classes)
-    stream = ShardStream(f"{data}/{split}-*.tar", sample, 256, shuffle_buffer=0, repeat=False)
+    stream = ShardStream(shards_of(data, split), sample, 256, shuffle_buffer=0, repeat=False)
     parts: dict[str, list[Tensor]] = {"labels": [], "features": [], "logits": []}
     if with_pixels:
         parts["pixels"] = []
@@ -158,6 +160,7 @@ def read_out(
         parts["labels"].append(batch["labels"])
         if with_pixels:
             parts["pixels"].append(((pixels + 1) * 127.5).round().byte())
+    refuse_broken(stream)
     if not parts["labels"]:
         raise UserError(f"{data}/{split}-*.tar holds no samples")
     return {name: torch.cat(tensors) for name, tensors in parts.items()}

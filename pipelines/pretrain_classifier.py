@@ -20,7 +20,7 @@ from mmvit.data.augment import AugmentConfig
 from mmvit.data.samples import PixelsSample
 from mmvit.data.shards import ShardPatterns
 from mmvit.data.views import Views, ViewsConfig
-from mmvit.errors import run_script
+from mmvit.errors import UserError, run_script
 from mmvit.evaluation.likelihood import mean_loss
 from mmvit.models.byol import BYOL, BYOLConfig
 from mmvit.models.classifier import Classifier, ClassifierConfig
@@ -28,6 +28,7 @@ from mmvit.models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoder
 from mmvit.models.masked_patches import MaskedPatches, MaskedPatchesConfig
 from mmvit.models.perceptual import FitBatch
 from mmvit.training import Recipe, one_epoch, open_session, train, training_stream
+from mmvit.training.deepspeed_engine import zero_stage
 
 
 class DataConfig(Config):
@@ -63,6 +64,12 @@ def build_objective(recipe: PretrainingRecipe) -> nn.Module:
 def main() -> None:
     with open_session(PretrainingRecipe, __doc__) as session:
         recipe, data = session.recipe, session.recipe.data
+        if recipe.method == "byol" and zero_stage(session.deepspeed) == 3:
+            raise UserError("stage 3 of ZeRO cuts up weights that BYOL's target follows: use 0, 1 or 2")
+        if recipe.optimizer.layer_decay < 1:
+            raise UserError(
+                "optimizer.layer_decay is for fine-tuning, which has trained layers: leave it out"
+            )
         size = recipe.model.height_width
         stream = training_stream(session, data.train, PixelsSample(size, data.augment), data.shuffle_buffer)
         held_out = one_epoch(session, data.held_out, PixelsSample(size))

@@ -11,7 +11,7 @@ import argparse
 import hashlib
 from pathlib import Path
 
-from mmvit.data.shards import expand_shards
+from mmvit.data.shards import shards_of
 from mmvit.data.writing import (
     Outcome,
     ShardWriter,
@@ -38,7 +38,7 @@ def main() -> None:
         raise UserError(f"--share {options.share} is not in (0, 1]")
     refuse_source(options.out, options.source)
     outcome, places = Outcome(), {}
-    shards = expand_shards(options.source / f"{options.split}-*.tar")
+    shards = shards_of(options.source, options.split)
     for sample in read_samples(shards, outcome):
         if "cls" not in sample.files:
             outcome.skip("no cls", sample.key)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from mmvit.evaluation.likelihood import mean_loss
 from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.training import OptimizerConfig, Processes, Recipe, RunFolder, Session, TrainConfig, train
+from mmvit.training.deepspeed_engine import DeepSpeedEngine
 from mmvit.training.distributed import open_processes
 from mmvit.training.muon import Muon
 
@@ -77,7 +79,12 @@ def pictures(numbers: range) -> dict[str, torch.Tensor]:
 
 
 def new_session(
-    output: Path, processes: Processes, deepspeed: Path | None = None, resume: bool = False, **settings
+    output: Path,
+    processes: Processes,
+    deepspeed: Path | None = None,
+    resume: bool = False,
+    weight_decay: float = 0.05,
+    **settings,
 ) -> Session:
     defaults = {
         "steps": STEPS,
@@ -92,7 +99,7 @@ def new_session(
     recipe = ClassifierRecipe(
         output=output,
         train=TrainConfig(**defaults | settings),
-        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2),
+        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2, weight_decay=weight_decay),
     )
     run = RunFolder(output)
     processes.on_main(lambda: run.open(resume))
@@ -148,6 +155,20 @@ def check_muon(processes: Processes) -> None:
         assert all(torch.equal(mine, other) for other in everyone)
 
 
+def check_decay_after_resuming(run: Path, processes: Processes, deepspeed: Path) -> None:
+    """Decay is as it is configured now, not as it was when the checkpoint was written."""
+    found, load = [], DeepSpeedEngine.load
+
+    def watched(engine: DeepSpeedEngine, folder: Path) -> None:
+        load(engine, folder)
+        found.extend(group["weight_decay"] for group in engine.engine.optimizer.param_groups)
+
+    settings = {"accumulation": 2, "steps": STEPS + 1, "weight_decay": 0.5}
+    with mock.patch.object(DeepSpeedEngine, "load", watched):
+        run_training(new_session(run, processes, deepspeed, resume=True, **settings))
+    assert set(found) == {0.0, 0.5}, found
+
+
 def main() -> None:
     """`FOLDER` is what each of the two processes does: every mode to the end, straight and resumed.
     `FOLDER MODE` resumes the run in that folder.
@@ -166,6 +187,10 @@ def main() -> None:
             with pytest.raises(SystemExit, match="143"):
                 run_training(new_session(cut, processes, deepspeed, accumulation=2), stop_before=7)
             run_training(new_session(cut, processes, deepspeed, resume=True, accumulation=2))
+        for mode in ("zero1", "zero3"):
+            on = folder / f"{mode}-on"
+            processes.on_main(lambda: shutil.copytree(folder / mode, on))  # noqa: B023
+            check_decay_after_resuming(on, processes, MODES[mode])
         run_training(new_session(folder / "zero2-bf16", processes, MODES["zero2"], precision="bf16"))
         run_training(new_session(folder / "zero3-bf16", processes, MODES["zero3"], precision="bf16"))
 

@@ -1,6 +1,7 @@
 """Classifiers judged without training: exact values of each measure, and the script on tiny shards."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -190,3 +191,13 @@ def test_the_script_measures_and_draws(run_script, tiny_shards, tmp_path):
     ran = run_script("pipelines/evaluate_classifier.py", tmp_path / "model", tiny_shards, "--split", "none")
     assert ran.returncode == 2
     assert "none-*.tar" in ran.stderr
+    shutil.copytree(tiny_shards, tmp_path / "shards")
+    shutil.copy(tiny_shards / "train-000000.tar", tmp_path / "shards" / "heldout-hard-000000.tar")
+    arguments = (tmp_path / "model", tmp_path / "shards", "--split", "heldout", "--out", out)
+    assert run_script("pipelines/evaluate_classifier.py", *arguments).returncode == 0
+    assert json.loads(out.with_suffix(".json").read_text())["pictures"] == 8
+    damaged = tmp_path / "shards" / "heldout-000000.tar"
+    damaged.write_bytes(damaged.read_bytes()[:6000])
+    ran = run_script("pipelines/evaluate_classifier.py", *arguments)
+    assert ran.returncode == 2
+    assert "figures of what is left would not compare with others" in ran.stderr

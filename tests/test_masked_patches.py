@@ -129,7 +129,11 @@ def test_a_classifier_is_pre_trained_without_classes_and_started_from(
     ran = run_script("pipelines/pretrain_classifier.py", recipes["masked"])
     assert ran.returncode == 2
     assert "method is required" in ran.stderr
-    ran = run_script("pipelines/pretrain_classifier.py", recipes["masked"], "--method", method)
+    arguments = ("pipelines/pretrain_classifier.py", recipes["masked"], "--method", method)
+    decayed = run_script(*arguments, "--optimizer.layer_decay", 0.5)
+    assert decayed.returncode == 2
+    assert "optimizer.layer_decay is for fine-tuning, which has trained layers" in decayed.stderr
+    ran = run_script(*arguments)
     assert ran.returncode == 0, ran.stderr
     held_out = json.loads((tmp_path / "masked/metrics.jsonl").read_text().splitlines()[-1])
     own = {"masked_patches": {"accuracy"}, "byol": {"spread"}, "mae": set()}[method]

@@ -13,8 +13,8 @@ class Dropout(nn.Module):
     """Zeroes elements with probability `p` and scales the rest by 1 / (1 - p) (Srivastava et al., 2014).
 
     On a CPU `p` is rounded to a multiple of 1/256, and the scale is that of the rounded value, so the
-    expectation is exact. Bytes come from a generator whose seed is drawn from torch's default one, for each
-    call: `torch.manual_seed` and its saved state reproduce them.
+    expectation is exact, in bfloat16 up to the rounding of the scale. Bytes come from a generator whose seed
+    is drawn from torch's default one, for each call: `torch.manual_seed` and its saved state reproduce them.
     """
 
     def __init__(self, p: float):

@@ -93,6 +93,15 @@ def expand_shards(pattern: str | Path | list[str | Path]) -> list[Path]:
     return shards
 
 
+def shards_of(folder: Path, split: str) -> list[Path]:
+    """The shards `SPLIT-NUMBER.tar` of a folder, of all splits for `*`, sorted; none of a split whose name
+    only begins so. Raises UserError where there are none."""
+    shards = expand_shards(f"{folder}/{split}-*.tar")
+    if own := [shard for shard in shards if split in ("*", shard.stem.rpartition("-")[0])]:
+        return own
+    raise UserError(f"no shards of {split} in {folder}, only of splits whose names begin so")
+
+
 def expand_braces(text: str) -> list[str]:
     """`a-{08..10}.tar` → `a-08.tar, a-09.tar, a-10.tar`; `{a,b}` → both. Several braces multiply."""
     found = re.search(r"\{([^{}]*)\}", text)
