@@ -36,7 +36,7 @@ from mmvit.training import (
 from mmvit.training.checkpoint import Checkpoints, read_state
 from mmvit.training.distributed import choose_device
 from mmvit.training.interruption import Interruption
-from mmvit.training.resume import changed_settings, check_same_model
+from mmvit.training.resume import Progress, changed_settings, check_same_model
 
 DRAW_CURVES = RunFolder.draw_curves  # before conftest.py replaces it
 ALONE = Processes(rank=0, world_size=1, device=torch.device("cpu"))
@@ -146,6 +146,16 @@ def test_evaluation_leaves_no_trace_in_training(tmp_path, tiny_shards):
         train_on_shards(session, tiny_shards)
         records.append([record for record in comparable_metrics(session.run) if record["kind"] == "train"])
     assert records[0] == records[1]
+
+
+def test_a_metric_that_begins_later_is_averaged_over_its_own_passes():
+    progress = Progress(sums={"loss": 6.0}, summed=2)  # as an older checkpoint has it
+    progress.add({"loss": torch.tensor(3.0)})
+    progress.add({"loss": 3.0, "discriminator": 5.0})
+    progress.add({"loss": 3.0, "discriminator": 7.0})
+    assert progress.take_means() == {"loss": 3.0, "discriminator": 6.0}
+    progress.add({"loss": 1.0})
+    assert progress.take_means() == {"loss": 1.0}
 
 
 def test_a_dropped_tail_of_metrics_is_not_logged_twice(tmp_path, tiny_shards):

@@ -192,10 +192,7 @@ def training_record(
     session: Session, engine: Engine, progress: Progress, norm: float, speed: float
 ) -> dict[str, Any]:
     """Metrics averaged since the last record, over passes and processes; the sums start anew."""
-    means = session.processes.mean(
-        {name: float(total) / progress.summed for name, total in progress.sums.items()}
-    )
-    progress.sums, progress.summed = {}, 0
+    means = session.processes.mean(progress.take_means())
     return {
         "kind": "train",
         **counts(progress),

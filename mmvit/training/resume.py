@@ -47,14 +47,22 @@ class Progress:
     seconds: float = 0.0
     best: float | None = None  # value of the metric that chooses best/
     sums: dict[str, float | Tensor] = field(default_factory=dict)  # of the metrics since the last log line
-    summed: int = 0  # passes in `sums`
+    passes: dict[str, int] = field(default_factory=dict)  # in each of `sums`; some metrics begin later
+    summed: int = 0  # in all of them, of a checkpoint that does not have `passes`
 
     def add(self, metrics: dict[str, float | Tensor]) -> None:
         """Adds the metrics of one pass; tensors stay where they are, so that nothing waits for the device."""
         for name, value in metrics.items():
             value = value.detach().float() if isinstance(value, Tensor) else value
+            before = self.summed if name in self.sums else 0
+            self.passes[name] = self.passes.get(name, before) + 1
             self.sums[name] = self.sums.get(name, 0.0) + value
-        self.summed += 1
+
+    def take_means(self) -> dict[str, float]:
+        """The metrics averaged over the passes that had them; the sums start anew."""
+        means = {name: float(total) / self.passes.get(name, self.summed) for name, total in self.sums.items()}
+        self.sums, self.passes, self.summed = {}, {}, 0
+        return means
 
     def improves(self, value: float, mode: Literal["min", "max"]) -> bool:
         """Whether `value` is the best so far; if so, it is from now on."""
