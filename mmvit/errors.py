@@ -25,8 +25,8 @@ def refuse_source(out: Path, *sources: Path) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main`. A `UserError`, or a file that cannot be read or written, becomes one line on
-    stderr and exit code 2, a warning one line, Ctrl-C exit code 130."""
+    """Runs a script's `main`. A `UserError`, a lack of memory, or a file that cannot be read or written,
+    becomes one line on stderr and exit code 2, a warning one line, Ctrl-C exit code 130."""
     warnings.showwarning = show_warning
     try:
         main()
@@ -38,6 +38,10 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of our output, `head` for one, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        refuse("memory does not hold this: take a smaller model or batch (pipelines/plan_memory.py)")
     except OSError as error:
         if error.errno not in OF_FILES:
             raise

@@ -208,7 +208,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
     """Writes a safetensors file, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
+    except SafetensorError as error:  # of a full disk, too
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error}") from None
     partial.chmod(0o644)  # safetensors makes files that nobody else can read
     os.replace(partial, path)
 

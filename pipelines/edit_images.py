@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mmvit import CaptionScorer, Generator
 from mmvit.data.writing import with_progress
-from mmvit.errors import UserError, run_script
+from mmvit.errors import UserError, refuse_source, run_script
 from mmvit.hub import SHIPPED
 from mmvit.sampling.candidates import parts_of_seeds
 from mmvit.sampling.editing import complete, variations
@@ -41,6 +41,7 @@ def main() -> None:
     if options.num < 1:
         raise UserError(f"--num {options.num}: at least 1 picture is drawn")
     check_picture_name(options.out, columns=1 + options.num)
+    refuse_source(options.out, options.picture, Path(options.keep))
     picture = read_picture(options.picture)
     generator = Generator.from_pretrained(options.model)
     draw = drawer(generator, picture, options)

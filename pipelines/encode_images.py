@@ -16,10 +16,11 @@ one of these ("leftwards").
 """
 
 import argparse
+import itertools
 import random
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +106,8 @@ def main() -> None:
             f"{options.tokenizer} has {tokenizer.codebook_size} codes, shards hold {MAX_CODES} at most"
         )
     splits = find_splits(options.source)
+    if any(options.out.glob("*.tar")):
+        refuse_damaged(splits)
     make_room(options.out, splits)
     numbers = read_dataset_card(options.source).get("samples", {})
     outcome = Outcome(numbers)
@@ -177,6 +180,16 @@ def find_splits(folder: Path) -> dict[str, list[Path]]:
 
 def split_of(shard: Path) -> str:
     return shard.stem.rpartition("-")[0] or shard.stem
+
+
+def refuse_damaged(splits: Mapping[str, list[Path]]) -> None:
+    """Raises UserError where a shard cannot be read to its end, before whole codes are replaced by fewer."""
+    read = Outcome()
+    for shards in splits.values():
+        for _ in read_samples(shards, read):
+            pass
+    for damaged in itertools.chain(*read.examples.values()):
+        raise UserError(f"{damaged}; codes that are there would become fewer: mend it, or encode elsewhere")
 
 
 def make_room(out: Path, splits: Iterable[str]) -> None:

@@ -287,6 +287,7 @@ def test_the_scripts_edit_and_name(generator, run_script, tmp_path):
         ((picture, "--keep", small), "the mask is 8x8 pixels, the picture 24x16"),
         ((picture, "pear", "--scorer", model), "holds a generator, not a CLIP"),
         ((picture, "pear", "--negative", "apple"), "changes nothing at guidance_scale 1"),
+        ((picture, "pear", "--out", picture), "is the source itself; name another place"),
     ):
         ran = run_script("pipelines/edit_images.py", "--model", model, *arguments)
         assert ran.returncode == 2

@@ -163,6 +163,11 @@ def test_a_damaged_shard_is_counted_and_not_measured(
         "pipelines/evaluate.py", generator_run, shards, "--split", "heldout", "--out", tmp_path / "a.png"
     )
     refused(ran, damaged.name, "would not compare")
+    shutil.copytree(encoded / "codes", tmp_path / "whole")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    ran = run_script("pipelines/encode_images.py", shards, tmp_path / "whole", *settings)
+    refused(ran, damaged.name, "codes that are there would become fewer")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()} == before
     within = damaged / "codes"
     ran = run_script("pipelines/encode_images.py", tiny_shards, within, *settings)
     refused(ran, f"error: {within}", "Not a directory")

@@ -128,6 +128,10 @@ def test_a_trained_generator_is_trained_on(generator_run, encoded, run_script, t
         (["--model.attention", "dalle"], ["model.convolution is 11, but the shards have 2 columns of codes"]),
         (["--start.translate_from", "en"], ["start.translate_from is for a model", "set start.model"]),
         (["--data.text_tokenizer", "nowhere"], ["no text tokenizer at nowhere"]),
+        (
+            ["--model.preset", "vit-b16"],
+            ["preset vit-b16 is no model of this script", "generator-tiny"],
+        ),
         (["--samples.guidance_scale", "-1"], ["samples: guidance_scale is -1.0; it is 0"]),
     ],
 )

@@ -52,8 +52,9 @@ def readable(text: str) -> str:
     """`text`, with the code points of characters that no font here shows, as U+8D64, and a warning."""
     unknown = missing(text, Path(font(text).path))
     if unknown:
+        shown = "".join(letter for letter in dict.fromkeys(text) if letter in unknown)
         warnings.warn(
-            f"no font here shows {''.join(sorted(unknown))}: labels have code points instead; one that does "
+            f"no font here shows {shown}: labels have code points instead; one that does "
             "may be had by apt-get install fonts-noto-cjk",
             stacklevel=3,
         )
