@@ -64,7 +64,7 @@ class GeneratorRecipe(Recipe):
     @model_validator(mode="before")
     @classmethod
     def _the_rest_is_that_of_the_start(cls, values: Any) -> Any:
-        return with_start(with_preset(values), GeneratorTransformer.kind)
+        return with_start(with_preset(values, cls), GeneratorTransformer.kind)
 
 
 def begin(start: GeneratorStart, data: CaptionCodes) -> GeneratorTransformer:

@@ -68,7 +68,7 @@ class ClassifierRecipe(Recipe):
     @model_validator(mode="before")
     @classmethod
     def _the_rest_is_that_of_the_start(cls, values: Any) -> Any:
-        values = with_start(with_preset(values), Classifier.kind, representation_width=None)
+        values = with_start(with_preset(values, cls), Classifier.kind, representation_width=None)
         own = values.get("model") if isinstance(values, dict) else None
         if not isinstance(own, dict) or not own:
             return values

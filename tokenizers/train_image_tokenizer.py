@@ -69,7 +69,7 @@ class ImageTokenizerRecipe(Recipe):
     @model_validator(mode="before")
     @classmethod
     def _vq_by_default(cls, values: Any) -> Any:
-        values = with_preset(values)
+        values = with_preset(values, cls)
         if isinstance(values, dict) and isinstance(model := values.get("model"), dict):
             return {**values, "model": {"kind": VQModel.kind, **model}}
         return values

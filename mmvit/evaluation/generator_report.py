@@ -1,6 +1,7 @@
 """A generator on captions that it has not seen, beside the real pictures and what its image tokenizer can say
 of them."""
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -218,7 +219,8 @@ def measure_by_clip(clip: CaptionScorer, unseen: Unseen, generated: Tensor) -> d
     """Retrieval by the cosine of pictures, and the mean cosine of pictures with their captions."""
     drawn, real = clip.embed_pictures(generated), clip.embed_pictures(unseen.everything)
     first: dict[bytes, int] = {}  # pictures that are equal are one
-    same = torch.tensor([first.setdefault(p.numpy().tobytes(), i) for i, p in enumerate(unseen.everything)])
+    hashes = (hashlib.sha256(picture.numpy().tobytes()).digest() for picture in unseen.everything)
+    same = torch.tensor([first.setdefault(each, i) for i, each in enumerate(hashes)])
     is_own = same[unseen.own].unsqueeze(1) == same
     captions = clip.embed_captions(unseen.captions)
     return {

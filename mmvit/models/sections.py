@@ -4,12 +4,12 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from mmvit.config import Config
+from mmvit.config import Config, sections_of
 from mmvit.errors import UserError
 from mmvit.hub import find_model_folder, in_words, read_part_description
 from mmvit.models.clip import CLIPConfig
 from mmvit.models.generator import GeneratorConfig
-from mmvit.models.presets import preset
+from mmvit.models.presets import PRESETS, preset
 
 
 class StartConfig(Config):
@@ -39,13 +39,25 @@ KEPT = {
 }  # fmt: skip
 
 
-def with_preset(values: Any) -> Any:
+def with_preset(values: Any, recipe: type[Config] | None = None) -> Any:
     """The values of a recipe. Where its `[model]` names a `preset`, it gets this preset's settings, of which
-    those that the section has itself win. Raises UserError for a preset that there is not."""
+    those that the section has itself win. Raises UserError for a preset that there is not, or that is of
+    another kind than the models of this `recipe`."""
     own = values.get("model") if isinstance(values, dict) else None
     if not isinstance(own, dict) or "preset" not in own:
         return values
-    begun = settings_of(preset(str(own["preset"])))
+    base = preset(str(own["preset"]))
+    kinds = (
+        tuple(sections_of(recipe.model_fields["model"]))
+        if recipe and "model" in recipe.model_fields
+        else (Config,)
+    )
+    if not isinstance(base, kinds):
+        fitting = ", ".join(name for name in PRESETS if isinstance(PRESETS[name], kinds))
+        raise UserError(
+            f"model.preset {own['preset']} is no model of this script, which has {fitting or 'no presets'}"
+        )
+    begun = settings_of(base)
     return {**values, "model": merged(begun, {key: own[key] for key in own if key != "preset"})}
 
 

@@ -27,7 +27,7 @@ from mmvit.training.engine import (
     tensors_of,
     tensors_to,
 )
-from mmvit.training.optim import Optimizer
+from mmvit.training.optim import Optimizer, settings_kept
 
 TAG = "deepspeed"  # folder of the sharded state inside a checkpoint
 LAYOUT = "deepspeed.json"  # what it is sharded for
@@ -156,13 +156,10 @@ class DeepSpeedEngine:
                 f"{folder} is cut up for {layout}, and this run is {self.layout}; resume with the same "
                 "stage and number of processes, or start a new run"
             )
-        groups = self.engine.optimizer.param_groups
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
+        with settings_kept(self.engine.optimizer):
+            path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise damaged(folder, f"DeepSpeed finds no state in {TAG}/")
-        for group, own in zip(self.engine.optimizer.param_groups, settings, strict=True):
-            group.update(own)  # rates, decay and betas are as they are configured now
         if self.average is not None:
             read_average(self.average.model, folder)
 

@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,12 +75,17 @@ class Optimizer:
                 "with --start.model"
             )
         for part, saved in zip(self.parts, state["parts"], strict=True):
-            settings = [
-                {key: value for key, value in group.items() if key != "params"} for group in part.param_groups
-            ]
-            part.load_state_dict(saved)
-            for group, own in zip(part.param_groups, settings, strict=True):
-                group.update(own)
+            with settings_kept(part):
+                part.load_state_dict(saved)
+
+
+@contextmanager
+def settings_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Whatever state is loaded meanwhile, rates, decay and betas stay as they are configured now."""
+    settings = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
+    yield
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:

@@ -12,10 +12,9 @@ import numpy
 import torch
 from pydantic import model_validator
 
-from mmvit.config import Config, describe_settings, load_config, sections_of, split_command_line
+from mmvit.config import Config, describe_settings, load_config, split_command_line
 from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError
-from mmvit.models.presets import PRESETS, preset
 from mmvit.models.sections import under_preset, with_preset
 from mmvit.training.config import OptimizerConfig, TrainConfig
 from mmvit.training.distributed import Processes, open_processes
@@ -33,21 +32,12 @@ class Recipe(Config):
     @classmethod
     def before_overrides(cls, values: dict[str, Any], overrides: dict[str, str]) -> dict[str, Any]:
         """A preset that the command line names takes the place of the model that the file describes."""
-        if PRESET not in overrides:
-            return values
-        kinds = tuple(sections_of(cls.model_fields["model"])) if "model" in cls.model_fields else ()
-        name = overrides[PRESET]
-        if kinds and not isinstance(preset(name), kinds):
-            fitting = ", ".join(each for each in PRESETS if isinstance(PRESETS[each], kinds))
-            raise UserError(
-                f"model.preset {name} is no model of this script, which has {fitting or 'no presets'}"
-            )
-        return under_preset(values, name)
+        return under_preset(values, overrides[PRESET]) if PRESET in overrides else values
 
     @model_validator(mode="before")
     @classmethod
     def _a_preset_and_what_differs(cls, values: Any) -> Any:
-        return with_preset(values)
+        return with_preset(values, cls)
 
 
 PRESET = "model.preset"
