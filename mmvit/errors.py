@@ -1,11 +1,12 @@
 """The user's mistakes: one exception for them, and how a script reports it (a message and exit code 2, no
 traceback)."""
 
+import difflib
 import errno
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 # a file that is not there, may not be opened, has another kind in its way or too long a name, a full disk
@@ -16,6 +17,19 @@ OF_FILES = {getattr(errno, name) for name in (
 
 class UserError(Exception):
     """Something that the user can mend: the message says what was found, where, and what to do."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str | None:
+    """The choice most similar to a mistyped `name`; None if none is close."""
+    return next(iter(difflib.get_close_matches(name, choices, n=1, cutoff=0.5)), None)
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """The end of an error message about an unknown `name`: ": did you mean X?", or ": choose from A, B, C" if
+    nothing is close."""
+    choices = [*choices]
+    match = nearest(name, choices)
+    return f": did you mean {match}?" if match else f": choose from {', '.join(choices)}"
 
 
 def refuse_source(out: Path, *sources: Path) -> None:

@@ -1,10 +1,8 @@
 """Named sizes: `preset("vit-b16")`, from `tiny`, which trains on two cores, to the published ones."""
 
-import difflib
-
 from mmvit.config import Config
 from mmvit.core.transformer import TransformerConfig
-from mmvit.errors import UserError
+from mmvit.errors import UserError, did_you_mean
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.clip import CLIP, CLIPConfig
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
@@ -126,7 +124,5 @@ PRESETS = {**CLASSIFIERS, **GENERATORS, **CLIPS, **IMAGE_TOKENIZERS}
 def preset(name: str) -> Config:
     """The configuration called `name`. Raises UserError, with the nearest name, where there is none."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(PRESETS)}"
-        raise UserError(f"no preset {name!r}: {advice}")
+        raise UserError(f"no preset {name!r}{did_you_mean(name, PRESETS)}")
     return PRESETS[name]
