@@ -137,7 +137,8 @@ def main() -> None:
         "fingerprint": fingerprint(tokenizer),
     }
     facts = inherited_facts(options.source)
-    write_dataset_card(options.out, outcome, **{**facts, "image_tokenizer": made})
+    own = {name: fact for name, fact in facts.items() if not name.startswith("image_")}  # sizes, modes
+    write_dataset_card(options.out, outcome, **own, image_tokenizer=made)
     outcome.print(options.out)
 
 

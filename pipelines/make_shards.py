@@ -238,13 +238,13 @@ def write(entries: list[Entry], arguments: argparse.Namespace, outcome: Outcome)
         used: set[str] = set()  # classes
         for entry in with_progress(entries, len(entries), "writing shards"):
             try:
-                files = {**files_of[entry.key](), **text_files(entry, numbers)}
+                image = files_of[entry.key]()
             except BadSample as bad:
                 outcome.skip(bad.reason, str(entry.path))
                 continue
             writer = heldout if entry.key in held_out else train
-            writer.write(entry.key, files)
-            outcome.wrote(writer.split)
+            writer.write(entry.key, {**image, **text_files(entry, numbers)})
+            outcome.wrote(writer.split, *image.values(), label=entry.label)
             used |= {entry.label} - {None}
         if not outcome.written:  # nothing has been replaced yet
             raise UserError(f"no image of {arguments.source} could be used: {describe_skipped(outcome)}")

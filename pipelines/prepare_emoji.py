@@ -109,7 +109,7 @@ def main() -> None:
         with ShardWriter(arguments.out, split, arguments.samples_per_shard) as writer:
             for emoji in with_progress(members, len(members), f"writing {split}"):
                 writer.write(emoji.key, emoji.sample())
-                outcome.wrote(split)
+                outcome.wrote(split, emoji.png)
     keys = {split: sorted(emoji.key for emoji in members) for split, members in splits.items()}
     write_json({"rule": rule, **keys}, arguments.out / "split.json")
     write_dataset_card(arguments.out, outcome, **SOURCES[arguments.style])

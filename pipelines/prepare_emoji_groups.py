@@ -71,7 +71,7 @@ def main() -> None:
                     outcome.skip("drawn as one in train", sample.key)
                     continue
                 writer.write(sample.key, sample.files)
-                outcome.wrote(split)
+                outcome.wrote(split, image_bytes(sample), classes[int(sample.files["cls"])])
     if not outcome.written:
         raise UserError(f"no sample of {options.source} has a group; is it of prepare_emoji.py?")
     write_dataset_card(options.out, outcome, **{**inherited_facts(options.source), "classes": classes})

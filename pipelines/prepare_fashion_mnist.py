@@ -55,7 +55,7 @@ def main() -> None:
                     "txt": CLASSES[label].encode(),
                 }
                 writer.write(f"{split}-{number:05d}", files)
-                outcome.wrote(split)
+                outcome.wrote(split, files["png"], CLASSES[label])
     write_dataset_card(
         arguments.out,
         outcome,

@@ -52,12 +52,15 @@ def main() -> None:
         for members in places.values()
         for _, key in sorted(members)[: max(1, round(options.share * len(members)))]
     }
+    classes = inherited_facts(options.source).get("classes", [])
+    names = {str(number): name for number, name in enumerate(classes)}
     refuse_other_data(options.out, inherited_facts(options.source).get("source"))
     with ShardWriter(options.out, options.split) as writer:
         chosen = (sample for sample in read_samples(shards, Outcome()) if sample.key in taken)
         for sample in with_progress(chosen, len(taken), f"writing {options.split}"):
             writer.write(sample.key, sample.files)
-            outcome.wrote(options.split)
+            number = sample.files["cls"].strip().decode(errors="replace")
+            outcome.wrote(options.split, label=names.get(number, number))
     facts = {**inherited_facts(options.source), "share": options.share, "seed": options.seed}
     write_dataset_card(options.out, outcome, **facts)
     outcome.print(options.out)

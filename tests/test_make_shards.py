@@ -69,6 +69,32 @@ def test_class_folders_and_images_kept_byte_for_byte(run_script, tmp_path):
     assert "skipped: neither .txt nor class folder" in printed
 
 
+def test_dataset_json_counts_classes_and_measures_images(run_script, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn: 20 pixels wide, 10 high
+    for name, size, mode in (
+        ("cat/1.jpg", (10, 20), "RGB"),
+        ("cat/2.png", (8, 30), "LA"),
+        ("dog/1.png", (12, 12), "RGB"),
+    ):
+        (tmp_path / "pets" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new(mode, size).save(
+            tmp_path / "pets" / name, **({"exif": exif} if mode == "RGB" and "jpg" in name else {})
+        )
+    make_shards(run_script, tmp_path / "pets", tmp_path / "mixed")
+    card = json.loads((tmp_path / "mixed" / "dataset.json").read_text())
+    assert card["samples"] == {"train": 3}
+    assert card["samples_per_class"] == {"train": {"cat": 2, "dog": 1}}
+    assert card["image_size_median"] == [12, 12]
+    assert (card["image_size_min"], card["image_size_max"]) == ([10, 8], [30, 20])
+    assert card["image_modes"] == {"RGB": 2, "LA": 1}
+    shutil.rmtree(tmp_path / "pets" / "cat")
+    make_shards(run_script, tmp_path / "pets", tmp_path / "one-size", "--unlabelled")
+    card = json.loads((tmp_path / "one-size" / "dataset.json").read_text())
+    assert card["image_size"] == [12, 12]
+    assert "image_size_median" not in card
+
+
 def test_folders_of_one_class_are_refused_and_numbered_ones_keep_their_names(run_script, tmp_path):
     for name in ("0010", "1999", "2"):
         (tmp_path / "years" / name).mkdir(parents=True)

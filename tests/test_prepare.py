@@ -50,6 +50,7 @@ def test_emoji_split_counts_and_file_agree(emoji):
     assert splits["rule"].startswith("The split is a rule")
     counts = {split: len(keys) for split, keys in splits.items() if split != "rule"}
     assert counts == card["samples"] == {"train": 3485, "combinations": 405, "heldout": 63}
+    assert card["image_size"] == [72, 72]
     for split in counts:
         assert sorted(read_split(emoji, split)) == splits[split]
 
@@ -239,6 +240,8 @@ def test_fashion_mnist_keeps_pictures_and_classes_together(run_script, tmp_path)
     assert decode_image(sample.files["png"])[0, 0].tolist() == [label] * 3
     card = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert card["samples"] == {"train": 60, "test": 10}
+    assert sum(card["samples_per_class"]["test"].values()) == 10
+    assert (card["image_size"], card["image_modes"]) == ([28, 28], {"L": 70})
     assert sample.files["txt"].decode() == card["classes"][label]
 
 
@@ -295,7 +298,9 @@ def test_a_share_has_as_many_of_each_class_and_is_part_of_a_larger_one(run_scrip
         original = read_split(tiny_shards, "train")
         assert all(sample.files == original[key].files for key, sample in samples.items())
         keys[share, seed] = samples.keys()
-        assert json.loads((out / "dataset.json").read_text())["share"] == share
+        card = json.loads((out / "dataset.json").read_text())
+        assert card["share"] == share
+        assert card["samples_per_class"]["train"] == dict.fromkeys("0123", round(share * 12))
     done = run_script("pipelines/take_share.py", tmp_path / "0.5-0", tmp_path / "again", "--share", 0.5)
     assert (done.returncode, len(read_split(tmp_path / "again", "train"))) == (0, 12), done.stderr
     assert keys[0.1, 0] < keys[0.5, 0]

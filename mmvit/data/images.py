@@ -11,6 +11,7 @@ from mmvit.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # nothing that starts another program, as EPS does
 MAX_PIXELS = 64_000_000
+EXIF_ORIENTATION = 0x0112  # 1 to 8; from 5 on, width and height are exchanged
 
 
 def parse_size(text: str, name: str = "--size") -> tuple[int, int]:
@@ -66,6 +67,17 @@ def open_image(data: bytes, size: tuple[int, int] | None = None, max_pixels: int
     if size is not None and image.size != (size[1], size[0]):
         image = ImageOps.fit(image, (size[1], size[0]), method=Image.Resampling.BICUBIC)
     return image
+
+
+def measure_image(data: bytes) -> tuple[tuple[int, int], str]:
+    """(height, width) as shown, that is turned upright, and Pillow's mode; reads little more than the header.
+
+    Expects an image that `open_image` has decoded.
+    """
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    exif = image.getexif() if "exif" in image.info else {}  # of a PNG without, it would decode the pixels
+    is_on_its_side = exif.get(EXIF_ORIENTATION, 1) >= 5
+    return image.size if is_on_its_side else image.size[::-1], image.mode
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from webdataset.writer import TarWriter
 
+from mmvit.data.images import measure_image
 from mmvit.data.shards import BadShard, Sample, read_shard
 from mmvit.errors import UserError
 from mmvit.hub import write_json
@@ -94,9 +96,19 @@ class Outcome:
         self.skipped: Counter[str] = Counter()
         self.noted: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
+        self.of_class: dict[str, Counter[str]] = {}  # by split
+        self.sizes: Counter[tuple[int, int]] = Counter()  # (height, width) of images
+        self.modes: Counter[str] = Counter()
 
-    def wrote(self, split: str) -> None:
+    def wrote(self, split: str, image: bytes | None = None, label: str | None = None) -> None:
+        """Counts a written sample, and for dataset.json its class and the size of its image."""
         self.written[split] += 1
+        if label is not None:
+            self.of_class.setdefault(split, Counter())[label] += 1
+        if image is not None:
+            size, mode = measure_image(image)
+            self.sizes[size] += 1
+            self.modes[mode] += 1
 
     def skip(self, reason: str, example: str) -> None:
         """Counts a skipped sample; the first three examples of a reason are shown."""
@@ -165,8 +177,32 @@ def read_samples(shards: Iterable[Path], outcome: Outcome) -> Iterator[Sample]:
 
 
 def write_dataset_card(folder: Path, outcome: Outcome, **facts: Any) -> None:
-    """Writes `dataset.json` beside the shards: samples per split, and facts such as source and licence."""
-    write_json({"samples": dict(outcome.written), **facts}, Path(folder) / "dataset.json")
+    """Writes `dataset.json` beside the shards: samples per split and class, image sizes, and facts such as
+    classes, source and licence."""
+    counts: dict[str, Any] = {"samples": dict(outcome.written)}
+    if outcome.of_class:
+        counts["samples_per_class"] = {
+            split: dict(sorted(members.items())) for split, members in outcome.of_class.items()
+        }
+    card = counts | facts | describe_sizes(outcome)
+    write_json(card, Path(folder) / "dataset.json")
+
+
+def describe_sizes(outcome: Outcome) -> dict[str, Any]:
+    """`image_size` [height, width] where all images have one, else its median, minimum and maximum in each
+    direction; and how many images have which of Pillow's modes. {} without images."""
+    if not outcome.sizes:
+        return {}
+    modes = {"image_modes": dict(outcome.modes.most_common())}
+    if len(outcome.sizes) == 1:
+        return {"image_size": list(next(iter(outcome.sizes))), **modes}
+    sizes = np.array(list(outcome.sizes.elements()))
+    return {
+        "image_size_median": np.median(sizes, axis=0).astype(int).tolist(),
+        "image_size_min": sizes.min(axis=0).tolist(),
+        "image_size_max": sizes.max(axis=0).tolist(),
+        **modes,
+    }
 
 
 def refuse_other_data(folder: Path, source: str | None) -> None:
@@ -184,8 +220,9 @@ def refuse_other_data(folder: Path, source: str | None) -> None:
 
 
 def inherited_facts(folder: Path) -> dict[str, Any]:
-    """What dataset.json of the shards that others are made of says of those, too: all but their number."""
-    return {name: fact for name, fact in read_dataset_card(folder).items() if name != "samples"}
+    """What dataset.json of a source says of shards made from it, too: all but the counts."""
+    counts = ("samples", "samples_per_class")
+    return {name: fact for name, fact in read_dataset_card(folder).items() if name not in counts}
 
 
 def read_dataset_card(folder: Path) -> dict[str, Any]:
