@@ -39,6 +39,7 @@ from mmvit.data.shards import Sample
 from mmvit.data.writing import read_dataset_card
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.code_use import draw_code_use
+from mmvit.evaluation.frechet import feature_space
 from mmvit.evaluation.generator_report import (
     Unseen,
     draw_worst_to_best,
@@ -47,7 +48,6 @@ from mmvit.evaluation.generator_report import (
     report_generator,
 )
 from mmvit.evaluation.image_classifier import ImageClassifier
-from mmvit.evaluation.spaces import feature_space
 from mmvit.evaluation.splits import read_split
 from mmvit.evaluation.tokenizer_report import draw_tokens_worst_to_best, report_tokenizer
 from mmvit.hub import find_model_folder, read_description, shorten, write_json

@@ -13,13 +13,13 @@ from mmvit.core.transformer import TransformerConfig
 from mmvit.data.captions import TextTokenizer
 from mmvit.data.samples import CaptionSample, PixelsSample
 from mmvit.errors import UserError
+from mmvit.evaluation.frechet import feature_space
 from mmvit.evaluation.generator_report import (
     Unseen,
     draw_worst_to_best,
     measure_captions,
     report_generator,
 )
-from mmvit.evaluation.spaces import feature_space
 from mmvit.evaluation.splits import read_split
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.clip import CLIP, CLIPConfig

@@ -10,11 +10,10 @@ from torch import nn
 
 from mmvit.errors import UserError
 from mmvit.evaluation.code_use import use_metrics
-from mmvit.evaluation.frechet import coarse_pixels, frechet_distance
+from mmvit.evaluation.frechet import coarse_pixels, feature_space, frechet_distance
 from mmvit.evaluation.generated import diversity, nearest
 from mmvit.evaluation.reconstruction import image_psnr, image_ssim
 from mmvit.evaluation.retrieval import caption_ranks, pixel_ranks
-from mmvit.evaluation.spaces import feature_space
 
 
 def gaussian(mean: torch.Tensor, root: torch.Tensor, number: int = 4000) -> torch.Tensor:
@@ -49,10 +48,21 @@ def test_frechet_distance_where_covariances_do_not_commute():
 
 def test_what_is_not_finite_has_no_rank():
     pictures = torch.zeros(2, 3)
-    with pytest.raises(UserError, match="drawn pictures have values that are not finite"):
+    with pytest.raises(UserError, match="generated images contain NaN or infinity"):
         pixel_ranks(torch.full((2, 3), float("nan")), pictures, torch.tensor([0, 1]))
-    with pytest.raises(UserError, match="scores are not finite"):
+    with pytest.raises(UserError, match="scores contain NaN or infinity"):
         caption_ranks(torch.full((1, 2), float("nan")), torch.tensor([[True, False]]))
+
+
+def test_half_of_the_ties_outrank_the_own_candidate_rounded_up():
+    belongs = torch.zeros(4, 6, dtype=torch.bool)
+    belongs[:, 0] = True
+    scores = torch.tensor(
+        [[2.0, 1, 1, 1, 1, 1], [1.0, 1, 0, 0, 0, 0], [1.0, 1, 1, 1, 0, 0], [1.0, 2, 1, 1, 1, 1]]
+    )
+    assert caption_ranks(scores, belongs).tolist() == [0, 1, 2, 3]  # with 0, 1, 3 and 4 ties
+    belongs[1, 1] = True  # the same score, but also its own
+    assert caption_ranks(scores, belongs).tolist() == [0, 0, 2, 3]
 
 
 def test_psnr_and_ssim_of_known_errors():

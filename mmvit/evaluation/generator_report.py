@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from mmvit.errors import UserError
+from mmvit.evaluation.frechet import FeatureSpace
 from mmvit.evaluation.generated import COPY, diversity, nearest
 from mmvit.evaluation.likelihood import generator_loss
-from mmvit.evaluation.retrieval import caption_ranks, pixel_ranks, recall
-from mmvit.evaluation.spaces import FeatureSpace
+from mmvit.evaluation.retrieval import caption_ranks, pixel_ranks, recalls
 from mmvit.models.classifier import Classifier
 from mmvit.models.perceptual import fit_pixels
 from mmvit.sampling.editing import rank_captions
@@ -129,7 +129,7 @@ def report_generator(
     reconstructed = tokenizer.decode_many(own).cpu()
     figures, generated, ranks = loss_and_retrieval(generator, unseen, own, **settings)
     reconstructed_ranks = pixel_ranks(reconstructed, unseen.everything, unseen.own)
-    figures |= recalls("reconstruction_retrieval", reconstructed_ranks)
+    figures |= recalls("reconstruction_retrieval@", reconstructed_ranks)
     if len(generated) > 1:
         name = f"frechet_distance_{space.name}"
         figures[name] = space.distance(unseen.pixels, generated)
@@ -171,7 +171,7 @@ def loss_and_retrieval(
         "candidates": len(unseen.everything),
         "held_out_loss": loss,
         "held_out_loss_of_picture": loss * codes[0].numel(),
-        **recalls("retrieval", ranks),
+        **recalls("retrieval@", ranks),
     }
     return figures, generated, ranks
 
@@ -193,16 +193,12 @@ def measure_captions(
     is_own = torch.zeros(scores.shape, dtype=torch.bool)
     is_own[torch.arange(len(chosen)), [place[read[unseen.captions[i]]] for i in chosen]] = True
     ranks = caption_ranks(scores, is_own)
-    return {"captioned": len(chosen), "caption_candidates": len(candidates), **recalls("caption", ranks)}
+    return {"captioned": len(chosen), "caption_candidates": len(candidates), **recalls("caption@", ranks)}
 
 
 def evenly_spread(total: int, number: int) -> Tensor:
     """Places of `number` among `total`, from the first to the last; all where there are not as many."""
     return torch.linspace(0, total - 1, min(number, total)).round().long()
-
-
-def recalls(name: str, ranks: Tensor) -> dict[str, float]:
-    return {f"{name}@1": recall(ranks, 1), f"{name}@5": recall(ranks, 5)}
 
 
 def held_out_loss(generator: Generator, captions: list[str], codes: Tensor, batch_size: int = 64) -> float:
@@ -224,7 +220,7 @@ def measure_by_clip(clip: CaptionScorer, unseen: Unseen, generated: Tensor) -> d
     is_own = same[unseen.own].unsqueeze(1) == same
     captions = clip.embed_captions(unseen.captions)
     return {
-        **recalls("clip_retrieval", caption_ranks((drawn @ real.T).cpu(), is_own)),
+        **recalls("clip_retrieval@", caption_ranks((drawn @ real.T).cpu(), is_own)),
         "clip_score": (drawn * captions).sum(1).mean().item(),
         "clip_score_of_real": (real[unseen.own] * captions).sum(1).mean().item(),
     }

@@ -1,60 +1,64 @@
-"""Does a generated picture find the one that its caption names? Nearest neighbours in pixels among all real
-pictures; and ranks of what belongs together by any score."""
+"""Retrieval: the rank of a generated image's true one by pixels, and of true matches by any score."""
 
 import torch
 from torch import Tensor
 
 from mmvit.errors import UserError
 
-TIE = 1e-6  # relative; pictures that are equal pixel for pixel must not outrank each other by rounding
+TIE = 1e-6  # relative: images that are equal pixel for pixel must not outrank each other by rounding
 
 
 def pixel_ranks(generated: Tensor, references: Tensor, own: Tensor, chunk: int = 128) -> Tensor:
-    """The rank of each generated picture's true one, 0 for the nearest, by Euclidean distance in pixels.
+    """The rank of each generated image's true one by Euclidean distance in pixels, 0 for the nearest.
 
     Args:
-        generated: (pictures, ...) pixels.
-        references: (candidates, ...) pixels of the same shape; the true pictures are among them.
-        own: (pictures,) the place of each one's true picture in `references`.
+        generated: (images, ...) pixels.
+        references: (candidates, ...) pixels of the same shape, the true images among them.
+        own: (images,) where each one's true image is in `references`.
 
     Returns:
-        For each picture, how many candidates are strictly nearer than the true one, int64 (pictures,).
+        How many candidates are strictly nearer than the true image, int64 (images,).
     """
     if generated.shape[1:] != references.shape[1:]:
         raise ValueError(
-            f"generated pictures are {tuple(generated.shape[1:])}, references {tuple(references.shape[1:])}"
+            f"generated images are {tuple(generated.shape[1:])}, references {tuple(references.shape[1:])}"
         )
     candidates = references.flatten(1).double()
     sizes = candidates.square().sum(1)
     ranks = []
     for part, places in zip(generated.split(chunk), own.split(chunk), strict=True):
-        pictures = part.flatten(1).double()
-        squares = (
-            pictures.square().sum(1, keepdim=True) + sizes - 2 * pictures @ candidates.T
-        )  # (pictures, candidates)
+        images = part.flatten(1).double()
+        squares = images.square().sum(1, keepdim=True) + sizes - 2 * images @ candidates.T
         if not squares.isfinite().all():
-            raise UserError("drawn pictures have values that are not finite: the model's weights are damaged")
+            raise UserError("generated images contain NaN or infinity: the model's weights are damaged")
         true = squares.gather(1, places.unsqueeze(1))
         ranks.append((squares < true - TIE * sizes.mean()).sum(1))
     return torch.cat(ranks)
 
 
 def caption_ranks(scores: Tensor, belongs: Tensor) -> Tensor:
-    """How many candidates that are not its own score higher than the best of its own, for each row, int64
-    (rows,). Half of those that score exactly as high count, too, rounded up: equal scores for all are no hit.
+    """How many other candidates score higher than the best of a row's own, int64 (rows,).
+
+    Half of those with exactly the same score count, too, rounded up: a model that scores everything alike
+    finds nothing.
 
     Args:
         scores: (rows, candidates).
-        belongs: boolean, of the same shape: which candidates are a row's own; each has one at least.
+        belongs: boolean (rows, candidates), true for a row's own candidates, of which it has at least one.
     """
     if not scores.isfinite().all():
-        raise UserError("scores are not finite: the model's weights are damaged")
+        raise UserError("scores contain NaN or infinity: the model's weights are damaged")
     best = scores.masked_fill(~belongs, float("-inf")).amax(1, keepdim=True)
     others = ~belongs
     higher, same = ((scores > best) & others).sum(1), ((scores == best) & others).sum(1)
     return higher + (same + 1) // 2
 
 
+def recalls(name: str, ranks: Tensor) -> dict[str, float]:
+    """Recall at 1 and at 5, under `name` followed by 1 and 5."""
+    return {f"{name}{k}": recall(ranks, k) for k in (1, 5)}
+
+
 def recall(ranks: Tensor, k: int) -> float:
-    """The share of pictures whose true one is among the `k` nearest."""
+    """The share of rows whose true match is among the first `k`."""
     return (ranks < k).double().mean().item()

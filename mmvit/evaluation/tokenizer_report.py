@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from mmvit.evaluation.code_use import use_metrics
+from mmvit.evaluation.frechet import FeatureSpace
 from mmvit.evaluation.reconstruction import image_psnr, image_ssim
-from mmvit.evaluation.spaces import FeatureSpace
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.sampling.grids import two_halves
 from mmvit.sampling.pictures import pictures_from_pixels
