@@ -53,7 +53,7 @@ def run_script(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         refuse("memory does not hold this: take a smaller model or batch (pipelines/plan_memory.py)")
     except OSError as error:
@@ -61,6 +61,11 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         refuse(f"{where}{os.strerror(error.errno)}")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device ran out of memory: on a GPU the exception's class says so, on a CPU its message."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def refuse(message: str) -> None:

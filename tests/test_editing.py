@@ -155,7 +155,7 @@ def test_where_memory_is_short_fewer_are_drawn_at_a_time(generator, monkeypatch)
     assert torch.equal(drawn.codes, expected.codes)
     assert drawn.seeds == expected.seeds
     most = 0
-    with pytest.raises(UserError, match="one picture alone does not fit into memory"):
+    with pytest.raises(UserError, match="out of memory with a single image; use"):
         generator.draw("pear")
 
 
@@ -174,14 +174,14 @@ def test_where_memory_is_short_fewer_are_decoded_encoded_and_scored_at_a_time(ge
         return limited
 
     for part, name in (
-        (generator.image_tokenizer, "decode_many"), (generator.image_tokenizer, "encode_many"),
+        (generator.image_tokenizer, "decode"), (generator.image_tokenizer, "encode"),
         (generator.transformer, "forward"),
     ):  # fmt: skip
         monkeypatch.setattr(part, name, short_of_memory(getattr(part, name)))
     torch.testing.assert_close(generator.decode(codes), pixels)
     assert torch.equal(generator.encode(pixels), own)
     torch.testing.assert_close(generator.evidence(captions, codes), evidence)
-    monkeypatch.setattr(generator.image_tokenizer, "decode_many", mock.Mock(side_effect=RuntimeError("else")))
+    monkeypatch.setattr(generator.image_tokenizer, "decode", mock.Mock(side_effect=RuntimeError("else")))
     with pytest.raises(RuntimeError, match="else"):
         generator.decode(codes)
 

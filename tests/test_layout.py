@@ -26,7 +26,7 @@ FLOORS = {  # a room may import from rooms on lower floors, and from its own
     "interop": 2,
     "evaluation": 3,  # it measures what sampling draws
 }
-ANYWHERE = {"errors", "config", "hub"}
+ANYWHERE = {"errors", "config", "hub", "memory"}
 
 
 def imported_names(path: Path) -> set[str]:

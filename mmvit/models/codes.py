@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from mmvit.errors import UserError
 from mmvit.hub import Pretrained
+from mmvit.memory import in_parts
 
 
 class ImageTokenizer(Pretrained, nn.Module):
@@ -51,14 +52,14 @@ class ImageTokenizer(Pretrained, nn.Module):
         return self.pixels_of(codes)
 
     def encode_many(self, pixels: Tensor, batch_size: int = 64) -> Tensor:
-        """`encode` of any number of pictures from anywhere, on this tokenizer's device."""
+        """`encode` any number of images from anywhere, on this tokenizer's device."""
         device = next(self.parameters()).device
-        return torch.cat([self.encode(part.to(device)) for part in pixels.split(batch_size)])
+        return in_parts(lambda part: self.encode(part.to(device)), pixels, size=batch_size)
 
     def decode_many(self, codes: Tensor, batch_size: int = 64) -> Tensor:
-        """`decode` of any number of pictures' codes from anywhere, on this tokenizer's device."""
+        """`decode` the codes of any number of images from anywhere, on this tokenizer's device."""
         device = next(self.parameters()).device
-        return torch.cat([self.decode(part.to(device)) for part in codes.split(batch_size)])
+        return in_parts(lambda part: self.decode(part.to(device)), codes, size=batch_size)
 
     def codes_of(self, pixels: Tensor) -> Tensor:
         """`encode` of float32 pixels whose size is right."""

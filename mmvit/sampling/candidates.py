@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,45 +32,20 @@ def parts_of_seeds(
         yield min(most, number - begun), seed + begun
 
 
-def in_parts(draw: Callable[[slice], Tensor], number: int, size: int) -> list[Tensor]:
-    """`draw(slice)` of `number` rows, `size` at a time; where memory does not hold so many, half of them, and
-    so on."""
-    parts, first = [], 0
-    while first < number:
-        try:
-            parts.append(draw(slice(first, first + size)))
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if size == 1:
-                raise UserError("one picture alone does not fit into memory: take another device") from None
-            size = min(size, number - first) // 2 or 1
-        else:
-            first += size
-    return parts
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """A GPU's lack of memory has a class of its own, a CPU's a message."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def choose(
     drawn: Drawn,
     prompts: Sequence[Mapping[str, float]],
     num_images: int,
-    rate: Callable[[Sequence[str], slice], Tensor],
-    batch_size: int,
+    rate: Callable[[Sequence[str]], Tensor],
 ) -> Drawn:
-    """Of each prompt's pictures the best `num_images`, the best first. `rate(captions, slice)` scores a part
-    of the pictures, each for its own of `captions`; in a mixture scores count by weight."""
+    """Of each prompt's pictures the best `num_images`, the best first. `rate(captions)` scores all pictures,
+    each for its own of `captions`; in a mixture scores count by weight."""
     each = len(drawn.seeds) // len(prompts)
     scores = torch.zeros(len(drawn.seeds))
     for column in zip(*pad_prompts(prompts), strict=True):
         pairs = [pair for pair in column for _ in range(each)]
         captions, weights = [caption for caption, _ in pairs], torch.tensor([weight for _, weight in pairs])
-        parts = in_parts(partial(rate, captions), len(captions), batch_size)
-        scores += weights * torch.cat(parts).cpu()
+        scores += weights * rate(captions).cpu()
     best = scores.view(-1, each).topk(num_images, dim=1).indices
     best = (best + each * torch.arange(len(prompts)).unsqueeze(1)).flatten()
     return Drawn(drawn.codes[best.to(drawn.codes.device)], [drawn.seeds[i] for i in best], scores[best])

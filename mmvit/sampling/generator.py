@@ -14,9 +14,10 @@ from torch import Tensor
 from mmvit.data.captions import TextTokenizer
 from mmvit.errors import UserError
 from mmvit.hub import SHIPPED, find_model_folder
+from mmvit.memory import in_parts
 from mmvit.models.generator import GeneratorTransformer
 from mmvit.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
-from mmvit.sampling.candidates import Drawn, check_candidates, choose, in_parts
+from mmvit.sampling.candidates import Drawn, check_candidates, choose
 from mmvit.sampling.decoding import sample_codes
 from mmvit.sampling.pictures import pictures_from_pixels, pixels_from_pictures
 from mmvit.sampling.prompts import Prompt, encode_prompts, has_weights, list_prompts
@@ -168,25 +169,27 @@ class Generator:
         rows, scales = (part.repeat_interleave(each, dim=0) for part in (rows, scales))
         seeds = [how.seed + j for _ in prompts for j in range(each)]
 
-        def draw_part(part: slice) -> Tensor:
+        base = None if base is None else base.to(self.device)
+
+        def draw_part(rows: Tensor, scales: Tensor, given: Tensor | None, seeds: list[int]) -> Tensor:
             return sample_codes(
                 self.transformer,
-                rows[part],
-                seeds[part],
-                scales[part] if has_weights(prompts) else how.guidance_scale,
+                rows,
+                seeds,
+                scales if has_weights(prompts) else how.guidance_scale,
                 how.temperature,
                 how.top_k,
                 how.top_p,
-                base_ids=None if base is None else base.to(self.device).expand(len(seeds[part]), -1),
-                given=None if given is None else given[part],
+                base_ids=None if base is None else base.expand(len(seeds), -1),
+                given=given,
             )
 
-        codes = torch.cat(in_parts(draw_part, len(seeds), how.batch_size))
+        codes = in_parts(draw_part, rows, scales, given, seeds, size=how.batch_size)
         drawn = Drawn(codes.unflatten(1, config.grid), seeds)
         if candidates == 1:
             return drawn
         rate = partial(self.rate, drawn.codes, scorer, given if by_given else None)
-        return choose(drawn, prompts, num_images, rate, how.batch_size)
+        return choose(drawn, prompts, num_images, rate)
 
     def rate(
         self,
@@ -194,17 +197,15 @@ class Generator:
         scorer: CaptionScorer | None,
         given: Tensor | None,
         captions: Sequence[str],
-        part: slice,
     ) -> Tensor:
-        """Scores of a part of the candidates, each for its own caption: by `scorer`, by the fit of `given`
-        codes, or by evidence."""
-        captions, codes = captions[part], codes[part]
+        """Scores of the candidates, each for its own caption: by `scorer`, by the fit of `given` codes, or by
+        evidence."""
         if scorer is not None:
-            return scorer.scores(self.decode(codes), captions)
+            return in_parts(lambda part, own: scorer.scores(self.decode(part), own), codes, captions, size=64)
         if given is None:
             return self.evidence(captions, codes)
         ids, _ = self.text_tokenizer.encode(captions, self.transformer.config.text_length)
-        return likelihood_of_given(self.transformer, ids.to(self.device), codes.flatten(1), given[part])
+        return likelihood_of_given(self.transformer, ids.to(self.device), codes.flatten(1), given)
 
     def evidence(self, captions: Sequence[str], codes: Tensor) -> Tensor:
         """`caption_evidence` of codes (pictures, rows, columns), each for its own caption, (pictures,)."""
@@ -259,20 +260,12 @@ class Generator:
             raise UserError(
                 f"pixels are {tuple(pixels.shape[1:])}, this generator draws {(3, height, width)}"
             )
-
-        def encode_part(part: slice) -> Tensor:
-            return self.image_tokenizer.encode_many(pixels[part], batch_size)
-
-        return torch.cat(in_parts(encode_part, len(pixels), batch_size))
+        return self.image_tokenizer.encode_many(pixels, batch_size)
 
     @torch.inference_mode()
     def decode(self, codes: Tensor, batch_size: int = 64) -> Tensor:
         """Codes (pictures, rows, columns) as pixels (pictures, 3, height, width) in [-1, 1]."""
-
-        def decode_part(part: slice) -> Tensor:
-            return self.image_tokenizer.decode_many(codes[part], batch_size)
-
-        return torch.cat(in_parts(decode_part, len(codes), batch_size))
+        return self.image_tokenizer.decode_many(codes, batch_size)
 
     def pictures(self, codes: Tensor, batch_size: int = 64) -> list[Image.Image]:
         """Codes (pictures, rows, columns) as RGB pictures."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from mmvit.data.captions import TextTokenizer
 from mmvit.errors import UserError
 from mmvit.hub import find_model_folder
+from mmvit.memory import in_parts
 from mmvit.models.clip import CLIP
 from mmvit.models.perceptual import fit_pixels
 
@@ -56,15 +57,17 @@ class CaptionScorer:
     def embed_captions(self, captions: Sequence[str], batch_size: int = 256) -> Tensor:
         """Captions → unit vectors (captions, embedding_width); those that are too long are cut."""
         ids, _ = self.text_tokenizer.encode(captions, self.clip.config.text_length)
-        return torch.cat([self.clip.embed_captions(part.to(self.device)) for part in ids.split(batch_size)])
+        return in_parts(lambda part: self.clip.embed_captions(part.to(self.device)), ids, size=batch_size)
 
     @torch.inference_mode()
     def embed_pictures(self, pixels: Tensor, batch_size: int = 64) -> Tensor:
         """pixels (pictures, 3, height, width) in [-1, 1], of any size → unit vectors (pictures,
         embedding_width)."""
-        image = self.clip.config.image
-        parts = (fit_pixels(part.to(self.device), image) for part in pixels.split(batch_size))
-        return torch.cat([self.clip.embed_pictures(part) for part in parts])
+
+        def embed(part: Tensor) -> Tensor:
+            return self.clip.embed_pictures(fit_pixels(part.to(self.device), self.clip.config.image))
+
+        return in_parts(embed, pixels, size=batch_size)
 
     def scores(self, pixels: Tensor, captions: Sequence[str]) -> Tensor:
         """The cosine of every picture with its own caption, (pictures,); pixels (pictures, 3, height,

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmvit.memory import in_parts
 from mmvit.models.generator import PAD, GeneratorTransformer
-from mmvit.sampling.candidates import in_parts
 
 
 @torch.inference_mode()
@@ -28,11 +28,11 @@ def code_likelihoods(
 ) -> Tensor:
     """log p(code | codes before it, caption) in nats, (batch, rows · columns)."""
 
-    def of_part(part: slice) -> Tensor:
-        logits = model(caption_ids[part], codes[part])[1].float()
-        return -F.cross_entropy(logits.transpose(1, 2), codes[part], reduction="none")
+    def of_part(caption_ids: Tensor, codes: Tensor) -> Tensor:
+        logits = model(caption_ids, codes)[1].float()
+        return -F.cross_entropy(logits.transpose(1, 2), codes, reduction="none")
 
-    return torch.cat(in_parts(of_part, len(codes), batch_size))
+    return in_parts(of_part, caption_ids, codes, size=batch_size)
 
 
 @torch.inference_mode()
