@@ -1,26 +1,35 @@
 """mmvit: one Transformer core that reads image patches, text tokens and image codes."""
 
-from mmvit.evaluation.image_classifier import ImageClassifier
-from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.models.clip import CLIP, CLIPConfig
-from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
-from mmvit.models.presets import preset
-from mmvit.models.vq import VQConfig, VQModel
-from mmvit.sampling.generator import Generator
-from mmvit.sampling.rerank import CaptionScorer
+import importlib
+from typing import Any
 
-__all__ = [
-    "CLIP",
-    "CLIPConfig",
-    "CaptionScorer",
-    "Classifier",
-    "ClassifierConfig",
-    "Generator",
-    "GeneratorConfig",
-    "GeneratorTransformer",
-    "ImageClassifier",
-    "VQConfig",
-    "VQModel",
-    "preset",
-]
 __version__ = "0.1.0"
+
+# each name and its module, imported on first use: the command line must not wait for torch
+MODULES = {
+    "CLIP": "mmvit.models.clip",
+    "CLIPConfig": "mmvit.models.clip",
+    "CaptionScorer": "mmvit.sampling.rerank",
+    "Classifier": "mmvit.models.classifier",
+    "ClassifierConfig": "mmvit.models.classifier",
+    "Generator": "mmvit.sampling.generator",
+    "GeneratorConfig": "mmvit.models.generator",
+    "GeneratorTransformer": "mmvit.models.generator",
+    "ImageClassifier": "mmvit.evaluation.image_classifier",
+    "VQConfig": "mmvit.models.vq",
+    "VQModel": "mmvit.models.vq",
+    "preset": "mmvit.models.presets",
+}
+__all__ = [*MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in MODULES:
+        raise AttributeError(f"module 'mmvit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *MODULES])

@@ -6,7 +6,8 @@ import errno
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # a file that is not there, may not be opened, has another kind in its way or too long a name, a full disk
@@ -38,12 +39,16 @@ def refuse_source(out: Path, *sources: Path) -> None:
         raise UserError(f"{out} is the source itself; name another place to write to")
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main`. A `UserError`, a lack of memory, or a file that cannot be read or written,
-    becomes one line on stderr and exit code 2, a warning one line, Ctrl-C exit code 130."""
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """Ends the program on a user's mistake with one `error:` line and exit code 2 instead of a traceback.
+
+    So ends a `UserError`, a lack of memory, and a file that cannot be read or written. A warning becomes one
+    line, and Ctrl-C exit code 130.
+    """
     warnings.showwarning = show_warning
     try:
-        main()
+        yield
     except UserError as error:
         refuse(str(error))
     except KeyboardInterrupt:
@@ -55,7 +60,7 @@ def run_script(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        refuse("memory does not hold this: take a smaller model or batch (pipelines/plan_memory.py)")
+        refuse(f"out of memory ({str(error).splitlines()[0]}); use a smaller model or batch (mmvit plan)")
     except OSError as error:
         if error.errno not in OF_FILES:
             raise
@@ -66,6 +71,11 @@ def run_script(main: Callable[[], None]) -> None:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device ran out of memory: on a GPU the exception's class says so, on a CPU its message."""
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    with reported_errors():
+        main()
 
 
 def refuse(message: str) -> None:

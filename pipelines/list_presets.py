@@ -1,53 +1,53 @@
-"""Prints the named models: their exact parameters, and what classifiers cost to run and to train. They are
-built on the meta device: nothing is allocated.
+"""List the named models with their exact parameters, and what classifiers cost to run and to train.
 
-    python pipelines/list_presets.py
-    python pipelines/list_presets.py --images 1.28e6 --epochs 300 --batch 4096
-    python pipelines/list_presets.py vit-l16 --image-size 384
+    mmvit presets
+    mmvit presets --images 1.28e6 --epochs 300 --batch 4096
+    mmvit presets vit-l16 --image-size 384
+
+Models are built on the meta device, so nothing is allocated.
 
 GMACs: billions of multiply-adds of one image's forward pass, whose FLOPs are twice as many; training takes
 three times as many. Without options, steps and exaFLOPs are those of Table 6 of the ViT paper (2010.11929):
 7 epochs of JFT's 303 million images in batches of 4096.
 """
 
-import argparse
 import sys
+from typing import Annotated
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from typer import Argument, Option
 
+from mmvit.cli import run_script
 from mmvit.config import build_config
-from mmvit.errors import UserError, run_script
+from mmvit.errors import UserError
 from mmvit.models.classifier import ClassifierConfig
 from mmvit.models.cost import forward_macs, training_flops
 from mmvit.models.presets import MODELS, PRESETS, preset
 from mmvit.models.resnet import ResNetConfig
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("names", nargs="*", help="of presets; all of them by default")
-    parser.add_argument("--image-size", type=int, help="of classifiers, in pixels, instead of their own")
-    parser.add_argument("--images", type=float, default=303e6, help="in the training data")
-    parser.add_argument("--epochs", type=float, default=7)
-    parser.add_argument("--batch", type=int, default=4096)
-    options = parser.parse_args()
-    if min(options.images, options.epochs, options.batch) <= 0:
-        raise UserError("--images, --epochs and --batch are greater than 0")
-    examples = options.images * options.epochs
-    data = f"{options.images:,.0f} images for {options.epochs:g} epochs"
-    table = Table(title=f"presets; training on {data} in batches of {options.batch}")
+def main(
+    names: Annotated[list[str] | None, Argument(help="presets; all by default")] = None,
+    image_size: Annotated[int | None, Option(help="pixels, for classifiers (default: the preset's)")] = None,
+    images: Annotated[float, Option(help="images in the training data")] = 303e6,
+    epochs: Annotated[float, Option(help="passes over the training data")] = 7,
+    batch: Annotated[int, Option(help="images per training step")] = 4096,
+) -> None:
+    if min(images, epochs, batch) <= 0:
+        raise UserError("--images, --epochs and --batch must be greater than 0")
+    examples = images * epochs
+    data = f"{images:,.0f} images for {epochs:g} epochs"
+    table = Table(title=f"presets; training on {data} in batches of {batch}")
     for column in ("name", "layers", "width", "heads", "tokens", "parameters", "GMACs", "steps", "exaFLOPs"):
         justify = "left" if column == "name" else "right"
         table.add_column(column, justify=justify, no_wrap=True, min_width=16 if column == "name" else None)
-    for name in options.names or PRESETS:
+    for name in names or PRESETS:
         config = preset(name)
-        if options.image_size is not None and isinstance(config, ClassifierConfig | ResNetConfig):
+        if image_size is not None and isinstance(config, ClassifierConfig | ResNetConfig):
             config = build_config(
-                type(config), {**config.model_dump(), "image_size": options.image_size}, source=name
+                type(config), {**config.model_dump(), "image_size": image_size}, source=name
             )
         with torch.device("meta"):
             model = MODELS[type(config)](config)
@@ -59,7 +59,7 @@ def main() -> None:
             macs = forward_macs(config)
             exaflops = training_flops(macs, examples) / 1e18
             digits = 0 if exaflops >= 1000 else 4 - len(f"{exaflops:.0f}")
-            cost = (f"{macs / 1e9:.3f}", f"{examples / options.batch:,.0f}", f"{exaflops:,.{digits}f}")
+            cost = (f"{macs / 1e9:.3f}", f"{examples / batch:,.0f}", f"{exaflops:,.{digits}f}")
         table.add_row(name, *map(str, shape), f"{parameters:,}", *cost)
     Console(width=None if sys.stdout.isatty() else 130).print(table)
 

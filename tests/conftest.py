@@ -3,10 +3,10 @@
 import contextlib
 import importlib.abc
 import importlib.machinery
+import inspect
 import io
 import json
 import random
-import runpy
 import sys
 import types
 from collections.abc import Callable
@@ -22,12 +22,14 @@ from generator_scripts import SMALL
 from PIL import Image
 from vqgan_models import chameleon_model, diffusers_model, janus_model, small_vqgan
 
+from mmvit import cli, errors
 from mmvit.data.captions import TextTokenizer
 from mmvit.data.codes import pack_codes
 from mmvit.data.writing import ShardWriter
 from mmvit.interop.lpips import LPIPS
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.models.vqgan import VQGAN
+from mmvit.places import load_script
 from mmvit.training import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,23 +158,36 @@ class Ran:
 
 
 @pytest.fixture(scope="session")
+def mmvit_command() -> Callable[..., Ran]:
+    """Runs `mmvit ARGUMENTS...` in this process, which spares seconds of importing torch."""
+    return lambda *arguments: ran("mmvit", arguments, lambda: cli.main([*map(str, arguments)]))
+
+
+@pytest.fixture(scope="session")
 def run_script() -> Callable[..., Ran]:
-    """Runs `python SCRIPT ARGUMENTS...` in this process, which spares a second of importing torch."""
+    """Runs `python SCRIPT ARGUMENTS...` in this process."""
 
     def run(script: str, *arguments: object) -> Ran:
-        stdout, stderr, code = io.StringIO(), io.StringIO(), 0
-        with (
-            contextlib.redirect_stdout(stdout),
-            contextlib.redirect_stderr(stderr),
-            mock.patch.object(sys, "argv", [script, *map(str, arguments)]),
-        ):
-            try:
-                runpy.run_path(str(ROOT / script), run_name="__main__")
-            except SystemExit as end:
-                code = end.code or 0
-        return Ran(code, stdout.getvalue(), stderr.getvalue())
+        main = load_script(script).main
+        if inspect.signature(main).parameters or hasattr(main, "takes_settings"):
+            return ran(script, arguments, lambda: cli.run_script(main))
+        return ran(script, arguments, lambda: errors.run_script(main))
 
     return run
+
+
+def ran(program: str, arguments: tuple[object, ...], call: Callable[[], None]) -> Ran:
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    with (
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        mock.patch.object(sys, "argv", [program, *map(str, arguments)]),
+    ):
+        try:
+            call()
+        except SystemExit as end:
+            code = end.code or 0
+    return Ran(code, stdout.getvalue(), stderr.getvalue())
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from setuptools import find_packages
 
 from mmvit.config import load_config
 from mmvit.models.presets import MODELS
+from mmvit.places import FOLDERS
 from mmvit.training import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -25,8 +25,10 @@ FLOORS = {  # a room may import from rooms on lower floors, and from its own
     "sampling": 2,
     "interop": 2,
     "evaluation": 3,  # it measures what sampling draws
+    "recipes": 4,
+    "cli": 4,  # scripts and the command
 }
-ANYWHERE = {"errors", "config", "hub", "memory"}
+ANYWHERE = {"errors", "config", "hub", "memory", "places"}
 
 
 def imported_names(path: Path) -> set[str]:
@@ -93,12 +95,12 @@ def test_scripts_are_never_imported():
             )
 
 
-def test_the_wheel_holds_mmvit_alone():
-    packages = find_packages(str(ROOT), include=["mmvit*"])
-    assert {name.split(".")[0] for name in packages} == {"mmvit"}
-    assert {f"mmvit.{room.name}" for room in (ROOT / "mmvit").iterdir() if any(room.glob("*.py"))} <= set(
-        packages
-    )
+def test_the_wheel_holds_every_room_and_the_folders_beside_them():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    rooms = {f"mmvit.{room.name}" for room in (ROOT / "mmvit").iterdir() if any(room.glob("*.py"))}
+    beside = {f"mmvit.{folder}" for folder in FOLDERS}
+    assert {*settings["packages"]} == {"mmvit"} | rooms | beside
+    assert settings["package-dir"] == {f"mmvit.{folder}": folder for folder in FOLDERS}
 
 
 def test_nothing_is_unpickled():

@@ -1,0 +1,1 @@
+"""Recipes: what a TOML file may hold for each task, and how its settings are resolved."""

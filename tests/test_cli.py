@@ -1,0 +1,56 @@
+"""The command: its groups, its help, and what it says to a mistake."""
+
+import subprocess
+import sys
+
+import pytest
+
+from mmvit.cli import COMMANDS, GROUPS
+
+
+def test_alone_it_lists_every_command_with_a_line(mmvit_command):
+    shown = mmvit_command()
+    assert shown.returncode == 0
+    for title, commands in GROUPS.items():
+        assert title in shown.stdout
+        for name, command in commands.items():
+            assert f"  {name} " in shown.stdout
+            assert command.summary in shown.stdout
+
+
+def test_the_list_of_commands_imports_nothing_heavy():
+    code = (
+        "import sys, mmvit.cli\n"
+        "try: mmvit.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'rich', 'pydantic', 'deepspeed', 'webdataset'} & {*sys.modules}\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("smaple x", "unknown command smaple: did you mean sample?"),
+        ("tokenizer imag", "unknown command tokenizer imag: did you mean image?"),
+        ("presets --imges 3", "unknown option --imges: did you mean --images?; see mmvit presets --help"),
+        ("presets --epochs", "option '--epochs' requires an argument"),
+        ("presets --epochs 0", "--epochs and --batch must be greater than 0"),
+        ("presets vit-b61", "did you mean vit-b16?"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_nearest_name(mmvit_command, line, words):
+    refused = mmvit_command(*line.split())
+    assert refused.returncode == 2
+    assert words in refused.stderr
+    assert refused.stderr.startswith("error: ")
+    assert refused.stderr.count("\n") == 1
+
+
+def test_python_m_mmvit_is_the_command():
+    shown = subprocess.run([sys.executable, "-m", "mmvit", "prepare"], capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert "prepare emoji-groups" in shown.stdout
+    assert "sample" not in shown.stdout.replace("mmvit sample", "")
+    assert len(COMMANDS) > 15
