@@ -12,11 +12,11 @@ import argparse
 from pathlib import Path
 
 from mmvit import Generator
+from mmvit.data.images import images_from_pixels
 from mmvit.data.samples import CaptionSample, PixelsSample
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.splits import read_split
-from mmvit.sampling.grids import check_picture_name, labelled_grid, side_by_side
-from mmvit.sampling.pictures import pictures_from_pixels
+from mmvit.sampling.grids import check_grid_file, labelled_grid, side_by_side
 
 LANGUAGES = ("en", "ja", "de")
 SHOWN = (
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="a folder of pipelines/prepare_emoji.py")
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
-    check_picture_name(options.out)
+    check_grid_file(options.out)
     generator = Generator.from_pretrained(options.generator)
     found = {}
     for split in ("train", UNSEEN):
@@ -51,7 +51,7 @@ def main() -> None:
         if caption not in found:
             raise UserError(f"{options.data} has no {caption!r}")
         pixels, is_unseen = found[caption]
-        rows.append([*pictures_from_pixels(pixels.unsqueeze(0)), *generator.generate([caption], NUM_IMAGES)])
+        rows.append([*images_from_pixels(pixels.unsqueeze(0)), *generator.generate([caption], NUM_IMAGES)])
         labels.append(caption + (" · NEVER SEEN" if is_unseen else ""))
     half = (len(rows) + 1) // 2
     headings = ["caption", "real", "drawn"]

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from mmvit import CaptionScorer, Generator
 from mmvit.data.captions import read_caption_file
+from mmvit.data.images import pixels_from_images, read_image
 from mmvit.errors import UserError, run_script
 from mmvit.hub import SHIPPED, find_model_folder, read_description
 from mmvit.sampling.editing import rank_captions
-from mmvit.sampling.pictures import pixels_from_pictures, read_picture
 from mmvit.training.distributed import choose_precision
 
 
@@ -26,10 +26,10 @@ def main() -> None:
     if options.top < 1:
         raise UserError(f"--top {options.top}: at least 1 caption is shown")
     captions = read_caption_file(options.captions_file)
-    pictures = [read_picture(path) for path in options.pictures]
+    pictures = [read_image(path) for path in options.pictures]
     if read_description(find_model_folder(options.model))["kind"] == "clip":
         scorer = CaptionScorer.from_pretrained(options.model)
-        pixels = pixels_from_pictures(pictures, *scorer.clip.config.image.height_width)
+        pixels = pixels_from_images(pictures, *scorer.clip.config.image.height_width)
         scores = scorer.embed_pictures(pixels) @ scorer.embed_captions(captions).T
     else:
         generator = Generator.from_pretrained(options.model)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from mmvit.data.images import read_image
 from mmvit.data.samples import IMAGE_EXTENSIONS
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.image_classifier import ImageClassifier
-from mmvit.sampling.pictures import read_picture
 
 AT_ONCE = 64  # pictures in memory
 ENDINGS = (*IMAGE_EXTENSIONS, "gif", "bmp", "tif", "tiff")
@@ -63,7 +63,7 @@ def read_pictures(paths: list[Path], bad: list[str]) -> dict[Path, Image.Image]:
     pictures = {}
     for path in paths:
         try:
-            pictures[path] = read_picture(path)
+            pictures[path] = read_image(path)
         except UserError as error:
             bad.append(str(error))
     return pictures

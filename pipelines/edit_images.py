@@ -23,13 +23,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mmvit import CaptionScorer, Generator
+from mmvit.data.images import read_image
 from mmvit.data.writing import with_progress
 from mmvit.errors import UserError, refuse_source, run_script
 from mmvit.hub import SHIPPED
 from mmvit.sampling.candidates import parts_of_seeds
 from mmvit.sampling.editing import complete, variations
-from mmvit.sampling.grids import check_picture_name, file_name, folder_of_pictures, labelled_grid
-from mmvit.sampling.pictures import read_picture
+from mmvit.sampling.grids import check_grid_file, file_name, folder_of_images, labelled_grid
 from mmvit.sampling.settings import add_options, given
 
 MOST_COLOUR = 32  # levels of 255 between the channels of a mask
@@ -40,13 +40,13 @@ def main() -> None:
     options = parse_arguments()
     if options.num < 1:
         raise UserError(f"--num {options.num}: at least 1 picture is drawn")
-    check_picture_name(options.out, columns=1 + options.num)
+    check_grid_file(options.out, columns=1 + options.num)
     refuse_source(options.out, options.picture, Path(options.keep))
-    picture = read_picture(options.picture)
+    picture = read_image(options.picture)
     generator = Generator.from_pretrained(options.model)
     draw = drawer(generator, picture, options)
-    row = generator.pictures(generator.encode([picture]))
-    folder = folder_of_pictures(options.out)
+    row = generator.images(generator.encode([picture]))
+    folder = folder_of_images(options.out)
     parts = parts_of_seeds(options.num, options.seed, options.candidates)
     pictures = (picture for number, seed in parts for picture in draw(number, seed))
     for drawn in with_progress(pictures, options.num, "drawing"):
@@ -118,7 +118,7 @@ def kept_codes(keep: str, grid: tuple[int, int], size: tuple[int, int]) -> Tenso
         return dict(zip(HALVES, (upper, ~upper, left, ~left), strict=True))[keep]
     if not Path(keep).is_file():
         raise UserError(f"--keep {keep}: it is {', '.join(HALVES)}, a share such as 0.5, or a picture's file")
-    mask = read_picture(Path(keep))
+    mask = read_image(Path(keep))
     if mask.size != size:
         raise UserError(
             f"--keep {keep}: the mask is {mask.width}x{mask.height} pixels, the picture {size[0]}x{size[1]}; "

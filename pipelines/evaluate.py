@@ -54,7 +54,7 @@ from mmvit.hub import find_model_folder, read_description, shorten, write_json
 from mmvit.models.classifier import Classifier
 from mmvit.models.image_tokenizer import KINDS, load_image_tokenizer
 from mmvit.sampling.generator import Generator
-from mmvit.sampling.grids import check_picture_name
+from mmvit.sampling.grids import check_grid_file
 from mmvit.sampling.rerank import CaptionScorer
 from mmvit.sampling.settings import OWN, add_options, given
 
@@ -68,7 +68,7 @@ OF_LANGUAGE = ("held_out_loss", "retrieval@1", "retrieval@5")
 
 def main() -> None:
     options = parse_arguments()
-    check_picture_name(options.out)
+    check_grid_file(options.out)
     for name in ("rows", "seeds", "limit"):
         if (number := getattr(options, name)) is not None and number < 1:
             raise UserError(f"--{name} {number}: it is 1 or more")

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from mmvit.data.images import images_from_pixels
 from mmvit.data.samples import ClassifierSample
 from mmvit.data.shards import shards_of
 from mmvit.data.stream import ShardStream
@@ -43,8 +44,7 @@ from mmvit.hub import write_json
 from mmvit.models.classifier import Classifier
 from mmvit.models.perceptual import fit_pixels
 from mmvit.models.resnet import ResNet
-from mmvit.sampling.grids import check_picture_name, labelled_grid
-from mmvit.sampling.pictures import pictures_from_pixels
+from mmvit.sampling.grids import check_grid_file, labelled_grid
 from mmvit.training.distributed import choose_precision
 
 DRAWN = 16  # pictures with their attention
@@ -52,7 +52,7 @@ DRAWN = 16  # pictures with their attention
 
 def main() -> None:
     options = parse_arguments()
-    check_picture_name(options.out)
+    check_grid_file(options.out)
     if options.out.parent.exists() and not options.out.parent.is_dir():
         raise UserError(f"--out {options.out}: {options.out.parent} is a file, not a folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -192,7 +192,7 @@ def draw_attention(model: Classifier, unseen: dict[str, Tensor], names: list[str
     least = light.amin((1, 2), keepdim=True)
     heat = torch.from_numpy(colormaps["inferno"](((light - least) / (1 - least).clamp(min=1e-6)).numpy()))
     mixed = 0.35 * pixels.mean(1, keepdim=True) + 0.65 * (2 * heat[..., :3].permute(0, 3, 1, 2) - 1)
-    columns = [pictures_from_pixels(each) for each in (pixels, mixed)]
+    columns = [images_from_pixels(each) for each in (pixels, mixed)]
     predicted = unseen["logits"][places].argmax(1).tolist()
     labels = unseen["labels"][places].tolist()
     captions = [

@@ -21,7 +21,7 @@ from mmvit.data.writing import with_progress
 from mmvit.errors import UserError, run_script
 from mmvit.hub import SHIPPED
 from mmvit.sampling.candidates import DRAWN_TOGETHER, parts_of_seeds
-from mmvit.sampling.grids import check_picture_name, file_name, folder_of_pictures, labelled_grid
+from mmvit.sampling.grids import check_grid_file, file_name, folder_of_images, labelled_grid
 from mmvit.sampling.settings import add_options, given
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     captions = options.captions + (read_caption_file(options.captions_file) if options.captions_file else [])
     if options.num < 1:
         raise UserError(f"--num {options.num}: at least 1 picture is drawn")
-    check_picture_name(options.out, len(captions), options.num)
+    check_grid_file(options.out, len(captions), options.num)
     if not captions:
         raise UserError("no captions to draw; give at least one, '' for an unconditional picture")
     generator = Generator.from_pretrained(options.model)
@@ -41,7 +41,7 @@ def main() -> None:
             "often an empty one; --temperature 1 draws as many kinds as there are"
         )
     start = time.perf_counter()
-    folder = folder_of_pictures(options.out)
+    folder = folder_of_images(options.out)
     rows: list[list[Image.Image]] = [[] for _ in captions]
     total = len(captions) * options.num
     parts = with_progress(draw_in_parts(generator, captions, options), total, "drawing")
@@ -69,7 +69,7 @@ def draw_in_parts(
                 group, number, negative=options.negative, candidates=options.candidates, scorer=scorer,
                 seed=seed, **settings,
             )  # fmt: skip
-            for i, picture in enumerate(generator.pictures(drawn.codes)):
+            for i, picture in enumerate(generator.images(drawn.codes)):
                 yield first + i // number, drawn.seeds[i], picture
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.captions import TextTokenizer
-from mmvit.data.images import decode_image, encode_png, to_unit_range
+from mmvit.data.images import decode_image, encode_png, pixels_from_images, to_unit_range
 from mmvit.errors import UserError
 from mmvit.models.classifier import ClassifierConfig
 from mmvit.models.clip import CLIP, CLIPConfig
@@ -19,7 +19,6 @@ from mmvit.sampling.decoding import sample_codes
 from mmvit.sampling.editing import complete, rank_captions, variations
 from mmvit.sampling.filters import draw, filter_logits, uniforms
 from mmvit.sampling.generator import Generator
-from mmvit.sampling.pictures import pixels_from_pictures
 from mmvit.sampling.rerank import CaptionScorer
 from mmvit.sampling.scoring import caption_evidence, log_likelihood
 
@@ -194,16 +193,16 @@ def test_a_kept_upper_half_stays_in_every_picture(generator):
     given = codes.masked_fill(~kept, -1)
     drawn = generator.generate_codes("pear", 3, given=given)
     assert (drawn[:, 0] == codes[:, 0]).all()
-    assert [one.tobytes() for one in generator.pictures(drawn)] == [one.tobytes() for one in pictures]
+    assert [one.tobytes() for one in generator.images(drawn)] == [one.tobytes() for one in pictures]
     two = complete(generator, [picture, picture], torch.stack([kept, ~kept]), ["pear", "red apple"])
     assert len(two) == 2
 
 
 def test_variations_keep_their_share(generator):
     (picture,) = generator.generate("red apple", seed=1)
-    pixels = pixels_from_pictures(generator.pictures(generator.encode([picture])), 16, 24)
+    pixels = pixels_from_images(generator.images(generator.encode([picture])), 16, 24)
     (same,) = variations(generator, picture, "pear", num_images=1, keep=1.0)
-    torch.testing.assert_close(pixels_from_pictures([same], 16, 24), pixels)
+    torch.testing.assert_close(pixels_from_images([same], 16, 24), pixels)
     four = variations(generator, picture, "pear", keep=0.5, seed=7)
     assert len({one.tobytes() for one in four}) > 1
     (again,) = variations(generator, picture, "pear", num_images=1, keep=0.5, seed=8)
@@ -235,7 +234,7 @@ def test_captions_that_are_cut_where_they_are_ranked_are_named(generator):
 def test_pictures_of_another_shape_are_cropped_as_those_of_shards_are():
     wide = Image.new("RGB", (60, 20), "red")
     wide.paste("blue", (20, 0, 40, 20))
-    (pixels,) = pixels_from_pictures([wide], 8, 8)
+    (pixels,) = pixels_from_images([wide], 8, 8)
     torch.testing.assert_close(pixels.numpy(), to_unit_range(decode_image(encode_png(wide), (8, 8))))
     assert pixels[2].min() > 0.8  # the middle alone, which is blue
 
@@ -279,11 +278,11 @@ def test_the_scripts_edit_and_name(generator, run_script, tmp_path):
     for arguments, words in (
         (("gone.png",), "cannot read gone.png"),
         ((picture, "--keep", "middle"), "--keep middle: it is top, bottom"),
-        ((captions,), "captions.txt is no picture that can be read (undecodable image)"),
+        ((captions,), "captions.txt as an image (undecodable image)"),
         ((picture, "--keep", picture), "red.png is a picture in colour; a mask is black"),
         ((picture, "--keep", black), "no code's part is mostly white, so nothing"),
         ((picture, "--keep", 1), "all codes would stay"),
-        ((picture, "--num", 100_000), "1 captions of 100,001 pictures make a sheet"),
+        ((picture, "--num", 100_000), "a grid of 1 x 100,001 images would have"),
         ((picture, "--keep", small), "the mask is 8x8 pixels, the picture 24x16"),
         ((picture, "pear", "--scorer", model), "holds a generator, not a CLIP"),
         ((picture, "pear", "--negative", "apple"), "changes nothing at guidance_scale 1"),
@@ -296,8 +295,8 @@ def test_the_scripts_edit_and_name(generator, run_script, tmp_path):
 
 def test_pictures_become_pixels_over_white():
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    assert (pixels_from_pictures([clear, Image.new("RGB", (9, 9), "white")], 2, 3) == 1).all()
-    assert pixels_from_pictures([clear], 2, 3).shape == (1, 3, 2, 3)
+    assert (pixels_from_images([clear, Image.new("RGB", (9, 9), "white")], 2, 3) == 1).all()
+    assert pixels_from_images([clear], 2, 3).shape == (1, 3, 2, 3)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,11 @@ from PIL import Image
 
 from mmvit import ImageClassifier
 from mmvit.core.transformer import TransformerConfig
-from mmvit.data.images import decode_image, to_unit_range
+from mmvit.data.images import decode_image, pixels_from_images, to_unit_range
 from mmvit.data.shards import read_shard
 from mmvit.errors import UserError
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.resnet import ResNet, ResNetConfig
-from mmvit.sampling.pictures import pixels_from_pictures
 
 NAMES = ["red thing", "green thing", "blue thing", "white thing"]
 MODEL = ClassifierConfig(
@@ -50,7 +49,7 @@ def new_model(config: ClassifierConfig = MODEL) -> Classifier:
 def test_pictures_get_the_classes_of_the_logits(photos):
     classifier = ImageClassifier(new_model(), NAMES)
     pictures = [Image.open(path) for path in sorted(photos.iterdir())]
-    expected = classifier.model(pixels_from_pictures(pictures, 16, 16)).softmax(-1)
+    expected = classifier.model(pixels_from_images(pictures, 16, 16)).softmax(-1)
     for batch_size in (64, 3):
         found = classifier.classify(pictures, top=2, batch_size=batch_size)
         for row, shares in zip(found, expected, strict=True):
@@ -78,7 +77,7 @@ def test_pictures_of_every_mode_are_read_as_those_of_files(tmp_path):
         path = tmp_path / f"{name}.png"
         picture.save(path, exif=turned if name == "turned" else None)
         expected = to_unit_range(decode_image(path.read_bytes(), (16, 16)))
-        found = pixels_from_pictures([Image.open(path)], 16, 16)[0]
+        found = pixels_from_images([Image.open(path)], 16, 16)[0]
         assert np.array_equal(found.numpy(), expected), name
 
 
@@ -99,11 +98,11 @@ def test_mistakes_are_named(tmp_path):
     classifier = ImageClassifier(new_model())
     with pytest.raises(UserError, match="no pictures to classify"):
         classifier.classify([])
-    with pytest.raises(UserError, match=r"a list of pictures is wanted.*\[picture\]"):
+    with pytest.raises(UserError, match=r"expected a list of images, got a single one: write \[image\]"):
         classifier.classify(Image.new("RGB", (16, 16)))
-    with pytest.raises(UserError, match="picture 0 is a str, not one of Pillow's"):
+    with pytest.raises(UserError, match="image 0: expected a Pillow image, got str"):
         classifier.classify(["photo.png"])
-    with pytest.raises(UserError, match="picture 0: its pixels are floating-point numbers of unknown range"):
+    with pytest.raises(UserError, match="image 0: its pixels are floating-point numbers of unknown range"):
         classifier.classify([Image.new("F", (16, 16))])
     pretrained = ImageClassifier(Classifier(MODEL))
     with pytest.raises(UserError, match="has not learnt classes: its head is all zeros"):

@@ -44,7 +44,7 @@ def test_pictures_drawn_in_parts_are_those_of_their_seeds(generator_run, run_scr
     for seed in (3, 66, 67, 68):  # the second part begins at 67
         alone = generator.draw(["red square"], seed=seed).codes
         assert torch.equal(drawn[seed], alone[0])
-        (expected,) = generator.pictures(alone)
+        (expected,) = generator.images(alone)
         with Image.open(tmp_path / "many" / f"000-red-square-seed{seed}.png") as picture:
             assert np.abs(np.asarray(picture, int) - np.asarray(expected, int)).max() <= 1  # of 255: rounding
 
@@ -59,8 +59,8 @@ def test_mistakes_in_sampling_are_named(generator_run, run_script, tmp_path):
     refused(sample(generator_run, "a", "--out", tmp_path / "a.txt"), ".png")
     refused(
         sample(generator_run, "a", "--num", 200, "--out", "a.webp"),
-        "200 pictures make a sheet of",
-        "sides of 16,383",
+        "a grid of 1 x 200 images would have",
+        "at most 16,383 a side",
     )
     refused(sample(generator_run, "a", "--scorer", generator_run), "holds a generator, not a CLIP")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
@@ -70,4 +70,4 @@ def test_mistakes_in_sampling_are_named(generator_run, run_script, tmp_path):
     (tmp_path / "folder.png").mkdir()
     refused(sample(generator_run, "a", "--out", tmp_path / "folder.png"), "is a folder")
     (tmp_path / "taken").touch()
-    refused(sample(generator_run, "a", "--out", tmp_path / "taken.png"), "the folder", "cannot be made")
+    refused(sample(generator_run, "a", "--out", tmp_path / "taken.png"), "cannot make the folder")

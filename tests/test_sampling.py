@@ -242,7 +242,7 @@ def test_retrieval_by_hand():
 def test_labels_that_no_font_shows_are_code_points(monkeypatch):
     monkeypatch.setattr("mmvit.sampling.grids.system_fonts", lambda: [])
     assert readable("rød æble – красное яблоко") == "rød æble – красное яблоко"
-    with pytest.warns(UserWarning, match="no font here shows 赤い: labels have code points"):
+    with pytest.warns(UserWarning, match="no font can show 赤い; labels show code points"):
         assert readable("赤い apple\n") == "U+8D64 U+3044 apple"
     for label in ("U+8D64 U+30EA U+30F3 U+30B4 " * 3, "W" * 100, "i i " * 3000, "apple"):
         lines = wrapped(label, 192)

@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmvit.core.transformer import TransformerConfig
+from mmvit.data.images import pixels_from_images
 from mmvit.errors import UserError
 from mmvit.evaluation.image_classifier import ImageClassifier
 from mmvit.interop.vit import class_names, load_vit, recognise, vit_from_weights
 from mmvit.interop.vit_export import TIMM_HYBRIDS, save_vit, vit_to_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.presets import preset
-from mmvit.sampling.pictures import pixels_from_pictures
 
 SHAPE = {"width": 24, "depth": 3, "num_heads": 4, "mlp_ratio": 2.5}
 SHAPES = {  # ours, of several sizes
@@ -400,7 +400,7 @@ def test_pictures_and_names_go_with_the_weights(timm, tmp_path):
     values = torch.randint(256, (32, 32, 3), dtype=torch.uint8, generator=torch.manual_seed(0)).numpy()
     picture = Image.fromarray(values)
     theirs = ViTImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"]
-    own = pixels_from_pictures([picture], 32, 32)
+    own = pixels_from_images([picture], 32, 32)
     torch.testing.assert_close(theirs, own, rtol=0, atol=1e-5)
     assert class_names(save_vit(model, tmp_path / "timm", "timm", names)) == names
     peer = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mmvit.config import Config
 from mmvit.data.augment import AugmentConfig
+from mmvit.data.images import images_from_pixels
 from mmvit.data.samples import PixelsSample
 from mmvit.data.shards import ShardPatterns
 from mmvit.data.stream import ShardStream
@@ -41,7 +42,6 @@ from mmvit.models.sections import with_preset
 from mmvit.models.tokenizer_objective import ObjectiveConfig, TokenizerObjective
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.sampling.grids import labelled_grid
-from mmvit.sampling.pictures import pictures_from_pixels
 from mmvit.training import Recipe, Session, one_epoch, open_session, train, training_stream
 from mmvit.training.deepspeed_engine import zero_stage
 
@@ -171,7 +171,7 @@ def draw_reconstructions(model: ImageTokenizer, pixels: Tensor) -> Image.Image:
     """`pixels` (pictures, 3, height, width) in a row, and under each what the tokenizer makes of it."""
     device = next(model.parameters()).device
     made = model.decode(model.encode(pixels.to(device))).cpu()
-    return labelled_grid([pictures_from_pixels(each) for each in (pixels, made)], ["held out", "tokenizer"])
+    return labelled_grid([images_from_pixels(each) for each in (pixels, made)], ["held out", "tokenizer"])
 
 
 def build_objective(session: Session[ImageTokenizerRecipe], model: VQModel) -> TokenizerObjective:

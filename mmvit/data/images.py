@@ -1,10 +1,14 @@
-"""Images: bytes of any common format → RGB pixels of one size, safely."""
+"""Images: bytes of any common format → RGB pixels of one size, safely; Pillow images ↔ a model's pixels."""
 
 import io
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from mmvit.data.shards import BadSample
 from mmvit.errors import UserError
@@ -103,3 +107,46 @@ def encode_png(image: Image.Image | np.ndarray) -> bytes:
     buffer = io.BytesIO()
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def read_image(path: Path) -> Image.Image:
+    """The RGB image in a file. Raises UserError when it cannot be read."""
+    try:
+        return open_image(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except BadSample as bad:
+        raise UserError(f"cannot read {path} as an image ({bad.reason})") from None
+
+
+def check_images(images: Sequence[Image.Image]) -> None:
+    """Raises UserError for a single image, and for a list of anything but Pillow images."""
+    if isinstance(images, Image.Image):
+        raise UserError("expected a list of images, got a single one: write [image]")
+    for number, image in enumerate(images):
+        if not isinstance(image, Image.Image):
+            raise UserError(
+                f"image {number}: expected a Pillow image, got {type(image).__name__}: open files with "
+                "PIL.Image.open"
+            )
+
+
+def pixels_from_images(images: Sequence[Image.Image], height: int, width: int) -> Tensor:
+    """Pixels (images, 3, height, width) in [-1, 1], prepared as those of shards: turned upright, laid over
+    white, resized and centre-cropped. Raises UserError for anything but Pillow images of whole numbers."""
+    check_images(images)
+    rows = []
+    for number, image in enumerate(images):
+        try:
+            upright = to_rgb(ImageOps.exif_transpose(image))
+        except ValueError as error:
+            raise UserError(f"image {number}: its {error}") from None
+        fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BICUBIC)
+        rows.append(torch.from_numpy(to_unit_range(np.asarray(fitted))))
+    return torch.stack(rows)
+
+
+def images_from_pixels(pixels: Tensor) -> list[Image.Image]:
+    """Pixels (images, 3, height, width) in [-1, 1] as RGB images."""
+    levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in levels]

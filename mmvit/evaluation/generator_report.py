@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmvit.data.images import images_from_pixels
 from mmvit.errors import UserError
 from mmvit.evaluation.frechet import FeatureSpace
 from mmvit.evaluation.generated import COPY, diversity, nearest
@@ -22,7 +23,6 @@ from mmvit.models.perceptual import fit_pixels
 from mmvit.sampling.editing import rank_captions
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import two_halves
-from mmvit.sampling.pictures import pictures_from_pixels
 from mmvit.sampling.rerank import CaptionScorer
 from mmvit.training.distributed import choose_precision
 
@@ -253,7 +253,7 @@ def draw_worst_to_best(
     order = report.ranks.argsort(stable=True, descending=True)
     chosen = order[torch.linspace(0, len(order) - 1, min(2 * num_rows, len(order))).round().long()].tolist()
     columns = [
-        pictures_from_pixels(pixels[chosen])
+        images_from_pixels(pixels[chosen])
         for pixels in (unseen.pixels, report.reconstructed, report.generated)
     ]
     captions = [

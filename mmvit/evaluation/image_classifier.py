@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmvit.data.images import check_images, pixels_from_images
 from mmvit.errors import UserError
 from mmvit.hub import find_model_folder, in_words, read_part_description, write_json
 from mmvit.models.classifier import Classifier
 from mmvit.models.perceptual import fit_pixels
 from mmvit.models.resnet import ResNet
-from mmvit.sampling.pictures import check_pictures, pixels_from_pictures
 
 CLASSES = "classes.json"  # beside the weights
 UNTRAINED = (
@@ -80,12 +80,12 @@ class ImageClassifier:
     @torch.inference_mode()
     def features(self, pictures: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
         """What the head reads: (pictures, width), float32 on the CPU."""
-        check_pictures(pictures)
+        check_images(pictures)
         if not pictures:
             raise UserError("no pictures to classify; give at least one")
         config, found = self.model.config, []
         for first in range(0, len(pictures), batch_size):
-            pixels = pixels_from_pictures(pictures[first : first + batch_size], *config.height_width)
+            pixels = pixels_from_images(pictures[first : first + batch_size], *config.height_width)
             found.append(self.model.features(fit_pixels(pixels.to(self.device), config)).float().cpu())
         return torch.cat(found)
 

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmvit.data.images import images_from_pixels
 from mmvit.evaluation.code_use import use_metrics
 from mmvit.evaluation.frechet import FeatureSpace
 from mmvit.evaluation.reconstruction import image_psnr, image_ssim
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.sampling.grids import two_halves
-from mmvit.sampling.pictures import pictures_from_pixels
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,6 @@ def draw_tokens_worst_to_best(report: TokenizerReport, keys: list[str], num_rows
     """Real and reconstruction in two halves of `num_rows`: evenly from the worst of the split to its best."""
     order = report.psnr.argsort()
     chosen = order[torch.linspace(0, len(order) - 1, min(2 * num_rows, len(order))).round().long()].tolist()
-    columns = [pictures_from_pixels(of[chosen]) for of in (report.pixels, report.reconstructed)]
+    columns = [images_from_pixels(of[chosen]) for of in (report.pixels, report.reconstructed)]
     labels = [f"{keys[i]} {report.psnr[i]:.1f} dB" for i in chosen]
     return two_halves(columns, labels, ["worst to best", "real", "tokenizer"], num_rows)

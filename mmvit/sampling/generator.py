@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmvit.data.captions import TextTokenizer
+from mmvit.data.images import images_from_pixels, pixels_from_images
 from mmvit.errors import UserError
 from mmvit.hub import SHIPPED, find_model_folder
 from mmvit.memory import in_parts
@@ -19,7 +20,6 @@ from mmvit.models.generator import GeneratorTransformer
 from mmvit.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from mmvit.sampling.candidates import Drawn, check_candidates, choose
 from mmvit.sampling.decoding import sample_codes
-from mmvit.sampling.pictures import pictures_from_pixels, pixels_from_pictures
 from mmvit.sampling.prompts import Prompt, encode_prompts, has_weights, list_prompts
 from mmvit.sampling.rerank import CaptionScorer
 from mmvit.sampling.scoring import after_drawn, caption_evidence, likelihood_of_given
@@ -116,7 +116,7 @@ class Generator:
         Raises:
             UserError: for no captions, or settings outside their range.
         """
-        return self.pictures(self.draw(captions, num_images, **settings).codes)
+        return self.images(self.draw(captions, num_images, **settings).codes)
 
     def generate_codes(
         self, captions: Prompt | Sequence[Prompt], num_images: int = 1, **settings: Any
@@ -255,7 +255,7 @@ class Generator:
             UserError: for pixels of another size.
         """
         height, width = self.size
-        pixels = pictures if isinstance(pictures, Tensor) else pixels_from_pictures(pictures, height, width)
+        pixels = pictures if isinstance(pictures, Tensor) else pixels_from_images(pictures, height, width)
         if tuple(pixels.shape[1:]) != (3, height, width):
             raise UserError(
                 f"pixels are {tuple(pixels.shape[1:])}, this generator draws {(3, height, width)}"
@@ -267,9 +267,9 @@ class Generator:
         """Codes (pictures, rows, columns) as pixels (pictures, 3, height, width) in [-1, 1]."""
         return self.image_tokenizer.decode_many(codes, batch_size)
 
-    def pictures(self, codes: Tensor, batch_size: int = 64) -> list[Image.Image]:
+    def images(self, codes: Tensor, batch_size: int = 64) -> list[Image.Image]:
         """Codes (pictures, rows, columns) as RGB pictures."""
-        return pictures_from_pixels(self.decode(codes, batch_size))
+        return images_from_pixels(self.decode(codes, batch_size))
 
 
 def check_fit(

@@ -1,5 +1,6 @@
-"""Pictures side by side with their captions, as one picture."""
+"""Images side by side with their captions, as one image; and the files that they are saved in."""
 
+import importlib.util
 import re
 import textwrap
 import warnings
@@ -7,26 +8,25 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 from mmvit.errors import UserError
 
 GAP, TEXT_SIZE, CELL, LABEL_WIDTH = 4, 12, 96, 200  # pixels
-MOST_PIXELS = {".png": 2**20, ".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # of a side, by format
-MOST_IN_ALL = 400_000_000  # 1.2 GB in memory
+MAX_SIDE = {".png": 2**20, ".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # pixels, by file format
+MAX_PIXELS = 400_000_000  # of a grid: 1.2 GB in memory
 
-
-DEJAVU = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # which matplotlib brings along
+# DejaVu Sans comes with matplotlib, which is found here without being imported: that takes half a second
+DEJAVU = Path(importlib.util.find_spec("matplotlib").origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"
 
 
 @lru_cache
 def font(text: str = "", size: int = TEXT_SIZE) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans (Latin, Greek, Cyrillic, Arabic), or the first font of the system that has all letters of
-    `text`, if there is one."""
+    """DejaVu Sans (Latin, Greek, Cyrillic, Arabic), or if it lacks a letter of `text`, the system's first
+    font that has them all."""
     path = DEJAVU
-    if missing(text, DEJAVU):
-        path = next((other for other in system_fonts() if not missing(text, other)), DEJAVU)
+    if missing_letters(text, DEJAVU):
+        path = next((other for other in system_fonts() if not missing_letters(text, other)), DEJAVU)
     return ImageFont.truetype(path, size)
 
 
@@ -37,29 +37,31 @@ def system_fonts() -> list[Path]:
     return [Path(found) for found in sorted(findSystemFonts()) if found.endswith((".ttf", ".otf", ".ttc"))]
 
 
-def missing(text: str, path: Path) -> set[str]:
-    """The characters of `text` that a font has no picture of."""
+def missing_letters(text: str, path: Path) -> set[str]:
+    """The letters of `text` that a font has no glyph for."""
+    if text.isascii() and text.isprintable():  # every font has these, and the import takes half a second
+        return set()
     from matplotlib.ft2font import FT2Font
 
     try:
-        table = FT2Font(str(path))
-    except RuntimeError:  # of a format that it does not read
+        font_file = FT2Font(str(path))
+    except RuntimeError:  # a font format that matplotlib does not read
         return {*text}
-    return {letter for letter in text if not letter.isspace() and not table.get_char_index(ord(letter))}
+    return {letter for letter in text if not letter.isspace() and not font_file.get_char_index(ord(letter))}
 
 
 def readable(text: str) -> str:
-    """`text`, with the code points of characters that no font here shows, as U+8D64, and a warning."""
-    unknown = missing(text, Path(font(text).path))
-    if unknown:
-        shown = "".join(letter for letter in dict.fromkeys(text) if letter in unknown)
-        warnings.warn(
-            f"no font here shows {shown}: labels have code points instead; one that does "
-            "may be had by apt-get install fonts-noto-cjk",
-            stacklevel=3,
-        )
-    told = "".join(f" U+{ord(letter):04X} " if letter in unknown else letter for letter in text)
-    return " ".join(told.split()) if unknown else text
+    """`text` with code points, such as U+8D64, for letters that no font here can show, and a warning."""
+    missing = missing_letters(text, Path(font(text).path))
+    if not missing:
+        return text
+    warnings.warn(
+        f"no font can show {''.join(letter for letter in dict.fromkeys(text) if letter in missing)}; labels "
+        "show code points instead. To see the letters, install a font: apt-get install fonts-noto-cjk",
+        stacklevel=3,
+    )
+    replaced = "".join(f" U+{ord(letter):04X} " if letter in missing else letter for letter in text)
+    return " ".join(replaced.split())
 
 
 def labelled_grid(
@@ -69,12 +71,12 @@ def labelled_grid(
     cell: int = CELL,
     label_width: int = LABEL_WIDTH,
 ) -> Image.Image:
-    """One row a label: the label on the left, its pictures to the right, each scaled to fit `cell` pixels.
+    """One row per label: the label on the left, its images to the right, each scaled to fit `cell` pixels.
 
     Args:
-        rows: pictures; rows may differ in length.
-        labels: one a row, wrapped to `label_width` pixels and cut after as many lines as fit.
-        headings: words above the columns, the first above the labels.
+        rows: images; rows may differ in length.
+        labels: one per row, wrapped to `label_width` pixels and cut after as many lines as fit.
+        headings: text above the columns, the first above the labels.
     """
     top = TEXT_SIZE + 3 * GAP if headings else GAP
     sheet = Image.new(
@@ -91,16 +93,16 @@ def labelled_grid(
         pen.multiline_text(
             (GAP, y + GAP), "\n".join(lines[: cell // (TEXT_SIZE + 4)]), fill="black", font=font(label)
         )
-        for j, picture in enumerate(row):
-            sheet.paste(fit(picture, cell), (label_width + j * (cell + GAP), y))
+        for j, image in enumerate(row):
+            sheet.paste(fit(image, cell), (label_width + j * (cell + GAP), y))
     return sheet
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """The beginning of `text`, as much as a label shows, in lines of `width` pixels at most."""
-    text, shown = text[: 4 * width], font(text)
-    letters = width // 2  # in a line; there is none so narrow
-    while max(map(shown.getlength, lines := textwrap.wrap(text, letters))) > width and letters > 1:
+    """The start of `text`, as much as a label can show, in lines of at most `width` pixels."""
+    text, letter_widths = text[: 4 * width], font(text)
+    letters = width // 2  # per line; even the narrowest letters fill it
+    while max(map(letter_widths.getlength, lines := textwrap.wrap(text, letters))) > width and letters > 1:
         letters -= 1
     return lines
 
@@ -112,48 +114,48 @@ def sheet_size(
     return label_width + columns * (cell + GAP) + GAP, top + rows * (cell + GAP)
 
 
-def check_picture_name(out: Path, rows: int = 1, columns: int = 1) -> None:
-    """Makes the folder of `out`. Raises UserError unless a grid of so many pictures can be saved there."""
-    if (suffix := out.suffix.lower()) not in MOST_PIXELS:
-        raise UserError(f"--out {out}: name a .png, .jpg or .webp file")
+def check_grid_file(out: Path, rows: int = 1, columns: int = 1) -> None:
+    """Makes the folder of `out`. Raises UserError unless a grid of so many images can be saved there."""
+    if (suffix := out.suffix.lower()) not in MAX_SIDE:
+        raise UserError(f"--out {out}: expected a file name that ends in .png, .jpg or .webp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        taken = out.is_dir()
+        is_folder = out.is_dir()
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written, {error.strerror}") from None
-    if taken:
-        raise UserError(f"--out {out} is a folder; name a file that may be written")
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    if is_folder:
+        raise UserError(f"--out {out}: is a folder; name a file")
     width, height = sheet_size(rows, columns)
-    if max(width, height) > MOST_PIXELS[suffix] or width * height > MOST_IN_ALL:
-        most = f"a {suffix} has sides of {MOST_PIXELS[suffix]:,} at most, and a sheet {MOST_IN_ALL:,} in all"
+    if max(width, height) > MAX_SIDE[suffix] or width * height > MAX_PIXELS:
         raise UserError(
-            f"--out {out}: {rows:,} captions of {columns:,} pictures make a sheet of {width:,}x{height:,} "
-            f"pixels; {most}: draw fewer at a time"
+            f"--out {out}: a grid of {rows:,} x {columns:,} images would have {width:,}x{height:,} pixels; a "
+            f"{suffix} file holds at most {MAX_SIDE[suffix]:,} a side and {MAX_PIXELS:,} in all: draw fewer"
         )
 
 
-def folder_of_pictures(out: Path) -> Path:
-    """The folder beside the grid `out` for each picture alone, made. Raises UserError if a file is there."""
+def folder_of_images(out: Path) -> Path:
+    """Makes the folder beside the grid `out` for its single images. Raises UserError if a file is in the
+    way."""
     folder = out.with_suffix("")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"--out {out}: each picture alone would go into the folder {folder}, which cannot be made "
-            f"({error.strerror}); name another picture"
+            f"--out {out}: cannot make the folder {folder} for the single images ({error.strerror}); choose "
+            "another name"
         ) from None
     return folder
 
 
 def file_name(caption: str) -> str:
-    """A caption as part of a file name: letters and digits of any script, at most 40 characters; the code
-    points of one that has none, as of emoji."""
+    """A caption as part of a file name: up to 40 letters and digits of any script; for a caption without any,
+    such as an emoji, its code points."""
     points = "-".join(f"{ord(character):x}" for character in caption[:6] if not character.isspace())
     return re.sub(r"\W+", "-", caption)[:40].strip("-") or points or "unconditional"
 
 
 def side_by_side(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Several sheets as one, from left to right."""
+    """Several sheets as one, left to right."""
     both = Image.new(
         "RGB", (sum(sheet.width for sheet in sheets), max(sheet.height for sheet in sheets)), "white"
     )
@@ -167,16 +169,15 @@ def side_by_side(sheets: Sequence[Image.Image]) -> Image.Image:
 def two_halves(
     columns: Sequence[Sequence[Image.Image]], labels: Sequence[str], headings: Sequence[str], num_rows: int
 ) -> Image.Image:
-    """Rows of pictures, given by columns, the first `num_rows` on the left and the rest on the right."""
+    """Rows of images, passed as columns: the first `num_rows` on the left, the rest on the right."""
     rows = list(zip(*columns, strict=True))
     halves = [part for part in (slice(None, num_rows), slice(num_rows, None)) if rows[part]]
     return side_by_side([labelled_grid(rows[part], labels[part], headings, cell=128) for part in halves])
 
 
-def fit(picture: Image.Image, cell: int) -> Image.Image:
-    """The picture scaled to lie within cell × cell pixels; small ones grow by whole factors, so codes stay
-    crisp."""
-    scale = cell / max(picture.size)
+def fit(image: Image.Image, cell: int) -> Image.Image:
+    """The image scaled to fit cell × cell pixels; small ones by whole factors, which keeps them crisp."""
+    scale = cell / max(image.size)
     scale = int(scale) if scale >= 1 else scale
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
-    return picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    return image.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
