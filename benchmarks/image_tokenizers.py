@@ -48,7 +48,7 @@ from mmvit.training.engine import TorchEngine
 
 RECIPE = Path(__file__).parent.parent / "configs" / "image_tokenizer_emoji.toml"
 SIZE = (64, 64)
-TRAIN, HELD_OUT = ("train-*.tar",), ("combinations-*.tar", "heldout-*.tar")
+TRAIN, HELD_OUT = ("train-*.tar",), ("combinations-*.tar", "held-out-*.tar")
 
 OURS: dict[str, dict[str, Any]] = {
     "vq": {},

@@ -32,7 +32,7 @@ from mmvit.data.captions import read_caption, read_captions
 from mmvit.data.codes import MAX_CODES, pack_codes
 from mmvit.data.images import decode_image, parse_size, to_unit_range
 from mmvit.data.samples import IMAGE_EXTENSIONS, VIEWS, image_bytes
-from mmvit.data.shards import BadSample, Sample, expand_shards
+from mmvit.data.shards import BadSample, Sample, expand_shards, split_of
 from mmvit.data.writing import (
     Outcome,
     ShardWriter,
@@ -177,10 +177,6 @@ def find_splits(folder: Path) -> dict[str, list[Path]]:
     for shard in expand_shards(folder):
         splits.setdefault(split_of(shard), []).append(shard)
     return splits
-
-
-def split_of(shard: Path) -> str:
-    return shard.stem.rpartition("-")[0] or shard.stem
 
 
 def refuse_damaged(splits: Mapping[str, list[Path]]) -> None:

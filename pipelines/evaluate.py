@@ -61,7 +61,7 @@ from mmvit.sampling.settings import OWN, add_options, given
 MOST, BYTES = 16, 4 * 3  # GiB of memory for the pictures; of a pixel
 AT_ONCE = 3  # of a measured picture: real, reconstructed or drawn, in between
 TRAIN = "train"
-UNSEEN = ("combinations", "heldout", "test")
+UNSEEN = ("combinations", "held-out", "heldout", "test")
 # of a generator whose captions in another language are measured, too
 OF_LANGUAGE = ("held_out_loss", "retrieval@1", "retrieval@5")
 

@@ -2,7 +2,7 @@
 it looks.
 
     python pipelines/evaluate_classifier.py runs/fashion-mnist data/fashion-mnist --split test
-    python pipelines/evaluate_classifier.py runs/vit-b16 data/photos --split heldout --features
+    python pipelines/evaluate_classifier.py runs/vit-b16 data/photos --split held-out --features
 
 Top-1 and top-5 accuracy, that of every class, and the calibration error. OUT.png shows which class is taken
 for which; OUT-attention.png what the classifier reads its answer from (attention rollout), from the pictures

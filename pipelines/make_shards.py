@@ -9,7 +9,7 @@
 A folder's captions are used where there are .txt files beside the images; otherwise the folder names are
 classes. Paths in a list are relative to it; `captions` in JSON lines may hold {language: caption}. Images
 keep their bytes, unless they are larger than --max-side or not JPEG, PNG or WebP. A share of them, chosen by
-a hash of the key, is held out as split `heldout`; of two or more, always at least one.
+a hash of the key, is held out as split `held-out`; of two or more, always at least one.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="a folder, a .csv or a .jsonl")
     parser.add_argument("out", type=Path, help="folder to write the shards to")
     parser.add_argument(
-        "--heldout-share", type=float, default=0.05, help="share of the samples in the split heldout"
+        "--held-out-share", type=float, default=0.05, help="share of the samples in the split held-out"
     )
     parser.add_argument(
         "--unlabelled", action="store_true", help="pictures alone, without captions and classes"
@@ -70,8 +70,8 @@ def main() -> None:
     parser.add_argument("--max-side", type=int, help="scale images down so that no side is longer, in pixels")
     parser.add_argument("--samples-per-shard", type=int, default=1000)
     arguments = parser.parse_args()
-    if not 0 <= arguments.heldout_share < 1:
-        raise UserError(f"--heldout-share {arguments.heldout_share} is not in [0, 1)")
+    if not 0 <= arguments.held_out_share < 1:
+        raise UserError(f"--held-out-share {arguments.held_out_share} is not in [0, 1)")
     if arguments.max_side is not None and arguments.max_side < 1:
         raise UserError(f"--max-side {arguments.max_side} is not a size in pixels")
 
@@ -83,7 +83,7 @@ def main() -> None:
         raise UserError(f"nothing usable in {arguments.source}: {describe_skipped(outcome)}")
     write(entries, arguments, outcome)
     outcome.print(arguments.out)
-    if arguments.heldout_share and not outcome.written.get("heldout"):
+    if arguments.held_out_share and not outcome.written.get("held-out"):
         print("no image is held out: there is one alone; a recipe's data.held_out needs some")
 
 
@@ -230,10 +230,10 @@ def write(entries: list[Entry], arguments: argparse.Namespace, outcome: Outcome)
     hashes = {entry.key: hashlib.sha256(entry.key.encode()).digest() for entry in entries}
     entries = sorted(entries, key=lambda entry: hashes[entry.key])
     files_of = {entry.key: partial(image_files, entry.path, arguments.max_side) for entry in entries}
-    held_out = choose_held_out(hashes, arguments.heldout_share, lambda key: is_usable(files_of[key]))
+    chosen = choose_held_out(hashes, arguments.held_out_share, lambda key: is_usable(files_of[key]))
     with (
         ShardWriter(out, "train", arguments.samples_per_shard) as train,
-        ShardWriter(out, "heldout", arguments.samples_per_shard) as heldout,
+        ShardWriter(out, "held-out", arguments.samples_per_shard) as held_out,
     ):
         used: set[str] = set()  # classes
         for entry in with_progress(entries, len(entries), "writing shards"):
@@ -242,7 +242,7 @@ def write(entries: list[Entry], arguments: argparse.Namespace, outcome: Outcome)
             except BadSample as bad:
                 outcome.skip(bad.reason, str(entry.path))
                 continue
-            writer = heldout if entry.key in held_out else train
+            writer = held_out if entry.key in chosen else train
             writer.write(entry.key, {**image, **text_files(entry, numbers)})
             outcome.wrote(writer.split, *image.values(), label=entry.label)
             used |= {entry.label} - {None}

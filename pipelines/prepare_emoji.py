@@ -20,7 +20,7 @@ The split is a rule without a seed, and its result is written to split.json:
   the order of their code points and tones 0 (light) to 4 (dark); with two tones, those with (base + first + 2
   * second) % 5 == 0. They are held out only if their base, each tone and each word of their caption are seen
   in train; else they go to train.
-- heldout: every 25th of the emoji without skin-tone variants, in the order of their code points.
+- held-out: every 25th of the emoji without skin-tone variants, in the order of their code points.
 - train: all others, and every emoji whose picture is pixel for pixel that of another one.
 """
 
@@ -194,7 +194,7 @@ def redraw(
             continue
         redrawn[split].append(replace(one, png=png, picture=hash_of_picture(png)))
     trained = {one.picture for one in redrawn["train"]}
-    for split in ("combinations", "heldout"):
+    for split in ("combinations", "held-out"):
         for one in redrawn[split]:
             if one.picture in trained:
                 outcome.skip("held out, but drawn as one in train", one.key)
@@ -249,7 +249,7 @@ def split_emoji(emoji: list[Emoji]) -> dict[str, list[Emoji]]:
     number = {base: index for index, base in enumerate(toned_bases)}
     toneless = sorted(one.key for one in emoji if one.base not in number)
     unseen = set(toneless[::25])
-    splits: dict[str, list[Emoji]] = {"train": [], "combinations": [], "heldout": []}
+    splits: dict[str, list[Emoji]] = {"train": [], "combinations": [], "held-out": []}
     for one in sorted(emoji, key=lambda one: one.key):
         weighted = one.tones[0] + 2 * one.tones[1] if len(one.tones) == 2 else sum(one.tones)
         if pictures[one.picture] > 1:
@@ -257,7 +257,7 @@ def split_emoji(emoji: list[Emoji]) -> dict[str, list[Emoji]]:
         elif one.tones and (number[one.base] + weighted) % 5 == 0:
             splits["combinations"].append(one)
         else:
-            splits["heldout" if one.key in unseen else "train"].append(one)
+            splits["held-out" if one.key in unseen else "train"].append(one)
     keep_what_is_composed(splits)
     splits["train"].sort(key=lambda one: hashlib.sha256(one.key.encode()).hexdigest())
     return splits

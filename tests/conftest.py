@@ -56,14 +56,14 @@ def tokenizer() -> TextTokenizer:
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory) -> Path:
-    """A folder with `train` (5 shards, 48 samples) and `heldout` (1 shard, 8).
+    """A folder with `train` (5 shards, 48 samples) and `held-out` (1 shard, 8).
 
     Samples have png (16x16), cls (0 to 3), txt, json and codes.npy (2x2). The class is the picture's colour,
     and the codes are the class, so that a tiny model can learn both.
     """
     folder = tmp_path_factory.mktemp("tiny")
     rng = random.Random(0)
-    for split, count in (("train", 48), ("heldout", 8)):
+    for split, count in (("train", 48), ("held-out", 8)):
         with ShardWriter(folder, split, samples_per_shard=10) as writer:
             for number in range(count):
                 writer.write(f"{split}-{number:03d}", tiny_sample(number % 4, rng))
@@ -204,7 +204,7 @@ def encoded(tmp_path_factory, tiny_shards, run_script) -> Path:
         output = "{folder / "run"}"
         [data]
         train = "{folder}/codes/train-*.tar"
-        held_out = "{folder}/codes/heldout-*.tar"
+        held_out = "{folder}/codes/held-out-*.tar"
         image_tokenizer = "{folder}/tokenizer"
         text_tokenizer = "{ROOT}/tokenizers/emoji-text"
         [samples]

@@ -145,7 +145,7 @@ def trained(tmp_path_factory, run_script, tiny_shards) -> Path:
         output = "{folder / "run"}"
         [data]
         train = "{tiny_shards}/train-*.tar"
-        held_out = "{tiny_shards}/heldout-*.tar"
+        held_out = "{tiny_shards}/held-out-*.tar"
         [model]
         text_length = 4
         embedding_width = 16
@@ -174,7 +174,7 @@ def test_the_script_trains_what_finds_captions(trained, tiny_shards):
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["caption_at_1"] == last["picture_at_1"] == 1
     scorer = CaptionScorer.from_pretrained(trained)
-    samples = [s for shard in expand_shards(f"{tiny_shards}/heldout-*.tar") for s in read_shard(shard)]
+    samples = [s for shard in expand_shards(f"{tiny_shards}/held-out-*.tar") for s in read_shard(shard)]
     pixels = torch.stack(
         [torch.from_numpy(to_unit_range(decode_image(s.files["png"], (32, 32)))) for s in samples]
     )

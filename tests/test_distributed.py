@@ -323,7 +323,7 @@ def test_settings_that_cannot_work_are_explained(
     config.write_text(
         f"""
 output = "{tmp_path}/run"
-data = {{train = "{tiny_shards}/train-*.tar", held_out = "{tiny_shards}/heldout-*.tar"}}
+data = {{train = "{tiny_shards}/train-*.tar", held_out = "{tiny_shards}/held-out-*.tar"}}
 model = {{image_size = 16, patch_size = 8, num_classes = 4, core = {{width = 16, depth = 1, num_heads = 2}}}}
 """
     )

@@ -83,7 +83,7 @@ def test_views_are_moved_and_flipped_where_the_caption_allows(
             codes = model.encode(torch.from_numpy(expected.copy())[None])
             assert torch.equal(codes[0], torch.from_numpy(views[view])), sample.key
     assert seen_flips == {True, False}
-    (held_out,) = out.glob("heldout-*.tar")
+    (held_out,) = out.glob("held-out-*.tar")
     assert "views.npy" not in next(read_shard(held_out)).files
 
     sample = next(read_shard(next(out.glob("train-*0.tar"))))
@@ -149,5 +149,5 @@ def test_pictures_of_any_shape_are_encoded_and_the_shards_say_their_grid(
     ran = run_script("pipelines/encode_images.py", *arguments)
     assert ran.returncode == 0, ran.stderr
     assert json.loads((tmp_path / "dataset.json").read_text())["image_tokenizer"]["grid"] == [2, 5]
-    sample = next(iter(read_shard(tmp_path / "heldout-000000.tar")))
+    sample = next(iter(read_shard(tmp_path / "held-out-000000.tar")))
     assert unpack_codes(sample.files["codes.npy"], (2, 5), 16).shape == (2, 5)

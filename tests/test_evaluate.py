@@ -29,9 +29,9 @@ from mmvit.sampling.rerank import CaptionScorer
 
 def test_evaluation_writes_figures_and_a_picture(generator_run, tiny_shards, run_script, tmp_path):
     out = tmp_path / "sheet.png"
-    ran = run_script("pipelines/evaluate.py", generator_run, tiny_shards, "--split", "heldout", "--out", out)
+    ran = run_script("pipelines/evaluate.py", generator_run, tiny_shards, "--split", "held-out", "--out", out)
     assert ran.returncode == 0, ran.stderr
-    figures = json.loads((generator_run / "evaluation-heldout.json").read_text())
+    figures = json.loads((generator_run / "evaluation-held-out.json").read_text())
     assert figures["captions"] == 8
     assert figures["candidates"] == 56
     assert 0 <= figures["retrieval@1"] <= figures["retrieval@5"] <= 1
@@ -52,7 +52,7 @@ def test_evaluation_by_a_clip_a_classifier_and_in_two_languages(
     clip = CLIP(CLIPConfig(image=image, text=core, vocab_size=tokenizer.vocab_size))
     CaptionScorer(clip, tokenizer).save_pretrained(tmp_path / "clip")
     classifier = Classifier(image)
-    arguments = (generator_run, tiny_shards, "--split", "heldout", "--out", tmp_path / "sheet.png")
+    arguments = (generator_run, tiny_shards, "--split", "held-out", "--out", tmp_path / "sheet.png")
     named = ("--classifier", classifier.save_pretrained(tmp_path / "classifier"))
     refused(run_script("pipelines/evaluate.py", *arguments, *named), "its head is all zeros")
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_evaluation_by_a_clip_a_classifier_and_in_two_languages(
     more = ("--captioned", 3, "--seeds", 2, *spaces)
     ran = run_script("pipelines/evaluate.py", *arguments, *more, "--language", "en", "de")
     assert ran.returncode == 0, ran.stderr
-    figures = json.loads((generator_run / "evaluation-heldout.json").read_text())
+    figures = json.loads((generator_run / "evaluation-held-out.json").read_text())
     assert figures["languages"].keys() == {"en", "de"}
     assert figures["languages"]["en"]["held_out_loss"] == figures["held_out_loss"]
     assert figures["languages"]["de"]["held_out_loss"] != figures["held_out_loss"]
@@ -105,24 +105,24 @@ def test_pictures_of_one_key_are_refused(tiny_shards):
     real = read_split(tiny_shards, "*", PixelsSample((16, 16)))
     twice = {**real, "keys": ["000000", "000000", *real["keys"][2:]]}
     with pytest.raises(UserError, match="several pictures have the key 000000, perhaps one of each split"):
-        Unseen.of(read_split(tiny_shards, "heldout", CaptionSample()), twice, [])
+        Unseen.of(read_split(tiny_shards, "held-out", CaptionSample()), twice, [])
 
 
 def test_a_split_is_not_another_whose_name_begins_so(tiny_shards, tmp_path):
-    shutil.copy(tiny_shards / "heldout-000000.tar", tmp_path / "heldout-000000.tar")
-    shutil.copy(tiny_shards / "train-000000.tar", tmp_path / "heldout-hard-000000.tar")
-    assert len(read_split(tmp_path, "heldout", CaptionSample())["keys"]) == 8
-    assert len(read_split(tmp_path, "heldout-hard", CaptionSample())["keys"]) == 10
+    shutil.copy(tiny_shards / "held-out-000000.tar", tmp_path / "held-out-000000.tar")
+    shutil.copy(tiny_shards / "train-000000.tar", tmp_path / "held-out-hard-000000.tar")
+    assert len(read_split(tmp_path, "held-out", CaptionSample())["keys"]) == 8
+    assert len(read_split(tmp_path, "held-out-hard", CaptionSample())["keys"]) == 10
     assert len(read_split(tmp_path, "*", CaptionSample())["keys"]) == 18
-    (tmp_path / "heldout-000000.tar").unlink()
-    with pytest.raises(UserError, match=r"no shards of heldout in .*, only of splits whose names begin so"):
-        read_split(tmp_path, "heldout", CaptionSample())
+    (tmp_path / "held-out-000000.tar").unlink()
+    with pytest.raises(UserError, match=r"no shards of held-out in .*, only of splits whose names begin so"):
+        read_split(tmp_path, "held-out", CaptionSample())
 
 
 def test_captions_of_the_same_tokens_are_one(generator_run, tiny_shards):
     generator = Generator.from_pretrained(generator_run)
     real = read_split(tiny_shards, "*", PixelsSample((16, 16)))
-    unseen = Unseen.of(read_split(tiny_shards, "heldout", CaptionSample()), real, [])
+    unseen = Unseen.of(read_split(tiny_shards, "held-out", CaptionSample()), real, [])
     figures = measure_captions(generator, unseen, 8, unseen.captions)
     shouted = [caption.upper() for caption in unseen.captions]
     assert figures["caption_candidates"] == 4
@@ -160,7 +160,7 @@ def test_a_damaged_shard_is_counted_and_not_measured(
     assert kept < 48
     assert f"{kept} of 48" in ran.stdout
     ran = run_script(
-        "pipelines/evaluate.py", generator_run, shards, "--split", "heldout", "--out", tmp_path / "a.png"
+        "pipelines/evaluate.py", generator_run, shards, "--split", "held-out", "--out", tmp_path / "a.png"
     )
     refused(ran, damaged.name, "would not compare")
     shutil.copytree(encoded / "codes", tmp_path / "whole")
@@ -177,7 +177,7 @@ def test_copies_of_training_pictures_are_counted(generator_run, tiny_shards):
     generator = Generator.from_pretrained(generator_run)
     sample = PixelsSample((16, 16))
     real = read_split(tiny_shards, "*", sample)
-    captions = read_split(tiny_shards, "heldout", CaptionSample())
+    captions = read_split(tiny_shards, "held-out", CaptionSample())
     trained = read_split(tiny_shards, "train", sample)
     copied = generator.decode(generator.encode(trained["pixels"][:5]))
     noise = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -213,7 +213,7 @@ def sheet_order(run_script, arguments) -> list[float]:
 
 def test_evaluation_of_an_image_tokenizer_goes_from_worst_to_best(encoded, tiny_shards, run_script, tmp_path):
     out = tmp_path / "sheet.png"
-    arguments = (encoded / "tokenizer", tiny_shards, "--split", "heldout", "--size", 16, "--out", out)
+    arguments = (encoded / "tokenizer", tiny_shards, "--split", "held-out", "--size", 16, "--out", out)
     ran = run_script("pipelines/evaluate.py", *arguments)
     assert ran.returncode == 0, ran.stderr
     figures = json.loads(out.with_suffix(".json").read_text())

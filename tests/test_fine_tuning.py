@@ -141,7 +141,7 @@ def fine_tune(run_script, tiny_shards, tmp_path):
         freeze = ["stem"]
         [data]
         train = "{tiny_shards}/train-*.tar"
-        held_out = "{tiny_shards}/heldout-*.tar"
+        held_out = "{tiny_shards}/held-out-*.tar"
         [model]
         image_size = 24
         core.dropout = 0.1

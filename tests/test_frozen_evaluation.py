@@ -141,7 +141,7 @@ def test_the_script_measures_and_draws(run_script, tiny_shards, tmp_path):
     torch.nn.init.normal_(model.head.weight)
     model.save_pretrained(tmp_path / "model")
     out = tmp_path / "new" / "sheet.png"
-    arguments = (tmp_path / "model", tiny_shards, "--split", "heldout", "--features", "--out", out)
+    arguments = (tmp_path / "model", tiny_shards, "--split", "held-out", "--features", "--out", out)
     ran = run_script("pipelines/evaluate_classifier.py", *arguments)
     assert ran.returncode == 0, ran.stderr
     figures = json.loads(out.with_suffix(".json").read_text())
@@ -164,11 +164,11 @@ def test_the_script_measures_and_draws(run_script, tiny_shards, tmp_path):
     assert more["views"] == 10
     assert more["loss"] != figures["loss"]
     assert Image.open(out.with_name("sheet-attention.png")).height > 8 * 96
-    with ShardWriter(tmp_path / "two", "heldout") as writer:  # of four classes
-        for sample in read_shard(tiny_shards / "heldout-000000.tar"):
+    with ShardWriter(tmp_path / "two", "held-out") as writer:  # of four classes
+        for sample in read_shard(tiny_shards / "held-out-000000.tar"):
             if sample.files["cls"] in (b"0", b"2"):
                 writer.write(sample.key, sample.files)
-    arguments = (tmp_path / "model", tmp_path / "two", "--split", "heldout", "--out", tmp_path / "two.png")
+    arguments = (tmp_path / "model", tmp_path / "two", "--split", "held-out", "--out", tmp_path / "two.png")
     ran = run_script("pipelines/evaluate_classifier.py", *arguments)
     assert ran.returncode == 0, ran.stderr
     figures = json.loads((tmp_path / "two.json").read_text())
@@ -178,7 +178,7 @@ def test_the_script_measures_and_draws(run_script, tiny_shards, tmp_path):
     resnet = ResNet(ResNetConfig(image_size=16, num_classes=4, width=32, depths=(1,), root="small"))
     resnet.save_pretrained(tmp_path / "resnet")
     out = tmp_path / "resnet.png"
-    arguments = (tmp_path / "resnet", tiny_shards, "--split", "heldout", "--out", out)
+    arguments = (tmp_path / "resnet", tiny_shards, "--split", "held-out", "--out", out)
     ran = run_script("pipelines/evaluate_classifier.py", *arguments)
     assert ran.returncode == 2
     assert "has not learnt classes: its head is all zeros" in ran.stderr
@@ -192,11 +192,11 @@ def test_the_script_measures_and_draws(run_script, tiny_shards, tmp_path):
     assert ran.returncode == 2
     assert "none-*.tar" in ran.stderr
     shutil.copytree(tiny_shards, tmp_path / "shards")
-    shutil.copy(tiny_shards / "train-000000.tar", tmp_path / "shards" / "heldout-hard-000000.tar")
-    arguments = (tmp_path / "model", tmp_path / "shards", "--split", "heldout", "--out", out)
+    shutil.copy(tiny_shards / "train-000000.tar", tmp_path / "shards" / "held-out-hard-000000.tar")
+    arguments = (tmp_path / "model", tmp_path / "shards", "--split", "held-out", "--out", out)
     assert run_script("pipelines/evaluate_classifier.py", *arguments).returncode == 0
     assert json.loads(out.with_suffix(".json").read_text())["pictures"] == 8
-    damaged = tmp_path / "shards" / "heldout-000000.tar"
+    damaged = tmp_path / "shards" / "held-out-000000.tar"
     damaged.write_bytes(damaged.read_bytes()[:6000])
     ran = run_script("pipelines/evaluate_classifier.py", *arguments)
     assert ran.returncode == 2

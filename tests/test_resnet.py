@@ -175,7 +175,7 @@ def test_convolution_against_attention_is_one_flag(run_script, tiny_shards, tmp_
         output = "{tmp_path / "run"}"
         [data]
         train = "{tiny_shards}/train-*.tar"
-        held_out = "{tiny_shards}/heldout-*.tar"
+        held_out = "{tiny_shards}/held-out-*.tar"
         [model]
         image_size = 16
         num_classes = 4

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmvit.data.shards import expand_shards, read_shard
+from mmvit.data.shards import expand_shards, read_shard, shards_of
 from mmvit.data.writing import ShardWriter
 from mmvit.errors import UserError
 
@@ -23,7 +23,7 @@ def test_patterns_expand_to_shards(tiny_shards):
     train = [tiny_shards / f"train-{number:06d}.tar" for number in range(5)]
     assert expand_shards(tiny_shards / TRAIN) == train
     assert expand_shards(str(tiny_shards / "train-*.tar")) == train
-    assert expand_shards(tiny_shards) == [tiny_shards / "heldout-000000.tar", *train]
+    assert expand_shards(tiny_shards) == [tiny_shards / "held-out-000000.tar", *train]
     assert expand_shards([train[1], tiny_shards / "train-00000{0,3}.tar"]) == [train[1], train[0], train[3]]
 
 
@@ -32,11 +32,11 @@ def test_patterns_expand_to_shards(tiny_shards):
     [
         (
             "train-{000003..000006}.tar",
-            "2 of 4 shards do not exist, the first is .*train-000005.tar; .* holds heldout-0",
+            "2 of 4 shards do not exist, the first is .*train-000005.tar; .* holds held-out-0",
         ),
         (
             "test-*.tar",
-            "no shards match .*test-.*; .* holds heldout-000000.tar, train-000000.tar, .* and 2 more",
+            "no shards match .*test-.*; .* holds held-out-000000.tar, train-000000.tar, .* and 2 more",
         ),
         ("nowhere/train-*.tar", "no shards match .*nowhere"),
         ("train-{5..2}.tar", "runs backwards"),
@@ -58,6 +58,14 @@ def test_a_misspelt_folder_names_its_neighbour(tmp_path):
         expand_shards(tmp_path / "photso" / "train-*.tar")
 
 
+def test_shards_named_heldout_by_an_earlier_version_are_found_and_replaced(tmp_path):
+    old = write(tmp_path, [{"txt": b"old"}], "heldout")
+    for found in (expand_shards(tmp_path / "held-out-*.tar"), shards_of(tmp_path, "held-out")):
+        assert found == [old]
+    new = write(tmp_path, [{"txt": b"new"}], "held-out")
+    assert list(tmp_path.iterdir()) == [new]
+
+
 @pytest.mark.parametrize("pattern", ["pipe:cat x.tar", "https://example.org/x.tar", "", []])
 def test_pipes_and_urls_are_refused(pattern):
     with pytest.raises(UserError, match=r"from files only|is empty"):
@@ -65,8 +73,8 @@ def test_pipes_and_urls_are_refused(pattern):
 
 
 def test_compressed_shard_reads_like_a_plain_one(tiny_shards, tmp_path):
-    plain = tiny_shards / "heldout-000000.tar"
-    packed = tmp_path / "heldout.tar.gz"
+    plain = tiny_shards / "held-out-000000.tar"
+    packed = tmp_path / "held-out.tar.gz"
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     assert [(s.key, s.files) for s in read_shard(packed)] == [(s.key, s.files) for s in read_shard(plain)]
 

@@ -206,7 +206,7 @@ def test_stream_with_workers_leaves_the_global_generator_alone(tiny_shards):
 
 
 def test_bad_samples_are_skipped_counted_and_named(tiny_shards, tmp_path):
-    good = next(iter(read_shard(tiny_shards / "heldout-000000.tar"))).files
+    good = next(iter(read_shard(tiny_shards / "held-out-000000.tar"))).files
     samples = [good] * 200
     samples[3] = {**good, "png": good["png"][:60]}
     samples[5] = {**good, "cls": b"4"}
@@ -233,7 +233,7 @@ def test_bad_samples_are_skipped_counted_and_named(tiny_shards, tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_stream_stops_at_too_many_bad_samples(tiny_shards, tmp_path, num_workers):
-    good = next(iter(read_shard(tiny_shards / "heldout-000000.tar"))).files
+    good = next(iter(read_shard(tiny_shards / "held-out-000000.tar"))).files
     write(tmp_path, [{**good, "cls": b"9"} if number % 5 == 0 else good for number in range(100)])
     stream = ShardStream(tmp_path, ClassifierSample((16, 16), 4), 8, num_workers=num_workers)
     with pytest.raises(

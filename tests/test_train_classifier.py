@@ -8,7 +8,7 @@ def classifier_recipe(run: Path, shards: Path, held_out: Path | None = None) -> 
     """A recipe of three steps of a tiny classifier."""
     return f"""
 output = "{run}"
-data = {{train = "{shards}/train-*.tar", held_out = "{held_out or shards / "heldout-*.tar"}"}}
+data = {{train = "{shards}/train-*.tar", held_out = "{held_out or shards / "held-out-*.tar"}"}}
 model = {{image_size = 16, patch_size = 8, num_classes = 4, core = {{width = 16, depth = 1, num_heads = 2}}}}
 train = {{steps = 3, batch_size = 8, log_every = 1}}
 """
@@ -38,8 +38,8 @@ def test_classifier_script_trains_resumes_and_reports_mistakes(tmp_path, tiny_sh
 
 
 def test_what_evaluations_skip_is_counted_at_the_end(tmp_path, tiny_shards, run_script):
-    shard = tmp_path / "heldout-000000.tar"
-    shard.write_bytes((tiny_shards / "heldout-000000.tar").read_bytes()[:-15_000])
+    shard = tmp_path / "held-out-000000.tar"
+    shard.write_bytes((tiny_shards / "held-out-000000.tar").read_bytes()[:-15_000])
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(classifier_recipe(tmp_path / "run", tiny_shards, held_out=shard))
     plain = ("--train.num_workers", 0, "--train.precision", "fp32")

@@ -161,7 +161,8 @@ def test_a_generator_trains_on_a_foreign_tokenizer_of_another_grid(
     assert ran.returncode == 0, ran.stderr
     ran = run_script(
         "pipelines/train_caption_to_image.py", encoded / "config.toml", *SMALL,
-        "--data.train", f"{tmp_path}/codes/train-*.tar", "--data.held_out", f"{tmp_path}/codes/heldout-*.tar",
+        "--data.train", f"{tmp_path}/codes/train-*.tar",
+        "--data.held_out", f"{tmp_path}/codes/held-out-*.tar",
         "--data.image_tokenizer", tmp_path / "theirs", "--output", tmp_path / "run",
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr

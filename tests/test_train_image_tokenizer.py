@@ -32,7 +32,7 @@ def recipe(tmp_path, tiny_shards) -> Path:
         output = "{tmp_path / "run"}"
         [data]
         train = "{tiny_shards}/train-*.tar"
-        held_out = ["{tiny_shards}/heldout-*.tar"]
+        held_out = ["{tiny_shards}/held-out-*.tar"]
         image_size = [16, 16]
         [model]
         codebook_size = 16

@@ -93,7 +93,7 @@ def train_on_shards(
         num_workers=train_config.num_workers,
         shuffle_buffer=20,
     )
-    held_out = ShardStream(f"{shards}/heldout-*.tar", decode, 8, repeat=False, shuffle_buffer=0)
+    held_out = ShardStream(f"{shards}/held-out-*.tar", decode, 8, repeat=False, shuffle_buffer=0)
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         torch.rand(3)  # what an evaluation draws must not show in training
@@ -238,7 +238,9 @@ def test_run_folder_is_complete_and_its_models_load(tmp_path, tiny_shards):
     assert [record["step"] for record in held_out] == [4, 8, 12]
     best = Classifier.from_pretrained(run.path)
     decode = ClassifierSample((16, 16), 4)
-    found = classification_metrics(best, ShardStream(f"{tiny_shards}/heldout-*.tar", decode, 8, repeat=False))
+    found = classification_metrics(
+        best, ShardStream(f"{tiny_shards}/held-out-*.tar", decode, 8, repeat=False)
+    )
     assert found["accuracy"] == max(record["accuracy"] for record in held_out)
 
 

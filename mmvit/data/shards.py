@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field
 from mmvit.errors import UserError
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+HELD_OUT, OLD_HELD_OUT = "held-out", "heldout"  # the split's name now, and in shards made before 2026-12
 
 
 class BadSample(Exception):
@@ -88,6 +89,9 @@ def expand_shards(pattern: str | Path | list[str | Path]) -> list[Path]:
             raise UserError(f"{text}: {found}; {what_exists(path)}")
     else:
         shards = sorted(Path(name) for name in ([text] if path.is_file() else glob.glob(text)))
+        if not shards and path.name.startswith(f"{HELD_OUT}-"):
+            old = path.with_name(path.name.replace(HELD_OUT, OLD_HELD_OUT, 1))
+            shards = sorted(Path(name) for name in glob.glob(str(old)))
     if not shards:
         raise UserError(f"no shards match {text}; {what_exists(path)}")
     return shards
@@ -97,9 +101,15 @@ def shards_of(folder: Path, split: str) -> list[Path]:
     """The shards `SPLIT-NUMBER.tar` of a folder, of all splits for `*`, sorted; none of a split whose name
     only begins so. Raises UserError where there are none."""
     shards = expand_shards(f"{folder}/{split}-*.tar")
-    if own := [shard for shard in shards if split in ("*", shard.stem.rpartition("-")[0])]:
+    names = (split, OLD_HELD_OUT) if split == HELD_OUT else (split,)
+    if own := [shard for shard in shards if split == "*" or split_of(shard) in names]:
         return own
     raise UserError(f"no shards of {split} in {folder}, only of splits whose names begin so")
+
+
+def split_of(shard: Path) -> str:
+    """`held-out-000000.tar` → `held-out`."""
+    return shard.stem.rpartition("-")[0] or shard.stem
 
 
 def expand_braces(text: str) -> list[str]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from webdataset.writer import TarWriter
 
 from mmvit.data.images import measure_image
-from mmvit.data.shards import BadShard, Sample, read_shard
+from mmvit.data.shards import HELD_OUT, OLD_HELD_OUT, BadShard, Sample, read_shard
 from mmvit.errors import UserError
 from mmvit.hub import write_json
 
@@ -81,8 +81,9 @@ class ShardWriter:
             for path in self.partial:
                 path.unlink(missing_ok=True)
             return
-        for old in self.folder.glob(f"{self.split}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"):
-            old.unlink()
+        for name in (self.split, OLD_HELD_OUT) if self.split == HELD_OUT else (self.split,):
+            for old in self.folder.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"):
+                old.unlink()
         for path in self.partial:
             path.rename(path.with_name(path.name.removeprefix(".").removesuffix(".partial")))
 
