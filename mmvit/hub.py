@@ -1,11 +1,13 @@
-"""Models as folders: `save_pretrained` / `from_pretrained` with safetensors and config.json, local or from
+"""Models as folders: `save_pretrained` and `from_pretrained` with safetensors and config.json, local or from
 the Hugging Face Hub."""
 
-import difflib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import tempfile
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mmvit.config import Config, build_config
-from mmvit.errors import UserError
+from mmvit.errors import UserError, nearest
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 SHIPPED = Path(__file__).resolve().parent.parent / "generators" / "emoji"  # in a checkout
@@ -39,8 +41,7 @@ IN_WORDS = {
 class Pretrained:
     """Mixin of an `nn.Module` whose only constructor argument is its `Config`.
 
-    A subclass names its `config_class` and its `kind`, the word that config.json carries so that a folder of
-    another model is recognised.
+    A subclass sets its `config_class` and its `kind`, a word that config.json carries to tell models apart.
     """
 
     config_class: type[Config]
@@ -48,8 +49,8 @@ class Pretrained:
     config: Config
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Writes `folder/model.safetensors` and `folder/config.json`; `dtype` casts the floating-point
-        weights."""
+        """Writes `folder/model.safetensors` and `folder/config.json`, with floating-point weights cast to
+        `dtype` if given."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
@@ -62,12 +63,12 @@ class Pretrained:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> Self:
-        """Builds the model from a folder, a run folder (its best model) or a Hub repository, in evaluation
-        mode.
+        """Builds the model from a folder, a run folder (see `find_model_folder`) or a Hub repository, in
+        evaluation mode.
 
         Raises:
-            UserError: when nothing is there, the folder holds another kind of model, or a weight is missing,
-                unexpected or of another shape (all are named).
+            UserError: if there is no model, it is of another kind, or weights are missing, unexpected or of
+                another shape (the message names them).
         """
         folder = find_model_folder(path)
         description = read_part_description(folder, cls.kind)
@@ -82,22 +83,24 @@ class Pretrained:
 
 
 def in_words(kind: str) -> str:
-    """A kind of model as a message calls it."""
+    """A kind of model as error messages call it, with its article."""
     words = IN_WORDS.get(kind, f"a {kind}")
     return words if kind in words.lower() or kind == JOINT else f"{words} ({kind})"
 
 
 def find_model_folder(path: str | Path) -> Path:
-    """The folder with config.json that `path` means: itself, a run's `best/` or `last/`, or a download from
-    the Hub."""
+    """The folder with config.json that `path` stands for: itself, an export of a run, or a download from the
+    Hub.
+
+    Of a run it is the export that the recipe's `train.select` names: `last/` for "last", otherwise `best/`;
+    the other one if that is missing.
+    """
     folder = Path(path)
-    for candidate in (folder, folder / "best", folder / "last"):
+    for candidate in (folder, *run_exports(folder)):
         if (candidate / CONFIG).is_file():
             return candidate
     if folder.exists():
-        raise UserError(
-            f"{folder} holds no model: neither {CONFIG} nor best/{CONFIG} nor last/{CONFIG} is in it"
-        )
+        raise UserError(f"{folder} holds no model: expected {CONFIG} in it, or in its best/ or last/")
     if folder == SHIPPED:
         raise UserError(
             f"{folder} is not there: the shipped generator is part of a checkout (pip install -e .), not of "
@@ -106,26 +109,37 @@ def find_model_folder(path: str | Path) -> Path:
     return download(path)
 
 
+def run_exports(run: Path) -> list[Path]:
+    """`best/` and `last/` of a run folder, the one that its recipe selects first."""
+    try:
+        recipe = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+        selected = recipe.get("train", {}).get("select")
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, AttributeError):  # a model alone, or no run
+        selected = None
+    exports = [run / "best", run / "last"]
+    return exports[::-1] if selected == "last" else exports
+
+
 def download(path: str | Path, patterns: Sequence[str] = ("*.json", "*.safetensors")) -> Path:
-    """The folder with the files of a Hub repository, of which `patterns` says which are wanted."""
+    """The local folder of a Hub repository's files that match `patterns`."""
     try:
         return Path(snapshot_download(str(path), allow_patterns=[*patterns]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         near = nearest_folder(Path(path))
         advice = f"; did you mean {near}?" if near else ""
         raise UserError(
-            f"no model at {path}: there is no such folder, nor could it be had from the Hugging Face Hub "
+            f"no model at {path}: no such folder, and it could not be downloaded from the Hugging Face Hub "
             f"({why_not(error)}){advice}"
         ) from None
 
 
 def nearest_folder(path: Path) -> Path | None:
-    """The folder with the most similar name, part by part: generators/emoji for generator/emojis."""
+    """The existing folder with the most similar name, part by part: generators/emoji for generator/emojis."""
     place = Path(path.anchor)
     for name in path.relative_to(place).parts:
         if not (place / name).is_dir():
             there = [inner.name for inner in place.iterdir() if inner.is_dir()]
-            name = next(iter(difflib.get_close_matches(name, there, n=1)), None)
+            name = nearest(name, there)
         if name is None:
             return None
         place = place / name
@@ -133,11 +147,11 @@ def nearest_folder(path: Path) -> Path | None:
 
 
 def why_not(error: Exception) -> str:
-    """Why a download failed, in words."""
+    """The reason for a failed download."""
     reasons = {
-        HFValidationError: "no name of a repository there",
-        RepositoryNotFoundError: "no such repository, or a private one",
-        LocalEntryNotFoundError: "no connection, and no earlier download",
+        HFValidationError: "not a repository name",
+        RepositoryNotFoundError: "the repository does not exist or is private",
+        LocalEntryNotFoundError: "no connection, and not downloaded before",
     }
     return next((words for kind, words in reasons.items() if isinstance(error, kind)), type(error).__name__)
 
@@ -152,16 +166,16 @@ def read_description(folder: Path) -> dict:
         whose = {"architecture": "timm", "model_type": "transformers"}
         for key in whose.keys() & (description if isinstance(description, dict) else {}):
             raise UserError(
-                f"{folder} is of {whose[key]}: make its weights ours by pipelines/convert_weights.py"
+                f"{folder} holds a model of {whose[key]}; convert it with: mmvit convert {folder} OUT"
             ) from None
         raise UserError(
-            f"{folder / CONFIG} is not an mmvit model description (JSON with 'kind' and 'config')"
+            f"{folder / CONFIG} does not describe an mmvit model (expected JSON with 'kind' and 'config')"
         ) from None
 
 
 def read_part_description(folder: Path, *kinds: str) -> dict:
-    """As `read_description`; but where a folder holds several models on one core (mmvit.models.joint), that
-    of the first of them which is one of `kinds`."""
+    """As `read_description`, but for several models on one core (mmvit.models.joint) the description of the
+    first one that is of one of `kinds`."""
     description = read_description(folder)
     if description["kind"] == JOINT and isinstance(config := description["config"], dict):
         for kind in kinds:
@@ -171,25 +185,21 @@ def read_part_description(folder: Path, *kinds: str) -> dict:
 
 
 def weights_of_part(weights: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
-    """Of the weights of several models on one core those of the model `kind`, as it names them alone."""
+    """The weights of the model `kind` out of several models on one core, under the names it has alone."""
     core = {name: tensor for name, tensor in weights.items() if name.startswith("core.")}
     own = f"{kind}."
     return core | {name.removeprefix(own): t for name, t in weights.items() if name.startswith(own)}
 
 
 def read_core(path: str | Path) -> tuple[Path, dict, dict[str, torch.Tensor]]:
-    """Of the model that `path` means the folder, and of its core the configuration and weights.
-
-    Raises:
-        UserError: where it has none.
-    """
+    """A model's folder, and the configuration and weights of its core. Raises UserError if it has none."""
     folder = find_model_folder(path)
     description = read_description(folder)
     config = description["config"].get("core") if isinstance(description["config"], dict) else None
     if not isinstance(config, dict):
         raise UserError(
-            f"{folder} holds {in_words(description['kind'])}, which has no core to take; a classifier has, "
-            "or a generator"
+            f"{folder} holds {in_words(description['kind'])}, which has no core; expected a classifier or a "
+            "generator"
         )
     weights = read_weights(folder / WEIGHTS)
     own = {name.removeprefix("core."): t for name, t in weights.items() if name.startswith("core.")}
@@ -202,34 +212,61 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
+        raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
+
+
+def check_writable(path: Path, megabytes: float = 1) -> None:
+    """Raises UserError if `path`, a file or folder to be, cannot be written, or its disk is full.
+
+    Nothing is left behind: missing parent folders are made when there is something to write.
+    """
+    if path.is_dir():
+        folder = path
+    else:
+        folder = path.parent
+        while not (folder.exists() or folder.is_symlink()):
+            folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(round(megabytes * 1e6)))
+            probe.flush()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror} ({folder})") from None
 
 
 def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
     """Writes a safetensors file, whole or not at all."""
+    with whole_file(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
+        partial.chmod(0o644)  # safetensors makes files that nobody else can read
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Writes a JSON file, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary name beside `path` to write to, which then takes its place.
+
+    Raises:
+        UserError: if that fails, on a full disk for one; `path` is then as before and nothing is left behind.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
-    except SafetensorError as error:  # of a full disk, too
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error}") from None
-    partial.chmod(0o644)  # safetensors makes files that nobody else can read
-    os.replace(partial, path)
-
-
-def write_json(value: dict, path: Path) -> None:
-    """Writes a JSON file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+        yield partial
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Copies `weights` into `model`; every name and shape must match.
-
-    Raises:
-        UserError: names the missing, unexpected and misshapen weights.
-    """
+    """Copies `weights` into `model`. Raises UserError for names and shapes that do not match, by name."""
     own = model.state_dict()
     problems = []
     if missing := sorted(own.keys() - weights.keys()):
@@ -237,7 +274,7 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str
     if unexpected := sorted(weights.keys() - own.keys()):
         problems.append(f"unexpected: {shorten(unexpected)}")
     misshapen = [
-        f"{name} is {list(weights[name].shape)}, wanted {list(tensor.shape)}"
+        f"{name} is {list(weights[name].shape)}, expected {list(tensor.shape)}"
         for name, tensor in own.items()
         if name in weights and weights[name].shape != tensor.shape
     ]
@@ -249,13 +286,14 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str
 
 
 def shorten(names: list[str], most: int = 5) -> str:
+    """The first few names and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def fingerprint(model: nn.Module) -> str:
-    """16 hexadecimal digits that name a model's weights: equal weights, equal digits. A model class may name
-    settings that count, too, in `fingerprinted`."""
+    """16 hexadecimal digits, equal for equal weights, and for equal settings where the model's class lists
+    some in `fingerprinted`."""
     digest = hashlib.sha256()
     for name in getattr(model, "fingerprinted", ()):
         digest.update(f"{name}={getattr(model.config, name)};".encode())

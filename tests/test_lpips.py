@@ -79,5 +79,5 @@ def test_a_file_that_holds_no_vgg16_is_explained(tmp_path, thin_vgg16):
     with pytest.raises(UserError, match=r"nested\.pth holds no state dict"):
         load_lpips(tmp_path / "nested.pth")
     (tmp_path / "cut.safetensors").write_bytes(b"no")
-    with pytest.raises(UserError, match=r"cut\.safetensors is damaged or no safetensors file"):
+    with pytest.raises(UserError, match=r"cut\.safetensors is damaged or not a safetensors file"):
         load_lpips(tmp_path / "cut.safetensors")

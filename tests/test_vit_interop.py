@@ -407,7 +407,7 @@ def test_pictures_and_names_go_with_the_weights(timm, tmp_path):
     assert peer.pretrained_cfg["label_names"] == names
     assert class_names(save_vit(model, tmp_path / "unnamed", "transformers4")) is None
     for folder, whose in (("five", "transformers"), ("timm", "timm")):
-        with pytest.raises(UserError, match=f"is of {whose}: make its weights ours by pipelines/convert"):
+        with pytest.raises(UserError, match=f"holds a model of {whose}; convert it with: mmvit convert"):
             Classifier.from_pretrained(tmp_path / folder)
 
 

@@ -158,7 +158,7 @@ def test_folders_without_a_vq_tokenizer_are_refused(vqgan, tmp_path):
         with pytest.raises(UserError, match=message):
             load_vqgan(tmp_path)
     (tmp_path / "a.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"a.safetensors is damaged or no safetensors file"):
+    with pytest.raises(UserError, match=r"a.safetensors is damaged or not a safetensors file"):
         load_vqgan(tmp_path)
     for name in ("a.safetensors", "b.safetensors"):
         save_file(vqgan_to_diffusers(vqgan), tmp_path / name)

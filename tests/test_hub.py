@@ -1,0 +1,73 @@
+"""Model folders: which export of a run is loaded, and what is left where nothing can be written."""
+
+import errno
+import io
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from mmvit.errors import UserError
+from mmvit.hub import check_writable, find_model_folder, whole_file, write_json
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    for export in ("best", "last"):
+        (tmp_path / "run" / export).mkdir(parents=True)
+        write_json({"kind": "classifier", "config": {}}, tmp_path / "run" / export / "config.json")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        (None, "best"),
+        ("[train]\nsteps = 1", "best"),
+        ('[train]\nselect = "last"', "last"),
+        ('[train]\nselect = "accuracy"', "best"),
+        ("train = 3", "best"),
+        ("not toml [", "best"),
+    ],
+)
+def test_a_run_stands_for_the_export_that_its_recipe_selects(run, recipe, expected):
+    if recipe is not None:
+        (run / "config.toml").write_text(recipe)
+    assert find_model_folder(run) == run / expected
+    other = {"best": "last", "last": "best"}[expected]
+    (run / expected / "config.json").unlink()
+    assert find_model_folder(run) == run / other  # a run that was stopped before it wrote the selected one
+    (run / other / "config.json").unlink()
+    with pytest.raises(
+        UserError, match=r"holds no model: expected config\.json in it, or in its best/ or last/"
+    ):
+        find_model_folder(run)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "figures.json"
+    write_json({"a": 1}, path)
+    before = path.read_bytes()
+
+    def break_off() -> None:
+        with whole_file(path) as partial:
+            partial.write_text("half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match=r"figures\.json cannot be written: No space left on device"):
+        break_off()
+    assert path.read_bytes() == before
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_what_cannot_be_written_is_found_out_beforehand(tmp_path):
+    check_writable(tmp_path / "new" / "folders" / "sheet.png")
+    check_writable(tmp_path)
+    assert [*tmp_path.iterdir()] == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"sheet\.png cannot be written: Not a directory"):
+        check_writable(tmp_path / "file" / "sheet.png")
+    full = mock.patch("tempfile.TemporaryFile", side_effect=lambda dir: io.FileIO("/dev/full", "wb"))
+    with full, pytest.raises(UserError, match=r"sheet\.png cannot be written: No space left on device"):
+        check_writable(tmp_path / "sheet.png")
+    assert [*tmp_path.iterdir()] == [tmp_path / "file"]
