@@ -9,7 +9,7 @@ from mmvit.core.attention import Attention, attend
 from mmvit.core.dropout import Dropout
 from mmvit.core.masks import additive, causal, prefix, sparse_causal
 from mmvit.core.norm import RMSNorm
-from mmvit.core.positions import Positions, RelativePositions, rotate, sincos
+from mmvit.core.positions import LayerPositions, Positions, RelativePositions, rotate, sincos
 from mmvit.core.transformer import Transformer, TransformerConfig
 
 VARIANTS = {
@@ -129,7 +129,7 @@ def test_activation_checkpointing_gives_the_same_gradients(parts):
 
 def test_rotary_logits_depend_on_relative_place_alone():
     positions = Positions("rotary_2d", width=16, head_dim=16, prefix_length=0, grid=(6, 6))
-    cosines, sines = positions.rotations(0, 36)
+    cosines, sines = positions.in_layers(0, 36).rotations
     query, key = torch.randn(2, 1, 1, 1, 16)
 
     def logit(a: tuple[int, int], b: tuple[int, int]) -> float:
@@ -197,9 +197,9 @@ def test_relative_positions_add_what_each_query_says_of_each_offset(kernel):
             towards = key[:, :, k] + offsets[q - k + 2]
             logits[:, :, q, k] = (query[:, :, q] * towards).sum(-1) / 2
     expected = attention.out(((logits + mask).softmax(-1) @ value).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(attention(x, mask, offsets=offsets), expected)
-    with pytest.raises(ValueError, match="2 tokens have 3 offsets, 5 were given"):
-        attention(x[:, :2], offsets=offsets)
+    torch.testing.assert_close(attention(x, mask, positions=LayerPositions(offsets=offsets)), expected)
+    with pytest.raises(ValueError, match="expected 3 offsets for 2 tokens, got 5"):
+        attention(x[:, :2], positions=LayerPositions(offsets=offsets))
 
 
 def test_rmsnorm_equals_torch():

@@ -73,7 +73,7 @@ def test_a_fine_tuned_classifier_is_the_trained_one_with_another_head(positions)
     with torch.no_grad():
         inner = source.core(
             source.positions.add(torch.cat([source.cls_token.expand(2, -1, -1), source.stem(pixels)], 1)),
-            rotations=source.positions.rotations(0, 17),
+            positions=source.positions.in_layers(0, 17),
         )
         torch.testing.assert_close(model.features(pixels), inner[:, 0])
     wide = fine_tuned(source, config.model_copy(update={"image_size": (24, 12)}))

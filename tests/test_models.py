@@ -9,6 +9,7 @@ from torch import nn
 
 from mmvit.config import build_config, load_config
 from mmvit.core.masks import additive, sparse_causal
+from mmvit.core.positions import LayerPositions
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
 from mmvit.evaluation.likelihood import generator_loss
@@ -171,10 +172,10 @@ def test_patch_dropout_is_the_core_on_the_patches_that_are_left(pooling, positio
     for image in range(2):
         places = [(every[image] == token).all(-1).nonzero().item() for token in kept[image]]
         assert len({*places}) == len(places)
-        rotations = model.positions.rotations(0, 6 + prefix)
-        if rotations is not None:
-            rotations = tuple(table[places] for table in rotations)
-        alone = model.core(every[image : image + 1, places], rotations=rotations)
+        at_places = model.positions.in_layers(0, 6 + prefix)
+        if at_places.rotations is not None:
+            at_places = LayerPositions(rotations=tuple(table[places] for table in at_places.rotations))
+        alone = model.core(every[image : image + 1, places], positions=at_places)
         expected = alone[:, 0] if prefix else alone.mean(1)
         torch.testing.assert_close(left_out[image : image + 1], expected)
     assert not torch.allclose(left_out, whole)
@@ -275,10 +276,10 @@ def test_dalles_layers_see_by_column_by_row_and_at_last_by_convolution():
     model = small_generator(attention="dalle", convolution=3, core=CORE.model_copy(update={"depth": 3}))
     captions, codes = captions_and_codes()
     x = torch.cat([model.embed_captions(captions), model.code_embedding(codes[:, :-1])], dim=1)
-    expected, rotations = x, model.positions.rotations(0, x.shape[1])
+    expected, positions = x, model.positions.in_layers(0, x.shape[1])
     for block, kind in zip(model.core.blocks, ("row", "column", "convolution"), strict=True):
         mask = sparse_causal(kind, 6, (3, 4), kernel=3)[:-1, :-1]
-        expected = block(expected, additive(mask, x.dtype), rotations=rotations)
+        expected = block(expected, additive(mask, x.dtype), positions=positions)
     torch.testing.assert_close(model.run_core(x), model.core.norm(expected))
     with pytest.raises(ValueError, match="convolution is 11; it is at most the grid's 4 columns"):
         small_generator(attention="dalle")

@@ -1,4 +1,4 @@
-"""Multi-head self-attention: the kernel chosen by device, rotary positions, QK-norm, and a static key/value
+"""Multi-head self-attention with QK-norm, positions, a kernel chosen by device, and a static key/value
 cache."""
 
 from typing import Literal
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmvit.core.masks import additive, causal
 from mmvit.core.norm import RMSNorm
-from mmvit.core.positions import relative_logits, rotate
+from mmvit.core.positions import NO_POSITIONS, LayerPositions
 
 Kernel = Literal["auto", "plain", "sdpa"]
 # On a CPU, in training, plain products beat the fused kernel up to this length (benchmarks/attention.py).
@@ -20,7 +20,7 @@ PLAIN_UP_TO = 192
 class KeyValueCache:
     """Keys and values of all layers, allocated once: `keys[layer]` is (batch, heads, capacity, head_dim).
 
-    `length` tokens are filled. The Transformer writes the next ones behind them and moves `length` on.
+    The first `length` tokens are filled; the Transformer appends to them and advances `length`.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class KeyValueCache:
         self.capacity, self.length = capacity, 0
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes (batch, heads, tokens, head_dim) behind the filled part; returns views of all keys and
-        values so far."""
+        """Appends keys and values (batch, heads, tokens, head_dim) to a layer; returns views of all so
+        far."""
         end = self.length + keys.shape[2]
         if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens, {end} were given")
+            raise ValueError(f"the cache holds {self.capacity} tokens, got {end}")
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
@@ -67,9 +67,8 @@ class Attention(nn.Module):
         x: Tensor,
         mask: Tensor | None = None,
         is_causal: bool = False,
-        rotations: tuple[Tensor, Tensor] | None = None,
+        positions: LayerPositions = NO_POSITIONS,
         cache: tuple[KeyValueCache, int] | None = None,
-        offsets: Tensor | None = None,
     ) -> Tensor:
         """x (batch, tokens, width) → the same shape.
 
@@ -78,36 +77,27 @@ class Attention(nn.Module):
                 every key.
             is_causal: causal attention among x's own tokens, without a mask (the fused kernel then needs none
                 in memory).
-            rotations: cosines and sines of the tokens' places (see `Positions.rotations`).
-            cache: the cache and this layer's number; keys and values of earlier tokens are then taken from
-                it.
-            offsets: this layer's relative positions, (2 · tokens − 1, head_dim) (`relative_logits`); not with
-                a cache or `is_causal`.
+            positions: this layer's; relative ones need a mask or full attention, and no cache.
+            cache: the cache and this layer's number; it holds the keys and values of earlier tokens.
         """
-        query, key, value = self.heads(x, rotations)
-        if offsets is not None:
-            where = relative_logits(query, offsets)
-            mask = where if mask is None else where + mask
+        query, key, value = self.heads(x, positions)
+        mask = positions.bias(query, mask)
         if cache is not None:
             store, layer = cache
             key, value = store.extend(layer, key, value)
         attended = attend(query, key, value, mask, is_causal, self.kernel)
         return self.out(rearrange(attended, "batch heads tokens dim -> batch tokens (heads dim)"))
 
-    def heads(
-        self, x: Tensor, rotations: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (batch, tokens, width) → queries, keys and values as they meet, each (batch, heads, tokens,
-        head_dim)."""
+    def heads(self, x: Tensor, positions: LayerPositions = NO_POSITIONS) -> tuple[Tensor, Tensor, Tensor]:
+        """x (batch, tokens, width) → queries and keys, normalised and rotated, and values, each (batch,
+        heads, tokens, head_dim)."""
         query, key, value = rearrange(
             self.qkv(x),
             "batch tokens (three heads dim) -> three batch heads tokens dim",
             three=3,
             heads=self.num_heads,
         )
-        query, key = self.query_norm(query), self.key_norm(key)
-        if rotations is not None:
-            query, key = rotate(query, rotations), rotate(key, rotations)
+        query, key = positions.rotate(self.query_norm(query), self.key_norm(key))
         return query, key, value
 
 

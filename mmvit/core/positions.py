@@ -1,11 +1,12 @@
-"""Where a token stands: a 1-D prefix (caption tokens, [CLS]) followed by a 2-D grid (patches or image codes)
+"""Positions of tokens: a 1-D prefix (caption tokens, [CLS]) followed by a 2-D grid (patches or image codes)
 in raster order.
 
-Additive kinds are added to the token vectors, in front of the core or of each block. Rotary ones turn queries
-and keys in every layer, relative ones add to its logits.
+`Positions.add` adds to token vectors when a model embeds them. All that happens inside the core, be it
+addition, rotation or relative logits, reaches the Transformer as one argument, `LayerPositions`.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +15,60 @@ PositionKind = Literal["none", "learned_1d", "learned_2d", "learned_2d_concat", 
 LEARNED_2D = ("learned_2d", "learned_2d_concat")
 
 
+class LayerPositions(NamedTuple):
+    """What one layer of the Transformer does with the positions of its tokens; by default nothing.
+
+    - `added`: vectors (tokens, width) or (batch, tokens, width) added to the layer's input.
+    - `rotations`: cosines and sines of the angles by which it rotates queries and keys, broadcastable to
+      (batch, heads, tokens, head_dim / 2).
+    - `offsets`: vectors (2 · tokens − 1, head_dim) of relative positions (`relative_logits`).
+    """
+
+    added: Tensor | None = None
+    rotations: tuple[Tensor, Tensor] | None = None
+    offsets: Tensor | None = None
+
+    def add(self, x: Tensor) -> Tensor:
+        return x if self.added is None else x + self.added.to(x.dtype)
+
+    def rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        if self.rotations is None:
+            return query, key
+        return rotate(query, self.rotations), rotate(key, self.rotations)
+
+    def bias(self, query: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The additive `mask` plus the relative logits of queries (batch, heads, tokens, head_dim)."""
+        if self.offsets is None:
+            return mask
+        logits = relative_logits(query, self.offsets)
+        return logits if mask is None else logits + mask
+
+    def take(self, chosen: Tensor) -> "LayerPositions":
+        """The positions of the tokens at the `chosen` places (batch, kept) alone."""
+        if self.offsets is not None:
+            raise ValueError("relative positions cannot leave out tokens")
+        added, rotations = self.added, self.rotations
+        if rotations is not None:
+            rotations = tuple(table[chosen].unsqueeze(1) for table in rotations)  # the same for all heads
+        return LayerPositions(None if added is None else added[chosen], rotations)
+
+
+NO_POSITIONS = LayerPositions()
+
+
 class Positions(nn.Module):
     """Position information for `prefix_length` tokens in a row, then `grid` = (rows, columns) tokens.
 
-    - `none`: nothing; attention sees a set.
+    - `none`: no positions; attention sees a set.
     - `learned_1d`: one vector per place in the sequence (ViT, 2010.11929).
     - `learned_2d`: one vector per prefix place; row vector + column vector on the grid (DALL·E, 2102.12092).
-    - `learned_2d_concat`: as `learned_2d`, but row and column each say one half of the vector (ViT's 2-D).
+    - `learned_2d_concat`: as `learned_2d`, but half of the vector is the row's, half the column's (ViT's
+      2-D).
     - `sincos_2d`: fixed sines and cosines; on the grid half of the width for rows, half for columns, each
-      with the Transformer's frequencies (1706.03762). MoCo v3 and big_vision space them otherwise.
+      with the Transformer's frequencies (1706.03762). MoCo v3 and big_vision space them differently.
     - `rotary_2d`: rotary embedding (RoFormer, 2104.09864) of (row, column), half of each head's pairs for
-      either; a prefix token at place i has row = column = i, which is the usual 1-D rotary embedding, and the
-      grid goes on from there.
+      each; a prefix token at place i has row = column = i, which is the usual 1-D rotary embedding, and the
+      grid's rows and columns start after the prefix.
     """
 
     def __init__(
@@ -79,7 +122,7 @@ class Positions(nn.Module):
         return self.kind not in ("none", "rotary_2d")
 
     def vectors(self) -> Tensor:
-        """What an additive kind adds at every place, (length, width)."""
+        """The vectors of an additive kind for every place, (length, width)."""
         if self.kind not in LEARNED_2D:
             return self.table
         rows, columns = self.row_table[:, None], self.column_table[None, :]
@@ -89,13 +132,13 @@ class Positions(nn.Module):
             square = torch.cat([rows.expand(-1, self.grid[1], -1), columns.expand(self.grid[0], -1, -1)], -1)
         return torch.cat([self.prefix_table, square.flatten(0, 1)])
 
-    def rotations(self, start: int, length: int) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines, each (length, head_dim / 2), of places `start`...; None where the kind is not
-        rotary."""
+    def in_layers(self, start: int, length: int) -> LayerPositions:
+        """What every layer of the core does for the tokens at places `start` to `start + length`: rotations
+        if the kind is rotary, nothing for the kinds that `add` applies."""
         if self.kind != "rotary_2d":
-            return None
+            return NO_POSITIONS
         angles = self.angles[start : start + length]
-        return angles.cos(), angles.sin()
+        return LayerPositions(rotations=(angles.cos(), angles.sin()))
 
 
 class RelativePositions(nn.Module):
@@ -107,9 +150,19 @@ class RelativePositions(nn.Module):
         shape = 2 * length - 1, head_dim
         self.tables = nn.ParameterList(nn.Parameter(0.02 * torch.randn(shape)) for _ in range(depth))
 
+    def in_layers(self) -> list[LayerPositions]:
+        return [LayerPositions(offsets=table) for table in self.tables]
+
+
+def take(positions: LayerPositions | Sequence[LayerPositions], chosen: Tensor) -> Sequence[LayerPositions]:
+    """`LayerPositions.take` of those of all layers, or of each layer's own."""
+    if isinstance(positions, LayerPositions):
+        return positions.take(chosen)
+    return [layer.take(chosen) for layer in positions]
+
 
 def misfit(kind: str, width: int, head_dim: int) -> str | None:
-    """Why vectors of `width` and heads of `head_dim` cannot have positions of a kind; None where they can."""
+    """Why vectors of `width` and heads of `head_dim` cannot have positions of a kind; None if they can."""
     if kind == "learned_2d_concat" and width % 2:
         return f"{kind} positions need an even width, got {width}"
     if kind == "sincos_2d" and width % 4:
@@ -120,8 +173,8 @@ def misfit(kind: str, width: int, head_dim: int) -> str | None:
 
 
 def relative_logits(query: Tensor, offsets: Tensor) -> Tensor:
-    """What queries (batch, heads, tokens, head_dim) say of where the keys are, (batch, heads, tokens,
-    tokens): their products, over √head_dim, with the vector of query's place − key's place.
+    """The attention logits (batch, heads, tokens, tokens) of relative positions: products, over √head_dim, of
+    queries (batch, heads, tokens, head_dim) with the vector of query's place − key's place.
 
     Args:
         offsets: (2 · tokens − 1, head_dim), from that of 1 − tokens to that of tokens − 1.
@@ -131,7 +184,7 @@ def relative_logits(query: Tensor, offsets: Tensor) -> Tensor:
     """
     tokens = query.shape[2]
     if len(offsets) != 2 * tokens - 1:
-        raise ValueError(f"{tokens} tokens have {2 * tokens - 1} offsets, {len(offsets)} were given")
+        raise ValueError(f"expected {2 * tokens - 1} offsets for {tokens} tokens, got {len(offsets)}")
     logits = (query * query.shape[-1] ** -0.5) @ offsets.to(query.dtype).T
     place = torch.arange(tokens, device=query.device)
     offset = place[:, None] - place[None, :] + tokens - 1
@@ -147,20 +200,20 @@ def sincos(coordinates: Tensor, width: int, base: float = 10000.0) -> Tensor:
 
 
 def rotary_angles(coordinates: Tensor, head_dim: int, base: float) -> Tensor:
-    """Angles (places, head_dim / 2): the first half turns with the row, the second with the column."""
+    """Angles (places, head_dim / 2): the first half grows with the row, the second with the column."""
     frequencies = base ** (-torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim // 4))
     return (coordinates.float().unsqueeze(-1) * frequencies).flatten(1)
 
 
 def rotate(x: Tensor, rotations: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns the pairs (x[i], x[i + head_dim / 2]) of x (batch, heads, tokens, head_dim) by their angles."""
+    """Rotates the pairs (x[i], x[i + head_dim / 2]) of x (batch, heads, tokens, head_dim) by their angles."""
     cosines, sines = (table.to(x.dtype) for table in rotations)
     return Rotation.apply(x, cosines, sines)
 
 
 class Rotation(torch.autograd.Function):
-    """Written into one new tensor, in half the passes over memory that products, sums and a concatenation
-    take."""
+    """A rotation written into one new tensor: half the memory traffic of products, sums and a
+    concatenation."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -173,7 +226,7 @@ class Rotation(torch.autograd.Function):
 
 
 def turn(x: Tensor, cosines: Tensor, sines: Tensor, sign: int) -> Tensor:
-    """x turned by the angles, or back by them where `sign` is -1."""
+    """x rotated by the angles, or by their negatives if `sign` is -1."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     (first, second), (out_first, out_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(first, cosines, out=out_first).addcmul_(second, sines, value=-sign)

@@ -1,5 +1,5 @@
-"""The shared core: a pre-norm Transformer over vectors. It knows no pixels, captions or devices; masks are
-arguments."""
+"""The shared core: a pre-norm Transformer over vectors. It knows no pixels, captions or devices; masks and
+positions are arguments."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -16,6 +16,7 @@ from mmvit.core.dropout import Dropout
 from mmvit.core.hidden import HiddenLayers
 from mmvit.core.masks import additive
 from mmvit.core.norm import RMSNorm
+from mmvit.core.positions import NO_POSITIONS, LayerPositions
 
 
 class TransformerConfig(Config):
@@ -77,8 +78,8 @@ class Mlp(nn.Module):
 
 
 class Branch(nn.Module):
-    """What happens to a residual branch before it is added: dropout, LayerScale (2103.17239), stochastic
-    depth (1603.09382)."""
+    """The end of a residual branch, before it is added: dropout, LayerScale (2103.17239), stochastic depth
+    (1603.09382)."""
 
     def __init__(self, config: TransformerConfig, drop_probability: float):
         super().__init__()
@@ -112,16 +113,14 @@ class Block(HiddenLayers):
         self.mlp = Mlp(config)
         self.branch1, self.branch2 = Branch(config, drop_probability), Branch(config, drop_probability)
 
-    def forward(
-        self, x: Tensor, mask=None, is_causal=False, rotations=None, cache=None, offsets=None
-    ) -> Tensor:
-        x = x + self.branch1(self.attention(self.norm1(x), mask, is_causal, rotations, cache, offsets))
+    def forward(self, x: Tensor, mask=None, is_causal=False, positions=NO_POSITIONS, cache=None) -> Tensor:
+        x = x + self.branch1(self.attention(self.norm1(x), mask, is_causal, positions, cache))
         return x + self.branch2(self.mlp(self.norm2(x)))
 
 
 class Transformer(nn.Module):
-    """`depth` blocks and a last norm. Stochastic depth grows linearly from 0 at the first block to its value
-    at the last."""
+    """`depth` blocks and a last norm. Stochastic depth grows linearly from 0 in the first block to its full
+    value in the last."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -134,8 +133,8 @@ class Transformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Linear weights N(0, .02) with zero biases; the ones that write into the residual stream shrunk by
-        √(2·depth) (GPT-2)."""
+        """Initialises linear weights from N(0, .02), divided by √(2·depth) for those that write into the
+        residual stream (GPT-2), and biases with zeros."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 writes_residual = name.endswith((".out", ".down"))
@@ -149,38 +148,35 @@ class Transformer(nn.Module):
         x: Tensor,
         mask: Tensor | Sequence[Tensor] | None = None,
         is_causal: bool = False,
-        rotations: tuple[Tensor, Tensor] | None = None,
+        positions: LayerPositions | Sequence[LayerPositions] = NO_POSITIONS,
         cache: KeyValueCache | None = None,
         normalized: bool = True,
-        added: Sequence[Tensor] = (),
-        offsets: Sequence[Tensor] = (),
     ) -> Tensor:
-        """x (batch, tokens, width) → the same shape, through the last norm where `normalized`.
+        """x (batch, tokens, width) → the same shape, after the last norm if `normalized`.
 
         Args:
             mask: boolean (queries, keys) or broadcastable to (batch, heads, queries, keys), True where a
                 query sees a key; None for full attention; or one for each layer. With a cache, keys are the
                 cached tokens followed by x's own.
-            is_causal: causal attention without a mask of one's own.
-            rotations: `Positions.rotations` of x's places.
+            is_causal: causal attention, in place of a mask.
+            positions: what all layers do with the positions of x's tokens, or what each layer does.
             cache: earlier tokens' keys and values; x's are appended.
-            added: positions (tokens, width) or (batch, tokens, width) that are added to x in front of the
-                second block, the third, and so on.
-            offsets: relative positions of every layer, each (2 · tokens − 1, head_dim).
         """
         if is_causal and mask is not None:
             raise ValueError("give a mask or is_causal, not both")
-        if offsets and (is_causal or cache is not None):
-            raise ValueError("relative positions go with a mask, not with is_causal or a cache")
+        places = [positions] * len(self.blocks) if isinstance(positions, LayerPositions) else positions
+        if len(places) != len(self.blocks):
+            raise ValueError(f"expected positions for {len(self.blocks)} layers, got {len(places)}")
+        if (is_causal or cache is not None) and any(place.offsets is not None for place in places):
+            raise ValueError("relative positions work with a mask, not with is_causal or a cache")
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))  # the residual stream, too, is kept in lower precision
+            x = x.to(torch.get_autocast_dtype(device))  # keeps the residual stream in lower precision, too
         masks = bias_of_layers(mask, len(self.blocks), x.dtype)
         for layer, block in enumerate(self.blocks):
             slot = None if cache is None else (cache, layer)
-            inputs = (masks[layer], is_causal, rotations, slot, offsets[layer] if offsets else None)
-            if added and layer:
-                x = x + added[layer - 1].to(x.dtype)
+            inputs = (masks[layer], is_causal, places[layer], slot)
+            x = places[layer].add(x)
             if self.config.activation_checkpointing and self.training:
                 x = checkpoint(block, x, *inputs, use_reentrant=False)
             else:
@@ -200,11 +196,11 @@ class Transformer(nn.Module):
 def bias_of_layers(
     mask: Tensor | Sequence[Tensor] | None, depth: int, dtype: torch.dtype
 ) -> Sequence[Tensor | None]:
-    """One bias on attention logits for each layer, each different mask turned into one once."""
+    """A bias on attention logits for each layer; a mask that several layers share is converted once."""
     if mask is None or isinstance(mask, Tensor):
         return [None if mask is None else additive(mask, dtype)] * depth
     if len(mask) != depth:
-        raise ValueError(f"{len(mask)} masks were given for {depth} layers")
+        raise ValueError(f"expected masks for {depth} layers, got {len(mask)}")
     made = {id(one): one for one in mask}
     made = {key: additive(one, dtype) for key, one in made.items()}
     return [made[id(one)] for one in mask]

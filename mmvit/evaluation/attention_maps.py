@@ -18,11 +18,11 @@ def attention_weights(classifier: Classifier, pixels: Tensor) -> list[Tensor]:
     found: list[Tensor] = []
 
     def keep(attention: Attention, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, _, rotations, _, offsets = inputs
-        query, key, _ = attention.heads(x, rotations)
+        x, _, _, positions, _ = inputs
+        query, key, _ = attention.heads(x, positions)
         logits = (query * attention.head_dim**-0.5) @ key.transpose(-1, -2)
-        if offsets is not None:
-            logits = logits + relative_logits(query, offsets)
+        if positions.offsets is not None:
+            logits = logits + relative_logits(query, positions.offsets)
         found.append(logits.float().softmax(-1))
 
     hooks = [block.attention.register_forward_hook(keep) for block in classifier.core.blocks]

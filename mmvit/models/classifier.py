@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from mmvit.config import Config
 from mmvit.core.dropout import Dropout
-from mmvit.core.positions import PositionKind, Positions, RelativePositions, misfit
+from mmvit.core.positions import (
+    NO_POSITIONS,
+    LayerPositions,
+    PositionKind,
+    Positions,
+    RelativePositions,
+    misfit,
+    take,
+)
 from mmvit.core.transformer import Transformer, TransformerConfig
 from mmvit.hub import Pretrained
 from mmvit.models.resnet import GROUPS, Epsilons, classification_loss, stem_stride
@@ -198,19 +206,23 @@ class Classifier(Pretrained, nn.Module):
     def read(self, x: Tensor, chosen: Tensor | None = None, normalized: bool = True) -> Tensor:
         """x (batch, tokens, width), with positions → what the core makes of it, or of the tokens at the
         `chosen` places (batch, kept) alone."""
-        rotations = self.positions.rotations(0, x.shape[1])
-        added: list[Tensor] = []
-        if self.config.positions_at == "shared":
-            added = [self.positions.vectors()] * (self.config.core.depth - 1)
-        elif self.config.positions_at == "every_layer":
-            added = [positions.vectors() for positions in self.layer_positions]
+        positions = self.positions_in_layers()
         if chosen is not None:
             x = x.gather(1, chosen.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-            added = [vectors[chosen] for vectors in added]
-            if rotations is not None:
-                rotations = tuple(table[chosen].unsqueeze(1) for table in rotations)  # the same for all heads
-        offsets = () if self.relative is None else [*self.relative.tables]
-        return self.core(x, rotations=rotations, normalized=normalized, added=added, offsets=offsets)
+            positions = take(positions, chosen)
+        return self.core(x, positions=positions, normalized=normalized)
+
+    def positions_in_layers(self) -> LayerPositions | list[LayerPositions]:
+        """What the core's layers do with the positions of all tokens, after `embed` has added the first."""
+        if self.relative is not None:
+            return self.relative.in_layers()
+        if self.config.positions_at == "stem":
+            return self.positions.in_layers(0, self.positions.length)
+        if self.config.positions_at == "shared":
+            vectors = [self.positions.vectors()] * (self.config.core.depth - 1)
+        else:
+            vectors = [positions.vectors() for positions in self.layer_positions]
+        return [NO_POSITIONS, *map(LayerPositions, vectors)]
 
     def freeze_head(self) -> None:
         """Takes what comes after the core out of training, for objectives that have a head of their own."""

@@ -162,21 +162,20 @@ class GeneratorTransformer(Pretrained, nn.Module):
         return torch.cat([self.start.expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
     def run_core(self, x: Tensor, start: int = 0, cache: KeyValueCache | None = None) -> Tensor:
-        """The core over embedded tokens x (batch, tokens, width) that stand at places `start`... of the
+        """The core's output for embedded tokens x (batch, tokens, width) at places `start`... of the
         sequence."""
-        length = x.shape[1]
+        end = start + x.shape[1]
         x = self.dropout(self.positions.add(x, start))
-        rotations = self.positions.rotations(start, length)
+        mask, is_causal = None, False  # a token after the first pass sees all that is in the cache
         if self.layer_kinds:
-            end = start + length
             masks = {kind: getattr(self, f"{kind}_mask")[start:end, :end] for kind in {*self.layer_kinds}}
-            return self.core(x, [masks[kind] for kind in self.layer_kinds], rotations=rotations, cache=cache)
-        if start:  # one token after another: each sees all that is in the cache
-            return self.core(x, rotations=rotations, cache=cache)
-        if self.config.attention == "causal":
-            return self.core(x, is_causal=True, rotations=rotations, cache=cache)
-        mask = prefix(length, self.prefix_length, x.device)
-        return self.core(x, mask, rotations=rotations, cache=cache)
+            mask = [masks[kind] for kind in self.layer_kinds]
+        elif not start and self.config.attention == "causal":
+            is_causal = True
+        elif not start:
+            mask = prefix(end, self.prefix_length, x.device)
+        positions = self.positions.in_layers(start, x.shape[1])
+        return self.core(x, mask, is_causal, positions, cache)
 
     def forward(self, caption_ids: Tensor, codes: Tensor) -> tuple[Tensor | None, Tensor]:
         """Logits of every token given those before it.
