@@ -266,8 +266,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Copies `weights` into `model`. Raises UserError for names and shapes that do not match, by name."""
+    """Copies `weights` into `model`. Raises UserError for names and shapes that do not match, by name; empty
+    tensors that the model lacks are ignored."""
     own = model.state_dict()
+    weights = {name: tensor for name, tensor in weights.items() if tensor.numel() or name in own}
     problems = []
     if missing := sorted(own.keys() - weights.keys()):
         problems.append(f"missing: {shorten(missing)}")

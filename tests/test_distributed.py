@@ -335,6 +335,34 @@ model = {{image_size = 16, patch_size = 8, num_classes = 4, core = {{width = 16,
     assert "Traceback" not in ended.stderr
 
 
+def test_zero_3_command_trains_a_model_without_prefix_tokens(tmp_path, tiny_shards):
+    """The README's third command on two processes: every weight is sharded, and none of them is empty."""
+    pytest.importorskip("deepspeed")
+    settings = json.loads(ZERO["zero3"].read_text())
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else tiny weights stay whole
+    (tmp_path / "zero3.json").write_text(json.dumps(settings))
+    (tmp_path / "config.toml").write_text(
+        f"""
+output = "{tmp_path}/run"
+data = {{train = "{tiny_shards}/train-*.tar", held_out = "{tiny_shards}/held-out-*.tar"}}
+model = {{preset = "vit-modern", image_size = 16, stem_width = 8, num_classes = 4, \
+core = {{width = 16, depth = 1, num_heads = 2}}}}
+train = {{steps = 4, batch_size = 8, log_every = 1, num_workers = 0}}
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["pipelines/train_classifier.py", str(tmp_path / "config.toml")]
+    command += ["--deepspeed", str(tmp_path / "zero3.json"), "--optimizer.name", "adamw"]
+    command += ["--train.ema_decay", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=ENVIRONMENT)
+    assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-8000:]
+    found = losses(tmp_path / "run", "train")
+    assert len(found) == 4
+    assert found[-1] < found[0]
+    model = Classifier.from_pretrained(tmp_path / "run" / "last")
+    assert all(tensor.numel() and tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
 def test_ready_settings_differ_in_their_stage_alone():
     for stage, path in enumerate(ZERO.values()):
         assert json.loads(path.read_text()) == {"zero_optimization": {"stage": stage}}

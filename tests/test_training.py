@@ -74,9 +74,12 @@ def new_session(output: Path, resume: bool = False, model: ClassifierConfig = MO
 
 
 def train_on_shards(
-    session: Session, shards: Path, at_batch: Callable[[int, dict], None] = lambda n, batch: None
+    session: Session,
+    shards: Path,
+    at_batch: Callable[[int, dict], None] = lambda n, batch: None,
+    model: nn.Module | None = None,
 ) -> None:
-    """Trains on real shards; `at_batch(number, batch)` may meddle with every batch."""
+    """Trains `model`, or a new one, on real shards; `at_batch(number, batch)` may meddle with every batch."""
     decode = ClassifierSample((16, 16), 4)
     train_config = session.recipe.train
 
@@ -99,7 +102,8 @@ def train_on_shards(
         torch.rand(3)  # what an evaluation draws must not show in training
         return classification_metrics(model, held_out)
 
-    train(session, Classifier(session.recipe.model), stream, evaluate, select="accuracy", mode="max")
+    model = model or Classifier(session.recipe.model)
+    train(session, model, stream, evaluate, select="accuracy", mode="max")
 
 
 def terminate_at(batch_number: int, number: int = signal.SIGTERM) -> Callable[[int, dict], None]:
@@ -137,6 +141,34 @@ def test_terminated_and_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny_s
     assert comparable_metrics(whole.run) == comparable_metrics(again.run)
     for name in ("best/model.safetensors", "last/model.safetensors"):
         assert_same_state(read_weights(whole.run.path / name), read_weights(again.run.path / name))
+
+
+def test_an_older_checkpoint_with_an_empty_parameter_goes_on(tmp_path, tiny_shards, assert_same_state):
+    """Positions without prefix tokens used to have a `prefix_table` of no rows, in weights and optimizer."""
+    config = MODEL.model_copy(update={"pooling": "mean", "positions": "learned_2d"})
+
+    def run(folder: str, steps: int, older: bool = False, **settings) -> Path:
+        model = Classifier(config)
+        if older:
+            model.positions.prefix_table = nn.Parameter(torch.empty(0, 16))
+        session = new_session(tmp_path / folder, model=config, steps=steps, **settings)
+        train_on_shards(session, tiny_shards, model=model)
+        return session.run.checkpoints / f"step-{steps:08d}"
+
+    schedule = {"evaluate_every": 100, "log_every": 100, "clip_norm": 0}  # a norm sums in other places
+    torch.manual_seed(0)
+    older = run("cut", 4, older=True, **schedule)
+    assert read_weights(older / "model.safetensors")["positions.prefix_table"].shape == (0, 16)
+    Classifier.from_pretrained(tmp_path / "cut" / "last")
+    Classifier(config).load_state_dict(read_weights(older / "model.safetensors"))
+    again = run("cut", 8, resume=True, **schedule)
+    torch.manual_seed(0)
+    run("whole", 4, **schedule)
+    whole = run("whole", 8, resume=True, **schedule)
+    for name in ("model.safetensors", "average.safetensors"):
+        assert "positions.prefix_table" not in read_weights(again / name)
+        assert_same_state(read_weights(again / name), read_weights(whole / name))
+    assert_same_state(read_state(again / "optimizer.pt"), read_state(whole / "optimizer.pt"))
 
 
 def test_evaluation_leaves_no_trace_in_training(tmp_path, tiny_shards):

@@ -90,7 +90,8 @@ class Positions(nn.Module):
             self.table = nn.Parameter(torch.empty(self.length, width))
         elif kind in LEARNED_2D:
             share = width // 2 if kind == "learned_2d_concat" else width
-            self.prefix_table = nn.Parameter(torch.empty(prefix_length, width))
+            # None, not a table without rows, which ZeRO 3 cannot share out
+            self.prefix_table = nn.Parameter(torch.empty(prefix_length, width)) if prefix_length else None
             self.row_table = nn.Parameter(torch.empty(rows, share))
             self.column_table = nn.Parameter(torch.empty(columns, share))
         elif kind == "sincos_2d":
@@ -103,6 +104,8 @@ class Positions(nn.Module):
             raise ValueError(f"unknown position kind {kind!r}")
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.02)
+        if not prefix_length:
+            self.register_load_state_dict_pre_hook(drop_empty_prefix)
 
     @staticmethod
     def _coordinates(prefix_length: int, rows: int, columns: int, offset: int) -> Tensor:
@@ -130,7 +133,8 @@ class Positions(nn.Module):
             square = rows + columns  # (rows, columns, width)
         else:
             square = torch.cat([rows.expand(-1, self.grid[1], -1), columns.expand(self.grid[0], -1, -1)], -1)
-        return torch.cat([self.prefix_table, square.flatten(0, 1)])
+        square = square.flatten(0, 1)
+        return square if self.prefix_table is None else torch.cat([self.prefix_table, square])
 
     def in_layers(self, start: int, length: int) -> LayerPositions:
         """What every layer of the core does for the tokens at places `start` to `start + length`: rotations
@@ -139,6 +143,13 @@ class Positions(nn.Module):
             return NO_POSITIONS
         angles = self.angles[start : start + length]
         return LayerPositions(rotations=(angles.cos(), angles.sin()))
+
+
+def drop_empty_prefix(positions: Positions, weights: dict[str, Tensor], prefix: str, *more: object) -> None:
+    """Loading hook for older weights, where positions without a prefix have a `prefix_table` of no rows."""
+    name = f"{prefix}prefix_table"
+    if name in weights and not weights[name].numel():
+        del weights[name]
 
 
 class RelativePositions(nn.Module):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmvit.core.hidden import HiddenLayers
 from mmvit.errors import UserError
@@ -40,6 +40,8 @@ class Optimizer:
         self.parts = build_optimizers(model, config)
         self.rate = 0.0
         self.peak_rates = [[group["lr"] for group in part.param_groups] for part in self.parts]
+        for part in self.parts:
+            part.register_load_state_dict_pre_hook(lambda _, state: without_empty_parameters(state))
 
     def set_rate(self, step: int) -> None:
         """Sets the learning rates for optimizer step `step`, from 1; `rate` is AdamW's."""
@@ -67,14 +69,15 @@ class Optimizer:
                 f"the checkpoint was trained by {state['name']}, optimizer.name is now "
                 f"{self.config.name}; set it back"
             )
+        parts = [without_empty_parameters(part) for part in state["parts"]]
         sizes = [[len(group["params"]) for group in part.state_dict()["param_groups"]] for part in self.parts]
-        if sizes != [[len(group["params"]) for group in part["param_groups"]] for part in state["parts"]]:
+        if sizes != [[len(group["params"]) for group in part["param_groups"]] for part in parts]:
             raise UserError(
                 "the checkpoint was trained with other parameters, or with other groups of them: set "
                 "start.freeze and optimizer.layer_decay back to what config.toml says, or start a new run "
                 "with --start.model"
             )
-        for part, saved in zip(self.parts, state["parts"], strict=True):
+        for part, saved in zip(self.parts, parts, strict=True):
             with settings_kept(part):
                 part.load_state_dict(saved)
 
@@ -86,6 +89,23 @@ def settings_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     yield
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
+
+
+def without_empty_parameters(state: dict[str, Any]) -> dict[str, Any]:
+    """A torch optimizer's state without parameters of no elements, which models used to have."""
+    empty = {
+        number
+        for number, moments in state["state"].items()
+        if any(isinstance(moment, Tensor) and not moment.numel() for moment in moments.values())
+    }
+    groups = [
+        {**group, "params": [number for number in group["params"] if number not in empty]}
+        for group in state["param_groups"]
+    ]
+    return {
+        "state": {number: moments for number, moments in state["state"].items() if number not in empty},
+        "param_groups": groups,
+    }
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
