@@ -1,8 +1,8 @@
 """What each part of a generator buys: a recipe with one part exchanged at a time, all for the same training
 FLOPs.
 
-    python pipelines/encode_images.py data/emoji data/emoji-views --views 8 --shift 2
-    python pipelines/encode_images.py data/emoji data/emoji-views-flipped --views 8 --shift 2 \\
+    python pipelines/encode_images.py data/emoji data/emoji-augmented --augmented 8 --shift 2
+    python pipelines/encode_images.py data/emoji data/emoji-augmented-flipped --augmented 8 --shift 2 \\
         --flip-unless left right clockwise counterclockwise links rechts
     python benchmarks/modern_generator.py run --images 24000 --log modern-generator.jsonl
     python benchmarks/modern_generator.py table modern-generator.jsonl
@@ -25,8 +25,8 @@ from mmvit.errors import run_script
 
 RECIPE = ("pipelines/train_caption_to_image.py", ROOT / "configs/emoji_demo.toml")
 BATCH = 64
-VIEWS = "data/emoji-views"
-FLIPPED = f"{VIEWS}-flipped"  # every second view, where no caption names a side, in English or German
+AUGMENTED = "data/emoji-augmented"
+FLIPPED = f"{AUGMENTED}-flipped"  # every second copy, where no caption names a side, in English or German
 BASE, UNGUIDED = "the base", "captions never left out"
 PLAIN = ("--model.core.mlp", "gelu", "--model.core.qk_norm", "false")
 CAUSAL = ("--model.attention", "causal", "--model.text_loss_weight", "1")
@@ -56,9 +56,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "code noise 0.1": ("--model.code_noise", "0.1"),
     "label smoothing 0.1": ("--model.label_smoothing", "0.1"),
     "BPE dropout 0.1": ("--data.bpe_dropout", "0.1", "--model.text_length", "24"),  # captions get longer
-    "half of the pictures shifted": ("--data.views", "0.5", "--data.train", f"{VIEWS}/train-*.tar"),
+    "half of the pictures shifted": ("--data.augmented", "0.5", "--data.train", f"{AUGMENTED}/train-*.tar"),
     "half of the pictures shifted or flipped": (
-        "--data.views", "0.5", "--data.train", f"{FLIPPED}/train-*.tar",
+        "--data.augmented", "0.5", "--data.train", f"{FLIPPED}/train-*.tar",
     ),
     "causal captions, 1 : 7": CAUSAL,
     "DALL·E's attention, 1 : 7": ("--model.attention", "dalle", "--model.convolution", "7", *CAUSAL[2:]),

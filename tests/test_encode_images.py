@@ -1,9 +1,8 @@
-"""Codes made of pictures: whose they are, their views and grids, and what is refused."""
+"""Codes made from images: their tokenizer, augmented copies and grids, and what is refused."""
 
 import itertools
 import json
 import random
-import runpy
 from pathlib import Path
 from unittest import mock
 
@@ -22,8 +21,7 @@ from mmvit.data.writing import ShardWriter
 from mmvit.errors import UserError
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
 from mmvit.models.vq import VQModel
-
-ROOT = Path(__file__).resolve().parent.parent
+from mmvit.places import load_script
 
 
 def test_code_shards_say_which_tokenizer_made_them(encoded):
@@ -41,10 +39,13 @@ def test_encoding_refuses_what_it_cannot_do(encoded, tiny_shards, run_script, tm
         run_script(script, tiny_shards, tmp_path, "--tokenizer", tokenizer, "--size", 20), "multiples of 8"
     )
     refused(run_script(script, tmp_path / "none", tmp_path, "--tokenizer", tokenizer), "none")
-    refused(run_script(script, tiny_shards, tmp_path, "--size", "64x"), "--size 64x: it is a side or")
+    refused(
+        run_script(script, tiny_shards, tmp_path, "--size", "64x"),
+        "--size: expected a side or HEIGHTxWIDTH in pixels, such as 64 or 64x96, got 64x",
+    )
     (tmp_path / "test-000000.tar").touch()
     no_codes = run_script(script, tiny_shards, tmp_path, "--tokenizer", tokenizer, "--size", 16)
-    refused(no_codes, f"{tmp_path} holds shards that are no codes of this script")
+    refused(no_codes, f"{tmp_path} holds shards that mmvit encode did not make")
     (tmp_path / "dataset.json").write_text('{"image_tokenizer": {}}')
     refused(
         run_script(script, tiny_shards, tmp_path, "--tokenizer", tokenizer, "--size", 16), "shards of test"
@@ -56,45 +57,48 @@ def test_a_sample_whose_codes_do_not_fit_is_named(encoded, run_script, tokenizer
         writer.write("good", {"codes.npy": pack_codes(np.zeros((2, 2))), "txt": b"red"})
         writer.write("bad", {"codes.npy": pack_codes(np.full((2, 2), 16)), "txt": b"red"})
     stream = ShardStream(tmp_path, CaptionCodesSample(tokenizer, 8, (2, 2), 16), 1, shuffle_buffer=0)
-    with pytest.raises(UserError, match=r"^bad in .*train-000000.tar: there is a code 16, the codebook"):
+    with pytest.raises(UserError, match=r"^bad in .*train-000000.tar: found code 16, but the codebook"):
         list(itertools.islice(stream, 3))
 
 
-def test_views_are_moved_and_flipped_where_the_caption_allows(
+def test_augmented_copies_are_shifted_and_flipped_where_the_caption_allows(
     encoded, tiny_shards, run_script, tokenizer, tmp_path
 ):
     out = tmp_path / "codes"
     arguments = (tiny_shards, out, "--tokenizer", encoded / "tokenizer", "--size", 16)
-    ran = run_script("pipelines/encode_images.py", *arguments, "--views", 3, "--flip-unless", "Red", "left")
+    ran = run_script("pipelines/encode_images.py", *arguments, "--augmented", 3, "--flip-unless", "Red left")
     assert ran.returncode == 0, ran.stderr
     model = VQModel.from_pretrained(encoded / "tokenizer")
     shards = sorted(tiny_shards.glob("train-*.tar"))
-    pictures = {sample.key: sample for shard in shards for sample in read_shard(shard)}
+    images = {sample.key: sample for shard in shards for sample in read_shard(shard)}
     moved = AugmentConfig(crop_padding=2)
     seen_flips = set()
     for sample in read_shard(next(out.glob("train-*0.tar"))):
-        pixels, rng = decode_image(pictures[sample.key].files["png"], (16, 16)), random.Random(sample.key)
-        views = unpack_codes(sample.files["views.npy"], (2, 2), 16, views=True)
+        pixels, rng = decode_image(images[sample.key].files["png"], (16, 16)), random.Random(sample.key)
+        copies = unpack_codes(sample.files["augmented.npy"], (2, 2), 16, augmented=True)
         is_flipped = not sample.files["txt"].startswith(b"red")
         seen_flips.add(is_flipped)
-        for view in range(3):
-            flip = moved.model_copy(update={"flip": float(is_flipped and view == 1)})
+        for number in range(3):
+            flip = moved.model_copy(update={"flip": float(is_flipped and number == 1)})
             expected = to_unit_range(Augment(flip)(pixels, rng))
             codes = model.encode(torch.from_numpy(expected.copy())[None])
-            assert torch.equal(codes[0], torch.from_numpy(views[view])), sample.key
+            assert torch.equal(codes[0], torch.from_numpy(copies[number])), sample.key
     assert seen_flips == {True, False}
     (held_out,) = out.glob("held-out-*.tar")
-    assert "views.npy" not in next(read_shard(held_out)).files
+    assert "augmented.npy" not in next(read_shard(held_out)).files
 
     sample = next(read_shard(next(out.glob("train-*0.tar"))))
     shape = (tokenizer, 8, (2, 2), 16)
-    views = unpack_codes(sample.files["views.npy"], (2, 2), 16, views=True).reshape(3, 4).tolist()
-    drawn = CaptionCodesSample(*shape, views=1.0)(sample, random.Random(0))["codes"].tolist()
-    assert drawn in views
+    stored = sample.files.pop("augmented.npy")
+    copies = unpack_codes(stored, (2, 2), 16, augmented=True).reshape(3, 4).tolist()
+    for name in ("augmented.npy", "views.npy"):  # the second in shards of earlier versions
+        old_or_new = Sample(sample.key, sample.shard, {**sample.files, name: stored})
+        drawn = CaptionCodesSample(*shape, augmented=1.0)(old_or_new, random.Random(0))["codes"].tolist()
+        assert drawn in copies
     plain = CaptionCodesSample(*shape)(sample, random.Random(0))["codes"].tolist()
     assert plain == unpack_codes(sample.files["codes.npy"], (2, 2), 16).reshape(-1).tolist()
-    with pytest.raises(BadSample, match="no views"):
-        CaptionCodesSample(*shape, views=1.0)(next(read_shard(held_out)), random.Random(0))
+    with pytest.raises(BadSample, match="no augmented copies"):
+        CaptionCodesSample(*shape, augmented=1.0)(next(read_shard(held_out)), random.Random(0))
 
 
 @pytest.mark.parametrize(
@@ -110,23 +114,25 @@ def test_views_are_moved_and_flipped_where_the_caption_allows(
         ("arrow", "السهم اليسار", ["يسار"], False),
     ],
 )
-def test_a_picture_is_flipped_where_no_caption_forbids_it(english, german, words, flips):
-    views = runpy.run_path(str(ROOT / "pipelines/encode_images.py"))["Views"](2, 0, tuple(words))
+def test_an_image_is_flipped_where_no_caption_forbids_it(english, german, words, flips):
+    copies = load_script("pipelines/encode_images.py").Copies(2, 0, tuple(words))
     captions = json.dumps({"captions": {"en": english, "de": german}}).encode()
     pixels = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
-    seen = views.of(Sample("one", Path("shard"), {"txt": english.encode(), "json": captions}), pixels)
-    assert len(seen) == 3
-    assert np.array_equal(seen[1], pixels)
-    assert np.array_equal(seen[2], pixels[:, ::-1] if flips else pixels)
+    images = copies.of(Sample("one", Path("shard"), {"txt": english.encode(), "json": captions}), pixels)
+    assert len(images) == 3
+    assert np.array_equal(images[1], pixels)
+    assert np.array_equal(images[2], pixels[:, ::-1] if flips else pixels)
     if words:
         with pytest.raises(BadSample, match="neither a txt nor captions"):
-            views.of(Sample("one", Path("shard"), {}), pixels)
+            copies.of(Sample("one", Path("shard"), {}), pixels)
 
 
 def test_codes_that_are_being_replaced_do_not_say_whose_they_are(encoded, tiny_shards, run_script, tmp_path):
     arguments = (tiny_shards, tmp_path / "codes", "--tokenizer", encoded / "tokenizer", "--size", 16)
     assert run_script("pipelines/encode_images.py", *arguments).returncode == 0
-    full = mock.patch("mmvit.data.codes.pack_codes", side_effect=OSError("the disk is full"))
+    full = mock.patch.object(
+        load_script("pipelines/encode_images.py"), "pack_codes", side_effect=OSError("the disk is full")
+    )
     with full, pytest.raises(OSError, match="the disk is full"):
         run_script("pipelines/encode_images.py", *arguments)
     assert not (tmp_path / "codes/dataset.json").exists()
@@ -142,7 +148,7 @@ def test_codes_of_the_discrete_vae_are_encoded_and_named(tiny_shards, run_script
     assert (made["grid"], made["codebook_size"], len(made["fingerprint"])) == ([2, 2], 16, 16)
 
 
-def test_pictures_of_any_shape_are_encoded_and_the_shards_say_their_grid(
+def test_images_of_any_shape_are_encoded_and_the_shards_say_their_grid(
     encoded, tiny_shards, run_script, tmp_path
 ):
     arguments = (tiny_shards, tmp_path, "--tokenizer", encoded / "tokenizer", "--size", "16x40")

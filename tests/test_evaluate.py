@@ -115,7 +115,9 @@ def test_a_split_is_not_another_whose_name_begins_so(tiny_shards, tmp_path):
     assert len(read_split(tmp_path, "held-out-hard", CaptionSample())["keys"]) == 10
     assert len(read_split(tmp_path, "*", CaptionSample())["keys"]) == 18
     (tmp_path / "held-out-000000.tar").unlink()
-    with pytest.raises(UserError, match=r"no shards of held-out in .*, only of splits whose names begin so"):
+    with pytest.raises(
+        UserError, match=r"no shards of held-out in .*, only of splits whose names begin with it"
+    ):
         read_split(tmp_path, "held-out", CaptionSample())
 
 

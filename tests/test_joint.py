@@ -152,7 +152,7 @@ class Renamed(PixelsSample):
 
 def test_streams_with_the_same_entry_are_refused(tiny_shards):
     streams = [ShardStream(f"{tiny_shards}/train-*.tar", PixelsSample((8, 8)), 4) for _ in range(2)]
-    with pytest.raises(ValueError, match="two streams give pixels"):
+    with pytest.raises(ValueError, match="two streams have the entry pixels"):
         next(iter(PairedStream(streams)))
 
 

@@ -16,12 +16,12 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from mmvit.data.augment import Augment, AugmentConfig
-from mmvit.data.captions import TextTokenizer, read_caption, read_caption_file
+from mmvit.data.captions import TextTokenizer, caption_lengths, read_caption, read_caption_file
 from mmvit.data.codes import check_codes_fit, pack_codes, unpack_codes
 from mmvit.data.samples import CaptionCodesSample, CaptionPixelsSample, PixelsSample, check_classes
 from mmvit.data.shards import BadSample, Sample, read_shard
 from mmvit.data.stream import ShardStream
-from mmvit.data.writing import Outcome, write_dataset_card
+from mmvit.data.writing import Outcome, ShardWriter, write_dataset_card
 from mmvit.errors import UserError
 
 AUGMENT = AugmentConfig(crop_padding=2, flip=0.5, erase=0.5)
@@ -117,7 +117,7 @@ def test_oversize_image_is_refused_before_it_is_decompressed():
         with pytest.raises(BadSample, match="oversize image"):
             decode(bomb)
     small = Sample("key", Path("x.tar"), {"png": png_of(size=(40, 30))})
-    with pytest.raises(BadSample, match="40x30 pixels, the cap is 1,000"):
+    with pytest.raises(BadSample, match="40x30 pixels, the limit is 1,000"):
         PixelsSample((16, 16), max_pixels=1000)(small, random.Random(0))
 
 
@@ -199,6 +199,25 @@ def test_long_captions_are_cut_and_counted(tokenizer):
     assert ids[0].tolist() == tokenizer.tokenize(long)[:6]
 
 
+def test_how_many_captions_will_be_cut_is_known_beforehand(tokenizer, tmp_path):
+    captions = {"fits": "red apple", "long": "an apple " * 40, "longer": "a pear " * 60, "mute": ""}
+    with ShardWriter(tmp_path, "train", samples_per_shard=2) as writer:
+        for key, caption in captions.items():
+            by_language = json.dumps({"captions": {"de": "ein Apfel"} if key == "long" else {}}).encode()
+            writer.write(key, {"png": b"unread", "txt": caption.encode(), "json": by_language})
+        writer.write("silent", {"png": b"unread"})
+    found = caption_lengths(tmp_path, tokenizer, 32)
+    longest = len(tokenizer.tokenize(captions["longer"]))
+    assert found == (4, 2, longest, "longer", 32)
+    assert found.describe() == (
+        f"50.0% of the first 4 captions are longer than model.text_length (32 tokens) and will be cut; "
+        f"the longest has {longest} (longer)"
+    )
+    assert caption_lengths(tmp_path, tokenizer, longest).describe() == ""
+    assert caption_lengths(tmp_path, tokenizer, 32, ("de",)).num_cut == 1  # longer falls back to txt
+    assert caption_lengths(tmp_path, tokenizer, 32, most=3).captions == 2  # one a shard; the third has none
+
+
 def test_dropout_close_to_zero_equals_the_library(tokenizer):
     captions = [
         *CAPTIONS,
@@ -231,7 +250,7 @@ def test_a_tokenizer_that_pads_by_another_token_is_refused(tokenizer):
     vocabulary = facts["model"]["vocab"]
     facts["model"]["vocab"] = {token: swapped.get(place, place) for token, place in vocabulary.items()}
     facts["added_tokens"] = [{**token, "id": 1} for token in facts["added_tokens"]]
-    with pytest.raises(UserError, match=r"^mine: \[PAD\] is token 1; models take token 0 for padding"):
+    with pytest.raises(UserError, match=r"^mine: expected \[PAD\] as token 0, .* got token 1"):
         TextTokenizer(Tokenizer.from_str(json.dumps(facts)), "mine")
 
 
@@ -296,7 +315,7 @@ def test_caption_and_codes_come_in_batches_and_cut_captions_are_counted(tiny_sha
 
 def test_codes_of_another_grid_or_codebook_stop_the_run(tiny_shards, tokenizer):
     for settings, message in (
-        ({"grid": (4, 4)}, "codes are 2x2, the model expects 4x4"),
+        ({"grid": (4, 4)}, "expected codes of 4x4, got 2x2"),
         ({"codebook_size": 2}, "ends at 1"),
     ):
         decode = CaptionCodesSample(tokenizer, 8, **{"grid": (2, 2), "codebook_size": 4, **settings})
@@ -320,5 +339,5 @@ def test_codes_of_another_tokenizer_are_refused(tmp_path):
     made = {"grid": [8, 8], "codebook_size": 1024, "fingerprint": "abc"}
     write_dataset_card(tmp_path, Outcome(), image_tokenizer=made)
     check_codes_fit(tmp_path, (8, 8), 1024, "abc")
-    with pytest.raises(UserError, match=r"abc.*, the tokenizer in use has def: set data.image_tokenizer"):
+    with pytest.raises(UserError, match=r"abc.*, but the tokenizer in use has def: set data.image_tokenizer"):
         check_codes_fit(tmp_path, (8, 8), 1024, "def")

@@ -189,7 +189,7 @@ def test_position_of_another_layout_warns_and_takes_the_next_epoch(tiny_shards):
     saved = stream_of(tiny_shards, KeyOnly())
     take(saved, 2)
     stream = stream_of(tiny_shards, KeyOnly(), world_size=2)
-    with pytest.warns(UserWarning, match="other world_size: going on with epoch 1"):
+    with pytest.warns(UserWarning, match="other world_size: continuing with epoch 1"):
         stream.load_state_dict(saved.state_dict())
     assert stream.positions[0].epoch == 1
 
@@ -211,7 +211,7 @@ def test_bad_samples_are_skipped_counted_and_named(tiny_shards, tmp_path):
     samples[3] = {**good, "png": good["png"][:60]}
     samples[5] = {**good, "cls": b"4"}
     samples[8] = {**good, "cls": b"cat"}
-    samples[199] = {"txt": b"no picture", "cls": b"1"}
+    samples[199] = {"txt": b"no image", "cls": b"1"}
     write(tmp_path, samples)
     for num_workers in (0, 1):
         decode = ClassifierSample((16, 16), 4)
@@ -251,10 +251,7 @@ def test_shard_without_the_needed_key_says_which_keys_it_has(tmp_path, num_worke
     stream = ShardStream(tmp_path, ClassifierSample((16, 16), 4), 2, num_workers=num_workers)
     with pytest.raises(UserError) as caught:
         next(iter(stream))
-    assert (
-        str(caught.value)
-        == f"no sample of {path} has the files that are needed here: needs cls, has png, txt"
-    )
+    assert str(caught.value) == f"no sample of {path} has the files needed here: needs cls, has png, txt"
 
 
 def test_truncated_shard_keeps_what_is_before_the_cut_and_is_reported(tiny_shards, tmp_path):
@@ -292,7 +289,7 @@ def test_shards_that_are_all_broken_end_the_stream(tmp_path, num_workers):
     for number in range(2):
         (tmp_path / f"train-{number:06d}.tar").write_bytes(b"<html>not found</html>" * 100)
     stream = ShardStream(tmp_path, KeyOnly(), 4, num_workers=num_workers)
-    with pytest.raises(UserError, match=r"finds no sample .*2 broken shards, the first: .*damaged"):
+    with pytest.raises(UserError, match=r"found no sample .*2 broken shards, the first: .*damaged"):
         next(iter(stream))
 
 

@@ -436,7 +436,7 @@ def test_the_script_goes_there_and_back(run_script, tmp_path):
     assert not Classifier.from_pretrained(tmp_path / "x").head.weight.any()
     for setting, words in (
         ("num_heads", "--set num_heads: a setting is written NAME=VALUE"),
-        ("image_size=32x", "--set image_size 32x: it is a side or HEIGHTxWIDTH"),
+        ("image_size=32x", "--set image_size: expected a side or HEIGHTxWIDTH"),
         ("image_size=16x48", "for 16 patches of 8 pixels; image_size 16x48 has 12"),
     ):
         out = tmp_path / "y"

@@ -1,7 +1,7 @@
 """Augmentation of one uint8 image by its own generator: shifted crop, horizontal flip, random erasing.
 
-Written out in numpy because every sample has its own generator, so that its augmentation depends on neither
-its batch nor on how often a run was resumed; kornia draws from the global generator, and is slower here (28
+Written in numpy because every sample has its own generator, so that its augmentation depends neither on its
+batch nor on how often a run was resumed. kornia draws from the global generator, and is slower here (28 µs
 against 12 µs per 28x28 image).
 """
 
@@ -15,7 +15,7 @@ from mmvit.config import Config
 
 
 class AugmentConfig(Config):
-    """What is done to a training image. The defaults do nothing."""
+    """How to augment a training image. The defaults do nothing."""
 
     crop_padding: int = Field(
         0, ge=0, description="largest shift in pixels, each way; the border is repeated outwards"
@@ -47,13 +47,13 @@ class Augment:
 
 
 def shift(pixels: np.ndarray, distance: int, axis: int) -> np.ndarray:
-    """Moves an image along `axis` and repeats its border: a random crop of the padded image."""
+    """Shifts an image along `axis` and repeats its border, like a random crop of the padded image."""
     size = pixels.shape[axis]
     return pixels.take(np.arange(distance, size + distance).clip(0, size - 1), axis=axis)
 
 
 def erase(pixels: np.ndarray, area: tuple[float, float], aspect: float, rng: random.Random) -> np.ndarray:
-    """Overwrites a random rectangle with random pixels. One that does not fit is cut to the image's size."""
+    """Overwrites a random rectangle with random pixels; one that does not fit is cut to the image's size."""
     height, width, channels = pixels.shape
     num_pixels = rng.uniform(*area) * height * width
     ratio = math.exp(rng.uniform(-math.log(aspect), math.log(aspect)))

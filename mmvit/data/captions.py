@@ -1,15 +1,16 @@
-"""Captions: reading them from a sample, choosing a language, and turning them into token ids."""
+"""Captions: read from a sample or a file, in one of several languages, and turned into token ids."""
 
 import json
 import random
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 
-from mmvit.data.shards import BadSample, Sample
+from mmvit.data.shards import BadSample, BadShard, Sample, ShardPatterns, expand_shards, read_shard
 from mmvit.errors import UserError
 
 PAD = "[PAD]"
@@ -18,25 +19,25 @@ PAD = "[PAD]"
 class TextTokenizer:
     """A `tokenizer.json` of Hugging Face tokenizers (byte-level BPE), with reproducible BPE dropout.
 
-    A caption is its tokens followed by pads, token 0, without those that a file's post-processor would put
-    around it; so the empty caption, which stands for "no caption" in classifier-free guidance, is all pads.
+    A caption becomes its tokens followed by pads, token 0. Tokens that a post-processor would put around it
+    are left out, so the empty caption, which means "no caption" in classifier-free guidance, is all pads.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str = "the tokenizer"):
-        tokenizer.encode_special_tokens = True  # "[PAD]" written in a caption is text like any other
+        tokenizer.encode_special_tokens = True  # "[PAD]" in a caption is ordinary text
         tokenizer.no_padding()
         tokenizer.no_truncation()
         model = json.loads(tokenizer.to_str())["model"]
         pad_id = tokenizer.token_to_id(PAD)
         if model["type"] != "BPE" or pad_id is None:
             raise UserError(
-                f"{source}: a BPE model with a {PAD} token is needed, found {model['type']} and "
-                f"{'no ' if pad_id is None else ''}{PAD}; learn one with tokenizers/train_text_tokenizer.py"
+                f"{source}: expected a BPE model with a {PAD} token, got {model['type']} "
+                f"{'without' if pad_id is None else 'with'} {PAD}; learn one with mmvit tokenizer text"
             )
         if pad_id != 0:
             raise UserError(
-                f"{source}: {PAD} is token {pad_id}; models take token 0 for padding, and for captions that "
-                "are left out: learn one with tokenizers/train_text_tokenizer.py"
+                f"{source}: expected {PAD} as token 0, which models read as padding, got token {pad_id}; "
+                "learn one with mmvit tokenizer text"
             )
         self.tokenizer = tokenizer
         self.source = source
@@ -48,11 +49,11 @@ class TextTokenizer:
         self.ranks: dict[tuple[str, str], int] = {merge: rank for rank, merge in enumerate(merges)}
 
     def is_same(self, other: "TextTokenizer") -> bool:
-        """Whether both make the same tokens of every caption."""
+        """Whether both tokenize every caption alike."""
         return self.tokenizer.to_str() == other.tokenizer.to_str()
 
     def __reduce__(self) -> tuple:
-        return TextTokenizer, (self.tokenizer, self.source)  # pickling loses encode_special_tokens
+        return TextTokenizer, (self.tokenizer, self.source)  # pickling would lose encode_special_tokens
 
     @classmethod
     def from_file(cls, path: str | Path) -> "TextTokenizer":
@@ -64,9 +65,7 @@ class TextTokenizer:
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
-            raise UserError(
-                f"no text tokenizer at {path}; the one shipped is tokenizers/emoji-text/tokenizer.json"
-            )
+            raise UserError(f"no text tokenizer at {path}; tokenizers/emoji-text ships with mmvit")
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust library raises a bare Exception
@@ -82,9 +81,8 @@ class TextTokenizer:
         """Tokenizes captions.
 
         Args:
-            length: tokens kept of each; longer ones are cut, shorter ones padded.
-            dropout: probability that a BPE merge is left out (BPE-dropout, Provilkov et al. 2020), drawn from
-                `rng`.
+            length: tokens per caption; longer ones are cut, shorter ones padded.
+            dropout: probability of skipping a BPE merge (BPE-dropout, Provilkov et al. 2020), with `rng`.
 
         Returns:
             ids int64 (captions, length), and how many captions were cut.
@@ -98,11 +96,11 @@ class TextTokenizer:
         return ids, num_cut
 
     def tokenize(self, caption: str, dropout: float = 0.0, rng: random.Random | None = None) -> list[int]:
-        """The token ids of one caption, however many, without pads."""
+        """The token ids of one caption, uncut and without pads."""
         if dropout == 0.0:
             return self.tokenizer.encode(caption, add_special_tokens=False).ids
         if rng is None:
-            raise ValueError("BPE dropout needs an rng, so that it can be repeated")
+            raise ValueError("BPE dropout needs an rng, to be repeatable")
         text = self.tokenizer.normalizer.normalize_str(caption) if self.tokenizer.normalizer else caption
         words = self.tokenizer.pre_tokenizer.pre_tokenize_str(text)
         return [
@@ -112,8 +110,8 @@ class TextTokenizer:
     def merge(self, word: str, dropout: float, rng: random.Random) -> list[str]:
         """Joins the characters of a word by the learnt merges, best first.
 
-        In every round each possible merge is left out with probability `dropout`. Own code because the
-        library's dropout cannot be seeded.
+        Each round skips every possible merge with probability `dropout`. Our own code, because the library's
+        dropout cannot be seeded.
         """
         tokens = list(word)
         while len(tokens) > 1:
@@ -129,13 +127,13 @@ class TextTokenizer:
         return tokens
 
     def decode(self, ids: torch.Tensor | Sequence[int]) -> str:
-        """The normalized caption (NFKC, lower case, single spaces) of ids (length,); pads are left out."""
+        """The normalized caption (NFKC, lower case, single spaces) of ids (length,), without pads."""
         numbers = [int(number) for number in ids]
         return self.tokenizer.decode([number for number in numbers if number != self.pad_id]).strip()
 
 
 def read_caption_file(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file, without the empty ones."""
+    """The non-empty lines of a UTF-8 text file."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
@@ -143,15 +141,17 @@ def read_caption_file(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     if not (captions := [line.strip() for line in lines if line.strip()]):
-        raise UserError(f"{path} holds no captions; write one on each line")
+        raise UserError(f"{path} holds no captions; write one per line")
     return captions
 
 
 def read_caption(
     sample: Sample, languages: Sequence[str], rng: random.Random, falls_back: bool = True
 ) -> str:
-    """The caption of a sample: in one of `languages`, drawn evenly from those in its `json`, else its `txt`
-    if it `falls_back`.
+    """A sample's caption in one of `languages`, drawn evenly from those in its `json`, else its `txt`.
+
+    Args:
+        falls_back: False requires one of the languages.
 
     Raises:
         BadSample: not UTF-8, not JSON, or neither any of the languages nor a `txt` to fall back to.
@@ -170,7 +170,7 @@ def read_caption(
 
 
 def read_captions(sample: Sample) -> dict[str, str]:
-    """The captions by language of a sample's `json`, which holds {"captions": {language: caption}}.
+    """The captions by language in a sample's `json`: {"captions": {language: caption}}.
 
     Raises:
         BadSample: not UTF-8, not JSON, or of another form.
@@ -192,3 +192,66 @@ def read_text(sample: Sample, extension: str) -> str:
     except UnicodeDecodeError as error:
         found = f"byte 0x{data[error.start]:02x} at position {error.start} of {extension}"
         raise BadSample("caption is not UTF-8", found) from None
+
+
+class CaptionLengths(NamedTuple):
+    """How many tokens captions have, compared with the `text_length` of a model."""
+
+    captions: int  # measured
+    num_cut: int  # of these, longer than text_length
+    longest: int  # tokens
+    key: str  # of the sample with the longest caption
+    text_length: int
+
+    @property
+    def share_cut(self) -> float:
+        return self.num_cut / max(1, self.captions)
+
+    def describe(self, setting: str = "model.text_length") -> str:
+        """A line for the start of a training; "" if every caption fits."""
+        if not self.num_cut:
+            return ""
+        return (
+            f"{self.share_cut:.1%} of the first {self.captions:,} captions are longer than {setting} "
+            f"({self.text_length} tokens) and will be cut; the longest has {self.longest:,} ({self.key})"
+        )
+
+
+def caption_lengths(
+    shards: ShardPatterns,
+    tokenizer: TextTokenizer,
+    text_length: int,
+    languages: Sequence[str] = ("en",),
+    most: int = 2000,
+) -> CaptionLengths:
+    """Measures the first captions of `shards` in `languages`, or their `txt`, about as many from each shard.
+
+    Reads captions alone, no images, and tokenizes `most` of them: well under a second. Samples without a
+    readable caption, and the rest of a damaged shard, are left to the training to count.
+    """
+    paths = list(dict.fromkeys(expand_shards(shards)))
+    lengths: list[tuple[int, str]] = []
+    for number, path in enumerate(paths, start=1):
+        try:
+            for sample in read_shard(path, only=("txt", "json")):
+                if len(lengths) * len(paths) >= most * number:
+                    break
+                lengths += [
+                    (len(tokenizer.tokenize(caption)), sample.key)
+                    for caption in all_captions(sample, languages)
+                ]
+        except BadShard:
+            continue
+    longest, key = max(lengths, default=(0, ""))
+    num_cut = sum(length > text_length for length, _ in lengths)
+    return CaptionLengths(len(lengths), num_cut, longest, key, text_length)
+
+
+def all_captions(sample: Sample, languages: Sequence[str]) -> list[str]:
+    """Every caption that `read_caption` might draw for a sample; none if it would be skipped."""
+    try:
+        captions = read_captions(sample) if "json" in sample.files else {}
+        spoken = [captions[language] for language in dict.fromkeys(languages) if language in captions]
+        return spoken or ([read_text(sample, "txt").strip()] if "txt" in sample.files else [])
+    except BadSample:
+        return []

@@ -10,12 +10,12 @@ from mmvit.data.writing import read_dataset_card
 from mmvit.errors import UserError
 
 MAX_CODES = 65_536  # of a codebook: codes are stored as uint16
-ENCODE_AGAIN = "encode the shards with the image tokenizer in use (pipelines/encode_images.py)"
+ENCODE_AGAIN = "encode the shards with the image tokenizer in use (mmvit encode)"
 
 
 def pack_codes(codes: np.ndarray) -> bytes:
-    """Codes (rows, cols), or of several views (views, rows, cols), below 65,536 → the bytes of an .npy file
-    of uint16."""
+    """Codes (rows, cols), or of augmented copies (copies, rows, cols), below 65,536 → the bytes of an .npy
+    file of uint16."""
     if codes.ndim not in (2, 3) or codes.min() < 0 or codes.max() > 65535:
         raise ValueError(
             f"codes of shape {codes.shape} from {codes.min()} to {codes.max()} are not (rows, cols) of uint16"
@@ -25,31 +25,33 @@ def pack_codes(codes: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def unpack_codes(data: bytes, grid: tuple[int, int], codebook_size: int, views: bool = False) -> np.ndarray:
-    """The inverse: int64 (rows, cols), or of `views` (views, rows, cols).
+def unpack_codes(
+    data: bytes, grid: tuple[int, int], codebook_size: int, augmented: bool = False
+) -> np.ndarray:
+    """The inverse of `pack_codes`: int64 (rows, cols), or (copies, rows, cols) if `augmented`.
 
     Raises:
-        BadSample: the bytes are no array of integers.
+        BadSample: the bytes are not an array of integers.
         UserError: the array does not have the shape `grid`, or has codes of `codebook_size` or more.
     """
     try:
         codes = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError):
-        raise BadSample("unreadable codes", f"{len(data)} bytes that are no .npy file of numbers") from None
+        raise BadSample(
+            "unreadable codes", f"{len(data)} bytes that are not an .npy file of numbers"
+        ) from None
     if codes.dtype.kind not in "iu":
-        raise BadSample("unreadable codes", f"an array of {codes.dtype}, not of integers")
-    if codes.shape[int(views) :] != tuple(grid) or codes.ndim != 2 + views:
-        raise UserError(
-            f"the codes are {describe(codes.shape)}, the model expects {describe(grid)}; {ENCODE_AGAIN}"
-        )
+        raise BadSample("unreadable codes", f"an array of {codes.dtype}, not integers")
+    if codes.shape[int(augmented) :] != tuple(grid) or codes.ndim != 2 + augmented:
+        raise UserError(f"expected codes of {describe(grid)}, got {describe(codes.shape)}; {ENCODE_AGAIN}")
     if codes.min() < 0 or codes.max() >= codebook_size:
         wrong = codes.min() if codes.min() < 0 else codes.max()
-        raise UserError(f"there is a code {wrong}, the codebook ends at {codebook_size - 1}; {ENCODE_AGAIN}")
+        raise UserError(f"found code {wrong}, but the codebook ends at {codebook_size - 1}; {ENCODE_AGAIN}")
     return codes.astype(np.int64)
 
 
 def grid_of_codes(folder: Path) -> tuple[int, int]:
-    """(rows, columns) of every picture's codes in `folder`, as its dataset.json says.
+    """(rows, columns) of an image's codes in `folder`, read from its dataset.json.
 
     Raises:
         UserError: if the file does not say.
@@ -57,8 +59,7 @@ def grid_of_codes(folder: Path) -> tuple[int, int]:
     grid = read_dataset_card(folder).get("image_tokenizer", {}).get("grid")
     if not isinstance(grid, list) or len(grid) != 2:
         raise UserError(
-            f"{folder} holds no image codes, or does not say of which grid: no dataset.json of "
-            f"pipelines/encode_images.py is in it; {ENCODE_AGAIN}"
+            f"{folder} holds no image codes, or its dataset.json does not say their grid; {ENCODE_AGAIN}"
         )
     return tuple(grid)
 
@@ -70,8 +71,8 @@ def check_codes_fit(
     fingerprint: str,
     setting: str = "data.image_tokenizer",
 ) -> None:
-    """Compares what `dataset.json` says of the codes in `folder` with the image tokenizer in use, which the
-    recipe names by `setting`.
+    """Checks that the codes in `folder` were made by the image tokenizer in use, which the recipe names by
+    `setting`.
 
     Expects `{"image_tokenizer": {"grid": [rows, cols], "codebook_size": ..., "fingerprint": ...}}`.
 
@@ -88,7 +89,7 @@ def check_codes_fit(
         if made.get(name) != value:
             maker = f" (made by {made['path']})" if "path" in made else ""
             raise UserError(
-                f"the codes in {folder} are of {name} {made.get(name)}{maker}, the tokenizer in use has "
+                f"the codes in {folder} have {name} {made.get(name)}{maker}, but the tokenizer in use has "
                 f"{value}: set {setting} to the one that made them, or {ENCODE_AGAIN}"
             )
 

@@ -4,6 +4,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,36 +16,51 @@ from mmvit.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # nothing that starts another program, as EPS does
 MAX_PIXELS = 64_000_000
-EXIF_ORIENTATION = 0x0112  # 1 to 8; from 5 on, width and height are exchanged
+PILLOW_ERRORS = (OSError, ValueError, TypeError, SyntaxError, EOFError, MemoryError)  # on damaged files
+EXIF_ORIENTATION = 0x0112  # 1 (upright) to 8; from 5 on, width and height are exchanged
+Fit = Literal["crop", "pad"]
+
+
+class ImageFacts(NamedTuple):
+    """What an image file is before it becomes RGB pixels."""
+
+    size: tuple[int, int]  # (height, width) as shown, that is upright
+    mode: str  # Pillow's: RGB, L, RGBA, ...
+    is_transparent: bool
+    is_turned: bool  # an EXIF tag says how to turn it upright
 
 
 def parse_size(text: str, name: str = "--size") -> tuple[int, int]:
     """`64` → (64, 64), `64x96` → (64, 96): height and width in pixels. Raises UserError for anything else."""
     sides = text.split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise UserError(f"{name} {text}: it is a side or HEIGHTxWIDTH in pixels, such as 64 or 64x96")
+        raise UserError(f"{name}: expected a side or HEIGHTxWIDTH in pixels, such as 64 or 64x96, got {text}")
     sides = [int(side) for side in sides]
     return sides[0], sides[-1]
 
 
 def decode_image(
-    data: bytes, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
+    data: bytes, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS, fit: Fit = "crop"
 ) -> np.ndarray:
     """Decodes an image to uint8 RGB (height, width, 3).
 
     It is turned upright by its EXIF tag, transparency is laid over white, and 16 bits are scaled to 8.
 
     Args:
-        size: (height, width) to resize (bicubic, antialiased) and centre-crop to; None keeps the size.
-        max_pixels: images of more are refused before they are decompressed.
+        size: (height, width) to resize to (bicubic, antialiased); None keeps the size.
+        max_pixels: larger images are refused before they are decompressed.
+        fit: for images of another shape: "crop" cuts off what is outside the centre, "pad" adds white
+            borders.
 
     Raises:
         BadSample: undecodable, truncated or oversize.
     """
-    return np.asarray(open_image(data, size, max_pixels))
+    return np.asarray(open_image(data, size, max_pixels, fit))
 
 
-def open_image(data: bytes, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(
+    data: bytes, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS, fit: Fit = "crop"
+) -> Image.Image:
     """As `decode_image`, but a Pillow image of mode RGB."""
     try:
         with warnings.catch_warnings():
@@ -52,36 +68,34 @@ def open_image(data: bytes, size: tuple[int, int] | None = None, max_pixels: int
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         if width * height > max_pixels:
-            raise BadSample("oversize image", f"{width}x{height} pixels, the cap is {max_pixels:,} in all")
-        if size is not None:
-            image.draft(
-                None, (2 * size[1], 2 * size[0])
-            )  # a JPEG far larger than needed decodes at 1/2, 1/4 or 1/8
+            raise BadSample("oversize image", f"{width}x{height} pixels, the limit is {max_pixels:,} in all")
+        if size is not None:  # a JPEG far larger than needed decodes at 1/2, 1/4 or 1/8
+            image.draft(None, (2 * size[1], 2 * size[0]))
         image = to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         raise BadSample("oversize image", str(error)) from None
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        MemoryError,
-    ) as error:  # what Pillow raises on damaged files
+    except PILLOW_ERRORS as error:
         raise BadSample("undecodable image", f"{error} ({len(data)} bytes)") from None
-    if size is not None and image.size != (size[1], size[0]):
-        image = ImageOps.fit(image, (size[1], size[0]), method=Image.Resampling.BICUBIC)
-    return image
+    return image if size is None else fit_image(image, size, fit)
 
 
-def measure_image(data: bytes) -> tuple[tuple[int, int], str]:
-    """(height, width) as shown, that is turned upright, and Pillow's mode; reads little more than the header.
+def fit_image(image: Image.Image, size: tuple[int, int], fit: Fit, pad_colour: str = "white") -> Image.Image:
+    """Resizes to (height, width), and crops to the centre or pads what has another shape."""
+    width_height = size[::-1]
+    if image.size == width_height:
+        return image
+    if fit == "pad":
+        return ImageOps.pad(image, width_height, Image.Resampling.BICUBIC, color=pad_colour)
+    return ImageOps.fit(image, width_height, Image.Resampling.BICUBIC)
 
-    Expects an image that `open_image` has decoded.
-    """
+
+def measure_image(data: bytes) -> ImageFacts:
+    """Reads little more than the header. Expects an image that `open_image` has decoded."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    exif = image.getexif() if "exif" in image.info else {}  # of a PNG without, it would decode the pixels
-    is_on_its_side = exif.get(EXIF_ORIENTATION, 1) >= 5
-    return image.size if is_on_its_side else image.size[::-1], image.mode
+    exif = image.getexif() if "exif" in image.info else {}  # for a PNG without, it would decode the pixels
+    orientation = exif.get(EXIF_ORIENTATION, 1)
+    size = image.size if orientation >= 5 else image.size[::-1]
+    return ImageFacts(size, image.mode, image.has_transparency_data, orientation != 1)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -131,9 +145,9 @@ def check_images(images: Sequence[Image.Image]) -> None:
             )
 
 
-def pixels_from_images(images: Sequence[Image.Image], height: int, width: int) -> Tensor:
+def pixels_from_images(images: Sequence[Image.Image], height: int, width: int, fit: Fit = "crop") -> Tensor:
     """Pixels (images, 3, height, width) in [-1, 1], prepared as those of shards: turned upright, laid over
-    white, resized and centre-cropped. Raises UserError for anything but Pillow images of whole numbers."""
+    white, resized and cropped or padded. Raises UserError for anything but Pillow images of whole numbers."""
     check_images(images)
     rows = []
     for number, image in enumerate(images):
@@ -141,7 +155,7 @@ def pixels_from_images(images: Sequence[Image.Image], height: int, width: int) -
             upright = to_rgb(ImageOps.exif_transpose(image))
         except ValueError as error:
             raise UserError(f"image {number}: its {error}") from None
-        fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BICUBIC)
+        fitted = fit_image(upright, (height, width), fit)
         rows.append(torch.from_numpy(to_unit_range(np.asarray(fitted))))
     return torch.stack(rows)
 

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches, every image by its own draw: RandAugment, mixup, CutMix.
+"""Augmentation of batches, each image by its own draw: RandAugment, mixup, CutMix.
 
 It draws from torch's generator, whose state is part of a checkpoint.
 """
@@ -14,19 +14,21 @@ from mmvit.config import Config
 
 
 class MixingConfig(Config):
-    """What is done to a batch of training images. The defaults do nothing."""
+    """How to augment a batch of training images. The defaults do nothing."""
 
-    rand_augment: int = Field(0, ge=0, le=5, description="operations on each image (1909.13719)")
+    rand_augment: int = Field(0, ge=0, le=5, description="operations per image (1909.13719)")
     magnitude: float = Field(
         10,
         gt=0,
         lt=30,
-        description="of these operations, on kornia's and the paper's scale of 30; big_vision's has 10",
+        description="their strength on a scale of 30, as the paper's and kornia's; big_vision's has 10",
     )
     mixup: float = Field(
-        0.0, ge=0, description="α of Beta(α, α), from which the second image's share is drawn (1710.09412)"
+        0.0, ge=0, description="α of Beta(α, α), which gives the second image's share (1710.09412)"
     )
-    cutmix: float = Field(0.0, ge=0, description="the same, for the area cut out of another (1905.04899)")
+    cutmix: float = Field(
+        0.0, ge=0, description="the same for the area cut from the second image (1905.04899)"
+    )
 
     @property
     def does_anything(self) -> bool:
@@ -34,15 +36,15 @@ class MixingConfig(Config):
 
 
 class Mixing:
-    """Applies a `MixingConfig`; where both mix, each image gets one of the two by the toss of a coin."""
+    """Applies a `MixingConfig`. With both mixup and CutMix, a coin decides for each image."""
 
     def __init__(self, config: MixingConfig, num_classes: int, channels: int = 3):
         self.config, self.num_classes = config, num_classes
         self.operations = rand_augment(config.magnitude, channels) if config.rand_augment else []
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """`pixels` (batch, channels, height, width) in [-1, 1] and `labels` (batch,) → both augmented; where
-        images are mixed, labels become shares of the classes, (batch, classes)."""
+        """`pixels` (batch, channels, height, width) in [-1, 1] and `labels` (batch,) → both augmented; mixing
+        turns labels into shares of the classes, (batch, classes)."""
         config, pixels, labels = self.config, batch["pixels"], batch["labels"]
         for _ in range(config.rand_augment):
             pixels = self.augment(pixels)
@@ -50,7 +52,7 @@ class Mixing:
             shares = F.one_hot(labels, self.num_classes).float()
             partner = torch.randperm(len(pixels))
             cut = torch.rand(len(pixels)) < (0.5 if config.mixup else 1.0) if config.cutmix else None
-            weights = torch.zeros_like(pixels[:, :1])  # of the partner, in each pixel
+            weights = torch.zeros_like(pixels[:, :1])  # the partner's share of each pixel
             if config.mixup:
                 weights += draw_beta(config.mixup, len(pixels))[:, None, None, None]
             if cut is not None:
@@ -61,7 +63,7 @@ class Mixing:
         return {**batch, "pixels": pixels, "labels": labels}
 
     def augment(self, pixels: Tensor) -> Tensor:
-        """One operation of RandAugment for each image, drawn by itself."""
+        """One randomly drawn operation of RandAugment per image."""
         chosen = torch.randint(len(self.operations), (len(pixels),))
         result = pixels.clone()
         for number, operation in enumerate(self.operations):
@@ -73,8 +75,8 @@ class Mixing:
 
 
 def rand_augment(magnitude: float, channels: int) -> list[Any]:
-    """kornia's operations, apart: together they would all fall on the whole batch alike."""
-    from kornia.augmentation.auto.rand_augment import RandAugment  # takes a second, and few runs need it
+    """kornia's operations one by one: as one module they would treat the whole batch alike."""
+    from kornia.augmentation.auto.rand_augment import RandAugment  # takes a second; few runs need it
     from kornia.augmentation.auto.rand_augment.rand_augment import default_policy
 
     policies = [policy for policy in default_policy if channels == 3 or policy[0][0] != "color"]
@@ -86,8 +88,8 @@ def draw_beta(alpha: float, number: int) -> Tensor:
 
 
 def draw_boxes(areas: Tensor, height: int, width: int) -> Tensor:
-    """1 in a rectangle of each share `areas` (number,) of the image around a random point, cut at the
-    borders, and 0 elsewhere: (number, height, width)."""
+    """Masks (number, height, width): 1 in a rectangle around a random point, 0 elsewhere. It covers the share
+    `areas` (number,) of the image, unless it is cut at the border."""
     sides = areas.sqrt() / 2
     inside = []
     for size in (height, width):

@@ -1,4 +1,4 @@
-"""Batches of several streams beside each other, for a model that learns from all of them at once."""
+"""Batches of several streams merged into one, for a model that learns from all of them at once."""
 
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
@@ -11,11 +11,11 @@ from mmvit.data.tally import Tally
 
 
 class PairedStream:
-    """One batch of each of `streams` as one, with the entries of all and the keys in turn. It ends
-    with the shortest; its position is that of all.
+    """Merges one batch of each of `streams`: the entries of all, and their keys in turn. Ends with the
+    shortest stream; its position is the position of all.
 
     Raises:
-        ValueError: when two streams give entries of the same name.
+        ValueError: if two streams have an entry of the same name.
     """
 
     def __init__(self, streams: Sequence[ShardStream]):
@@ -40,12 +40,12 @@ class PairedStream:
 
 
 def join(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The entries of all batches, and `keys` in turn."""
+    """The entries of all batches, and their `keys` in turn."""
     in_turn = zip_longest(*(batch["keys"] for batch in batches))
     joined: dict[str, Any] = {"keys": [key for keys in in_turn for key in keys if key is not None]}
     for batch in batches:
         own = {name: value for name, value in batch.items() if name != "keys"}
         if twice := own.keys() & joined.keys():
-            raise ValueError(f"two streams give {', '.join(sorted(twice))}")
+            raise ValueError(f"two streams have the entry {', '.join(sorted(twice))}")
         joined |= own
     return joined

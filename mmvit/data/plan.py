@@ -1,4 +1,4 @@
-"""The plan of an epoch: which reader (rank x worker) reads which part of which shard, from the seed alone."""
+"""The plan of an epoch: which reader (rank x worker) reads which part of which shard, given the seed."""
 
 import random
 from collections import Counter
@@ -10,8 +10,8 @@ Item = TypeVar("Item")
 
 
 class Part(NamedTuple):
-    """Every `step`-th sample of a shard, beginning with number `first`. A shard that an epoch names several
-    times is read as copy 0, 1, ..."""
+    """Every `step`-th sample of a shard, starting at number `first`. A shard that is named several times is
+    read as copy 0, 1, ..."""
 
     shard: Path
     first: int
@@ -22,11 +22,11 @@ class Part(NamedTuple):
 def plan_epoch(
     shards: Sequence[Path], seed: int, epoch: int, reader: int, num_readers: int, shuffle: bool
 ) -> list[Part]:
-    """The parts that one reader reads in one epoch; over all readers, every sample occurs as often as its
+    """The parts that one reader reads in one epoch. All readers together read every sample as often as its
     shard is named.
 
-    With at least as many shards as readers, each reader gets whole shards; otherwise readers share a
-    shard and each takes every k-th sample of it. `shuffle` permutes the shards anew in every epoch.
+    With at least as many shards as readers, each reader gets whole shards; otherwise readers share a shard
+    and each takes every k-th sample. `shuffle` permutes the shards anew in every epoch.
     """
     named: Counter[Path] = Counter()
     order = []
@@ -60,5 +60,5 @@ def shuffled(items: Iterator[Item], buffer_size: int, rng: random.Random) -> Ite
 
 
 def random_from(*parts: object) -> random.Random:
-    """A generator seeded by all of `parts`; the same on every machine and in every process."""
+    """A generator seeded by all of `parts`, the same on every machine and in every process."""
     return random.Random("/".join(map(str, parts)))

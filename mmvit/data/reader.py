@@ -1,4 +1,4 @@
-"""The reader: one of ranks x workers, from its part of the shards to decoded batches with their position."""
+"""The reader, one per rank and worker: its part of the shards → decoded batches with their position."""
 
 import copy
 import random
@@ -21,17 +21,17 @@ Decode = Callable[[Sample, random.Random], dict[str, Any] | None]
 
 @dataclass
 class Position:
-    """How far one worker is: samples drawn from the shuffled order of its epoch, and its counts so far."""
+    """How far a worker has got: samples drawn from the shuffled order of its epoch, and its counts so far."""
 
     epoch: int = 0
     drawn: int = 0
-    done: bool = False  # only without `repeat`: this worker has no more
+    done: bool = False  # only without `repeat`: nothing is left
     tally: Tally = field(default_factory=Tally)
 
 
 @dataclass
 class Delivery:
-    """What a worker sends: a batch, and where it stands after it. `error` is a UserError's message."""
+    """What a worker sends: a batch, and its position after it. `error` is a UserError's message."""
 
     worker: int
     position: Position
@@ -54,7 +54,7 @@ class Reader:
     max_bad: float
 
     def deliver(self, worker: int, start: Position) -> Iterator[Delivery]:
-        """Yields batches from `start` on. A UserError goes as text: the loader would add a traceback."""
+        """Yields batches from `start` on. A UserError is sent as text: the loader would add a traceback."""
         position = copy.deepcopy(start)
         try:
             for samples in self.batches(position):
@@ -63,7 +63,7 @@ class Reader:
             yield Delivery(worker, position, None, error=str(error))
 
     def batches(self, position: Position) -> Iterator[list[dict[str, Any]]]:
-        """Yields lists of decoded samples and keeps `position` current; the last may be short or empty."""
+        """Yields lists of decoded samples, the last one short or empty, and keeps `position` current."""
         batch: list[dict[str, Any]] = []
         while not position.done:
             already_drawn, has_samples = position.drawn, False
@@ -81,7 +81,7 @@ class Reader:
             if not has_samples and self.repeat:
                 reasons = position.tally.reasons()
                 raise UserError(
-                    f"reader {self.number + 1} of {self.num_readers} (ranks x workers) finds no sample in "
+                    f"reader {self.number + 1} of {self.num_readers} (ranks x workers) found no sample in "
                     f"its part of {self.shards[0].parent}"
                     + (f" ({reasons})" if reasons else "")
                     + "; use fewer workers, or more and fuller shards"
@@ -90,40 +90,40 @@ class Reader:
         yield batch
 
     def draw(self, epoch: int) -> Iterator[Sample | BadShard]:
-        """This reader's undecoded samples in the order of `epoch`. A broken shard takes one place in it."""
+        """This reader's undecoded samples in the order of `epoch`; a broken shard counts as one of them."""
         shuffle = self.shuffle_buffer > 0
         plan = plan_epoch(self.shards, self.seed, epoch, self.number, self.num_readers, shuffle)
         found = (sample for part in plan for sample in self.read_part(part))
         return shuffled(found, self.shuffle_buffer, random_from(self.seed, epoch, "buffer", self.number))
 
     def read_part(self, part: Part) -> Iterator[Sample | BadShard]:
-        """Reads a part of a shard; raises UserError if none of its samples has the files needed."""
-        num_read, lack = 0, ""
+        """Reads a part of a shard. Raises UserError if no sample has the files that `decode` needs."""
+        num_read, missing = 0, ""
         try:
             for number, sample in enumerate(read_shard(part.shard)):
                 if number % part.step == part.first:
                     num_read += 1
                     sample.copy = part.copy
-                    lack = self.what_lacks(sample) if lack or num_read == 1 else ""
+                    missing = self.missing_files(sample) if missing or num_read == 1 else ""
                     yield sample
         except BadShard as error:
             yield error
-        if lack:
-            raise UserError(f"no sample of {part.shard} has the files that are needed here: {lack}")
+        if missing:
+            raise UserError(f"no sample of {part.shard} has the files needed here: {missing}")
 
-    def what_lacks(self, sample: Sample) -> str:
-        """Says which needed extensions `sample` lacks, "" if none."""
+    def missing_files(self, sample: Sample) -> str:
+        """Which of the extensions that `decode` needs `sample` lacks, in words; "" if none."""
         groups = getattr(self.decode, "needs", [])
-        lacking = [group for group in groups if not any(name in sample.files for name in group)]
-        if not lacking:
+        missing = [group for group in groups if not any(name in sample.files for name in group)]
+        if not missing:
             return ""
-        told = f"needs {' and '.join(map(' or '.join, lacking))}, has {', '.join(sorted(sample.files))}"
-        if "codes.npy" in sample.files and any("png" in group for group in lacking):
-            told += " (a shard of codes: give those with pictures that they were made from)"
-        return told
+        text = f"needs {' and '.join(map(' or '.join, missing))}, has {', '.join(sorted(sample.files))}"
+        if "codes.npy" in sample.files and any("png" in group for group in missing):
+            text += " (this is a shard of codes: name the shards of images that they were made from)"
+        return text
 
     def try_decode(self, found: Sample | BadShard, position: Position) -> dict[str, Any] | None:
-        """Decodes a sample; counts it in `position.tally` and gives None where that is not possible."""
+        """Decodes a sample; counts it in `position.tally` and returns None if that fails."""
         tally = position.tally
         if isinstance(found, BadShard):
             tally.broken_shards.setdefault(str(found.shard), str(found))
@@ -131,16 +131,15 @@ class Reader:
             return None
         tally.read += 1
         try:
-            lack = self.what_lacks(found)
-            if lack:
-                raise BadSample("missing file", lack)
+            if missing := self.missing_files(found):
+                raise BadSample("missing file", missing)
             copy = (found.copy,) if found.copy else ()
             sample = self.decode(found, random_from(self.seed, position.epoch, found.key, *copy))
         except BadSample as bad:
             tally.skip(bad.reason, f"{found.key} in {found.shard}: {bad.detail}")
             tally.check(self.max_bad)
             return None
-        except UserError as error:  # of this sample, and likely of all others
+        except UserError as error:  # likely true of all samples
             raise UserError(f"{found.key} in {found.shard}: {error}") from None
         if sample is None:
             return None
@@ -149,7 +148,7 @@ class Reader:
 
 
 def collate(samples: list[dict[str, Any]]) -> Batch:
-    """Stacks the samples' entries: arrays and numbers become tensors, strings a list."""
+    """Stacks the entries of samples: arrays and numbers become tensors, strings lists."""
     batch: Batch = {}
     for name, first in samples[0].items():
         values = [sample[name] for sample in samples]

@@ -1,4 +1,4 @@
-"""Sample decoders: from the files of one sample to the arrays that a model's batch is stacked from."""
+"""Sample decoders: the files of one sample → the arrays that batches are stacked from."""
 
 import random
 from collections.abc import Sequence
@@ -10,13 +10,14 @@ import numpy as np
 from mmvit.data.augment import Augment, AugmentConfig
 from mmvit.data.captions import TextTokenizer, read_caption
 from mmvit.data.codes import unpack_codes
-from mmvit.data.images import MAX_PIXELS, decode_image, to_unit_range
+from mmvit.data.images import MAX_PIXELS, Fit, decode_image, to_unit_range
 from mmvit.data.shards import BadSample, Sample, expand_shards
 from mmvit.data.writing import read_dataset_card
 from mmvit.errors import UserError
 from mmvit.hub import shorten
 
-VIEWS = "views.npy"  # codes of the picture moved or flipped, (views, rows, columns)
+AUGMENTED = "augmented.npy"  # codes of shifted or flipped copies of the image, (copies, rows, columns)
+OLD_AUGMENTED = "views.npy"  # the same, in shards encoded before 2026-12
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "jpeg")
 
 
@@ -26,14 +27,18 @@ class PixelsSample:
     needs = (IMAGE_EXTENSIONS,)
 
     def __init__(
-        self, size: tuple[int, int], augment: AugmentConfig | None = None, max_pixels: int = MAX_PIXELS
+        self,
+        size: tuple[int, int],
+        augment: AugmentConfig | None = None,
+        max_pixels: int = MAX_PIXELS,
+        fit: Fit = "crop",
     ):
         self.size = size
         self.augment = Augment(augment or AugmentConfig())
-        self.max_pixels = max_pixels
+        self.max_pixels, self.fit = max_pixels, fit
 
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
-        pixels = decode_image(image_bytes(sample), self.size, self.max_pixels)
+        pixels = decode_image(image_bytes(sample), self.size, self.max_pixels, self.fit)
         return {"pixels": to_unit_range(self.augment(pixels, rng))}
 
 
@@ -48,8 +53,9 @@ class ClassifierSample(PixelsSample):
         num_classes: int,
         augment: AugmentConfig | None = None,
         max_pixels: int = MAX_PIXELS,
+        fit: Fit = "crop",
     ):
-        super().__init__(size, augment, max_pixels)
+        super().__init__(size, augment, max_pixels, fit)
         self.num_classes = num_classes
 
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
@@ -92,8 +98,9 @@ class CaptionPixelsSample(PixelsSample):
         languages: Sequence[str] = ("en",),
         augment: AugmentConfig | None = None,
         max_pixels: int = MAX_PIXELS,
+        fit: Fit = "crop",
     ):
-        super().__init__(size, augment, max_pixels)
+        super().__init__(size, augment, max_pixels, fit)
         self.languages = languages
 
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
@@ -112,8 +119,9 @@ class CaptionIdsPixelsSample(CaptionPixelsSample):
         languages: Sequence[str] = ("en",),
         dropout: float = 0.0,
         augment: AugmentConfig | None = None,
+        fit: Fit = "crop",
     ):
-        super().__init__(size, languages, augment)
+        super().__init__(size, languages, augment, fit=fit)
         self.tokenizer, self.text_length, self.dropout = tokenizer, text_length, dropout
 
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
@@ -123,10 +131,10 @@ class CaptionIdsPixelsSample(CaptionPixelsSample):
 
 
 class CaptionCodesSample:
-    """→ {"caption_ids": int64 (text_length,), "codes": int64 (rows * cols,), "captions": str}; the codes with
-    probability `views` of one of the sample's views (`views.npy`).
+    """→ {"caption_ids": int64 (text_length,), "codes": int64 (rows * cols,), "captions": str}.
 
-    `report()` of the stream counts `captions` and `captions cut`.
+    With probability `augmented` the codes are those of one of the image's augmented copies. `report()` of the
+    stream counts `captions` and `captions cut`.
     """
 
     needs = (("codes.npy",), ("txt", "json"))
@@ -139,7 +147,7 @@ class CaptionCodesSample:
         codebook_size: int,
         languages: Sequence[str] = ("en",),
         dropout: float = 0.0,
-        views: float = 0.0,
+        augmented: float = 0.0,
     ):
         self.tokenizer = tokenizer
         self.text_length = text_length
@@ -147,16 +155,15 @@ class CaptionCodesSample:
         self.codebook_size = codebook_size
         self.languages = languages
         self.dropout = dropout
-        self.views = views
+        self.augmented = augmented
 
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
         caption = read_caption(sample, self.languages, rng)
         ids, num_cut = self.tokenizer.encode([caption], self.text_length, self.dropout, rng)
         codes = unpack_codes(sample.files["codes.npy"], self.grid, self.codebook_size)
-        if self.views and rng.random() < self.views:
-            if VIEWS not in sample.files:
-                raise BadSample("no views", f"{sample.key}; encode_images.py --views makes them")
-            codes = rng.choice(unpack_codes(sample.files[VIEWS], self.grid, self.codebook_size, views=True))
+        if self.augmented and rng.random() < self.augmented:
+            copies = unpack_codes(augmented_bytes(sample), self.grid, self.codebook_size, augmented=True)
+            codes = rng.choice(copies)
         return {
             "caption_ids": ids[0],
             "codes": codes.reshape(-1),
@@ -166,9 +173,11 @@ class CaptionCodesSample:
 
 
 def check_classes(patterns: list[str], num_classes: int, section: str = "model") -> list[str] | None:
-    """The names of the classes in the dataset.json beside the shards, None where there are none. Raises
-    UserError when they are another number than the recipe's `section` has, or others in one place than in
-    another."""
+    """The class names in dataset.json beside the shards, None if it names none.
+
+    Raises:
+        UserError: when folders name different classes, or their number is not `section`.num_classes.
+    """
     first: tuple[Path, list[str]] | None = None
     for folder in sorted({shard.parent for shard in expand_shards(patterns)}):
         classes = read_dataset_card(folder).get("classes")
@@ -177,7 +186,7 @@ def check_classes(patterns: list[str], num_classes: int, section: str = "model")
         if first is not None and classes != first[1]:
             raise UserError(
                 f"{first[0]} and {folder} name different classes in dataset.json: {shorten(first[1])} and "
-                f"{shorten(classes)}; make both with the same"
+                f"{shorten(classes)}; make both from the same classes"
             )
         first = first or (folder, classes)
         if len(classes) != num_classes:
@@ -189,11 +198,19 @@ def check_classes(patterns: list[str], num_classes: int, section: str = "model")
 
 
 def image_bytes(sample: Sample) -> bytes:
-    """Raises BadSample where there is no picture."""
+    """The bytes of a sample's image. Raises BadSample if it has none."""
     for name in IMAGE_EXTENSIONS:
         if name in sample.files:
             return sample.files[name]
-    raise BadSample("no picture", f"{sample.key} has {', '.join(sorted(sample.files))}")
+    raise BadSample("no image", f"{sample.key} has {', '.join(sorted(sample.files))}")
+
+
+def augmented_bytes(sample: Sample) -> bytes:
+    """The codes of a sample's augmented copies. Raises BadSample if it has none."""
+    for name in (AUGMENTED, OLD_AUGMENTED):
+        if name in sample.files:
+            return sample.files[name]
+    raise BadSample("no augmented copies", f"{sample.key}; mmvit encode --augmented 8 makes them")
 
 
 def read_class(data: bytes, num_classes: int) -> int:

@@ -1,10 +1,10 @@
-"""Shards: which tar files a pattern means, and reading one as a stream of samples grouped by key."""
+"""Shards: the tar files that a pattern names, and the samples in one, grouped by key."""
 
 import difflib
 import glob
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +18,7 @@ HELD_OUT, OLD_HELD_OUT = "held-out", "heldout"  # the split's name now, and in s
 
 
 class BadSample(Exception):
-    """A sample that cannot be used. `reason` is a category to count by, `detail` says what was found."""
+    """A sample that cannot be used: `reason` is a category to count by, `detail` what was found."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -27,7 +27,7 @@ class BadSample(Exception):
 
 
 class BadShard(Exception):
-    """A shard that ends or breaks before its end; the samples before that point are good."""
+    """A truncated or damaged shard; the samples before the damage are good."""
 
     def __init__(self, shard: Path, problem: object):
         super().__init__(f"{shard} is truncated or damaged: {problem}")
@@ -41,26 +41,26 @@ class Sample:
     key: str
     shard: Path
     files: dict[str, bytes]
-    copy: int = 0  # how often the epoch names this shard before this reading of it
+    copy: int = 0  # 0, 1, ...: a shard that an epoch names several times is read as several copies
 
 
-# A setting that names shards: one pattern or several.
+# A setting that names shards by one pattern or several.
 ShardPatterns = Annotated[
     list[str],
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     Field(
         min_length=1,
-        description="folders, globs or tar files; one or a list; one named twice is read twice an epoch",
+        description="folders, globs or tar files, one or a list; a shard named twice is read twice an epoch",
     ),
 ]
 
 
 def expand_shards(pattern: str | Path | list[str | Path]) -> list[Path]:
-    """The shards that `pattern` means, sorted.
+    """The shards that `pattern` names, sorted.
 
     Args:
         pattern: `dir/train-{000000..000003}.tar`, a glob `dir/train-*.tar`, a tar file, a folder (all of its
-            shards), or a list of these, in which a shard may be named several times.
+            shards), or a list of these, which may name a shard several times.
 
     Raises:
         UserError: if nothing matches, a file of a brace range is missing, or the pattern is a URL or a
@@ -98,13 +98,15 @@ def expand_shards(pattern: str | Path | list[str | Path]) -> list[Path]:
 
 
 def shards_of(folder: Path, split: str) -> list[Path]:
-    """The shards `SPLIT-NUMBER.tar` of a folder, of all splits for `*`, sorted; none of a split whose name
-    only begins so. Raises UserError where there are none."""
+    """The shards `SPLIT-NUMBER.tar` of a folder, sorted; `*` means all splits.
+
+    A split whose name merely begins with `split` is another one. Raises UserError if there are no shards.
+    """
     shards = expand_shards(f"{folder}/{split}-*.tar")
     names = (split, OLD_HELD_OUT) if split == HELD_OUT else (split,)
     if own := [shard for shard in shards if split == "*" or split_of(shard) in names]:
         return own
-    raise UserError(f"no shards of {split} in {folder}, only of splits whose names begin so")
+    raise UserError(f"no shards of {split} in {folder}, only of splits whose names begin with it")
 
 
 def split_of(shard: Path) -> str:
@@ -133,7 +135,7 @@ def expand_braces(text: str) -> list[str]:
 
 
 def what_exists(path: Path) -> str:
-    """What is at or above `path`, for an error message: the nearest existing folder and the shards in it."""
+    """For an error message, what is at or above `path`: the nearest existing folder and the shards in it."""
     folder = path if path.is_dir() else path.parent
     while not folder.is_dir():
         folder = folder.parent
@@ -151,13 +153,13 @@ def what_exists(path: Path) -> str:
         near = difflib.get_close_matches(missing.name, folders, n=1)
         return f"{missing} does not exist" + (f"; did you mean {folder / near[0]}?" if near else "")
     if not names:
-        return f"{folder} exists and holds no .tar files"
+        return f"{folder} exists but holds no .tar files"
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return f"{folder} holds {', '.join(names[:4])}{more}"
 
 
 class StrictTarInfo(tarfile.TarInfo):
-    """A header that tells a truncated or damaged archive from a finished one, which `tarfile` does not."""
+    """A header that tells a damaged archive from a finished one, which `tarfile` does not."""
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
@@ -169,17 +171,20 @@ class StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(str(error) or "the archive has no end mark") from None
 
 
-def read_shard(path: Path) -> Iterator[Sample]:
+def read_shard(path: Path, only: Collection[str] | None = None) -> Iterator[Sample]:
     """Yields the samples of a tar, reading it once from front to back.
 
-    Files that follow each other and share the name up to the first dot of the basename make a sample.
+    Consecutive files that share the name up to the first dot of the basename make a sample.
+
+    Args:
+        only: extensions to read; files with others are skipped, and so are samples without any of these.
 
     Raises:
         BadShard: after the last whole sample, if the archive is truncated or damaged.
         UserError: if the file cannot be opened.
     """
     try:
-        stream = open(path, "rb", buffering=1 << 20)  # noqa: SIM115 (closed below; an error of opening is another matter)
+        stream = open(path, "rb", buffering=1 << 20)  # noqa: SIM115 (closed below)
     except OSError as error:
         raise UserError(f"cannot open shard {path}: {error.strerror}") from None
     mode = "r:" if path.suffix == ".tar" else "r|*"  # the second is for compressed shards and twice as slow
@@ -192,7 +197,7 @@ def read_shard(path: Path) -> Iterator[Sample]:
                     if not member.isfile():
                         continue
                     key, extension = split_name(member.name)
-                    if not extension:
+                    if not extension or (only is not None and extension not in only):
                         continue
                     data = archive.extractfile(member).read()
                     if len(data) != member.size:

@@ -30,21 +30,20 @@ class ShardStream:
 
     Args:
         shards: a pattern, folder or list as `expand_shards` takes it.
-        decode: makes the arrays of a sample from its bytes; a picklable callable (sample, rng) -> dict of
-            numpy arrays, numbers or strings, or None to leave the sample out silently. `rng` is seeded by
-            (seed, epoch, sample key) and the number of its copy where a shard is named several times, so
-            augmentation depends on neither worker nor rank. An entry `counts`
-            (str → int) is added up in `report()` and does not enter the batch. It raises BadSample for a
-            sample that cannot be used. Its attribute `needs`, if it has one, lists groups of extensions of
-            which a sample must have one each, such as `[("png", "jpg"), ("cls",)]`.
+        decode: a picklable callable (sample, rng) -> dict of numpy arrays, numbers or strings, or None to
+            drop the sample silently. `rng` is seeded by (seed, epoch, sample key), and by the copy's number
+            if a shard is named several times, so augmentation depends on neither worker nor rank. An entry
+            `counts` (str → int) is summed in `report()` and stays out of the batch. It raises BadSample for
+            a sample that cannot be used. Its attribute `needs`, if any, lists groups of extensions; a sample
+            must have one of each group, such as `[("png", "jpg"), ("cls",)]`.
         batch_size: samples per batch of this rank.
-        seed: of the shard order, the shuffling and the samples' generators.
-        num_workers: processes that read and decode; 0 does it in this process.
+        seed: for the shard order, the shuffling and the samples' generators.
+        num_workers: processes that read and decode; 0 means this process.
         shuffle_buffer: samples held back (per worker, undecoded) to draw from at random; 0 reads everything
             in order.
-        repeat: True goes on forever, each worker beginning its next epoch on its own, all batches full. False
-            is one epoch: every sample once over all ranks and workers, each worker's last batch may be short,
-            ranks may differ in their number of batches; iterating once more gives the same epoch again.
+        repeat: True goes on forever in full batches; each worker begins its next epoch on its own. False is
+            one epoch: every sample once over all ranks and workers. Each worker's last batch may be short,
+            and ranks may have different numbers of batches; iterating again repeats the same epoch.
         max_bad: share of bad samples (beyond ten in all) at which the stream stops.
 
     Iterating raises UserError for a shard without the needed extensions and for too many bad samples. Batches
@@ -112,7 +111,7 @@ class ShardStream:
     def deliveries(self) -> Iterator[Delivery]:
         if self.num_workers == 0:
             return self.readers[0].deliver(0, self.positions[0])
-        # The loader asks its processes in turn, beginning with the first; it has to be lane `next_worker`.
+        # The loader asks its processes in turn, from the first, which therefore has to be lane `next_worker`.
         order = [(self.next_worker + place) % self.num_workers for place in range(self.num_workers)]
         loader = DataLoader(
             Lanes([(lane, self.readers[lane], self.positions[lane]) for lane in order]),
@@ -129,8 +128,8 @@ class ShardStream:
         return reduce(Tally.plus, (position.tally for position in self.positions))
 
     def report(self) -> dict[str, Any]:
-        """`read`, `skipped` (reason → count), `examples` (reason → first case), `broken_shards` (path → what
-        is wrong), and the decoder's counts."""
+        """`read`, `skipped` (reason → count), `examples` (reason → first case), `broken_shards` (path →
+        problem), and the decoder's counts."""
         tally = self.tally
         return {
             "read": tally.read,
@@ -141,7 +140,7 @@ class ShardStream:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the batch that was yielded last, as plain numbers, strings, lists and dicts."""
+        """The position after the last batch yielded, as plain numbers, strings, lists and dicts."""
         return {
             "layout": self.layout,
             "positions": [asdict(position) for position in self.positions],
@@ -149,10 +148,10 @@ class ShardStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken: bit for bit the batches of an uninterrupted run follow.
+        """Continues from `state` with exactly the batches of an uninterrupted run.
 
-        With other shards, seed, ranks, workers or shuffle buffer that is not possible; then the stream warns
-        and goes on with the next epoch.
+        With other shards, seed, ranks, workers or shuffle buffer that is impossible; the stream then warns
+        and continues with the next epoch.
         """
         positions = [
             Position(**{**position, "tally": Tally(**position["tally"])}) for position in state["positions"]
@@ -161,7 +160,7 @@ class ShardStream:
         if changed:
             epoch = 1 + max(position.epoch for position in positions)
             warnings.warn(
-                f"the data position was saved with other {', '.join(changed)}: going on with epoch {epoch}",
+                f"the data position was saved with other {', '.join(changed)}: continuing with epoch {epoch}",
                 stacklevel=2,
             )
             tally = reduce(Tally.plus, (position.tally for position in positions))
@@ -172,7 +171,7 @@ class ShardStream:
 
 
 class Lanes(IterableDataset):
-    """Gives each process of the loader its reader and where to begin."""
+    """Gives each process of the loader its reader and its position."""
 
     def __init__(self, lanes: list[tuple[int, "Reader", Position]]):
         self.lanes = lanes

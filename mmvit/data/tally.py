@@ -1,17 +1,17 @@
-"""The tally of a stream: what became of the samples, and when too many were bad."""
+"""The tally of a stream: how many samples were read and skipped, and whether too many were bad."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mmvit.errors import UserError
 
-MIN_BAD = 10  # so many bad samples are borne however little has been read
+MIN_BAD = 10  # bad samples that are tolerated however few have been read
 
 
 @dataclass
 class Tally:
-    """Samples read, samples skipped by reason (with the first case of each), shards that could not be read to
-    their end (path → what is wrong), and the decoder's own counts."""
+    """Counts of samples read and of samples skipped by reason (with the first case of each), damaged shards
+    (path → problem), and the decoder's own counts."""
 
     read: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Tally:
         )
 
     def news(self, before: "Tally") -> list[str]:
-        """What is bad in a way that `before` did not know, a line each."""
+        """A line for each kind of problem that `before` did not have."""
         samples = [
             f"skipped a sample, {reason}: {self.examples[reason]}"
             for reason in self.skipped
@@ -47,17 +47,17 @@ class Tally:
         return samples + [f"{text}; its samples up to there are used" for text in shards]
 
     def check(self, max_bad: float) -> None:
-        """Raises UserError if more samples (or broken shards, each counted once) were bad than `max_bad` of
-        those read and than `MIN_BAD`."""
+        """Raises UserError if there are more bad samples and broken shards than `MIN_BAD` and than the share
+        `max_bad` of the samples read."""
         num_bad = sum(self.skipped.values()) + len(self.broken_shards)
         if num_bad > max(MIN_BAD, max_bad * self.read):
             raise UserError(
-                f"{num_bad} bad samples among {self.read} read: {self.reasons()}. Mend or remove them; "
-                f"a share of {max_bad:.0%} (and {MIN_BAD} in all) would be skipped"
+                f"{num_bad} bad samples among {self.read} read: {self.reasons()}. Repair or remove them; "
+                f"at most {max_bad:.0%} (or {MIN_BAD}) are skipped"
             )
 
     def reasons(self) -> str:
-        """Why samples were skipped: counts, each with its first case."""
+        """Why samples were skipped: the count and the first case of each reason."""
         reasons = [
             f"{number} x {reason}, the first: {self.examples[reason]}"
             for reason, number in self.skipped.items()
@@ -71,7 +71,7 @@ class Tally:
         return [f"{plural(len(self.broken_shards), 'broken shard')}, the first: {first}"]
 
     def describe(self) -> str:
-        """One line for the end of a run."""
+        """A line for the end of a run."""
         counts = "".join(f", {number:,} {name}" for name, number in self.counts.items())
         read, skipped = plural(self.read, "sample"), f"{sum(self.skipped.values()):,} skipped"
         if self.skipped:

@@ -1,4 +1,4 @@
-"""Which tokens of one language say what those of another say, learnt from captions of the same pictures."""
+"""Which tokens of one language mean those of another, learnt from captions of the same images."""
 
 import json
 import random
@@ -14,11 +14,11 @@ from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError
 
 ROUNDS = 8  # of expectation and maximization
-NOTHING = -1  # what a token is written for that no token of the other text stands for
+NOTHING = -1  # the counterpart of a token that translates none of the other text
 
 
 class TranslationsSample:
-    """→ {"json": str}, captions of one picture by language."""
+    """→ {"json": str}, the captions of one image by language."""
 
     needs = (("json",),)
 
@@ -27,10 +27,10 @@ class TranslationsSample:
 
 
 class Translations(NamedTuple):
-    """For tokens of the languages that are new, the tokens of a known one that they stand for.
+    """For tokens of new languages, the tokens of a known language that they mean.
 
-    Three tensors (entries,): `tokens` int64 in ascending order, each as often as it has `meanings`, int64;
-    and `shares`, float32, which sum to 1 for each token.
+    Three tensors (entries,): `tokens` int64 in ascending order, each repeated for every one of its
+    `meanings`, int64; and `shares`, float32, which sum to 1 for each token.
     """
 
     tokens: Tensor
@@ -41,16 +41,17 @@ class Translations(NamedTuple):
 def token_translations(
     shards: ShardPatterns, tokenizer: TextTokenizer, known: str, languages: Iterable[str]
 ) -> Translations:
-    """What the tokens of `languages` mean in the tokens of the language `known`, by the captions of `shards`;
-    tokens that `known` has itself are left out.
+    """What tokens of `languages` mean in tokens of the language `known`, from the captions in `shards`.
+
+    Tokens that occur in `known` are left out.
 
     Raises:
-        UserError: where no picture has a caption in `known` and one in another of `languages`.
+        UserError: if no image has captions in both `known` and another of `languages`.
     """
     stream = ShardStream(shards, TranslationsSample(), batch_size=256, shuffle_buffer=0, repeat=False)
-    pictures: list[dict[str, str]] = [json.loads(text) for batch in stream for text in batch["json"]]
+    images: list[dict[str, str]] = [json.loads(text) for batch in stream for text in batch["json"]]
     others = sorted({*languages} - {known})
-    texts = [(captions, tokenizer.tokenize(captions[known])) for captions in pictures if known in captions]
+    texts = [(captions, tokenizer.tokenize(captions[known])) for captions in images if known in captions]
     pairs = [
         (tokenizer.tokenize(captions[language]), text)
         for captions, text in texts
@@ -58,9 +59,9 @@ def token_translations(
         if language in captions
     ]
     if not pairs:
-        found = sorted({language for captions in pictures for language in captions})
+        found = sorted({language for captions in images for language in captions})
         raise UserError(
-            f"of {len(pictures):,} pictures none has captions in {known} and in "
+            f"none of the {len(images):,} images has captions in {known} and in "
             f"{' or '.join(others) or 'another of data.languages'}; found {', '.join(found) or 'no language'}"
         )
     own = {token for _, text in texts for token in text}
@@ -70,9 +71,9 @@ def token_translations(
 
 
 def align_tokens(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Translations:
-    """The first of IBM's models of translation (Brown et al. 1993, section 4.1), by expectation and
-    maximization from even chances: each token of the second text of a pair was written for one of the first
-    text's, or for none of them. A token's share is that in all that was written for the other."""
+    """IBM's translation model 1 (Brown et al. 1993, section 4.1), by expectation and maximization from even
+    chances: each token of a pair's second text translates one token of the first, or none. A share is the
+    part of all translations of a token."""
     spoken, written, occasions = [], [], []
     occasion = 0
     for first, second in pairs:

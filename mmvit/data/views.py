@@ -1,5 +1,7 @@
-"""Two views of every picture, each picture by its own draw (BYOL, 2006.07733, appendix B). In which order
-brightness, contrast, saturation and hue change is one draw of a batch (kornia's)."""
+"""Two views of every image, drawn image by image (BYOL, 2006.07733, appendix B).
+
+Only the order in which brightness, contrast, saturation and hue change is drawn once per batch, by kornia.
+"""
 
 from typing import Any
 
@@ -11,11 +13,11 @@ from mmvit.config import Config
 
 
 class ViewsConfig(Config):
-    """The defaults are BYOL's; where two numbers stand, they are those of the first and the second view."""
+    """The defaults are BYOL's. Pairs of numbers are for the first and the second view."""
 
-    smallest_crop: float = Field(0.08, gt=0, le=1, description="share of the picture's area")
+    smallest_crop: float = Field(0.08, gt=0, le=1, description="share of the image's area")
     flip: float = Field(0.5, ge=0, le=1)
-    jitter: float = Field(0.8, ge=0, le=1, description="probability that colours change")
+    jitter: float = Field(0.8, ge=0, le=1, description="probability of changing colours")
     jitter_strength: tuple[float, float, float, float] = Field(
         (0.4, 0.4, 0.2, 0.1), description="of brightness, contrast, saturation and hue"
     )
@@ -25,7 +27,7 @@ class ViewsConfig(Config):
 
 
 class Views:
-    """`pixels` (batch, 3, height, width) in [-1, 1] → `pixels` and `other_pixels`, of that shape. It draws
+    """`pixels` (batch, 3, height, width) in [-1, 1] → `pixels` and `other_pixels`, of that shape. Draws
     from torch's generator, whose state is part of a checkpoint."""
 
     def __init__(self, config: ViewsConfig, size: tuple[int, int]):
@@ -39,9 +41,9 @@ class Views:
 
 
 def build_augmentation(config: ViewsConfig, size: tuple[int, int], view: int) -> nn.Module:
-    import kornia.augmentation as K  # takes a second, and few runs need it
+    import kornia.augmentation as K  # takes a second; few runs need it
 
-    kernel = max(3, size[0] // 10 // 2 * 2 + 1)  # a tenth of the picture, odd; 23 of 224 pixels
+    kernel = max(3, size[0] // 10 // 2 * 2 + 1)  # a tenth of the image, odd: 23 of 224 pixels
     return K.AugmentationSequential(
         K.RandomResizedCrop(size, scale=(config.smallest_crop, 1.0), ratio=(3 / 4, 4 / 3)),
         K.RandomHorizontalFlip(p=config.flip),

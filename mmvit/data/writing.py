@@ -107,9 +107,9 @@ class Outcome:
         if label is not None:
             self.of_class.setdefault(split, Counter())[label] += 1
         if image is not None:
-            size, mode = measure_image(image)
-            self.sizes[size] += 1
-            self.modes[mode] += 1
+            facts = measure_image(image)
+            self.sizes[facts.size] += 1
+            self.modes[facts.mode] += 1
 
     def skip(self, reason: str, example: str) -> None:
         """Counts a skipped sample; the first three examples of a reason are shown."""

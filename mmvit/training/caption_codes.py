@@ -32,8 +32,8 @@ class CaptionCodesConfig(Config):
         "twice as often",
     )
     bpe_dropout: float = Field(0.0, ge=0, lt=1)
-    views: float = Field(
-        0.0, ge=0, le=1, description="share of the training pictures that are seen moved or flipped"
+    augmented: float = Field(
+        0.0, ge=0, le=1, description="probability that a training image is one of its augmented copies"
     )
     shuffle_buffer: int = Field(4000, ge=0)
 
@@ -69,7 +69,7 @@ def open_caption_codes(
     if getattr(image_tokenizer, "decoder", None) is None:
         raise UserError(f"{data.image_tokenizer} cannot decode, so this generator could not draw pictures")
     shape = (text_tokenizer, config.text_length, config.grid, config.codebook_size)
-    decode = CaptionCodesSample(*shape, data.languages, data.bpe_dropout, data.views)
+    decode = CaptionCodesSample(*shape, data.languages, data.bpe_dropout, data.augmented)
     stream = training_stream(session, data.train, decode, data.shuffle_buffer)
     held_out = one_epoch(session, data.held_out, CaptionCodesSample(*shape, data.languages[:1]))
     return CaptionCodes(text_tokenizer, image_tokenizer, config, stream, held_out)
