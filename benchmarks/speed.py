@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmvit.models.classifier import Classifier
-from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
+from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
 from mmvit.models.presets import preset
 from mmvit.sampling import decoding
 from mmvit.sampling.decoding import sample_codes

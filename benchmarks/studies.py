@@ -18,9 +18,9 @@ from speed import count_flops
 from mmvit.config import Config, load_config
 from mmvit.errors import UserError
 from mmvit.models.classifier import ClassifierConfig
-from mmvit.models.generator import GeneratorConfig
+from mmvit.models.generator_transformer import GeneratorConfig
 from mmvit.models.joint import JointConfig
-from mmvit.models.presets import MODELS
+from mmvit.models.registry import build_model
 from mmvit.training.resume import flatten
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +85,7 @@ def flops_of(script: str, config: Path, settings: tuple[str, ...] = ()) -> float
     """FLOPs of training on one picture, forward and backward, by the objective of a recipe."""
     recipe = load_config(recipe_class(script), config, [*settings, *PLAIN_KERNEL])
     names = runpy.run_path(str(ROOT / script))
-    build = names.get("build_objective", lambda recipe: MODELS[type(recipe.model)](recipe.model))
+    build = names.get("build_objective", lambda recipe: build_model(recipe.model))
     objective = build(recipe)
     batch = random_batch(recipe.model)
     return count_flops(lambda: objective.loss(batch)[0].backward()) / PICTURES

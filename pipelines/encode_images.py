@@ -46,7 +46,8 @@ from mmvit.data.writing import (
 )
 from mmvit.errors import UserError, refuse_source
 from mmvit.hub import fingerprint
-from mmvit.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
+from mmvit.models.image_tokenizer import ImageTokenizer
+from mmvit.models.registry import load_image_tokenizer
 
 BATCH = 64
 FIRST_JOINED = "\u0590"  # Hebrew, Arabic, Indic, Thai, Chinese, ...: behind Latin, Greek and Cyrillic

@@ -52,7 +52,7 @@ from mmvit.evaluation.splits import read_split
 from mmvit.evaluation.tokenizer_report import draw_tokens_worst_to_best, report_tokenizer
 from mmvit.hub import find_model_folder, read_description, shorten, write_json
 from mmvit.models.classifier import Classifier
-from mmvit.models.image_tokenizer import KINDS, load_image_tokenizer
+from mmvit.models.registry import IMAGE_TOKENIZERS, load_image_tokenizer
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import check_grid_file
 from mmvit.sampling.rerank import CaptionScorer
@@ -80,7 +80,7 @@ def main() -> None:
         raise UserError(f"--keys {options.keys!r} is no regular expression: {error}") from None
     if options.scorer and options.candidates == 1:
         raise UserError("--scorer chooses among --candidates: give 2 of them or more, or leave it out")
-    if read_description(find_model_folder(options.model))["kind"] in KINDS:
+    if read_description(find_model_folder(options.model))["kind"] in IMAGE_TOKENIZERS:
         evaluate_image_tokenizer(options)
     else:
         evaluate_generator(options)

@@ -41,8 +41,8 @@ from mmvit.evaluation.frozen import few_shot_accuracies, linear_probe_accuracy, 
 from mmvit.evaluation.image_classifier import UNTRAINED, ImageClassifier
 from mmvit.evaluation.splits import refuse_broken
 from mmvit.hub import write_json
+from mmvit.models.classification import fit_pixels
 from mmvit.models.classifier import Classifier
-from mmvit.models.perceptual import fit_pixels
 from mmvit.models.resnet import ResNet
 from mmvit.sampling.grids import check_grid_file, labelled_grid
 from mmvit.training.distributed import choose_precision

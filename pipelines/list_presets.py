@@ -24,7 +24,8 @@ from mmvit.config import build_config
 from mmvit.errors import UserError
 from mmvit.models.classifier import ClassifierConfig
 from mmvit.models.cost import forward_macs, training_flops
-from mmvit.models.presets import MODELS, PRESETS, preset
+from mmvit.models.presets import PRESETS, preset
+from mmvit.models.registry import build_model
 from mmvit.models.resnet import ResNetConfig
 
 
@@ -50,7 +51,7 @@ def main(
                 type(config), {**config.model_dump(), "image_size": image_size}, source=name
             )
         with torch.device("meta"):
-            model = MODELS[type(config)](config)
+            model = build_model(config)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         shape, cost = ("", "", "", ""), ("", "", "")
         if core := getattr(config, "core", None):

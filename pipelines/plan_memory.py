@@ -19,7 +19,8 @@ from rich.table import Table
 
 from mmvit.errors import UserError, run_script
 from mmvit.models.cost import stem_activations, training_memory
-from mmvit.models.presets import MODELS, PRESETS, preset
+from mmvit.models.presets import PRESETS, preset
+from mmvit.models.registry import build_model
 
 GB = 1e9
 STAGES = (0, 1, 2, 3)
@@ -38,7 +39,7 @@ def main() -> None:
             f"{options.name} has no Transformer core, of which memory is planned here; these have: {known}"
         )
     with torch.device("meta"):
-        model = MODELS[type(config)](config)
+        model = build_model(config)
     parameters, tokens = sum(parameter.numel() for parameter in model.parameters()), model.positions.length
     stem = stem_activations(config)
     table = Table(

@@ -23,10 +23,10 @@ from mmvit.data.views import Views, ViewsConfig
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.likelihood import mean_loss
 from mmvit.models.byol import BYOL, BYOLConfig
+from mmvit.models.classification import FitBatch
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderConfig
 from mmvit.models.masked_patches import MaskedPatches, MaskedPatchesConfig
-from mmvit.models.perceptual import FitBatch
 from mmvit.training import Recipe, one_epoch, open_session, train, training_stream
 from mmvit.training.deepspeed_engine import zero_stage
 

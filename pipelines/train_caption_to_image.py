@@ -26,7 +26,7 @@ from mmvit.errors import UserError, run_script
 from mmvit.evaluation.likelihood import generator_loss
 from mmvit.hub import find_model_folder
 from mmvit.models.fine_tuning import continued, take_core
-from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
+from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
 from mmvit.models.sections import StartConfig, with_preset, with_start
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.preview import PreviewConfig, check_preview, draw_preview

@@ -32,10 +32,10 @@ from mmvit.data.shards import ShardPatterns
 from mmvit.errors import run_script
 from mmvit.evaluation.accuracy import classification_metrics
 from mmvit.evaluation.image_classifier import ImageClassifier
+from mmvit.models.classification import FitBatch
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.fine_tuning import ResizeMode, fine_tuned, freeze, take_core, what_changes
-from mmvit.models.perceptual import FitBatch
-from mmvit.models.presets import MODELS
+from mmvit.models.registry import build_model
 from mmvit.models.resnet import ResNetConfig
 from mmvit.models.sections import StartConfig, with_preset, with_start
 from mmvit.training import Recipe, one_epoch, open_session, train, training_stream
@@ -88,7 +88,7 @@ def main() -> None:
         def evaluate(model: nn.Module) -> dict[str, float]:
             return classification_metrics(model, map(as_read, held_out))
 
-        model = MODELS[type(config)](config)
+        model = build_model(config)
         if recipe.start.model:
             source = Classifier.from_pretrained(recipe.start.model)
             model = fine_tuned(source, config, recipe.start.resize)

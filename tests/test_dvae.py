@@ -22,7 +22,7 @@ from mmvit.models.dvae import (
     map_pixels,
     unmap_pixels,
 )
-from mmvit.models.image_tokenizer import load_image_tokenizer
+from mmvit.models.registry import load_image_tokenizer
 
 SMALL = DiscreteVAEConfig(codebook_size=32, width=8, blocks_per_group=1, code_width=8)
 

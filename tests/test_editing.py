@@ -13,7 +13,7 @@ from mmvit.data.images import decode_image, encode_png, pixels_from_images, to_u
 from mmvit.errors import UserError
 from mmvit.models.classifier import ClassifierConfig
 from mmvit.models.clip import CLIP, CLIPConfig
-from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
+from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.sampling.decoding import sample_codes
 from mmvit.sampling.editing import complete, rank_captions, variations

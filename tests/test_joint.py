@@ -18,7 +18,7 @@ from mmvit.errors import UserError
 from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.fine_tuning import take_core
-from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
+from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
 from mmvit.models.joint import Joint, JointConfig
 from mmvit.models.resnet import ResNet, ResNetConfig
 from mmvit.models.vq import VQConfig, VQModel

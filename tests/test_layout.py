@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmvit.config import load_config
-from mmvit.models.presets import MODELS
+from mmvit.models.registry import build_model
 from mmvit.places import FOLDERS
 from mmvit.training import Recipe
 
@@ -132,7 +132,7 @@ def test_every_config_loads_and_builds(config, script):
     shipped = ("--start.model", str(ROOT / "generators/emoji"))  # in the place of a run that is not here
     recipe = load_config(recipe_class_of(ROOT / script), path, shipped if begins_from_a_run else ())
     with torch.device("meta"):
-        model = MODELS[type(recipe.model)](recipe.model)
+        model = build_model(recipe.model)
     assert sum(parameter.numel() for parameter in model.parameters()) > 0
 
 

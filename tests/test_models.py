@@ -1,6 +1,8 @@
 """Classifier and generator: exact sizes, losses by hand, and one core for both."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,8 +17,14 @@ from mmvit.errors import UserError
 from mmvit.evaluation.likelihood import generator_loss
 from mmvit.hub import write_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.models.generator import GeneratorConfig, GeneratorTransformer, caption_loss, dalle_layers
-from mmvit.models.presets import MODELS, PRESETS, preset
+from mmvit.models.generator_transformer import (
+    GeneratorConfig,
+    GeneratorTransformer,
+    caption_loss,
+    dalle_layers,
+)
+from mmvit.models.presets import PRESETS, preset
+from mmvit.models.registry import build_model
 from mmvit.models.resnet import ResNetConfig
 from mmvit.models.sections import with_preset
 from mmvit.models.stems import PatchStem
@@ -74,8 +82,31 @@ def test_published_vits_have_the_published_number_of_parameters(name, parameters
 def test_every_preset_builds_on_the_meta_device():
     for name, config in PRESETS.items():
         with torch.device("meta"):
-            model = MODELS[type(config)](config)
+            model = build_model(config)
         assert sum(p.numel() for p in model.parameters()) > 1e6, name
+
+
+def test_models_import_nothing_heavy_but_torch():
+    code = """
+import importlib, pkgutil, sys
+import mmvit.core, mmvit.models
+for room in (mmvit.core, mmvit.models):
+    for module in pkgutil.iter_modules(room.__path__):
+        importlib.import_module(f"{room.__name__}.{module.name}")
+print(*{name.partition(".")[0] for name in sys.modules})
+"""
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    heavy = {
+        "kornia",
+        "matplotlib",
+        "torchmetrics",
+        "transformers",
+        "deepspeed",
+        "webdataset",
+        "PIL",
+        "scipy",
+    }
+    assert not {*ran.stdout.split()} & heavy
 
 
 def test_an_unknown_preset_names_the_nearest():

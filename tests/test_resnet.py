@@ -9,8 +9,9 @@ from torch import nn
 from mmvit.config import build_config
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
+from mmvit.models.classification import classification_loss
 from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.models.resnet import ResNet, ResNetConfig, StandardizedConv, classification_loss, conv_and_norm
+from mmvit.models.resnet import ResNet, ResNetConfig, StandardizedConv, conv_and_norm
 
 CORE = TransformerConfig(width=32, depth=1, num_heads=2)
 
@@ -200,7 +201,7 @@ def test_convolution_against_attention_is_one_flag(run_script, tiny_shards, tmp_
         "pipelines/train_classifier.py", recipe, "--model.channels", 2, "--output", tmp_path / "two"
     )
     assert ran.returncode == 2
-    assert "model.channels is 2, but pictures have 3: set it to 3, or to 1 for grey" in ran.stderr
+    assert "model.channels is 2, but images have 3: set it to 3, or to 1 for grey" in ran.stderr
     ran = run_script("pipelines/train_classifier.py", recipe, *small)
     assert ran.returncode == 2
     assert "unknown key model.width" in ran.stderr

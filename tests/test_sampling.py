@@ -12,7 +12,7 @@ from mmvit.data.captions import TextTokenizer
 from mmvit.errors import UserError
 from mmvit.evaluation.retrieval import pixel_ranks, recall
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
-from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
+from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.models.vqgan import VQGAN, VQGANConfig
 from mmvit.sampling.decoding import sample_codes

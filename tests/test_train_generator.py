@@ -10,7 +10,7 @@ from generator_scripts import SMALL, refused
 
 from mmvit.data.captions import TextTokenizer
 from mmvit.hub import read_weights
-from mmvit.models.generator import GeneratorTransformer
+from mmvit.models.generator_transformer import GeneratorTransformer
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.models.vqgan import VQGAN, VQGANConfig
 from mmvit.sampling.generator import Generator

@@ -16,7 +16,7 @@ from PIL import Image
 from mmvit.core.transformer import TransformerConfig
 from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.models.image_tokenizer import load_image_tokenizer
+from mmvit.models.registry import load_image_tokenizer
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.training.checkpoint import read_state
 

@@ -9,7 +9,7 @@ import torch
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.translation import ROUNDS, align_tokens, token_translations
 from mmvit.errors import UserError
-from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
+from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
 
 
 def random_pairs(words: int, count: int, rng: random.Random) -> list[tuple[list[int], list[int]]]:

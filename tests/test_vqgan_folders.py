@@ -27,7 +27,7 @@ from mmvit.interop.vqgan import (
     vqgan_to_janus,
 )
 from mmvit.interop.vqgan_export import save_vqgan
-from mmvit.models.image_tokenizer import load_image_tokenizer
+from mmvit.models.registry import load_image_tokenizer
 from mmvit.models.vqgan import VQGAN
 
 

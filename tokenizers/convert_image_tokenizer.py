@@ -26,7 +26,8 @@ from mmvit.interop.openai_dvae import dvae_to_openai, load_openai_dvae
 from mmvit.interop.vqgan import load_vqgan
 from mmvit.interop.vqgan_export import VQGANFormat, save_vqgan
 from mmvit.models.dvae import DiscreteVAE
-from mmvit.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
+from mmvit.models.image_tokenizer import ImageTokenizer
+from mmvit.models.registry import load_image_tokenizer
 from mmvit.models.vqgan import VQGAN
 
 OPENAI = ("encoder", "decoder")  # the two files of its dVAE

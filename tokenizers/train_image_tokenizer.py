@@ -37,7 +37,7 @@ from mmvit.models.classifier import Classifier
 from mmvit.models.dvae import DiscreteVAEConfig
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.perceptual import FeatureDistance
-from mmvit.models.presets import MODELS
+from mmvit.models.registry import build_model
 from mmvit.models.sections import with_preset
 from mmvit.models.tokenizer_objective import ObjectiveConfig, TokenizerObjective
 from mmvit.models.vq import VQConfig, VQModel
@@ -104,7 +104,7 @@ def main() -> None:
                 "model.codebook_update = 'gradient' revives dead codes in place, which DeepSpeed's copies "
                 "undo; use 'ema', or leave --deepspeed out"
             )
-        model = MODELS[type(session.recipe.model)](session.recipe.model)
+        model = build_model(session.recipe.model)
         model.grid(*data.image_size)
         plain = PixelsSample(data.image_size)
         training_once = one_epoch(session, data.train, plain)

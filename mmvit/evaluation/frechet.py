@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mmvit.errors import UserError
+from mmvit.models.classification import fit_pixels
 from mmvit.models.classifier import Classifier
-from mmvit.models.perceptual import fit_pixels
 
 
 def frechet_distance(one: Tensor, two: Tensor) -> float:

@@ -18,8 +18,8 @@ from mmvit.evaluation.frechet import FeatureSpace
 from mmvit.evaluation.generated import COPY, diversity, nearest
 from mmvit.evaluation.likelihood import generator_loss
 from mmvit.evaluation.retrieval import caption_ranks, pixel_ranks, recalls
+from mmvit.models.classification import fit_pixels
 from mmvit.models.classifier import Classifier
-from mmvit.models.perceptual import fit_pixels
 from mmvit.sampling.editing import rank_captions
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import two_halves

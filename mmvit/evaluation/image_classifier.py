@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mmvit.data.images import check_images, pixels_from_images
 from mmvit.errors import UserError
-from mmvit.hub import find_model_folder, in_words, read_part_description, write_json
+from mmvit.hub import find_model_folder, write_json
+from mmvit.models.classification import fit_pixels
 from mmvit.models.classifier import Classifier
-from mmvit.models.perceptual import fit_pixels
+from mmvit.models.registry import load_classifier
 from mmvit.models.resnet import ResNet
 
 CLASSES = "classes.json"  # beside the weights
@@ -21,7 +22,6 @@ UNTRAINED = (
     "this classifier has not learnt classes: its head is all zeros, as after pre-training. Train it on, by "
     "pipelines/train_classifier.py with --start.model FOLDER; its features need no head"
 )
-KINDS = {kind.kind: kind for kind in (Classifier, ResNet)}
 
 
 class ImageClassifier:
@@ -65,10 +65,7 @@ class ImageClassifier:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = find_model_folder(path)
-        kind = read_part_description(folder, *KINDS)["kind"]
-        if kind not in KINDS:
-            raise UserError(f"{folder} holds {in_words(kind)}, not a classifier ({', '.join(KINDS)})")
-        return cls(KINDS[kind].from_pretrained(folder, device), read_classes(folder / CLASSES))
+        return cls(load_classifier(folder, device), read_classes(folder / CLASSES))
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Writes the weights and, where it has names, classes.json."""

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mmvit.models.generator import GeneratorTransformer, counted_tokens
+from mmvit.models.generator_transformer import GeneratorTransformer, counted_tokens
 
 
 def generator_loss(model: GeneratorTransformer, batches: Iterable[dict[str, Any]]) -> dict[str, float]:

@@ -20,7 +20,8 @@ from mmvit.core.positions import (
 )
 from mmvit.core.transformer import Transformer, TransformerConfig
 from mmvit.hub import Pretrained
-from mmvit.models.resnet import GROUPS, Epsilons, classification_loss, stem_stride
+from mmvit.models.classification import classification_loss
+from mmvit.models.resnet import GROUPS, Epsilons, stem_stride
 from mmvit.models.stems import SMALLEST_PATCH, StemKind, build_stem
 
 

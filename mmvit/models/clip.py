@@ -16,7 +16,7 @@ from mmvit.core.positions import Positions
 from mmvit.core.transformer import Transformer, TransformerConfig
 from mmvit.hub import Pretrained
 from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.models.generator import PAD
+from mmvit.models.generator_transformer import PAD
 
 COLDEST = 100.0  # of logits per cosine, as in the paper
 

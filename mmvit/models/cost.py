@@ -9,19 +9,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmvit.config import Config
 from mmvit.core.transformer import TransformerConfig
-from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.models.resnet import ResNet, ResNetConfig
+from mmvit.models.classifier import ClassifierConfig
+from mmvit.models.registry import build_model
+from mmvit.models.resnet import ResNetConfig
 
 
 def forward_macs(config: ClassifierConfig | ResNetConfig) -> int:
     """Multiply-adds of one image's forward pass: all products of matrices, and convolutions. Norms,
     activations and softmax are not counted, as usual. FLOPs are twice as many."""
-    kind = ResNet
-    if isinstance(config, ClassifierConfig):
-        plain = config.core.model_copy(update={"attention_kernel": "plain"})  # whose products are seen
-        kind, config = Classifier, config.model_copy(update={"core": plain})
+    if isinstance(config, ClassifierConfig):  # the counter does not see a fused kernel's products
+        plain = config.core.model_copy(update={"attention_kernel": "plain"})
+        config = config.model_copy(update={"core": plain})
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model = kind(config).eval()
+        model = build_model(config).eval()
         model(torch.empty(1, config.channels, *config.height_width))
     return counter.get_total_flops() // 2
 
@@ -87,7 +87,7 @@ def stem_activations(config: Config) -> float:
     if not isinstance(config, ClassifierConfig) or config.stem == "patch":
         return 0.0
     with torch.device("meta"):
-        stem = Classifier(config).stem
+        stem = build_model(config).stem
 
         def kept(batch: int) -> float:
             storages: dict[int, torch.UntypedStorage] = {}

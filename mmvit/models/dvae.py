@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmvit.config import Config
 from mmvit.core.hidden import HiddenLayers
 from mmvit.errors import UserError
-from mmvit.models.codes import ImageTokenizer
+from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.quantizers import perplexity
 
 NUM_GROUPS = 4  # of residual blocks; between them the resolution halves three times

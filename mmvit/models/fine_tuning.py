@@ -13,7 +13,7 @@ from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
 from mmvit.hub import CONFIG, WEIGHTS, load_weights, read_core
 from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
+from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
 
 ResizeMode = Literal["official", "timm", "transformers"]
 

@@ -1,27 +1,94 @@
-"""The kinds of image tokenizers, and loading whichever a folder holds."""
-
-from pathlib import Path
+"""What every image tokenizer is: pixels to a grid of codes and back, with the checks that all share."""
 
 import torch
+from torch import Tensor, nn
 
 from mmvit.errors import UserError
-from mmvit.hub import find_model_folder, in_words, read_description
-from mmvit.models.codes import ImageTokenizer
-from mmvit.models.dvae import DiscreteVAE
-from mmvit.models.vq import VQModel
-from mmvit.models.vqgan import VQGAN
-
-KINDS = {kind.kind: kind for kind in (VQModel, DiscreteVAE, VQGAN)}
+from mmvit.hub import Pretrained
+from mmvit.memory import in_parts
 
 
-def load_image_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> ImageTokenizer:
-    """The image tokenizer of a folder, a run folder (its best model) or a Hub repository, of any kind.
+class ImageTokenizer(Pretrained, nn.Module):
+    """pixels ↔ codes. Any image whose sides are multiples of `factor` will do.
+
+    A subclass has `factor`, and says what the codes of pixels and the pixels of codes are.
+    """
+
+    factor: int  # pixels per code, along each side
+
+    @property
+    def codebook_size(self) -> int:
+        return self.config.codebook_size
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of the codes of a `height` x `width` image; raises as `code_grid` does."""
+        return code_grid(height, width, self.factor)
+
+    def code_vectors(self) -> Tensor:
+        """What each code stands for, (codebook_size, any width); like codes have like vectors."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """pixels (batch, 3, height, width) in [-1, 1] → codes (batch, rows, columns), int64.
+
+        Always computed in float32, so that the codes do not depend on autocast.
+
+        Raises:
+            UserError: as `grid` does.
+        """
+        self.grid(*pixels.shape[-2:])
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self.codes_of(pixels.float())
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes (batch, rows, columns) → pixels (batch, 3, height, width) in [-1, 1], float32.
+
+        Raises:
+            UserError: when a code is not in the codebook, or the tokenizer cannot decode.
+        """
+        check_codes(codes, self.codebook_size)
+        return self.pixels_of(codes)
+
+    def encode_many(self, pixels: Tensor, batch_size: int = 64) -> Tensor:
+        """`encode` any number of images from anywhere, on this tokenizer's device."""
+        device = next(self.parameters()).device
+        return in_parts(lambda part: self.encode(part.to(device)), pixels, size=batch_size)
+
+    def decode_many(self, codes: Tensor, batch_size: int = 64) -> Tensor:
+        """`decode` the codes of any number of images from anywhere, on this tokenizer's device."""
+        device = next(self.parameters()).device
+        return in_parts(lambda part: self.decode(part.to(device)), codes, size=batch_size)
+
+    def codes_of(self, pixels: Tensor) -> Tensor:
+        """`encode` of float32 pixels whose size is right."""
+        raise NotImplementedError
+
+    def pixels_of(self, codes: Tensor) -> Tensor:
+        """`decode` of codes that exist."""
+        raise NotImplementedError
+
+
+def code_grid(height: int, width: int, factor: int) -> tuple[int, int]:
+    """(rows, columns) of the codes of a `height` x `width` image, one for every `factor` x `factor` pixels.
 
     Raises:
-        UserError: when nothing is there, or a model of another kind.
+        UserError: when a side is no multiple of the factor, or smaller.
     """
-    folder = find_model_folder(path)
-    kind = read_description(folder)["kind"]
-    if kind not in KINDS:
-        raise UserError(f"{folder} holds {in_words(kind)}, not an image tokenizer ({', '.join(KINDS)})")
-    return KINDS[kind].from_pretrained(folder, device)
+    if height < factor or width < factor or height % factor or width % factor:
+        raise UserError(
+            f"an image of {height}x{width} pixels cannot be cut into patches of {factor}x{factor}, one "
+            f"for each code: resize it so that both sides are multiples of {factor}, or use an image "
+            "tokenizer of another factor"
+        )
+    return height // factor, width // factor
+
+
+def check_codes(codes: Tensor, codebook_size: int) -> None:
+    """Raises UserError when a code is outside 0 to `codebook_size` - 1."""
+    if codes.numel() and (codes.min() < 0 or codes.max() >= codebook_size):
+        raise UserError(
+            f"image codes from {codes.min()} to {codes.max()} do not fit this image tokenizer, which has "
+            f"codes 0 to {codebook_size - 1}: decode them with the one that made them"
+        )

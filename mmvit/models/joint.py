@@ -10,7 +10,7 @@ from mmvit.config import Config
 from mmvit.core.transformer import Transformer, TransformerConfig
 from mmvit.hub import JOINT, Pretrained
 from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
+from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
 
 PARTS = ("classifier", "generator")
 

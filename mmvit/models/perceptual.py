@@ -1,17 +1,15 @@
 """How far apart two pictures are to a network that is not trained: in its features rather than in pixels."""
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmvit.errors import UserError
-from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.models.resnet import ResNetConfig
-
-LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
+from mmvit.models.classification import LUMA, fit_pixels
+from mmvit.models.classifier import Classifier
 
 
 class FrozenDistance(nn.Module):
@@ -88,32 +86,3 @@ class FeatureDistance(FrozenDistance):
     def fit(self, pixels: Tensor) -> Tensor:
         """pixels as the classifier reads them."""
         return fit_pixels(pixels, self.classifier.config)
-
-
-class FitBatch:
-    """Batches of pictures in colour as a classifier of `config` reads them: in grey where that is what it
-    reads. Raises UserError for one that reads neither."""
-
-    def __init__(self, config: ClassifierConfig | ResNetConfig):
-        if config.channels not in (1, len(LUMA)):
-            raise UserError(
-                f"model.channels is {config.channels}, but pictures have 3: set it to 3, or to 1 for grey"
-            )
-        self.config = config
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """`pixels` and, if there, `other_pixels`, each (batch, 3, height, width) → (batch, channels, ...)."""
-        if self.config.channels == len(LUMA):
-            return batch
-        names = [name for name in ("pixels", "other_pixels") if name in batch]
-        return batch | {name: fit_pixels(batch[name], self.config) for name in names}
-
-
-def fit_pixels(pixels: Tensor, config: ClassifierConfig | ResNetConfig) -> Tensor:
-    """pixels (batch, 3, height, width) as a classifier of `config` reads them: resized to its size, and where
-    it reads grey, to their luma."""
-    if config.channels == 1:
-        pixels = (pixels * pixels.new_tensor(LUMA).view(1, -1, 1, 1)).sum(1, keepdim=True)
-    if tuple(pixels.shape[-2:]) != config.height_width:
-        pixels = F.interpolate(pixels, config.height_width, mode="bilinear", antialias=True)
-    return pixels

@@ -3,20 +3,13 @@
 from mmvit.config import Config
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError, did_you_mean
-from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.models.clip import CLIP, CLIPConfig
-from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
-from mmvit.models.generator import GeneratorConfig, GeneratorTransformer
-from mmvit.models.joint import Joint
-from mmvit.models.resnet import ResNet, ResNetConfig
-from mmvit.models.vq import VQConfig, VQModel
-from mmvit.models.vqgan import VQGAN, VQGANConfig
-
-# the model that a configuration is of
-MODELS = {
-    model.config_class: model
-    for model in (Classifier, ResNet, GeneratorTransformer, Joint, CLIP, VQModel, DiscreteVAE, VQGAN)
-}
+from mmvit.models.classifier import ClassifierConfig
+from mmvit.models.clip import CLIPConfig
+from mmvit.models.dvae import DiscreteVAEConfig
+from mmvit.models.generator_transformer import GeneratorConfig
+from mmvit.models.resnet import ResNetConfig
+from mmvit.models.vq import VQConfig
+from mmvit.models.vqgan import VQGANConfig
 
 
 def core(width: int, depth: int, num_heads: int, **parts) -> TransformerConfig:
@@ -50,7 +43,7 @@ TINY, SMALL, BASE = core(192, 12, 3), core(384, 12, 6), core(768, 12, 12)
 LARGE, HUGE = core(1024, 24, 16), core(1280, 32, 16)
 
 CLASSIFIERS = {
-    # for small data and CPUs, of the parts that paid at equal FLOPs (benchmarks/README.md), for 28 pixels
+    # for small data and CPUs: the parts that were best at equal FLOPs (benchmarks/README.md), for 28 pixels
     "vit-modern": ClassifierConfig(
         image_size=28,
         patch_size=4,
@@ -79,11 +72,12 @@ CLASSIFIERS = {
     "bit-r101": ResNetConfig(depths=(3, 4, 23, 3)),
 }
 
-PAID = {"mlp": "swiglu", "qk_norm": True, "dropout": 0.1}  # at equal FLOPs (benchmarks/README.md)
+# best at equal FLOPs (benchmarks/README.md)
+RECOMMENDED = {"mlp": "swiglu", "qk_norm": True, "dropout": 0.1}
 
 GENERATORS = {
-    "generator-tiny": GeneratorConfig(core=core(256, 6, 4, **PAID)),
-    "generator-small": GeneratorConfig(core=core(384, 12, 6, **PAID)),
+    "generator-tiny": GeneratorConfig(core=core(256, 6, 4, **RECOMMENDED)),
+    "generator-small": GeneratorConfig(core=core(384, 12, 6, **RECOMMENDED)),
     # the sizes of LlamaGen (2406.06525, Table 1), 256 pixels at factor 16, captions of up to 120 tokens
     "generator-b": GeneratorConfig(
         vocab_size=16384, text_length=120, codebook_size=16384, grid=(16, 16), positions="rotary_2d",
@@ -122,7 +116,7 @@ PRESETS = {**CLASSIFIERS, **GENERATORS, **CLIPS, **IMAGE_TOKENIZERS}
 
 
 def preset(name: str) -> Config:
-    """The configuration called `name`. Raises UserError, with the nearest name, where there is none."""
+    """The configuration called `name`. Raises UserError, with the nearest name, for an unknown one."""
     if name not in PRESETS:
         raise UserError(f"no preset {name!r}{did_you_mean(name, PRESETS)}")
     return PRESETS[name]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmvit.config import Config
 from mmvit.core.hidden import HiddenLayers
 from mmvit.hub import Pretrained
+from mmvit.models.classification import classification_loss
 
 GROUPS = 32  # of GroupNorm
 Epsilons = Literal["official", "timm"]  # whose, in a hybrid's stem
@@ -80,17 +81,6 @@ class ResNet(Pretrained, nn.Module):
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """As `Classifier.loss`."""
         return classification_loss(self(batch["pixels"]), batch["labels"], self.config.label_smoothing)
-
-
-def classification_loss(
-    logits: Tensor, labels: Tensor, label_smoothing: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of `logits` (batch, classes) against `labels`, one class (batch,) or shares of all
-    (batch, classes); the metrics hold loss and accuracy, for shares that of the largest."""
-    logits = logits.float()
-    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    largest = labels.argmax(-1) if labels.ndim == 2 else labels
-    return loss, {"loss": loss.detach(), "accuracy": (logits.argmax(-1) == largest).float().mean()}
 
 
 class ResNetStem(nn.Module):

@@ -8,7 +8,7 @@ from mmvit.config import Config, sections_of
 from mmvit.errors import UserError
 from mmvit.hub import find_model_folder, in_words, read_part_description
 from mmvit.models.clip import CLIPConfig
-from mmvit.models.generator import GeneratorConfig
+from mmvit.models.generator_transformer import GeneratorConfig
 from mmvit.models.presets import PRESETS, preset
 
 

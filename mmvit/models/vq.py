@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmvit.core.hidden import HiddenLayers
 from mmvit.core.transformer import Block, TransformerConfig
-from mmvit.models.codes import ImageTokenizer
+from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.quantizers import QUANTIZERS, QuantizerConfig
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmvit.config import Config
 from mmvit.errors import UserError
-from mmvit.models.codes import ImageTokenizer
+from mmvit.models.image_tokenizer import ImageTokenizer
 
 
 class VQGANConfig(Config):

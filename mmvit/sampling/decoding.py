@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mmvit.models.generator import PAD, GeneratorTransformer
+from mmvit.models.generator_transformer import PAD, GeneratorTransformer
 from mmvit.sampling.filters import draw, filter_logits, uniforms
 
 ONE_THREAD_UP_TO = 2  # rows

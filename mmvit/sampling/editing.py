@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmvit.errors import UserError
-from mmvit.models.generator import PAD
+from mmvit.models.generator_transformer import PAD
 from mmvit.sampling.generator import Generator, Pictures
 from mmvit.sampling.prompts import Prompt, list_prompts
 from mmvit.sampling.scoring import log_likelihood

@@ -16,8 +16,9 @@ from mmvit.data.images import images_from_pixels, pixels_from_images
 from mmvit.errors import UserError
 from mmvit.hub import SHIPPED, find_model_folder
 from mmvit.memory import in_parts
-from mmvit.models.generator import GeneratorTransformer
-from mmvit.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
+from mmvit.models.generator_transformer import GeneratorTransformer
+from mmvit.models.image_tokenizer import ImageTokenizer
+from mmvit.models.registry import load_image_tokenizer
 from mmvit.sampling.candidates import Drawn, check_candidates, choose
 from mmvit.sampling.decoding import sample_codes
 from mmvit.sampling.prompts import Prompt, encode_prompts, has_weights, list_prompts

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from mmvit.config import Config
 from mmvit.errors import UserError
-from mmvit.models.generator import GeneratorConfig
+from mmvit.models.generator_transformer import GeneratorConfig
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import labelled_grid
 from mmvit.sampling.settings import SamplingSettings

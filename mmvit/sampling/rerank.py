@@ -12,8 +12,8 @@ from mmvit.data.captions import TextTokenizer
 from mmvit.errors import UserError
 from mmvit.hub import find_model_folder
 from mmvit.memory import in_parts
+from mmvit.models.classification import fit_pixels
 from mmvit.models.clip import CLIP
-from mmvit.models.perceptual import fit_pixels
 
 TEXT = "text_tokenizer"
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvit.memory import in_parts
-from mmvit.models.generator import PAD, GeneratorTransformer
+from mmvit.models.generator_transformer import PAD, GeneratorTransformer
 
 
 @torch.inference_mode()

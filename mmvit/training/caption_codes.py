@@ -13,8 +13,9 @@ from mmvit.data.shards import ShardPatterns, expand_shards
 from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError
 from mmvit.hub import fingerprint
-from mmvit.models.generator import GeneratorConfig
-from mmvit.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
+from mmvit.models.generator_transformer import GeneratorConfig
+from mmvit.models.image_tokenizer import ImageTokenizer
+from mmvit.models.registry import load_image_tokenizer
 from mmvit.training.session import Session
 from mmvit.training.streams import one_epoch, training_stream
 
