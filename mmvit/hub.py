@@ -25,9 +25,10 @@ from torch import nn
 
 from mmvit.config import Config, build_config
 from mmvit.errors import UserError, nearest
+from mmvit.places import find, shipped
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-SHIPPED = Path(__file__).resolve().parent.parent / "generators" / "emoji"  # in a checkout
+SHIPPED = shipped("generators/emoji")
 JOINT = "joint"  # the kind of a folder with several models on one core
 IN_WORDS = {
     "vq": "an image tokenizer",
@@ -89,23 +90,18 @@ def in_words(kind: str) -> str:
 
 
 def find_model_folder(path: str | Path) -> Path:
-    """The folder with config.json that `path` stands for: itself, an export of a run, or a download from the
-    Hub.
+    """The folder with config.json that `path` stands for: itself, an export of a run, what ships with mmvit
+    under that name (`tokenizers/emoji-image`), or a download from the Hub.
 
     Of a run it is the export that the recipe's `train.select` names: `last/` for "last", otherwise `best/`;
     the other one if that is missing.
     """
-    folder = Path(path)
+    folder = find(path)
     for candidate in (folder, *run_exports(folder)):
         if (candidate / CONFIG).is_file():
             return candidate
     if folder.exists():
         raise UserError(f"{folder} holds no model: expected {CONFIG} in it, or in its best/ or last/")
-    if folder == SHIPPED:
-        raise UserError(
-            f"{folder} is not there: the shipped generator is part of a checkout (pip install -e .), not of "
-            "an installed package; name a model of yours by --model"
-        )
     return download(path)
 
 

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 from mmvit.errors import UserError
-from mmvit.hub import check_writable, find_model_folder, whole_file, write_json
+from mmvit.hub import SHIPPED, check_writable, find_model_folder, whole_file, write_json
 
 
 @pytest.fixture
@@ -42,6 +42,12 @@ def test_a_run_stands_for_the_export_that_its_recipe_selects(run, recipe, expect
         UserError, match=r"holds no model: expected config\.json in it, or in its best/ or last/"
     ):
         find_model_folder(run)
+
+
+def test_what_ships_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_model_folder("generators/emoji") == SHIPPED
+    assert (find_model_folder("tokenizers/emoji-image") / "model.safetensors").is_file()
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
