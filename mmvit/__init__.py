@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 MODULES = {
     "CLIP": "mmvit.models.clip",
     "CLIPConfig": "mmvit.models.clip",
-    "CaptionScorer": "mmvit.sampling.rerank",
+    "CaptionScorer": "mmvit.sampling.candidates",
     "Classifier": "mmvit.models.classifier",
     "ClassifierConfig": "mmvit.models.classifier",
     "Generator": "mmvit.sampling.generator",

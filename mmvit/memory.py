@@ -1,6 +1,7 @@
 """Work on many rows in parts, which shrink when memory runs out."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,14 +9,14 @@ from torch import Tensor
 from mmvit.errors import UserError, is_out_of_memory
 
 
-def in_parts(function: Callable[..., Tensor], rows: Sequence, *others: Sequence | None, size: int) -> Tensor:
+def in_parts(function: Callable[..., Tensor], rows: Sequence, *others: Any, size: int) -> Tensor:
     """Applies `function` to `size` rows at a time and concatenates its results.
 
     When memory runs out, parts of half the size are tried, down to one row.
 
     Args:
-        rows, others: sequences of equal length, a part of each of which is passed to every call; None is
-            passed on as it is.
+        rows, others: tensors and lists of equal length, of which every call gets the same part; anything
+            else (None, a number) it gets as it is.
 
     Raises:
         UserError: when one row alone does not fit into memory.
@@ -24,7 +25,7 @@ def in_parts(function: Callable[..., Tensor], rows: Sequence, *others: Sequence 
     while first < len(rows) or not results:
         part = slice(first, first + size)
         try:
-            results.append(function(*(each if each is None else each[part] for each in (rows, *others))))
+            results.append(function(*(part_of(each, part) for each in (rows, *others))))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -34,3 +35,7 @@ def in_parts(function: Callable[..., Tensor], rows: Sequence, *others: Sequence 
         else:
             first += size
     return torch.cat(results)
+
+
+def part_of(value: Any, part: slice) -> Any:
+    return value[part] if isinstance(value, Sequence | Tensor) else value

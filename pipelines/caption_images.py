@@ -17,7 +17,7 @@ from mmvit.data.captions import read_caption_file
 from mmvit.data.images import pixels_from_images, read_image
 from mmvit.errors import UserError, run_script
 from mmvit.hub import SHIPPED, find_model_folder, read_description
-from mmvit.sampling.editing import rank_captions
+from mmvit.sampling.candidates import rank_captions
 from mmvit.training.distributed import choose_precision
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     if read_description(find_model_folder(options.model))["kind"] == "clip":
         scorer = CaptionScorer.from_pretrained(options.model)
         pixels = pixels_from_images(pictures, *scorer.clip.config.image.height_width)
-        scores = scorer.embed_pictures(pixels) @ scorer.embed_captions(captions).T
+        scores = scorer.embed_images(pixels) @ scorer.embed_captions(captions).T
     else:
         generator = Generator.from_pretrained(options.model)
         precision = choose_precision("auto", generator.device)

@@ -53,10 +53,10 @@ from mmvit.evaluation.tokenizer_report import draw_tokens_worst_to_best, report_
 from mmvit.hub import find_model_folder, read_description, shorten, write_json
 from mmvit.models.classifier import Classifier
 from mmvit.models.registry import IMAGE_TOKENIZERS, load_image_tokenizer
+from mmvit.sampling.candidates import CaptionScorer
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import check_grid_file
-from mmvit.sampling.rerank import CaptionScorer
-from mmvit.sampling.settings import OWN, add_options, given
+from mmvit.sampling.settings import SAVED_FIELDS, add_options, given
 
 MOST, BYTES = 16, 4 * 3  # GiB of memory for the pictures; of a pixel
 AT_ONCE = 3  # of a measured picture: real, reconstructed or drawn, in between
@@ -147,8 +147,8 @@ def evaluate_generator(options: argparse.Namespace) -> None:
         return whole.spread(options.limit) if options.limit else whole
 
     unseen = measured(first)
-    how = generator.defaults.but(given(options, "seed"))
-    settings = {name: getattr(how, name) for name in (*OWN, "seed")} | {"candidates": options.candidates}
+    how = generator.defaults.replace(given(options, "seed"))
+    settings = how.model_dump(include={*SAVED_FIELDS, "seed"}) | {"candidates": options.candidates}
     scorer = CaptionScorer.from_pretrained(options.scorer) if options.scorer else None
     classifier = read_classifier(options) if options.classifier else None
     report = report_generator(

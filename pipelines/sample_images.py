@@ -1,95 +1,96 @@
-"""Draws pictures from captions, with the generator of emoji that is shipped or with one of yours.
+"""Draw images from captions, with the emoji generator that ships with mmvit or with one of yours.
 
-    python pipelines/sample_images.py "thumbs up" "man judge light skin tone" --num 4
-    python pipelines/sample_images.py --model runs/emoji-demo "thumbs up dark skin tone" --num 4 \\
-        --guidance-scale 2 --temperature 0.3 --top-k 100 --top-p 0.95 --seed 0 --out samples.png
+    mmvit sample "red apple" --num 4
+    mmvit sample "thumbs up dark skin tone" "rocket" --model runs/emoji-demo --num 4 --guidance-scale 2
 
-writes samples.png, a labelled grid, and each picture alone in the folder samples/, named by its seed, with
-which it can be drawn again. A 64-code picture of the demo's generator takes about 0.1 s on one core.
+Writes samples.png, a labelled grid, and one file per image in the folder samples/, named by its seed, which
+draws the same image again. A 64-code image of the shipped generator takes about 0.1 s on one core.
 """
 
-import argparse
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any
 
 from PIL import Image
+from typer import Argument, Option
 
-from mmvit import CaptionScorer, Generator
+from mmvit.cli import run_script
 from mmvit.data.captions import read_caption_file
 from mmvit.data.writing import with_progress
-from mmvit.errors import UserError, run_script
+from mmvit.errors import UserError
 from mmvit.hub import SHIPPED
-from mmvit.sampling.candidates import DRAWN_TOGETHER, parts_of_seeds
-from mmvit.sampling.grids import check_grid_file, file_name, folder_of_images, labelled_grid
-from mmvit.sampling.settings import add_options, given
+from mmvit.sampling.candidates import DRAWN_TOGETHER, CaptionScorer, seeds_in_parts
+from mmvit.sampling.generator import Generator
+from mmvit.sampling.grids import check_grid_file, file_name, save_images
+from mmvit.sampling.settings import (
+    CandidatesOption,
+    GuidanceScaleOption,
+    ModelOption,
+    NegativeOption,
+    ScorerOption,
+    SeedOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    explicit_options,
+)
 
 
-def main() -> None:
-    options = parse_arguments()
-    captions = options.captions + (read_caption_file(options.captions_file) if options.captions_file else [])
-    if options.num < 1:
-        raise UserError(f"--num {options.num}: at least 1 picture is drawn")
-    check_grid_file(options.out, len(captions), options.num)
+def main(
+    captions: Annotated[
+        list[str] | None, Argument(help="what to draw; '' draws an image of anything", show_default=False)
+    ] = None,
+    captions_file: Annotated[Path | None, Option(help="a UTF-8 text file with a caption per line")] = None,
+    num: Annotated[int, Option(min=1, help="images per caption")] = 1,
+    out: Annotated[Path, Option(help="the grid, a .png, .jpg or .webp file")] = Path("samples.png"),
+    model: ModelOption = str(SHIPPED),
+    seed: SeedOption = 0,
+    guidance_scale: GuidanceScaleOption = None,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    negative: NegativeOption = "",
+    candidates: CandidatesOption = 1,
+    scorer: ScorerOption = None,
+    batch_size: Annotated[
+        int | None, Option(help="images drawn at a time; fewer when memory runs out (default: 64)")
+    ] = None,
+) -> None:
+    captions = (captions or []) + (read_caption_file(captions_file) if captions_file else [])
+    check_grid_file(out, len(captions), num)
     if not captions:
-        raise UserError("no captions to draw; give at least one, '' for an unconditional picture")
-    generator = Generator.from_pretrained(options.model)
-    how = generator.defaults.but(given(options))
+        raise UserError("no captions to draw: give at least one; '' draws an image of anything")
+    generator = Generator.from_pretrained(model)
+    settings = explicit_options(
+        guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p,
+        batch_size=batch_size,
+    )  # fmt: skip
+    how = generator.defaults.replace(settings)
     if "" in captions and 0 < how.temperature < 1:
         print(
-            f"note: a picture without a caption is the likeliest of all at temperature {how.temperature:g}, "
-            "often an empty one; --temperature 1 draws as many kinds as there are"
+            f"note: at temperature {how.temperature:g} an empty caption draws mostly the likeliest image of "
+            "all, often a blank one; --temperature 1 draws all kinds"
         )
-    start = time.perf_counter()
-    folder = folder_of_images(options.out)
-    rows: list[list[Image.Image]] = [[] for _ in captions]
-    total = len(captions) * options.num
-    parts = with_progress(draw_in_parts(generator, captions, options), total, "drawing")
-    for place, seed, picture in parts:
-        picture.save(folder / f"{place:03d}-{file_name(captions[place])}-seed{seed}.png")
-        rows[place].append(picture)
-    seconds = time.perf_counter() - start
-    labelled_grid(rows, captions).save(options.out)
-    number = "1 picture" if total == 1 else f"{total} pictures"
-    print(f"{number} in {seconds:.1f} s: {options.out}, and each alone in {folder}/")
+    settings |= {"negative": negative, "candidates": candidates}
+    settings["scorer"] = CaptionScorer.from_pretrained(scorer) if scorer else None
+    images = draw_in_parts(generator, captions, num, seed, settings)
+    images = with_progress(images, len(captions) * num, "drawing")
+    print(save_images(images, out, [[] for _ in captions], captions))
 
 
 def draw_in_parts(
-    generator: Generator, captions: list[str], options: argparse.Namespace
-) -> Iterator[tuple[int, int, Image.Image]]:
-    """The place of its caption, the seed and the picture, of all pictures, drawn in parts of which each is
-    saved before the next one is begun."""
-    settings = given(options, "batch_size")
-    scorer = CaptionScorer.from_pretrained(options.scorer) if options.scorer else None
-    together = max(1, DRAWN_TOGETHER // options.num)  # captions
+    generator: Generator, captions: list[str], num: int, seed: int, settings: dict[str, Any]
+) -> Iterator[tuple[int, str, Image.Image]]:
+    """The place of its caption, the name and the image, of every image. They are drawn in parts, so that each
+    part can be saved before the next is drawn."""
+    together = max(1, DRAWN_TOGETHER // num)  # captions
     for first in range(0, len(captions), together):
         group = captions[first : first + together]
-        for number, seed in parts_of_seeds(options.num, options.seed, options.candidates):
-            drawn = generator.draw(
-                group, number, negative=options.negative, candidates=options.candidates, scorer=scorer,
-                seed=seed, **settings,
-            )  # fmt: skip
-            for i, picture in enumerate(generator.images(drawn.codes)):
-                yield first + i // number, drawn.seeds[i], picture
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model",
-        default=SHIPPED,
-        help="a run folder, a generator's folder or a Hub repository (the shipped generators/emoji)",
-    )
-    parser.add_argument("captions", nargs="*", help="what to draw; '' draws unconditionally")
-    parser.add_argument("--captions-file", type=Path, help="a UTF-8 text file with a caption on each line")
-    parser.add_argument("--num", type=int, default=1, help="pictures of each caption (%(default)s)")
-    add_options(parser)
-    parser.add_argument(
-        "--batch-size", type=int, help="pictures drawn at a time, fewer where memory is short (64)"
-    )
-    parser.add_argument("--negative", default="", help="a caption that guidance leads away from")
-    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="the grid (%(default)s)")
-    return parser.parse_args()
+        for number, first_seed in seeds_in_parts(num, seed, settings["candidates"]):
+            drawn = generator.draw(group, number, seed=first_seed, **settings)
+            for i, image in enumerate(generator.images(drawn.codes)):
+                place = first + i // number
+                yield place, f"{place:03d}-{file_name(captions[place])}-seed{drawn.seeds[i]}", image
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from mmvit.data.shards import ShardPatterns
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.retrieval import caption_ranks, recall
 from mmvit.models.clip import CLIP, CLIPConfig
-from mmvit.sampling.rerank import CaptionScorer
+from mmvit.sampling.candidates import CaptionScorer
 from mmvit.training import Recipe, one_epoch, open_session, train, training_stream
 
 

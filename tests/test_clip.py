@@ -21,7 +21,7 @@ from mmvit.errors import UserError
 from mmvit.evaluation.retrieval import caption_ranks
 from mmvit.models.classifier import ClassifierConfig
 from mmvit.models.clip import CLIP, CLIPConfig
-from mmvit.sampling.rerank import CaptionScorer
+from mmvit.sampling.candidates import CaptionScorer
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = TransformerConfig(width=16, depth=1, num_heads=2)
@@ -199,7 +199,7 @@ def test_pictures_are_named_from_the_command_line(trained, run_script, tmp_path)
 def test_a_clip_of_another_tokenizer_is_refused(trained, tokenizer):
     clip = CLIP.from_pretrained(trained / "best")
     assert isinstance(CaptionScorer(clip, tokenizer).text_tokenizer, TextTokenizer)
-    with pytest.raises(UserError, match="has 4096 tokens, the CLIP was built for 20"):
+    with pytest.raises(UserError, match="has 4096 tokens, but the CLIP was built for 20"):
         CaptionScorer(small(), tokenizer)
     with pytest.raises(ValueError, match="representation_width belongs to a classifier's head"):
         CLIPConfig(image=ClassifierConfig(representation_width=4))

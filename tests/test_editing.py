@@ -15,12 +15,10 @@ from mmvit.models.classifier import ClassifierConfig
 from mmvit.models.clip import CLIP, CLIPConfig
 from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
 from mmvit.models.vq import VQConfig, VQModel
-from mmvit.sampling.decoding import sample_codes
-from mmvit.sampling.editing import complete, rank_captions, variations
-from mmvit.sampling.filters import draw, filter_logits, uniforms
+from mmvit.sampling.candidates import CaptionScorer, caption_evidence, log_likelihood, rank_captions
+from mmvit.sampling.decoding import draw, filter_logits, sample_codes, uniforms
+from mmvit.sampling.editing import complete, variations
 from mmvit.sampling.generator import Generator
-from mmvit.sampling.rerank import CaptionScorer
-from mmvit.sampling.scoring import caption_evidence, log_likelihood
 
 CORE = TransformerConfig(width=32, depth=2, num_heads=2)
 APPLE, PEAR = torch.tensor([[3, 4, 0, 0]]), torch.tensor([[5, 6, 7, 8]])
@@ -48,6 +46,14 @@ def generator(tokenizer: TextTokenizer) -> Generator:
     torch.manual_seed(0)
     image_tokenizer = VQModel(VQConfig(codebook_size=16))
     return Generator(randomised(GeneratorTransformer(config)), tokenizer, image_tokenizer)
+
+
+@pytest.fixture
+def sensitive(generator) -> Generator:
+    """One whose logits depend much on its captions, so that an option without effect shows."""
+    for parameter in generator.transformer.parameters():
+        parameter.data *= 4
+    return generator
 
 
 def test_a_mixture_is_the_weighted_sum_of_what_each_caption_changes(transformer):
@@ -82,10 +88,51 @@ def test_a_negative_caption_takes_the_empty_ones_place(transformer):
     assert torch.equal(sample_codes(transformer, APPLE, [2], 3.0, base_ids=EMPTY), by_default)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "settings", "decoded"),
+    [
+        ("pear", {"guidance_scale": 3.0}, {"guidance_scale": 3.0}),
+        ("pear", {"temperature": 0.3}, {"temperature": 0.3}),
+        ("pear", {"top_k": 2}, {"top_k": 2}),
+        ("pear", {"top_p": 0.3}, {"top_p": 0.3}),
+        (
+            "pear",
+            {"guidance_scale": 3.0, "negative": "red apple"},
+            {"guidance_scale": 3.0, "base_ids": "red apple"},
+        ),
+        ({"pear": 0.6, "red apple": 1.7}, {}, {"guidance_scale": [0.6, 1.7]}),
+        ({"pear": 0.6, "red apple": -0.5}, {"guidance_scale": 2.0}, {"guidance_scale": [1.2, -1.0]}),
+    ],
+)
+def test_every_setting_reaches_the_codes(sensitive, prompt, settings, decoded):
+    """Each alone changes what is drawn, to what decoding with it gives."""
+
+    def encode(*captions):
+        return sensitive.text_tokenizer.encode(captions, 6)[0]
+
+    captions = encode(*prompt) if isinstance(prompt, dict) else encode(prompt)[0]
+    arguments = {name: value for name, value in decoded.items() if name != "base_ids"}
+    if isinstance(prompt, dict):
+        arguments["guidance_scale"] = torch.tensor(decoded["guidance_scale"]).expand(4, -1)
+    if "base_ids" in decoded:
+        arguments["base_ids"] = encode(decoded["base_ids"]).expand(4, -1)
+    expected = sample_codes(
+        sensitive.transformer, captions.expand(4, *captions.shape), [3, 4, 5, 6], **arguments
+    )
+    codes = sensitive.generate_codes(prompt, 4, seed=3, **settings)
+    assert torch.equal(codes.flatten(1), expected)
+    plain = "pear" if isinstance(prompt, str) else dict.fromkeys(prompt, 1.0)
+    without = {name: value for name, value in settings.items() if name != "negative"}
+    without = without if "negative" in settings else {}
+    assert not torch.equal(codes, sensitive.generate_codes(plain, 4, seed=3, **without))
+
+
 def test_given_codes_stay_and_guide_what_follows(transformer):
-    given = torch.tensor([[7, -1, -1, 9, -1, -1]])
+    given = torch.tensor([[0, -1, -1, 9, -1, -1]])
+    plain = sample_codes(transformer, APPLE, [5])
+    assert plain[0, 0] != 0  # so code 0 is kept, not drawn by chance
     codes = sample_codes(transformer, APPLE, [5], given=given)
-    assert codes[0, [0, 3]].tolist() == [7, 9]
+    assert codes[0, [0, 3]].tolist() == [0, 9]
     logits, numbers = transformer(APPLE, codes)[1], uniforms([5], 6)
     for place in (1, 2, 4, 5):
         assert codes[:, place] == draw(filter_logits(logits[:, place]), numbers[:, place])
@@ -109,6 +156,17 @@ def test_the_best_candidates_by_the_models_own_evidence_are_returned(generator):
     assert drawn.seeds == (10 + best).flatten().tolist()
     assert torch.equal(drawn.codes, torch.cat([every.codes[:6][best[0]], every.codes[6:][best[1]]]))
     torch.testing.assert_close(drawn.scores, scores.gather(1, best).flatten())
+
+
+def test_a_mixtures_captions_count_by_weight_in_choosing(sensitive):
+    mixture = {"red apple": 0.5, "pear": -0.8}
+    every = sensitive.draw(mixture, 12, seed=12)
+    apple, pear = (sensitive.evidence([caption] * 12, every.codes) for caption in mixture)
+    scores = 0.5 * apple - 0.8 * pear
+    assert scores.argmax() not in ((apple + pear).argmax(), apple.argmax())
+    drawn = sensitive.draw(mixture, candidates=12, seed=12)
+    assert drawn.seeds == [12 + int(scores.argmax())]
+    torch.testing.assert_close(drawn.scores, scores.max(0, keepdim=True).values)
 
 
 def test_candidates_are_chosen_by_a_scorer(generator, tokenizer):
@@ -209,6 +267,42 @@ def test_variations_keep_their_share(generator):
     assert again.tobytes() == four[1].tobytes()
 
 
+def test_editing_is_one_line(generator, tmp_path):
+    """Each way of saying what to keep, against the mask of codes that it means."""
+    (image,) = generator.generate("red apple", seed=1)
+    settings = {"num_images": 2, "seed": 4}
+    top, left = torch.tensor([[True] * 3, [False] * 3]), torch.tensor([[True, False, False]] * 2)
+    mask = Image.new("L", (24, 16), 255)
+    mask.paste(0, (0, 0, 24, 8))
+    mask.save(tmp_path / "mask.png")
+    for keep, kept in (
+        ("top", top), ("bottom", ~top), ("left", left), ("right", ~left), (top, top), (mask, top),
+        (tmp_path / "mask.png", top),
+    ):  # fmt: skip
+        edited = generator.edit(image, "pear", keep, **settings)
+        expected = complete(generator, [image], kept, "pear", **settings)
+        assert [one.tobytes() for one in edited] == [one.tobytes() for one in expected]
+    shared = [one.tobytes() for one in generator.edit(image, "pear", keep=0.5, **settings)]
+    assert shared == [one.tobytes() for one in variations(generator, image, "pear", keep=0.5, **settings)]
+    assert generator.edit(image, "pear", **settings)[0].tobytes() not in shared
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (None, "keep: expected top, bottom, left, right, a share such as 0.5, or a mask's file, got None"),
+        (1, "keep 1 keeps every code, so nothing would change"),
+        (-0.1, "keep: expected a share of the codes from 0 to 1, got -0.1"),
+        (Image.new("L", (24, 16)), "the mask is mostly black for every code, so nothing would change"),
+        (Image.new("L", (8, 8)), "expected a mask of the image's size, 24x16 pixels, got 8x8"),
+        (torch.zeros(2, 2, dtype=torch.bool), "expected a boolean mask of 2x3 codes"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(generator, keep, message):
+    with pytest.raises(UserError, match=message):
+        generator.edit(Image.new("RGB", (24, 16)), "pear", keep)
+
+
 def test_captions_are_ranked_by_the_evidence_of_a_picture(generator, monkeypatch):
     pictures = generator.generate(["red apple", "pear"])
     captions = ["red apple", "pear", ""]
@@ -219,7 +313,7 @@ def test_captions_are_ranked_by_the_evidence_of_a_picture(generator, monkeypatch
         torch.testing.assert_close(ranked[row], expected)
     assert ranked[:, 2].abs().max() < 1e-4  # the empty caption says nothing
     torch.testing.assert_close(rank_captions(generator, pictures, captions, torch.bfloat16), ranked)
-    monkeypatch.setattr("mmvit.sampling.editing.SHORTLIST", 1)
+    monkeypatch.setattr("mmvit.sampling.candidates.SHORTLIST", 1)
     rough = rank_captions(generator, pictures, captions, torch.bfloat16)
     places = torch.arange(len(pictures)), rough.argmax(1)
     torch.testing.assert_close(rough[places], ranked[places])
@@ -227,7 +321,7 @@ def test_captions_are_ranked_by_the_evidence_of_a_picture(generator, monkeypatch
 
 
 def test_captions_that_are_cut_where_they_are_ranked_are_named(generator):
-    with pytest.warns(UserWarning, match="1 of 2 captions have more than 6 tokens and are cut there"):
+    with pytest.warns(UserWarning, match="1 of 2 captions have more than 6 tokens and were cut there"):
         rank_captions(generator, generator.generate(["pear"]), ["pear", "apple " * 9])
 
 
@@ -277,15 +371,21 @@ def test_the_scripts_edit_and_name(generator, run_script, tmp_path):
     assert {path.name for path in out.with_suffix("").iterdir()} == names
     for arguments, words in (
         (("gone.png",), "cannot read gone.png"),
-        ((picture, "--keep", "middle"), "--keep middle: it is top, bottom"),
+        (
+            (picture, "--keep", "middle"),
+            "or a mask's file, got middle",
+        ),
         ((captions,), "captions.txt as an image (undecodable image)"),
-        ((picture, "--keep", picture), "red.png is a picture in colour; a mask is black"),
-        ((picture, "--keep", black), "no code's part is mostly white, so nothing"),
-        ((picture, "--keep", 1), "all codes would stay"),
+        (
+            (picture, "--keep", picture),
+            "(is drawn again), got colours",
+        ),
+        ((picture, "--keep", black), "the mask is mostly black for every code, so nothing would change"),
+        ((picture, "--keep", 1), "keep 1 keeps every code, so nothing would change"),
         ((picture, "--num", 100_000), "a grid of 1 x 100,001 images would have"),
-        ((picture, "--keep", small), "the mask is 8x8 pixels, the picture 24x16"),
+        ((picture, "--keep", small), "expected a mask of the image's size, 24x16 pixels, got 8x8"),
         ((picture, "pear", "--scorer", model), "holds a generator, not a CLIP"),
-        ((picture, "pear", "--negative", "apple"), "changes nothing at guidance_scale 1"),
+        ((picture, "pear", "--negative", "apple"), "has no effect at guidance_scale 1"),
         ((picture, "pear", "--out", picture), "is the source itself; name another place"),
     ):
         ran = run_script("pipelines/edit_images.py", "--model", model, *arguments)
@@ -302,35 +402,46 @@ def test_pictures_become_pixels_over_white():
 @pytest.mark.parametrize(
     ("arguments", "settings", "message"),
     [
-        (({"a": float("nan")},), {}, "the weight of 'a' is nan"),
-        (({},), {}, "a mixture of no captions"),
-        (({"a": 0, "b": -1},), {}, "no caption with a weight above 0; `negative` leads away"),
-        (("a",), {"candidates": 0}, "candidates is 0; at least 1"),
-        (("a",), {"guidance": 2.0}, "no setting 'guidance' for sampling: did you mean guidance_scale"),
-        (("a",), {"guidance_scale": float("inf")}, "guidance_scale is inf"),
-        (("a",), {"batch_size": 0}, "batch_size is 0"),
-        (("a",), {"seed": 2**64}, "seed is 18446744073709551616; it is a whole number of 64 bits"),
-        (("a",), {"negative": "b"}, "the negative caption 'b' changes nothing at guidance_scale 1"),
+        (({"a": float("nan")},), {}, "the weight of 'a' must be a finite number, got nan"),
+        (({},), {}, "an empty mixture of captions"),
+        (
+            ({"a": 0, "b": -1},),
+            {},
+            "to lead away from a caption, use `negative`",
+        ),
+        (("a",), {"candidates": 0}, "candidates: expected a whole number of at least 1, got 0"),
+        (("a",), {"guidance": 2.0}, "unknown key guidance: did you mean guidance_scale"),
+        (("a",), {"guidance_scale": float("inf")}, "guidance_scale = Infinity: expected 0"),
+        (("a",), {"batch_size": 0}, "batch_size = 0: Input should be greater"),
+        (("a",), {"seed": 2**64}, "seed = 18446744073709551616: Input should be less than"),
+        (("a",), {"negative": "b"}, "the negative caption 'b' has no effect at guidance_scale 1"),
         (
             ("a",),
             {"negative": "b", "guidance_scale": 0.5},
-            "the negative caption 'b' is drawn at ",
+            "the negative caption 'b' is drawn, not avoided, at guidance_scale 0.5",
         ),
-        (({"a": 0.3, "c": 0.7},), {"negative": "b"}, "'b' changes nothing at guidance_scale 1 and these wei"),
-        (("a",), {"scorer": object()}, "a scorer chooses among candidates: draw 2"),
-        (("a",), {"scorer": "runs/clip", "candidates": 2}, "scorer is a str, not a CaptionScorer: load it"),
-        (("a",), {"seed": None}, "seed is None; it is a whole number"),
-        (("a",), {"seed": 1.5}, "seed is 1.5; it is a whole number"),
-        (("a",), {"top_k": 1.5}, "top_k is 1.5; it is a whole number"),
-        (("a",), {"temperature": "hot"}, "temperature is 'hot'; it is a number"),
-        (("a",), {"guidance_scale": -3}, "guidance_scale is -3; it is 0"),
-        (("a", 1.5), {}, "num_images is 1.5; it is a whole number"),
-        (([None],), {}, r"None is a NoneType, not a caption \(str\)"),
-        (([b"a"],), {}, r"b'a' is a bytes, not a caption"),
-        (({1: 0.5},), {}, "a mixture has 1 in it; captions are str"),
-        ((["a", ""],), {"candidates": 2}, "candidates of a picture without a caption cannot be compared"),
-        (("a",), {"given": torch.zeros(1, 3, 3)}, r"given codes are \(1, 3, 3\); they have"),
-        (("a",), {"given": torch.full((1, 2, 3), 16)}, "from 16 to 16; they are 0 to 15"),
+        (({"a": 0.3, "c": 0.7},), {"negative": "b"}, "'b' has no effect at guidance_scale 1 and these wei"),
+        (("a",), {"scorer": object()}, "a scorer chooses among candidates: set candidates to 2"),
+        (
+            ("a",),
+            {"scorer": "runs/clip", "candidates": 2},
+            "scorer: expected a CaptionScorer, got str: load one",
+        ),
+        (("a",), {"seed": None}, "seed = null: Input should be a valid integer"),
+        (("a",), {"seed": 1.5}, "seed = 1.5: Input should be a valid integer"),
+        (("a",), {"top_k": 1.5}, "top_k = 1.5: Input should be a valid integer"),
+        (("a",), {"temperature": "hot"}, 'temperature = "hot": Input should be a valid number'),
+        (("a",), {"guidance_scale": -3}, "guidance_scale = -3.*: expected 0"),
+        (("a", 1.5), {}, "num_images: expected a whole number of at least 1, got 1.5"),
+        ((None,), {}, r"expected a caption \(str\) or .*dict.*, got None"),
+        (([None],), {}, r"expected a caption \(str\) or .*dict.*, got None"),
+        ((3,), {}, r"expected a caption \(str\) or .*dict.*, got 3"),
+        (("a",), {"negative": None}, r"negative: expected a caption \(str\), got None"),
+        (([b"a"],), {}, r"expected a caption \(str\) .*, got b'a'"),
+        (({1: 0.5},), {}, "a mixture's captions must be str, got 1"),
+        ((["a", ""],), {"candidates": 2}, "candidates for an empty caption cannot"),
+        (("a",), {"given": torch.zeros(1, 3, 3)}, r"given: expected codes \(images, 2, 3\), got \(1, 3, 3\)"),
+        (("a",), {"given": torch.full((1, 2, 3), 16)}, "given: expected codes from 0 to 15, .* got 16 to 16"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(generator, arguments, settings, message):
@@ -340,24 +451,26 @@ def test_what_cannot_be_drawn_is_refused(generator, arguments, settings, message
 
 def test_masks_and_captions_that_do_not_fit_are_refused(generator):
     (picture,) = generator.generate("red apple")
-    with pytest.raises(UserError, match=r"the mask is \(3, 3\) of torch.bool; it has .* of the 2x3 codes"):
+    with pytest.raises(UserError, match=r"expected a boolean mask of 2x3 codes, got \(3, 3\) of torch.bool"):
         complete(generator, [picture], torch.ones(3, 3, dtype=torch.bool))
-    with pytest.raises(UserError, match=r"of torch.float32; it has to be boolean"):
+    with pytest.raises(
+        UserError, match=r"expected a boolean mask of 2x3 codes, got \(2, 3\) of torch.float32"
+    ):
         complete(generator, [picture], torch.ones(2, 3))
-    with pytest.raises(UserError, match="2 captions for 1 pictures"):
+    with pytest.raises(UserError, match="2 captions for 1 images"):
         complete(generator, [picture], torch.ones(2, 3, dtype=torch.bool), ["a", "b"])
-    with pytest.raises(UserError, match="keep is 2"):
+    with pytest.raises(UserError, match="keep: expected a share of the codes from 0 to 1, got 2"):
         variations(generator, picture, keep=2)
-    with pytest.raises(UserError, match=r"pixels are \(3, 8, 8\), this generator draws \(3, 16, 24\)"):
+    with pytest.raises(UserError, match=r"expected pixels \(images, 3, 16, 24\), got \(images, 3, 8, 8\)"):
         generator.encode(torch.zeros(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize(
     ("arguments", "settings", "message"),
     [
-        (({"a": 0.5},), {}, "captions are mixed by weights"),
-        (("a",), {"negative": "b"}, "the negative caption is 'b'"),
-        (("a",), {"candidates": 2}, r"by the model itself \(give a scorer\)"),
+        (({"a": 0.5},), {}, "a mixture of captions needs a model trained with caption dropout"),
+        (("a",), {"negative": "b"}, "the negative caption 'b' needs a model trained with"),
+        (("a",), {"candidates": 2}, "choosing candidates without a scorer needs"),
     ],
 )
 def test_what_needs_caption_dropout_says_so(generator, arguments, settings, message):

@@ -23,8 +23,8 @@ from mmvit.evaluation.generator_report import (
 from mmvit.evaluation.splits import read_split
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.clip import CLIP, CLIPConfig
+from mmvit.sampling.candidates import CaptionScorer
 from mmvit.sampling.generator import Generator
-from mmvit.sampling.rerank import CaptionScorer
 
 
 def test_evaluation_writes_figures_and_a_picture(generator_run, tiny_shards, run_script, tmp_path):

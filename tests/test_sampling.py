@@ -1,6 +1,8 @@
 """Sampling: filters by hand, guidance, seeds, and captions to pictures in one folder."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,8 +17,7 @@ from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
 from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.models.vqgan import VQGAN, VQGANConfig
-from mmvit.sampling.decoding import sample_codes
-from mmvit.sampling.filters import draw, filter_logits, uniforms
+from mmvit.sampling.decoding import GuidedBatch, draw, filter_logits, sample_codes, uniforms
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import font, labelled_grid, readable, wrapped
 from mmvit.sampling.settings import SamplingSettings
@@ -64,6 +65,22 @@ def test_guidance_one_is_plain_conditional_sampling(transformer):
             logits = transformer(CAPTIONS[row : row + 1], so_far)[1][:, place]
             so_far[:, place] = draw(filter_logits(logits), numbers[:, place])
         assert torch.equal(codes[row], so_far[0])
+
+
+def test_guidance_by_hand():
+    conditional, base = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[2.0, 2.0, 1.0]])
+    guided = GuidedBatch(CAPTIONS[:1], 3.0)
+    assert guided.ids.tolist() == [[3, 4, 0, 0], [0, 0, 0, 0]]
+    expected = torch.tensor([[-1.0, 2.0, 10.0]])  # base + 3 (conditional - base)
+    assert torch.equal(guided.combine(torch.cat([conditional, base])), expected)
+    mixed = GuidedBatch(CAPTIONS.unsqueeze(0), torch.tensor([[0.5, -1.0]]), torch.tensor([[9, 9, 0, 0]]))
+    assert mixed.ids.tolist() == [*CAPTIONS.tolist(), [9, 9, 0, 0]]
+    other = torch.tensor([[3.0, 2.0, 0.0]])
+    expected = torch.tensor([[0.5, 2.0, 3.5]])  # base + 0.5 (conditional - base) - (other - base)
+    assert torch.equal(mixed.combine(torch.cat([conditional, other, base])), expected)
+    alone = GuidedBatch(CAPTIONS, 1.0)
+    assert torch.equal(alone.ids, CAPTIONS)
+    assert torch.equal(alone.combine(conditional), conditional)
 
 
 def test_both_branches_of_guidance_equal_their_uncached_selves(transformer):
@@ -141,10 +158,16 @@ def test_a_folder_says_how_it_is_sampled(generator, tmp_path):
     ("written", "message"),
     [
         ("[", r"generation_config\.json is not"),
-        ('{"temperature": "warm"}', r"generation_config\.json: temperature is 'warm'; it is a number"),
-        ('{"temprature": 1}', r"config\.json: .* no setting 'temprature' for sampling: did you mean temp"),
-        ("[1]", r"generation_config\.json is a list; it is \{guidance_scale"),
-        ('{"temperature": -1}', r"generation_config\.json: temperature is -1"),
+        (
+            '{"temperature": "warm"}',
+            r'generation_config\.json: temperature = "warm": Input should',
+        ),
+        (
+            '{"temprature": 1}',
+            r"config\.json: unknown .* temprature: did you mean temp",
+        ),
+        ("[1]", r"generation_config\.json: expected \{guidance_scale, .* with numbers, got \[1\]"),
+        ('{"temperature": -1}', r"generation_config\.json: temperature = -1"),
     ],
 )
 def test_a_broken_generation_config_is_named(generator, tmp_path, written, message):
@@ -181,10 +204,14 @@ def test_a_generator_draws_with_any_image_tokenizer(image_tokenizer, generator, 
     ("captions", "settings", "message"),
     [
         ([], {}, "no captions"),
-        (["a"], {"num_images": 0}, "num_images is 0"),
-        (["a"], {"temperature": -1.0}, "temperature is -1"),
-        (["a"], {"top_k": -1}, "top_k is -1; it is how many codes remain, or 0 for all"),
-        (["a"], {"top_p": 0.0}, "top_p is 0"),
+        (["a"], {"num_images": 0}, "num_images: expected a whole number of at least 1, got 0"),
+        (
+            ["a"],
+            {"temperature": -1.0},
+            r"sampling settings: temperature = -1\.0: Input should be",
+        ),
+        (["a"], {"top_k": -1}, "top_k = -1: Input should be greater than or equal to 0"),
+        (["a"], {"top_p": 0.0}, r"top_p = 0\.0: Input should be greater than 0"),
     ],
 )
 def test_bad_settings_are_refused(generator, captions, settings, message):
@@ -195,16 +222,16 @@ def test_bad_settings_are_refused(generator, captions, settings, message):
 def test_guidance_needs_a_model_that_learnt_it(generator):
     config = generator.transformer.config.model_copy(update={"caption_dropout": 0.0})
     unguided = Generator(GeneratorTransformer(config), generator.text_tokenizer, generator.image_tokenizer)
-    with pytest.raises(UserError, match="trained without caption dropout"):
+    with pytest.raises(UserError, match="needs a model trained with caption dropout"):
         unguided.generate("a", guidance_scale=2.0)
 
 
 def test_what_a_model_cannot_know_is_said(generator):
     config = generator.transformer.config.model_copy(update={"caption_dropout": 0.0})
     unguided = Generator(GeneratorTransformer(config), generator.text_tokenizer, generator.image_tokenizer)
-    with pytest.warns(UserWarning, match="knows no pictures without captions"):
+    with pytest.warns(UserWarning, match="so it never saw an empty caption"):
         unguided.generate("")
-    with pytest.warns(UserWarning, match="has no letter or digit in it"):
+    with pytest.warns(UserWarning, match="has no letter or digit: models read words"):
         generator.generate("🍎🍏")
 
 
@@ -217,12 +244,12 @@ def test_a_folder_that_lacks_a_tokenizer_is_named(generator, tmp_path):
 
 def test_tokenizers_that_do_not_fit_are_refused(generator):
     other = VQModel(VQConfig(codebook_size=32))
-    with pytest.raises(UserError, match="has 32 codes, the generator was built for 16"):
+    with pytest.raises(UserError, match="has 32 codes, but the generator was built for 16"):
         Generator(generator.transformer, generator.text_tokenizer, other)
 
 
 def test_long_and_strange_captions_are_drawn(generator):
-    with pytest.warns(UserWarning, match="and are cut there"):
+    with pytest.warns(UserWarning, match="and were cut there"):
         assert len(generator.generate(["apple " * 10_000, "🍎🍏", "赤リンゴ", "\x00"])) == 4
 
 
@@ -248,6 +275,20 @@ def test_labels_that_no_font_shows_are_code_points(monkeypatch):
         lines = wrapped(label, 192)
         assert max(font().getlength(line) for line in lines) <= 192
         assert "".join(lines).replace(" ", "") == label[:768].replace(" ", "")
+
+
+def test_drawing_imports_nothing_that_it_does_not_use(tmp_path):
+    """Each of these would take from half a second to several before the first image is there."""
+    heavy = ("deepspeed", "kornia", "matplotlib", "torchmetrics", "transformers")
+    code = f"""
+import sys
+from mmvit.cli import main
+main(["sample", "red apple", "--out", r"{tmp_path / "apple.png"}"])
+assert not {{*{heavy}}} & {{*sys.modules}}, {{*{heavy}}} & {{*sys.modules}}
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "apple").is_dir()
 
 
 def test_grid_has_a_row_for_each_caption():

@@ -132,7 +132,10 @@ def test_a_trained_generator_is_trained_on(generator_run, encoded, run_script, t
             ["--model.preset", "vit-b16"],
             ["preset vit-b16 is no model of this script", "generator-tiny"],
         ),
-        (["--samples.guidance_scale", "-1"], ["samples: guidance_scale is -1.0; it is 0"]),
+        (
+            ["--samples.guidance_scale", "-1"],
+            ["samples.guidance_scale = -1: expected 0 (ignore the caption) or more"],
+        ),
     ],
 )
 def test_mistakes_in_a_config_are_named(encoded, run_script, tmp_path, overrides, words):

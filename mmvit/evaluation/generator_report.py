@@ -20,10 +20,9 @@ from mmvit.evaluation.likelihood import generator_loss
 from mmvit.evaluation.retrieval import caption_ranks, pixel_ranks, recalls
 from mmvit.models.classification import fit_pixels
 from mmvit.models.classifier import Classifier
-from mmvit.sampling.editing import rank_captions
+from mmvit.sampling.candidates import CaptionScorer, rank_captions
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import two_halves
-from mmvit.sampling.rerank import CaptionScorer
 from mmvit.training.distributed import choose_precision
 
 
@@ -213,7 +212,7 @@ def held_out_loss(generator: Generator, captions: list[str], codes: Tensor, batc
 
 def measure_by_clip(clip: CaptionScorer, unseen: Unseen, generated: Tensor) -> dict[str, float]:
     """Retrieval by the cosine of pictures, and the mean cosine of pictures with their captions."""
-    drawn, real = clip.embed_pictures(generated), clip.embed_pictures(unseen.everything)
+    drawn, real = clip.embed_images(generated), clip.embed_images(unseen.everything)
     first: dict[bytes, int] = {}  # pictures that are equal are one
     hashes = (hashlib.sha256(picture.numpy().tobytes()).digest() for picture in unseen.everything)
     same = torch.tensor([first.setdefault(each, i) for i, each in enumerate(hashes)])

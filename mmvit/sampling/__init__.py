@@ -1,1 +1,1 @@
-"""Sampling: from a caption to codes to a picture."""
+"""Sampling: from a caption to codes to an image."""

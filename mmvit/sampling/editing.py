@@ -1,111 +1,146 @@
-"""From a picture to others, and to its caption, with a generator that learnt captions to pictures alone."""
+"""Editing: draw an image again but for the part that is kept."""
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from mmvit.data.images import read_image
 from mmvit.errors import UserError
-from mmvit.models.generator_transformer import PAD
-from mmvit.sampling.generator import Generator, Pictures
-from mmvit.sampling.prompts import Prompt, list_prompts
-from mmvit.sampling.scoring import log_likelihood
+from mmvit.sampling.prompts import Prompt
 
-SHORTLIST = 32  # captions of a picture
+if TYPE_CHECKING:
+    from mmvit.sampling.generator import Generator, Images
+
+HALVES = ("top", "bottom", "left", "right")
+MAX_COLOUR = 32  # levels of 255 by which the channels of a mask may differ
+
+Keep = str | float | Path | Image.Image | Tensor  # a half, a share, a mask's file, a mask, codes
+
+
+def edit(
+    generator: "Generator",
+    image: Image.Image,
+    caption: Prompt = "",
+    keep: Keep = "top",
+    num_images: int = 1,
+    seed: int = 0,
+    **settings: Any,
+) -> list[Image.Image]:
+    """Draws `num_images` versions of an image that keep a part of it.
+
+    Args:
+        keep: what stays: a half ("top", "bottom", "left", "right"); a share of the codes from 0 to 1, drawn
+            at random for each version; a mask (Pillow image or its file) of the image's size, black where it
+            stays and white where it is drawn again; or a boolean mask of codes (rows, columns), True where
+            one stays.
+        settings: as for `Generator.draw`.
+
+    Raises:
+        UserError: for a `keep` that is none of these, or keeps everything.
+    """
+    if (share := as_share(keep)) is not None:
+        if share == 1:
+            raise UserError("keep 1 keeps every code, so nothing would change: 0.5 keeps half of them")
+        return variations(generator, image, caption, num_images, share, seed, **settings)
+    kept = keep
+    if not isinstance(keep, Tensor):
+        kept = kept_codes(keep, generator.transformer.config.grid, image.size)
+    if kept.all():
+        raise UserError("keep: the mask is mostly black for every code, so nothing would change")
+    return complete(generator, [image], kept, caption, num_images, seed=seed, **settings)
 
 
 def complete(
-    generator: Generator,
-    pictures: Pictures,
+    generator: "Generator",
+    images: "Images",
     kept: Tensor,
-    captions: Prompt | Sequence[Prompt] = "",
+    captions: Prompt | Iterable[Prompt] = "",
     num_images: int = 1,
-    **settings,
+    **settings: Any,
 ) -> list[Image.Image]:
-    """Draws pictures again where they are not `kept`.
+    """Draws images again where they are not `kept`.
 
-    Codes are drawn in raster order, so what follows a kept upper part is drawn from it. Kept codes after a
-    drawn one do not guide it; with `candidates` those pictures are chosen which they fit best
-    (`likelihood_of_given`).
+    Codes are drawn in raster order, each from those before it. Kept codes that come later do not guide them;
+    with `candidates`, the images that those fit best are chosen (`likelihood_of_given`).
 
     Args:
-        pictures: RGB pictures, or pixels (pictures, 3, height, width) in [-1, 1].
-        kept: boolean (rows, columns) of codes, or (pictures, rows, columns); True stays.
-        captions: one for all, or one for each picture.
+        images: RGB images, or pixels (images, 3, height, width) in [-1, 1].
+        kept: boolean (rows, columns) of codes, or (images, rows, columns); True stays.
+        captions: one for all, or one for each image.
         settings: as for `Generator.draw`.
 
     Returns:
-        `num_images` of each picture.
+        `num_images` of each image.
 
     Raises:
-        UserError: for a mask of another size than the grid of codes, or another number of captions.
+        UserError: for a mask that does not fit the grid of codes, or another number of captions.
     """
-    codes = generator.encode(pictures)
+    codes = generator.encode(images)
     if kept.dtype != torch.bool or kept.shape not in (codes.shape, codes.shape[1:]):
         rows, columns = codes.shape[1:]
         raise UserError(
-            f"the mask is {tuple(kept.shape)} of {kept.dtype}; it has to be boolean, of the {rows}x{columns} "
-            "codes of a picture"
+            f"expected a boolean mask of {rows}x{columns} codes, got {tuple(kept.shape)} of {kept.dtype}"
         )
-    prompts = list_prompts(captions)
-    if len(prompts) == 1:
-        prompts = prompts * len(codes)
-    if len(prompts) != len(codes):
-        raise UserError(f"{len(prompts)} captions for {len(codes)} pictures; give one, or one for each")
     given = codes.masked_fill(~kept.to(codes.device), -1)
-    return generator.generate(prompts, num_images, given=given, **settings)
+    return generator.generate(captions, num_images, given=given, **settings)
 
 
 def variations(
-    generator: Generator,
-    picture: Image.Image,
+    generator: "Generator",
+    image: Image.Image,
     caption: Prompt = "",
     num_images: int = 4,
     keep: float = 0.5,
     seed: int = 0,
-    **settings,
+    **settings: Any,
 ) -> list[Image.Image]:
-    """Pictures that each share a random `keep` of the codes of `picture`; the j-th is drawn with seed + j.
-    Raises UserError for a share outside 0 to 1."""
+    """Draws images that each keep a random share `keep` of the codes of `image`; the j-th is drawn with
+    seed + j. Raises UserError for a share outside 0 to 1."""
     if not 0 <= keep <= 1:
-        raise UserError(f"keep is {keep}; it is the share of the codes that stay, from 0 to 1")
+        raise UserError(f"keep: expected a share of the codes from 0 to 1, got {keep}")
     drawn = []
     for own in range(seed, seed + num_images):
         numbers = torch.rand(generator.transformer.config.grid, generator=torch.Generator().manual_seed(own))
-        drawn += complete(generator, [picture], numbers < keep, caption, seed=own, **settings)
+        drawn += complete(generator, [image], numbers < keep, caption, seed=own, **settings)
     return drawn
 
 
-def rank_captions(
-    generator: Generator,
-    pictures: Pictures,
-    captions: Sequence[str],
-    precision: torch.dtype = torch.float32,
-) -> Tensor:
-    """`caption_evidence` of every caption for every picture, (pictures, captions): the highest is what the
-    picture most likely shows, of captions that are equally likely beforehand.
+def as_share(keep: Keep) -> float | None:
+    """A share given as a number or as text, None for anything else."""
+    if isinstance(keep, str | int | float):
+        try:
+            return float(keep)
+        except ValueError:
+            pass
+    return None
 
-    Args:
-        precision: of a first look at all captions; in bfloat16, where the hardware multiplies it, that is
-            several times faster. The `SHORTLIST` likeliest of each picture are computed in float32.
-    """
-    model, codes = generator.transformer, generator.encode(pictures).flatten(1)
-    ids, num_cut = generator.text_tokenizer.encode(captions, model.config.text_length)
-    if num_cut:
-        warnings.warn(
-            f"{num_cut} of {len(captions)} captions have more than {model.config.text_length} tokens and are "
-            "cut there: those that differ only behind it are ranked alike",
-            stacklevel=2,
+
+def kept_codes(keep: str | Path | Image.Image, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Boolean (rows, columns): the codes of a half, or those that a mask for an image of this `size` (width,
+    height) keeps. Raises UserError for anything else."""
+    rows, columns = grid
+    row, column = torch.arange(rows).unsqueeze(1), torch.arange(columns).unsqueeze(0)
+    upper, left = (row < rows // 2).expand(grid), (column < columns // 2).expand(grid)
+    if keep in HALVES:
+        return dict(zip(HALVES, (upper, ~upper, left, ~left), strict=True))[keep]
+    mask = keep
+    if not isinstance(keep, Image.Image):
+        if not isinstance(keep, str | Path) or not Path(keep).is_file():
+            choices = ", ".join(HALVES)
+            raise UserError(f"keep: expected {choices}, a share such as 0.5, or a mask's file, got {keep}")
+        mask = read_image(Path(keep))
+    if mask.size != size:
+        raise UserError(
+            f"keep: expected a mask of the image's size, {size[0]}x{size[1]} pixels, got "
+            f"{mask.width}x{mask.height}"
         )
-    ids = ids.to(generator.device)
-    is_rough = precision != torch.float32
-    with torch.autocast(generator.device.type, precision, enabled=is_rough):
-        given = torch.stack([log_likelihood(model, ids, own.expand(len(ids), -1)) for own in codes])
-    if is_rough:
-        for row, own in zip(given, codes, strict=True):
-            best = row.topk(min(SHORTLIST, len(ids))).indices
-            row[best] = log_likelihood(model, ids[best], own.expand(len(best), -1))
-    empty = ids.new_full((len(codes), ids.shape[1]), PAD)
-    return given - log_likelihood(model, empty, codes).unsqueeze(1)
+    levels = np.asarray(mask.convert("RGB"), dtype=int)
+    if np.ptp(levels, axis=2).max() > MAX_COLOUR:
+        raise UserError("keep: expected a mask of black (stays) and white (is drawn again), got colours")
+    mask = ImageOps.fit(mask.convert("L"), (columns, rows), Image.Resampling.BOX)
+    return torch.tensor(list(mask.tobytes())).view(grid) < 128

@@ -1,8 +1,8 @@
-"""Captions to pictures: a generator transformer with the two tokenizers that it was trained on, kept in one
+"""Captions to images: a generator transformer with the two tokenizers that it was trained on, kept in one
 folder."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -19,25 +19,32 @@ from mmvit.memory import in_parts
 from mmvit.models.generator_transformer import GeneratorTransformer
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.registry import load_image_tokenizer
-from mmvit.sampling.candidates import Drawn, check_candidates, choose
+from mmvit.sampling.candidates import (
+    CaptionScorer,
+    Drawn,
+    Score,
+    caption_evidence,
+    choose,
+    follows_drawn,
+    likelihood_of_given,
+)
 from mmvit.sampling.decoding import sample_codes
-from mmvit.sampling.prompts import Prompt, encode_prompts, has_weights, list_prompts
-from mmvit.sampling.rerank import CaptionScorer
-from mmvit.sampling.scoring import after_drawn, caption_evidence, likelihood_of_given
+from mmvit.sampling.editing import Keep, edit
+from mmvit.sampling.prompts import Prompt, Prompts
 from mmvit.sampling.settings import SamplingSettings
 
 TEXT, IMAGE = "text_tokenizer", "image_tokenizer"
 
-Pictures = Sequence[Image.Image] | Tensor  # pixels (pictures, 3, height, width) in [-1, 1]
+Images = Sequence[Image.Image] | Tensor  # pixels (images, 3, height, width) in [-1, 1]
 
 
 class Generator:
-    """Draws pictures from captions.
+    """Draws images from captions.
 
-        pictures = Generator.from_pretrained("runs/emoji").generate(["red apple"], seed=0)
+        images = Generator.from_pretrained("runs/emoji").generate(["red apple"], seed=0)
 
     `transformer` predicts codes, `text_tokenizer` reads captions, `image_tokenizer` turns codes into pixels.
-    `defaults` are the settings for what a call leaves open: those that a run's previews were drawn with.
+    `defaults` are the settings that a call does not set: those of the run's previews.
     """
 
     def __init__(
@@ -59,17 +66,17 @@ class Generator:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of a picture, in pixels."""
+        """Height and width of an image, in pixels."""
         rows, columns = self.transformer.config.grid
         return rows * self.image_tokenizer.factor, columns * self.image_tokenizer.factor
 
     @classmethod
     def from_pretrained(cls, path: str | Path = SHIPPED, device: str | torch.device | None = None) -> Self:
-        """Loads a generator's folder, a run folder (its best model) or a Hub repository.
+        """Loads a generator from its folder, a run folder (its best model) or a Hub repository.
 
         Args:
-            path: by default the generator that a checkout holds.
-            device: where to draw; by default a GPU where there is one.
+            path: by default the generator that ships with mmvit.
+            device: where to draw; by default a GPU if there is one.
 
         Raises:
             UserError: when the folder holds no generator, or its parts do not fit together.
@@ -94,7 +101,7 @@ class Generator:
         return self.transformer.save_pretrained(folder, dtype)
 
     def save_surroundings(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes what stands beside the transformer's own files."""
+        """Writes everything but the transformer: both tokenizers and the default settings."""
         folder = Path(folder)
         self.image_tokenizer.save_pretrained(folder / IMAGE, dtype)
         (folder / TEXT).mkdir(exist_ok=True)
@@ -102,17 +109,17 @@ class Generator:
         self.defaults.save(folder)
 
     def generate(
-        self, captions: Prompt | Sequence[Prompt], num_images: int = 1, **settings: Any
+        self, captions: Prompt | Iterable[Prompt], num_images: int = 1, **settings: Any
     ) -> list[Image.Image]:
-        """Draws `num_images` pictures of each caption.
+        """Draws `num_images` images of each caption.
 
         Args:
-            captions: one or several; an empty one is drawn unconditionally, one that is too long is cut. A
-                mapping of captions to weights mixes them: each gets its weight of the guidance.
-            settings: what `draw` takes.
+            captions: one or several. An empty caption draws an image of anything; a long one is cut. A
+                mapping of captions to weights mixes them: each is guided by its weight.
+            settings: as for `draw`.
 
         Returns:
-            RGB pictures, all of the first caption, then all of the second, ...
+            RGB images: all of the first caption, then all of the second, ...
 
         Raises:
             UserError: for no captions, or settings outside their range.
@@ -120,14 +127,34 @@ class Generator:
         return self.images(self.draw(captions, num_images, **settings).codes)
 
     def generate_codes(
-        self, captions: Prompt | Sequence[Prompt], num_images: int = 1, **settings: Any
+        self, captions: Prompt | Iterable[Prompt], num_images: int = 1, **settings: Any
     ) -> Tensor:
-        """What `generate` draws, as codes (pictures, rows, columns)."""
+        """Draws what `generate` draws, as codes (images, rows, columns)."""
         return self.draw(captions, num_images, **settings).codes
+
+    def edit(
+        self,
+        image: Image.Image,
+        caption: Prompt = "",
+        keep: Keep = "top",
+        num_images: int = 1,
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """Draws `num_images` versions of an image that keep a part of it.
+
+            (pear,) = generator.edit(apple, "green pear", keep="left", seed=0)
+
+        Args:
+            caption: of the new image.
+            keep: see `mmvit.sampling.editing.edit`: a half ("top", "bottom", "left", "right"), a share of the
+                codes (0.5), or a mask.
+            settings: as for `draw`.
+        """
+        return edit(self, image, caption, keep, num_images, **settings)
 
     def draw(
         self,
-        captions: Prompt | Sequence[Prompt],
+        captions: Prompt | Iterable[Prompt],
         num_images: int = 1,
         *,
         negative: str = "",
@@ -136,167 +163,171 @@ class Generator:
         given: Tensor | None = None,
         **settings: Any,
     ) -> Drawn:
-        """What `generate` draws, with its seeds and scores.
+        """Draws what `generate` draws, as codes with their seeds and scores.
 
         Args:
-            negative: what guidance leads away from, instead of from any picture.
-            candidates: pictures drawn for each that is returned: the best ones, by `scorer`, or without one
-                by what this model itself finds likely: of `given` codes after drawn ones, where there are
-                any, these codes (`likelihood_of_given`), else the caption (`caption_evidence`).
-            given: codes (captions, rows, columns) that stay as they are, -1 where one is drawn.
+            negative: a caption that guidance leads away from, instead of from images in general.
+            candidates: images drawn for each one returned, which are the best by `scorer`. Without a scorer
+                the model chooses: by the likelihood of `given` codes that follow drawn ones, if there are
+                any (`likelihood_of_given`), otherwise by that of the caption (`caption_evidence`).
+            given: codes to keep (images, rows, columns), -1 where one is drawn; one caption for all of them,
+                or one for each.
             settings: fields of `SamplingSettings`: guidance_scale, temperature, top_k, top_p, seed,
-                batch_size; where one is not given, that of `defaults` counts.
+                batch_size. Those left out are `defaults`.
         """
-        how = self.defaults.but(settings)
-        prompts = list_prompts(captions)
-        for name, number in (("num_images", num_images), ("candidates", candidates)):
-            if not isinstance(number, int):
-                raise UserError(f"{name} is {number!r}; it is a whole number")
-            if number < 1:
-                raise UserError(f"{name} is {number}; at least 1 is drawn")
-        config = self.transformer.config
-        each = num_images * candidates
+        how, prompts = self.defaults.replace(settings), Prompts.parse(captions, negative)
+        check_counts(num_images=num_images, candidates=candidates)
+        config, each = self.transformer.config, num_images * candidates
         if given is not None:
-            given = check_given(given, len(prompts), config.grid, config.codebook_size)
+            check_given(given, config.grid, config.codebook_size)
+            prompts = prompts.for_images(len(given))
             given = given.flatten(1).to(self.device).repeat_interleave(each, dim=0)
-        by_given = given is not None and bool(after_drawn(given).any(1).all())
-        check_candidates(prompts, candidates, scorer, by_given)
-        self.check_guidance(prompts, how, negative, candidates > 1 and scorer is None and not by_given)
-        ids, weights = encode_prompts(prompts, self.text_tokenizer, config.text_length)
-        base = None
-        if negative:
-            base = encode_prompts(list_prompts(negative), self.text_tokenizer, config.text_length)[0][0, 0]
-        rows, scales = ids.to(self.device), (how.guidance_scale * weights).to(self.device)
-        rows, scales = (part.repeat_interleave(each, dim=0) for part in (rows, scales))
-        seeds = [how.seed + j for _ in prompts for j in range(each)]
-
-        base = None if base is None else base.to(self.device)
-
-        def draw_part(rows: Tensor, scales: Tensor, given: Tensor | None, seeds: list[int]) -> Tensor:
-            return sample_codes(
-                self.transformer,
-                rows,
-                seeds,
-                scales if has_weights(prompts) else how.guidance_scale,
-                how.temperature,
-                how.top_k,
-                how.top_p,
-                base_ids=None if base is None else base.expand(len(seeds), -1),
-                given=given,
-            )
-
-        codes = in_parts(draw_part, rows, scales, given, seeds, size=how.batch_size)
+        score = self.score_for(prompts, candidates, scorer, given)
+        self.check_guidance(prompts, how, by_evidence=score == self.evidence)
+        ids, weights, base = (
+            part.to(self.device).repeat_interleave(each, dim=0)
+            for part in prompts.encode(self.text_tokenizer, config.text_length)
+        )
+        scale = how.guidance_scale * weights if prompts.is_weighted else how.guidance_scale
+        seeds = [how.seed + j for _ in prompts.mixtures for j in range(each)]
+        filters = {"temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p}
+        sample = partial(sample_codes, self.transformer, **filters)
+        codes = in_parts(sample, ids, seeds, scale, base, given, size=how.batch_size)
         drawn = Drawn(codes.unflatten(1, config.grid), seeds)
-        if candidates == 1:
-            return drawn
-        rate = partial(self.rate, drawn.codes, scorer, given if by_given else None)
-        return choose(drawn, prompts, num_images, rate)
+        return drawn if score is None else choose(drawn, prompts, num_images, score)
 
-    def rate(
-        self,
-        codes: Tensor,
-        scorer: CaptionScorer | None,
-        given: Tensor | None,
-        captions: Sequence[str],
-    ) -> Tensor:
-        """Scores of the candidates, each for its own caption: by `scorer`, by the fit of `given` codes, or by
-        evidence."""
+    def score_for(
+        self, prompts: Prompts, candidates: int, scorer: CaptionScorer | None, given: Tensor | None
+    ) -> Score | None:
+        """What candidates are chosen by: a scorer, the fit of `given` codes (images, codes) that follow drawn
+        ones, or the evidence for the caption; None without candidates.
+
+        Raises:
+            UserError: for a scorer without candidates, or candidates that cannot be compared.
+        """
+        if candidates == 1:
+            if scorer is not None:
+                raise UserError("a scorer chooses among candidates: set candidates to 2 or more")
+            return None
         if scorer is not None:
-            return in_parts(lambda part, own: scorer.scores(self.decode(part), own), codes, captions, size=64)
-        if given is None:
-            return self.evidence(captions, codes)
+            if not isinstance(scorer, CaptionScorer):
+                raise UserError(
+                    f"scorer: expected a CaptionScorer, got {type(scorer).__name__}: load one with "
+                    "CaptionScorer.from_pretrained(FOLDER)"
+                )
+            return partial(self.cosines, scorer)
+        if given is not None and follows_drawn(given).any(1).all():
+            return partial(self.fit, given)
+        if prompts.has_empty:
+            raise UserError(
+                "candidates for an empty caption cannot be compared: give a caption, or drop candidates"
+            )
+        return self.evidence
+
+    def cosines(self, scorer: CaptionScorer, captions: Sequence[str], codes: Tensor) -> Tensor:
+        """A scorer's cosines of images, as codes (images, rows, columns), each with its own caption."""
+
+        def of_part(captions: Sequence[str], codes: Tensor) -> Tensor:
+            return scorer.scores(self.decode(codes), captions)
+
+        return in_parts(of_part, captions, codes, size=64)
+
+    def fit(self, given: Tensor, captions: Sequence[str], codes: Tensor) -> Tensor:
+        """`likelihood_of_given` codes (images, codes) among `codes` (images, rows, columns), each after its
+        own caption."""
         ids, _ = self.text_tokenizer.encode(captions, self.transformer.config.text_length)
         return likelihood_of_given(self.transformer, ids.to(self.device), codes.flatten(1), given)
 
     def evidence(self, captions: Sequence[str], codes: Tensor) -> Tensor:
-        """`caption_evidence` of codes (pictures, rows, columns), each for its own caption, (pictures,)."""
+        """`caption_evidence` of codes (images, rows, columns), each for its own caption, (images,)."""
         ids, _ = self.text_tokenizer.encode(captions, self.transformer.config.text_length)
         return caption_evidence(self.transformer, ids.to(self.device), codes.flatten(1).to(self.device))
 
-    def check_guidance(
-        self, prompts: Sequence[Mapping[str, float]], how: SamplingSettings, negative: str, own_score: bool
-    ) -> None:
-        """Raises UserError for what a model cannot do that never saw pictures without captions, and for a
-        negative caption that nothing is led away from."""
+    def check_guidance(self, prompts: Prompts, how: SamplingSettings, by_evidence: bool) -> None:
+        """Raises UserError for a negative caption without effect, and for anything that needs a model trained
+        with caption dropout if this one was not."""
         if self.transformer.config.caption_dropout > 0:
-            least = min(how.guidance_scale * sum(prompt.values()) for prompt in prompts)
-            if negative and least < 1 + 1e-6:
-                does = "changes nothing" if least > 1 - 1e-6 else "is drawn"
-                scale = f"guidance_scale {how.guidance_scale:g}"
-                weights = " and these weights" if has_weights(prompts) else ""
+            least = min(how.guidance_scale * sum(mixture.values()) for mixture in prompts.mixtures)
+            if prompts.negative and least < 1 + 1e-6:
+                effect = "has no effect" if least > 1 - 1e-6 else "is drawn, not avoided,"
+                weights = " and these weights" if prompts.is_weighted else ""
                 raise UserError(
-                    f"the negative caption {negative!r} {does} at {scale}{weights}; "
-                    "it leads away above 1, as at 2"
+                    f"the negative caption {prompts.negative!r} {effect} at guidance_scale "
+                    f"{how.guidance_scale:g}{weights}: set a guidance_scale above 1, such as 2"
                 )
             return
-        if any([*prompt] == [""] for prompt in prompts):
+        if prompts.has_empty:
             warnings.warn(
-                "this model was trained without caption dropout and knows no pictures without captions: what "
-                "it draws for the empty one is arbitrary",
-                stacklevel=3,
+                "this model was trained without caption dropout, so it never saw an empty caption, and draws "
+                "something arbitrary for it",
+                stacklevel=4,
             )
-        asked = {
-            f"guidance_scale is {how.guidance_scale}": how.guidance_scale != 1,
-            "captions are mixed by weights": has_weights(prompts),
-            f"the negative caption is {negative!r}": bool(negative),
-            "candidates are to be chosen by the model itself (give a scorer)": own_score,
+        needs = {
+            f"guidance_scale {how.guidance_scale:g}": how.guidance_scale != 1,
+            "a mixture of captions": prompts.is_weighted,
+            f"the negative caption {prompts.negative!r}": bool(prompts.negative),
+            "choosing candidates without a scorer": by_evidence,
         }
-        if found := [what for what, is_asked in asked.items() if is_asked]:
+        if found := [name for name, is_needed in needs.items() if is_needed]:
             raise UserError(
-                f"{found[0]}, but this model was trained without caption dropout and knows no unconditional "
-                "pictures; use guidance_scale 1 alone, or train with model.caption_dropout = 0.1"
+                f"{found[0]} needs a model trained with caption dropout, and this one was trained without: "
+                "use plain captions at guidance_scale 1, or train with model.caption_dropout = 0.1"
             )
 
     @torch.inference_mode()
-    def encode(self, pictures: Pictures, batch_size: int = 64) -> Tensor:
-        """Pictures, which are resized, or pixels (pictures, 3, height, width) in [-1, 1] of the size that is
-        drawn, as codes (pictures, rows, columns).
+    def encode(self, images: Images, batch_size: int = 64) -> Tensor:
+        """Images as codes (images, rows, columns).
+
+        Args:
+            images: Pillow images, which are resized, or pixels (images, 3, height, width) in [-1, 1] of this
+                generator's size.
 
         Raises:
             UserError: for pixels of another size.
         """
         height, width = self.size
-        pixels = pictures if isinstance(pictures, Tensor) else pixels_from_images(pictures, height, width)
-        if tuple(pixels.shape[1:]) != (3, height, width):
-            raise UserError(
-                f"pixels are {tuple(pixels.shape[1:])}, this generator draws {(3, height, width)}"
-            )
+        pixels = images if isinstance(images, Tensor) else pixels_from_images(images, height, width)
+        if (found := tuple(pixels.shape[1:])) != (3, height, width):
+            raise UserError(f"expected pixels (images, 3, {height}, {width}), got (images, {str(found)[1:]}")
         return self.image_tokenizer.encode_many(pixels, batch_size)
 
     @torch.inference_mode()
     def decode(self, codes: Tensor, batch_size: int = 64) -> Tensor:
-        """Codes (pictures, rows, columns) as pixels (pictures, 3, height, width) in [-1, 1]."""
+        """Codes (images, rows, columns) as pixels (images, 3, height, width) in [-1, 1]."""
         return self.image_tokenizer.decode_many(codes, batch_size)
 
     def images(self, codes: Tensor, batch_size: int = 64) -> list[Image.Image]:
-        """Codes (pictures, rows, columns) as RGB pictures."""
+        """Codes (images, rows, columns) as RGB images."""
         return images_from_pixels(self.decode(codes, batch_size))
 
 
 def check_fit(
     transformer: GeneratorTransformer, text_tokenizer: TextTokenizer, image_tokenizer: ImageTokenizer
 ) -> None:
-    """Raises UserError where the tokenizers speak another vocabulary than the transformer."""
+    """Raises UserError when the tokenizers have another vocabulary than the transformer."""
     config = transformer.config
-    if text_tokenizer.vocab_size != config.vocab_size:
-        raise UserError(
-            f"the text tokenizer has {text_tokenizer.vocab_size} tokens, "
-            f"the generator was built for {config.vocab_size}"
-        )
-    if image_tokenizer.codebook_size != config.codebook_size:
-        raise UserError(
-            f"the image tokenizer has {image_tokenizer.codebook_size} codes, "
-            f"the generator was built for {config.codebook_size}"
-        )
+    for name, found, expected in (
+        ("text tokenizer has {} tokens", text_tokenizer.vocab_size, config.vocab_size),
+        ("image tokenizer has {} codes", image_tokenizer.codebook_size, config.codebook_size),
+    ):
+        if found != expected:
+            raise UserError(f"the {name.format(found)}, but the generator was built for {expected}")
 
 
-def check_given(given: Tensor, pictures: int, grid: tuple[int, int], codebook_size: int) -> Tensor:
-    """Raises UserError for given codes of another shape than (pictures, *grid), or that are none."""
-    if tuple(given.shape) != (pictures, *grid):
-        raise UserError(f"given codes are {tuple(given.shape)}; they have to be {(pictures, *grid)}")
+def check_counts(**counts: int) -> None:
+    """Raises UserError for a count that is not a whole number from 1 on."""
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            raise UserError(f"{name}: expected a whole number of at least 1, got {count!r}")
+
+
+def check_given(given: Tensor, grid: tuple[int, int], codebook_size: int) -> None:
+    """Raises UserError for given codes of another shape than (images, *grid), or outside the codebook."""
+    if given.ndim != 3 or given.shape[1:] != grid:
+        rows, columns = grid
+        raise UserError(f"given: expected codes (images, {rows}, {columns}), got {tuple(given.shape)}")
     if given.min() < -1 or given.max() >= codebook_size:
         raise UserError(
-            f"given codes are from {int(given.min())} to {int(given.max())}; they are 0 to "
-            f"{codebook_size - 1}, and -1 where one is drawn"
+            f"given: expected codes from 0 to {codebook_size - 1}, and -1 where one is drawn; got "
+            f"{int(given.min())} to {int(given.max())}"
         )
-    return given

@@ -3,8 +3,9 @@
 import importlib.util
 import re
 import textwrap
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -152,6 +153,32 @@ def file_name(caption: str) -> str:
     such as an emoji, its code points."""
     points = "-".join(f"{ord(character):x}" for character in caption[:6] if not character.isspace())
     return re.sub(r"\W+", "-", caption)[:40].strip("-") or points or "unconditional"
+
+
+def save_images(
+    images: Iterable[tuple[int, str, Image.Image]],
+    out: Path,
+    rows: Sequence[list[Image.Image]],
+    labels: Sequence[str],
+    headings: Sequence[str] = (),
+) -> str:
+    """Saves each of `images`, (row, name, image), as soon as it is there in the folder beside `out`, then a
+    grid of all in `out`.
+
+    Args:
+        rows: what the rows of the grid begin with.
+
+    Returns:
+        a sentence that says what was saved and where.
+    """
+    start, folder, names = time.perf_counter(), folder_of_images(out), []
+    for row, name, image in images:
+        image.save(folder / f"{name}.png")
+        rows[row].append(image)
+        names.append(name)
+    labelled_grid(rows, labels, headings).save(out)
+    count = "1 image" if len(names) == 1 else f"{len(names)} images"
+    return f"{count} in {time.perf_counter() - start:.1f} s: {out}, and one file each in {folder}/"
 
 
 def side_by_side(sheets: Sequence[Image.Image]) -> Image.Image:

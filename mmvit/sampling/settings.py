@@ -1,21 +1,126 @@
-"""How codes are drawn: the settings that every way of sampling shares, and what they may be."""
+"""Sampling settings: how codes are drawn, the defaults that a generator's folder names, and the options by
+which commands set them."""
 
-import difflib
 import json
 import math
 import numbers
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from mmvit.errors import UserError
+from pydantic import AfterValidator, ConfigDict, Field, field_validator
+from typer import Option
+
+from mmvit.config import Config, build_config
+from mmvit.errors import UserError, did_you_mean
 from mmvit.hub import write_json
 
 FILE = "generation_config.json"  # in a generator's folder
-OWN = ("guidance_scale", "temperature", "top_k", "top_p")  # settings that it may name
-WHOLE = ("top_k", "seed", "batch_size")  # settings that are whole numbers
+SAVED_FIELDS = ("guidance_scale", "temperature", "top_k", "top_p")  # settings that the file may hold
+
+
+def check_guidance_scale(scale: float) -> float:
+    if not 0 <= scale < math.inf:
+        raise ValueError(
+            "expected 0 (ignore the caption) or more; to lead away from a caption, use `negative`"
+        )
+    return scale
+
+
+GuidanceScale = Annotated[float, AfterValidator(check_guidance_scale)]
+Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class SamplingSettings(Config):
+    """Settings of `Generator.draw`; a generator's folder may name its own defaults.
+
+    Args:
+        guidance_scale: above 1 follows the caption more closely (2207.12598), 0 ignores it; needs a model
+            trained with caption dropout. From about 5 on images get coarse.
+        temperature: below 1 is more cautious; 0 always takes the likeliest code.
+        top_k: draw among the k likeliest codes only; None or 0 means all.
+        top_p: draw among the likeliest codes that together have this probability.
+        seed: image j of a caption is drawn with seed + j, so it can be drawn again alone: with the same
+            codes, and colours that differ by at most one level of 255, from rounding.
+        batch_size: images drawn at a time; fewer when memory runs out.
+    """
+
+    model_config = ConfigDict(strict=True)  # no "0.7" and no True for a number
+
+    guidance_scale: GuidanceScale = 1.0
+    temperature: Temperature = 1.0
+    top_k: int | None = Field(None, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
+    batch_size: int = Field(64, ge=1)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_numbers(cls, value: Any) -> Any:
+        """NumPy's numbers as Python's, which strict fields expect."""
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            return value
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+    def replace(self, settings: Mapping[str, Any]) -> Self:
+        """These settings with some replaced. Raises UserError for an unknown name or a bad value."""
+        return build_config(type(self), {**self.model_dump(), **settings}, source="sampling settings")
+
+    def save(self, folder: Path) -> None:
+        """Writes the defaults of the generator in `folder`."""
+        write_json(self.model_dump(include={*SAVED_FIELDS}), folder / FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads what `save` wrote; the class's defaults when there is no file. Raises UserError for anything
+        else."""
+        if not (path := folder / FILE).is_file():
+            return cls()
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(found, dict):
+            fields = ", ".join(SAVED_FIELDS)
+            raise UserError(f"{path}: expected {{{fields}}} with numbers, got {json.dumps(found)[:40]}")
+        if unknown := [name for name in found if name not in SAVED_FIELDS]:
+            advice = did_you_mean(unknown[0], SAVED_FIELDS)
+            raise UserError(f"{path}: unknown sampling setting {unknown[0]}{advice}")
+        return build_config(cls, found, source=str(path))
+
+
+# options of commands that draw; None leaves a setting as the model's folder has it
+ModelOption = Annotated[
+    str, Option(help="a generator: its folder, a run or a Hub repository", show_default="the shipped one")
+]
+GuidanceScaleOption = Annotated[
+    float | None, Option(help="above 1, follow the caption more closely (default: the model's, else 1)")
+]
+TemperatureOption = Annotated[
+    float | None, Option(help="0 always takes the likeliest code (default: the model's, else 1)")
+]
+TopKOption = Annotated[
+    int | None, Option(help="draw among the k likeliest codes, 0 for all (default: the model's, else all)")
+]
+TopPOption = Annotated[
+    float | None,
+    Option(help="draw among the likeliest codes of this total probability (default: the model's, else 1)"),
+]
+SeedOption = Annotated[int, Option(help="image j of a caption is drawn with seed + j")]
+CandidatesOption = Annotated[
+    int,
+    Option(help="draw this many for each image kept; the best are chosen by the model itself or --scorer"),
+]
+ScorerOption = Annotated[
+    str | None, Option(help="a CLIP to choose candidates: a folder, a run or a Hub repository")
+]
+NegativeOption = Annotated[str, Option(help="a caption to lead away from, with --guidance-scale above 1")]
+
+
+def explicit_options(**options: Any) -> dict[str, Any]:
+    """The options that a command line sets."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def add_options(parser: Any) -> None:
@@ -47,94 +152,6 @@ def add_options(parser: Any) -> None:
 
 
 def given(options: Namespace, *more: str) -> dict[str, Any]:
-    """Of a script's options those of `OWN`, and of `more`, that were given."""
-    values = {name: getattr(options, name) for name in (*OWN, *more)}
+    """Of a script's options those of `SAVED_FIELDS`, and of `more`, that were given."""
+    values = {name: getattr(options, name) for name in (*SAVED_FIELDS, *more)}
     return {name: value for name, value in values.items() if value is not None}
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """Settings of `Generator.generate`; a generator's folder may name its own defaults.
-
-    Args:
-        guidance_scale: above 1 follows the caption more closely (2207.12598), 0 not at all; needs a model
-            trained with caption dropout. From about 5 on pictures get coarse.
-        temperature: below 1 is more cautious; 0 always takes the likeliest code.
-        top_k: draw among the k likeliest codes alone; None or 0 takes all.
-        top_p: draw among the likeliest codes that together have this probability.
-        seed: picture j of a caption is drawn with seed + j, so it can be drawn again alone: the same codes,
-            and colours that rounding moves by one level of 255 at most.
-        batch_size: pictures drawn at a time.
-
-    Raises:
-        UserError: for a setting outside its range.
-    """
-
-    guidance_scale: float = 1.0
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    seed: int = 0
-    batch_size: int = 64
-
-    def __post_init__(self):
-        for field in fields(self):
-            check_number(field.name, getattr(self, field.name))
-        if not (self.guidance_scale >= 0 and math.isfinite(self.guidance_scale)):
-            raise UserError(
-                f"guidance_scale is {self.guidance_scale}; it is 0 (the caption does not count) or more; a "
-                "negative caption names what to lead away from"
-            )
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise UserError(f"temperature is {self.temperature}; it is 0 (the likeliest code) or more")
-        if self.top_k is not None and self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}; it is how many codes remain, or 0 for all")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it is above 0 and at most 1")
-        if not -(2**63) <= self.seed < 2**63:
-            raise UserError(f"seed is {self.seed}; it is a whole number of 64 bits")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size is {self.batch_size}; at least 1 picture is drawn at a time")
-
-    def but(self, settings: Mapping[str, Any]) -> Self:
-        """These with some exchanged. Raises UserError for a name that there is not."""
-        check_names(settings, [field.name for field in fields(self)])
-        return replace(self, **settings)
-
-    def save(self, folder: Path) -> None:
-        """Writes what a generator in `folder` is to be sampled with where nothing else is said."""
-        write_json({name: value for name, value in asdict(self).items() if name in OWN}, folder / FILE)
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """What `save` wrote, the defaults where nothing was. Raises UserError for anything else."""
-        if not (path := folder / FILE).is_file():
-            return cls()
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(found, dict):
-            raise UserError(f"{path} is a {type(found).__name__}; it is {{{', '.join(OWN)}}} with numbers")
-        try:
-            check_names(found, OWN)
-            return cls().but(found)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-
-
-def check_names(settings: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raises UserError for a setting that is none of the known, with the nearest of these."""
-    if unknown := [name for name in settings if name not in known]:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        raise UserError(f"there is no setting {unknown[0]!r} for sampling: {advice}")
-
-
-def check_number(name: str, value: Any) -> None:
-    """Raises UserError for a setting that is no number, or no whole one where it has to be."""
-    if value is None and name == "top_k":
-        return
-    kind = numbers.Integral if name in WHOLE else numbers.Real
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise UserError(f"{name} is {value!r}; it is a {'whole ' if name in WHOLE else ''}number")
