@@ -158,6 +158,60 @@ def test_rotation_and_dropout_have_the_gradients_of_their_formulas():
     torch.autograd.gradcheck(same_mask_every_time, x)
 
 
+def test_rotary_angles_by_hand_with_the_grid_behind_the_prefix():
+    positions = Positions("rotary_2d", width=8, head_dim=8, prefix_length=3, grid=(2, 2))
+    places = [(0, 0), (1, 1), (2, 2), (3, 3), (3, 4), (4, 3), (4, 4)]
+    angles = torch.tensor([[row, row / 100, column, column / 100] for row, column in places])
+    cosines, sines = positions.in_layers(1, 6).rotations
+    torch.testing.assert_close(cosines, angles[1:].cos())
+    torch.testing.assert_close(sines, angles[1:].sin())
+
+
+def test_queries_and_keys_have_norms_of_their_own():
+    torch.manual_seed(0)
+    attention, x = Attention(16, 2, qk_norm=True), torch.randn(3, 5, 16)
+    for norm in (attention.query_norm, attention.key_norm):
+        torch.nn.init.normal_(norm.weight)
+    projected = attention.qkv(x).view(3, 5, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    query, key, value = attention.heads(x)
+    for found, raw, norm in zip(
+        (query, key), projected, (attention.query_norm, attention.key_norm), strict=False
+    ):
+        torch.testing.assert_close(
+            found, raw / (raw.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+        )
+    torch.testing.assert_close(value, projected[2])
+
+
+def test_weights_that_write_into_the_residual_stream_begin_smaller():
+    torch.manual_seed(0)
+    core = Transformer(TransformerConfig(width=256, depth=8, num_heads=4))
+    for name, parameter in core.named_parameters():
+        if name.endswith((".qkv.weight", ".up.weight")):
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.02), name
+        elif name.endswith((".out.weight", ".down.weight")):
+            assert parameter.std().item() == pytest.approx(0.02 / 4, rel=0.02), name  # √(2 · 8)
+        elif name.endswith(".bias"):
+            assert not parameter.any(), name
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_dropout_reaches_the_hidden_units_and_both_residual_branches(mlp):
+    core = random_core(dropout=0.5, mlp=mlp, depth=1)
+    block, x = core.blocks[0], torch.randn(8, 16, 32)
+    seen = {}
+    block.mlp.down.register_forward_pre_hook(lambda _, inputs: seen.update(hidden=inputs[0]))
+    for name in ("branch1", "branch2"):
+        branch = getattr(block, name)
+        branch.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: output}))
+    block(x)
+    assert all((tensor != 0).all() for tensor in seen.values())
+    block.train()(x)
+    assert {*seen} == {"hidden", "branch1", "branch2"}
+    for name, tensor in seen.items():
+        assert (tensor == 0).float().mean().item() == pytest.approx(0.5, abs=0.04), name
+
+
 def test_sincos_by_hand():
     row, column = 2.0, 3.0
     table = sincos(torch.tensor([[row, column]]), width=8)[0]

@@ -80,6 +80,15 @@ def test_schedules_are_half_cosines():
     assert cosine(75_000, 150_000, 1.0, 1 / 16) == pytest.approx((1 + 1 / 16) / 2)
 
 
+def test_divergence_and_temperature_have_schedules_of_their_own():
+    config = SMALL.model_copy(update={"kl_warmup": 10, "temperature_steps": 40})
+    model = DiscreteVAE(config).eval()
+    model.passes.fill_(5)
+    metrics = model.loss({"pixels": pixels_of(1)})[1]
+    assert metrics["kl_weight"].item() == pytest.approx(3.3)  # half-way
+    assert metrics["temperature"].item() == pytest.approx(cosine(5, 40, 1.0, 1 / 16))
+
+
 def test_loss_is_likelihood_and_weighted_divergence_per_pixel_and_channel(model):
     model.passes.fill_(SMALL.kl_warmup)
     batch = {"pixels": pixels_of(2)}

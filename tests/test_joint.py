@@ -104,6 +104,14 @@ def test_both_losses_train_the_core():
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
 
 
+def test_the_weight_is_that_of_the_classifiers_loss():
+    model, given = small(), batch()
+    weighted = Joint(model.config.model_copy(update={"classification_weight": 3.0})).eval()
+    weighted.load_state_dict(model.state_dict())
+    expected = 3 * model.classifier.loss(given)[0] + model.generator.loss(given)[0]
+    torch.testing.assert_close(weighted.loss(given)[0], expected)
+
+
 def test_averaged_weights_share_the_core_too():
     average = WeightAverage(small(), 0.9).model
     assert average.classifier.core is average.generator.core is average.core

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -212,6 +213,16 @@ def test_patch_dropout_is_the_core_on_the_patches_that_are_left(pooling, positio
     assert not torch.allclose(left_out, whole)
 
 
+def test_patch_dropout_leaves_its_share_out_by_a_draw_for_each_image():
+    torch.manual_seed(0)
+    model = Classifier(ClassifierConfig(image_size=16, patch_size=4, patch_dropout=0.25, core=CORE)).train()
+    with mock.patch.object(model, "choose_patches", wraps=model.choose_patches) as choose:
+        tokens = model.tokens(model.stem(torch.randn(8, 3, 16, 16)))
+    assert tokens.shape[1] == 1 + 12  # [CLS] and 3 of 4 patches
+    chosen = model.choose_patches(*choose.call_args.args)
+    assert len({frozenset(places) for places in chosen.tolist()}) > 1
+
+
 @pytest.mark.parametrize("positions", ["learned_1d", "learned_2d_concat", "sincos_2d"])
 @pytest.mark.parametrize("positions_at", ["every_layer", "shared"])
 def test_positions_at_every_layer_are_added_in_front_of_every_block(positions, positions_at):
@@ -404,6 +415,51 @@ def test_a_dropped_caption_is_the_empty_one():
     full = model.loss({"caption_ids": captions, "codes": codes})[1]["image_loss"]
     assert loss.item() == pytest.approx(empty.item(), rel=1e-5)
     assert full.item() != pytest.approx(empty.item(), rel=1e-4)
+
+
+def loss_and_what_was_read(model: GeneratorTransformer, captions: torch.Tensor, codes: torch.Tensor):
+    """The loss's metrics, the captions and codes that the model read, and its logits for them."""
+    with mock.patch.object(model, "forward", wraps=model.forward) as forward:
+        metrics = model.loss({"caption_ids": captions, "codes": codes})[1]
+    read = forward.call_args.args
+    return metrics, *read, *model(*read)
+
+
+def test_each_caption_is_dropped_by_a_draw_of_its_own_and_then_not_predicted():
+    model = small_generator(caption_dropout=0.5).train()
+    captions, codes = captions_and_codes(64)
+    metrics, read, _, text_logits, _ = loss_and_what_was_read(model, captions, codes)
+    dropped = (read == 0).all(1, keepdim=True)
+    assert torch.equal(read, captions.masked_fill(dropped, 0))
+    assert 16 < dropped.sum() < 48  # 4 standard deviations
+    torch.testing.assert_close(metrics["text_loss"], caption_loss(text_logits, captions, dropped))
+    metrics, read, _, text_logits, _ = loss_and_what_was_read(model.eval(), captions, codes)
+    assert torch.equal(read, captions)
+    kept = torch.zeros(64, 1, dtype=torch.bool)
+    torch.testing.assert_close(metrics["text_loss"], caption_loss(text_logits, captions, kept))
+
+
+def test_code_noise_changes_what_training_reads_not_what_it_predicts():
+    model = small_generator(code_noise=0.25, caption_dropout=0.0).train()
+    captions, codes = captions_and_codes(64)
+    metrics, _, read, _, logits = loss_and_what_was_read(model, captions, codes)
+    changed = read != codes
+    assert changed.float().mean().item() == pytest.approx(0.25 * 29 / 30, abs=0.06)  # 4 standard deviations
+    assert len({tuple(row) for row in changed.tolist()}) > 32
+    clean = nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten())
+    torch.testing.assert_close(metrics["image_loss"], clean)
+    assert torch.equal(loss_and_what_was_read(model.eval(), captions, codes)[2], codes)
+
+
+def test_labels_are_smoothed_in_training_alone():
+    model = small_generator(label_smoothing=0.2, caption_dropout=0.0)
+    captions, codes = captions_and_codes(8)
+    with torch.no_grad():
+        logs = model(captions, codes)[1].log_softmax(-1)
+    sharp = -logs.gather(-1, codes.unsqueeze(-1)).mean()
+    for training, expected in ((True, 0.8 * sharp - 0.2 * logs.mean()), (False, sharp)):
+        metrics = model.train(training).loss({"caption_ids": captions, "codes": codes})[1]
+        torch.testing.assert_close(metrics["image_loss"], expected)
 
 
 def test_codes_that_look_alike_start_alike():

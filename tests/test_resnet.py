@@ -141,6 +141,12 @@ def test_smoothed_labels_by_hand():
     torch.testing.assert_close(classification_loss(logits, mixed, 0.2)[0], expected)
 
 
+def test_accuracy_of_mixed_labels_is_that_of_the_largest_share():
+    shares = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.4, 0.6], [0.6, 0.3, 0.1], [0.1, 0.2, 0.7]])
+    logits = torch.eye(3)[[0, 2, 0, 0]]  # the last one is wrong
+    assert classification_loss(logits, shares, 0.0)[1]["accuracy"] == 0.75
+
+
 @pytest.mark.parametrize(
     ("config", "settings", "message"),
     [

@@ -14,7 +14,14 @@ from mmvit.errors import UserError
 from mmvit.evaluation.code_use import code_counts, use_metrics
 from mmvit.evaluation.reconstruction import reconstruction_metrics
 from mmvit.hub import fingerprint
-from mmvit.models.quantizers import REVIVED_USE, Codebook, FiniteScalar, LinearCodebook, QuantizerConfig
+from mmvit.models.quantizers import (
+    QUANTIZERS,
+    REVIVED_USE,
+    Codebook,
+    FiniteScalar,
+    LinearCodebook,
+    QuantizerConfig,
+)
 from mmvit.models.vq import VQConfig, VQModel
 
 SMALL = {"codebook_size": 16, "code_width": 4, "encoder_width": 16, "decoder_widths": (16, 8)}
@@ -114,6 +121,48 @@ def test_dead_codes_are_revived_where_the_error_is_and_living_ones_follow_their_
     # the rare vector alone is far from its code: all revivals go there, none to the common one
     torch.testing.assert_close(codebook.vectors()[1:], torch.eye(4)[[1] * 15], atol=1e-3, rtol=0)
     assert codebook.nearest(torch.eye(4)[:1]).item() == 0
+
+
+@pytest.mark.parametrize(("update", "length"), [("ema", REVIVED_USE), ("gradient", 1.0)])
+def test_a_revived_code_can_move_as_fast_as_others(update, length):
+    """An average's code begins with the little use that it has, an optimizer's as a unit vector."""
+    settings = {**SMALL, "codebook_update": update, "revive_below": 0.09}
+    codebook = Codebook(VQConfig(**settings))
+    codebook.update(torch.eye(4), torch.zeros(4, dtype=torch.int64))  # code 0 alone is in use
+    torch.testing.assert_close(codebook.sums[1:].norm(dim=-1), torch.full((15,), length))
+
+
+def test_averages_of_a_codes_vectors_and_use_by_hand():
+    codebook = Codebook(VQConfig(**SMALL, codebook_decay=0.75, revive_below=0.0))
+    codebook.use.fill_(1)
+    before = codebook.sums.clone()
+    vectors = torch.eye(4)[[0] * 5 + [1] * 3]
+    codebook.update(vectors, torch.tensor([2] * 5 + [7] * 3))
+    use, sums = torch.full((16,), 0.75), 0.75 * before
+    # 8 vectors for 16 codes: one vector counts as 2 / 1 of the average code's use
+    use[2] += 0.25 * 2 * 5
+    use[7] += 0.25 * 2 * 3
+    sums[2, 0] += 0.25 * 2 * 5
+    sums[7, 1] += 0.25 * 2 * 3
+    torch.testing.assert_close(codebook.use, use)
+    torch.testing.assert_close(codebook.sums, sums)
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "simvq"])
+def test_commitment_pulls_the_encoder_at_its_weight_and_the_codes_at_theirs(quantizer):
+    torch.manual_seed(0)
+    config = QuantizerConfig(
+        quantizer=quantizer, codebook_size=8, code_width=4, codebook_update="gradient", commitment_weight=0.3
+    )
+    module = QUANTIZERS[quantizer](config).eval()
+    encoded = torch.randn(2, 3, 3, 4, requires_grad=True)
+    (codes_weight,) = module.parameters()
+    gradients = torch.autograd.grad(module(encoded)[1], (encoded, codes_weight))
+    chosen = module.vectors()[module.encode(encoded)]
+    compared = F.normalize(encoded, dim=-1) if quantizer == "vq" else encoded
+    distance = (compared - chosen).square().sum(-1).mean()
+    to_encoder, to_codes = torch.autograd.grad(distance, (encoded, codes_weight))
+    torch.testing.assert_close(gradients, (0.3 * to_encoder, to_codes))
 
 
 def test_revival_keeps_a_codebook_in_use_that_would_collapse():
