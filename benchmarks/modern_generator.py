@@ -3,7 +3,7 @@ FLOPs.
 
     python pipelines/encode_images.py data/emoji data/emoji-augmented --augmented 8 --shift 2
     python pipelines/encode_images.py data/emoji data/emoji-augmented-flipped --augmented 8 --shift 2 \\
-        --flip-unless left right clockwise counterclockwise links rechts
+        --flip-unless "left right clockwise counterclockwise links rechts"
     python benchmarks/modern_generator.py run --images 24000 --log modern-generator.jsonl
     python benchmarks/modern_generator.py table modern-generator.jsonl
 

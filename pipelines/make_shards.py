@@ -1,214 +1,145 @@
-"""Makes shards of your own images, each with a caption, a class, or both; or neither, with --unlabelled.
+"""Pack your own images into shards, each with a caption, a class, or both (or neither, with --unlabelled).
 
-    python pipelines/make_shards.py photos/ data/photos        # photos/a.jpg with photos/a.txt beside it
-    python pipelines/make_shards.py pets/ data/pets            # class folders: pets/cat/1.jpg, pets/dog/2.jpg
-    python pipelines/make_shards.py list.csv data/list         # columns: path, caption and/or class
-    python pipelines/make_shards.py list.jsonl data/list --max-side 512      # the same as JSON lines
-    python pipelines/make_shards.py scans/ data/scans --unlabelled           # pictures alone, to pre-train on
+    mmvit shards photos/ data/photos --held-out-share 0.1   # photos/a.jpg with photos/a.txt beside it
+    mmvit shards pets/ data/pets --size 96 --fit pad        # class folders: pets/cat/1.jpg, pets/dog/2.jpg
+    mmvit shards pets/ data/pets                            # splits: pets/train/cat/1.jpg, pets/val/cat/2.jpg
+    mmvit shards list.csv data/list                         # or .jsonl: path, caption, class, split, group
 
-A folder's captions are used where there are .txt files beside the images; otherwise the folder names are
-classes. Paths in a list are relative to it; `captions` in JSON lines may hold {language: caption}. Images
-keep their bytes, unless they are larger than --max-side or not JPEG, PNG or WebP. A share of them, chosen by
-a hash of the key, is held out as split `held-out`; of two or more, always at least one.
+Captions are the .txt files beside images; without any, folder names are classes. Of a .txt with several lines
+the first is the caption; lines such as `de.utf8=ein Apfel` below it are captions in other languages. Paths in
+a list are relative to it; in JSON lines `captions` may hold {language: caption}.
+
+Without splits of its own, a share of the images is held out, chosen by a hash of the key; images of one
+`group` stay together. Images keep their bytes, unless --size, --fit or --max-side changes them or they are
+not JPEG, PNG or WebP. Training later crops what is not square; --fit pad keeps all of every image.
 """
 
-import argparse
-import csv
 import hashlib
 import io
 import itertools
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, NamedTuple
 
-from PIL import Image
+from PIL import Image, ImageColor
+from typer import Argument, Option
 
-from mmvit.data.images import MAX_PIXELS, open_image
-from mmvit.data.shards import BadSample
+from mmvit.cli import run_script
+from mmvit.data.images import Fit, ImageFacts, fit_image, measure_image, open_image, parse_size
+from mmvit.data.shards import HELD_OUT, BadSample
+from mmvit.data.sources import STORED_AS_IS, CaptionLines, Entry, find_entries, read_file
 from mmvit.data.writing import (
     Outcome,
     ShardWriter,
+    in_order,
+    read_dataset_card,
     refuse_other_data,
     with_progress,
     write_dataset_card,
 )
-from mmvit.errors import UserError, refuse_source, run_script
+from mmvit.errors import UserError, refuse_source
 from mmvit.hub import shorten
 
-STORED_AS_IS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
-CONVERTED = (".bmp", ".gif", ".tif", ".tiff")
+TRAIN = "train"
+HELD_OUT_SHARE = 0.05
+LONG_CAPTION = 128  # characters: about 32 tokens of English, a generator's default text_length
 
 
-@dataclass
-class Entry:
-    """An image file, and what is known of it."""
-
-    path: Path
-    key: str
-    caption: str | None = None
-    captions: dict[str, str] | None = None  # by language
-    label: str | None = None  # the name of its class
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source", type=Path, help="a folder, a .csv or a .jsonl")
-    parser.add_argument("out", type=Path, help="folder to write the shards to")
-    parser.add_argument(
-        "--held-out-share", type=float, default=0.05, help="share of the samples in the split held-out"
-    )
-    parser.add_argument(
-        "--unlabelled", action="store_true", help="pictures alone, without captions and classes"
-    )
-    parser.add_argument("--max-side", type=int, help="scale images down so that no side is longer, in pixels")
-    parser.add_argument("--samples-per-shard", type=int, default=1000)
-    arguments = parser.parse_args()
-    if not 0 <= arguments.held_out_share < 1:
-        raise UserError(f"--held-out-share {arguments.held_out_share} is not in [0, 1)")
-    if arguments.max_side is not None and arguments.max_side < 1:
-        raise UserError(f"--max-side {arguments.max_side} is not a size in pixels")
-
-    refuse_source(arguments.out, arguments.source)
+def main(
+    source: Annotated[Path, Argument(help="a folder, a .csv or a .jsonl")],
+    out: Annotated[Path, Argument(help="folder to write the shards to")],
+    held_out_share: Annotated[
+        float | None,
+        Option(
+            help=f"share of the samples in the split {HELD_OUT} (default: {HELD_OUT_SHARE}, or none if the "
+            "source has a split to evaluate on)"
+        ),
+    ] = None,
+    unlabelled: Annotated[bool, Option("--unlabelled", help="images only, no captions and classes")] = False,
+    caption_lines: Annotated[CaptionLines, Option(help="lines of a .txt that make the caption")] = "first",
+    size: Annotated[str | None, Option(help="resize to this side, or HEIGHTxWIDTH, in pixels")] = None,
+    fit: Annotated[
+        Fit | None, Option(help="crop images to a square (or --size) around the centre, or pad them to it")
+    ] = None,
+    pad_colour: Annotated[str, Option(help="for --fit pad: a name, or #rrggbb")] = "white",
+    max_side: Annotated[int | None, Option(help="shrink images so that no side is longer, in pixels")] = None,
+    samples_per_shard: Annotated[int, Option(help="samples in one tar file")] = 1000,
+) -> None:
+    if held_out_share is not None and not 0 <= held_out_share < 1:
+        raise UserError(f"--held-out-share: expected a number from 0 to below 1, got {held_out_share}")
+    if max_side is not None and (max_side < 1 or size is not None):
+        raise UserError("--max-side: expected 1 or more, and no --size beside it")
+    shape = Shape(parse_size(size) if size else None, fit or ("crop" if size else None), pad_colour, max_side)
+    check_colour(pad_colour)
+    refuse_source(out, source)
+    refuse_other_data(out, str(source))
 
     outcome = Outcome()
-    entries = drop_duplicates(find_entries(arguments.source, arguments.unlabelled, outcome), outcome)
+    entries = find_entries(source, outcome, unlabelled, caption_lines)
     if not entries:
-        raise UserError(f"nothing usable in {arguments.source}: {describe_skipped(outcome)}")
-    write(entries, arguments, outcome)
-    outcome.print(arguments.out)
-    if arguments.held_out_share and not outcome.written.get("held-out"):
-        print("no image is held out: there is one alone; a recipe's data.held_out needs some")
+        raise UserError(f"nothing usable in {source}: {outcome.reasons() or 'it is empty'}")
+    classes = name_classes(entries, source)
+    entries = in_mixed_order(entries)
+    images = {entry.key: partial(image_files, entry.path, shape) for entry in entries}
+    choose_splits(entries, held_out_share, lambda entry: is_usable(images[entry.key]), outcome)
+    seen = write(entries, images, classes, source, out, samples_per_shard, outcome)
+    facts = {"classes": classes} if classes else {}
+    if shape.fit:
+        facts["image_fit"] = shape.fit
+    write_dataset_card(out, outcome, source=str(source), **facts)
+    remark_on_images(seen, shape, outcome)
+    remark_on_captions(entries, outcome)
+    if not outcome.written.get(HELD_OUT) and not outcome.written.get("test") and held_out_share != 0:
+        outcome.remark(
+            "Nothing is held out, as there is only one image; data.held_out of a recipe needs some."
+        )
+    outcome.print(out)
 
 
-def find_entries(source: Path, unlabelled: bool, outcome: Outcome) -> list[Entry]:
-    """All entries of a folder or list. Raises UserError if `source` is neither."""
-    if source.is_dir():
-        images = images_of_folder(source)
-        if unlabelled:
-            return [Entry(path, key_of(path.relative_to(source))) for path in images]
-        return entries_of_folder(source, images, outcome)
-    if not source.is_file():
-        raise UserError(f"{source} does not exist; give a folder of images, a .csv or a .jsonl")
-    if source.suffix not in (".csv", ".jsonl"):
-        raise UserError(f"{source} is neither a folder nor a .csv nor a .jsonl")
+class Shape(NamedTuple):
+    """What is done to the shape of images before they are stored."""
+
+    size: tuple[int, int] | None
+    fit: Fit | None
+    pad_colour: str
+    max_side: int | None
+
+    def apply(self, image: Image.Image) -> Image.Image:
+        if self.max_side is not None:
+            image.thumbnail((self.max_side, self.max_side), Image.Resampling.BICUBIC)
+        if self.fit is None:
+            return image
+        side = max(image.size) if self.fit == "pad" else min(image.size)
+        return fit_image(image, self.size or (side, side), self.fit, self.pad_colour)
+
+    def changes(self, image: Image.Image) -> bool:
+        fits = not self.fit or image.size == (self.size[::-1] if self.size else (image.width, image.width))
+        return not fits or (self.max_side is not None and max(image.size) > self.max_side)
+
+
+def check_colour(name: str) -> None:
     try:
-        return entries_of_list(source, unlabelled, outcome)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-
-
-def images_of_folder(folder: Path) -> list[Path]:
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (*STORED_AS_IS, *CONVERTED))
-    if not images:
-        raise UserError(f"{folder} holds no images ({', '.join([*STORED_AS_IS, *CONVERTED])})")
-    return images
-
-
-def entries_of_folder(folder: Path, images: list[Path], outcome: Outcome) -> list[Entry]:
-    captioned = any(path.with_suffix(".txt").is_file() for path in images)
-    entries = []
-    for path in images:
-        name = str(path.relative_to(folder))
-        entry = Entry(path, key_of(path.relative_to(folder)))
-        text = path.with_suffix(".txt")
-        if captioned and not text.is_file():
-            outcome.skip("no .txt beside the image", name)
-            continue
-        if captioned:
-            try:
-                entry.caption = text.read_bytes().decode("utf-8-sig").strip()
-                if not entry.caption:
-                    outcome.note("the caption is empty, which stands for any picture", name)
-            except UnicodeDecodeError:
-                outcome.skip("caption is not UTF-8", str(text.relative_to(folder)))
-                continue
-        elif path.parent == folder:
-            outcome.skip("neither .txt nor class folder", name)
-            continue
-        else:
-            entry.label = path.parent.relative_to(folder).parts[0]
-        entries.append(entry)
-    return entries
-
-
-def entries_of_list(source: Path, unlabelled: bool, outcome: Outcome) -> list[Entry]:
-    entries = []
-    for line, row in read_rows(source):
-        where = f"{source.name}:{line}"
-        if not isinstance(row, dict):
-            outcome.skip("line is not a JSON object", where)
-            continue
-        path, caption, captions, label = (row.get(name) for name in ("path", "caption", "captions", "class"))
-        if not isinstance(path, str) or not path:
-            outcome.skip("no path", where)
-        elif unlabelled:
-            entries.append(Entry(source.parent / path, key_of(Path(path))))
-        elif not isinstance(caption, str | None):
-            outcome.skip("caption is not text", where)
-        elif caption is None and not captions and label in (None, ""):
-            outcome.skip("neither caption nor class", where)
-        elif captions is not None and not isinstance(captions, dict):
-            outcome.skip("captions are not {language: caption}", where)
-        else:
-            label = None if label in (None, "") else str(label)
-            entries.append(Entry(source.parent / path, key_of(Path(path)), caption, captions, label))
-    return entries
-
-
-def read_rows(source: Path) -> Iterator[tuple[int, Any]]:
-    """Yields (line number, row) of a CSV with a header, or of JSON lines (None if a line is not JSON)."""
-    with source.open(encoding="utf-8-sig", newline="") as lines:
-        if source.suffix == ".csv":
-            reader = csv.DictReader(lines)
-            if "path" not in (reader.fieldnames or []):
-                found = ", ".join(reader.fieldnames or []) or "nothing"
-                raise UserError(f"{source} has no column `path`, but {found}; expected path, caption, class")
-            for row in reader:
-                yield reader.line_num, row
-            return
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError:
-                    yield number, None
-
-
-def key_of(path: Path) -> str:
-    """A shard key of a relative path: no extension, and only letters, digits, `_` and `-`."""
-    return re.sub(r"[^\w-]+", "_", "/".join(path.with_suffix("").parts)).strip("_") or "_"
-
-
-def drop_duplicates(entries: list[Entry], outcome: Outcome) -> list[Entry]:
-    """Keeps the first entry of each key."""
-    by_key: dict[str, Entry] = {}
-    for entry in entries:
-        if entry.key in by_key:
-            outcome.skip("duplicate key", f"{entry.path} ({entry.key})")
-        else:
-            by_key[entry.key] = entry
-    return list(by_key.values())
+        ImageColor.getrgb(name)
+    except ValueError:
+        raise UserError(f"--pad-colour: expected a colour such as white or #8090ff, got {name}") from None
 
 
 def name_classes(entries: list[Entry], source: Path) -> list[str]:
-    """The names of the classes, sorted; by their number if all are different numbers.
+    """The names of the classes, sorted; in the order of their numbers if all are different numbers.
 
     Raises:
-        UserError: for a list whose numbers have a gap, and for one class alone where there are no captions.
+        UserError: for a list whose numbers have a gap, and for a single class where there are no captions.
     """
     names = {entry.label for entry in entries if entry.label is not None}
     captioned = any(entry.caption is not None or entry.captions for entry in entries)
     if len(names) == 1 and not captioned:
         raise UserError(
-            f"{source} has one class alone, {min(names)!r}: a classifier needs two or more; give each its "
-            "own folder or name, or leave it out (--unlabelled)"
+            f"{source} has only one class, {min(names)!r}; a classifier needs two or more: give each its own "
+            "folder or name, or leave classes out (--unlabelled)"
         )
     numbers = {int(name) for name in names if name.isdecimal()}
     if len(numbers) < len(names) or not names:
@@ -222,55 +153,104 @@ def name_classes(entries: list[Entry], source: Path) -> list[str]:
     return sorted(names, key=int)
 
 
-def write(entries: list[Entry], arguments: argparse.Namespace, outcome: Outcome) -> None:
-    """Writes both splits in an order mixed by the hash of the key, and `dataset.json`."""
-    out, classes = arguments.out, name_classes(entries, arguments.source)
-    refuse_other_data(out, str(arguments.source))
-    numbers = {name: number for number, name in enumerate(classes)}
-    hashes = {entry.key: hashlib.sha256(entry.key.encode()).digest() for entry in entries}
-    entries = sorted(entries, key=lambda entry: hashes[entry.key])
-    files_of = {entry.key: partial(image_files, entry.path, arguments.max_side) for entry in entries}
-    chosen = choose_held_out(hashes, arguments.held_out_share, lambda key: is_usable(files_of[key]))
-    with (
-        ShardWriter(out, "train", arguments.samples_per_shard) as train,
-        ShardWriter(out, "held-out", arguments.samples_per_shard) as held_out,
-    ):
-        used: set[str] = set()  # classes
-        for entry in with_progress(entries, len(entries), "writing shards"):
-            try:
-                image = files_of[entry.key]()
-            except BadSample as bad:
-                outcome.skip(bad.reason, str(entry.path))
-                continue
-            writer = held_out if entry.key in chosen else train
-            writer.write(entry.key, {**image, **text_files(entry, numbers)})
-            outcome.wrote(writer.split, *image.values(), label=entry.label)
-            used |= {entry.label} - {None}
-        if not outcome.written:  # nothing has been replaced yet
-            raise UserError(f"no image of {arguments.source} could be used: {describe_skipped(outcome)}")
-        if empty := [name for name in classes if name not in used]:
-            raise UserError(
-                f"no image of the class{'es' if len(empty) > 1 else ''} {shorten(empty)} could be used: "
-                f"{describe_skipped(outcome)}; mend them, or leave these classes out"
-            )
-    facts = {"classes": classes} if classes else {}
-    write_dataset_card(out, outcome, source=str(arguments.source), **facts)
+def in_mixed_order(entries: list[Entry]) -> list[Entry]:
+    return sorted(entries, key=lambda entry: digest(entry.key))
 
 
-def choose_held_out(hashes: dict[str, bytes], share: float, is_usable: Callable[[str], bool]) -> set[str]:
-    """The keys to hold out, by a rule of the key alone; where it would choose none or all of several, or none
-    that is usable, the next one is held out or kept."""
-    places = {key: int.from_bytes(hashlib.sha256(hashes[key]).digest()[:8]) / 2**64 for key in hashes}
+def digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def choose_splits(
+    entries: list[Entry], share: float | None, is_usable: Callable[[Entry], bool], outcome: Outcome
+) -> None:
+    """Sets the split of every entry: its own, or held-out or train by a rule of its key or group alone."""
+    own = Counter(entry.split for entry in entries if entry.split)
+    if own:
+        found = ", ".join(f"{split} {own[split]:,}" for split in in_order(own))
+        outcome.remark(f"The source has splits of its own: {found}.")
+    if own.get(HELD_OUT) and share:
+        raise UserError(
+            f"the source has {own[HELD_OUT]:,} held-out images of its own; leave --held-out-share out"
+        )
+    has_others = any(split != TRAIN for split in own)
+    for entry in entries:
+        if entry.split is None and has_others:
+            outcome.note("no split is given, so it is in train", entry.name)
+        entry.split = entry.split or TRAIN
+    if share is None:
+        share = 0 if has_others else HELD_OUT_SHARE
+    chosen = choose_held_out([entry for entry in entries if entry.split == TRAIN], share, is_usable)
+    for entry in chosen:
+        entry.split = HELD_OUT
+    for group, splits in splits_of_groups(entries).items():
+        if TRAIN in splits and len(splits) > 1:
+            outcome.note("groups both in train and in another split", group)
+
+
+def choose_held_out(entries: list[Entry], share: float, is_usable: Callable[[Entry], bool]) -> list[Entry]:
+    """The entries to hold out, whole groups, by a hash alone. Where the hashes would choose none or all of
+    several, or none that is usable, one more or one fewer is held out."""
+    members: dict[str, list[Entry]] = {}
+    for entry in entries:
+        members.setdefault(entry.key if entry.group is None else f"group {entry.group}", []).append(entry)
+    places = {name: int.from_bytes(hashlib.sha256(digest(name)).digest()[:8]) / 2**64 for name in members}
     ranked = sorted(places, key=places.get)
     number = sum(place < share for place in places.values())
     if share > 0 and len(ranked) > 1:
         number = min(max(number, 1), len(ranked) - 1)
-        while number < len(ranked) - 1 and not any(map(is_usable, ranked[:number])):
+        while number < len(ranked) - 1 and not any(
+            is_usable(entry) for name in ranked[:number] for entry in members[name]
+        ):
             number += 1
-    return set(ranked[:number])
+    return [entry for name in ranked[:number] for entry in members[name]]
 
 
-def is_usable(read: Callable[[], dict[str, bytes]]) -> bool:
+def splits_of_groups(entries: Iterable[Entry]) -> dict[str, set[str]]:
+    splits: dict[str, set[str]] = {}
+    for entry in entries:
+        if entry.group is not None:
+            splits.setdefault(entry.group, set()).add(entry.split)
+    return splits
+
+
+def write(
+    entries: list[Entry],
+    images: dict[str, Callable[[], tuple[dict[str, bytes], ImageFacts]]],
+    classes: list[str],
+    source: Path,
+    out: Path,
+    samples_per_shard: int,
+    outcome: Outcome,
+) -> Counter[ImageFacts]:
+    """Writes every split; counts what the images were before they were stored."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    before = read_dataset_card(out).get("samples", {})  # splits of an earlier run are replaced, too
+    splits = dict.fromkeys([TRAIN, HELD_OUT, *sorted({entry.split for entry in entries}), *before])
+    seen: Counter[ImageFacts] = Counter()
+    with ExitStack() as stack:
+        writers = {split: stack.enter_context(ShardWriter(out, split, samples_per_shard)) for split in splits}
+        for entry in with_progress(entries, len(entries), "writing shards"):
+            try:
+                image, facts = images[entry.key]()
+            except BadSample as bad:
+                outcome.skip(bad.reason, entry.name)
+                continue
+            writers[entry.split].write(entry.key, {**image, **text_files(entry, numbers)})
+            outcome.wrote(entry.split, *image.values(), label=entry.label)
+            seen[facts] += 1
+        if not outcome.written:  # nothing has been replaced yet
+            raise UserError(f"no image of {source} could be used: {outcome.reasons()}")
+        used = {name for members in outcome.of_class.values() for name in members}
+        if empty := [name for name in classes if name not in used]:
+            raise UserError(
+                f"no image of the class{'es' if len(empty) > 1 else ''} {shorten(empty)} could be used: "
+                f"{outcome.reasons()}; repair them, or leave these classes out"
+            )
+    return seen
+
+
+def is_usable(read: Callable[[], object]) -> bool:
     try:
         read()
     except BadSample:
@@ -278,22 +258,19 @@ def is_usable(read: Callable[[], dict[str, bytes]]) -> bool:
     return True
 
 
-def image_files(path: Path, max_side: int | None) -> dict[str, bytes]:
-    """The image under its extension; decoded once to see that it can be. Raises BadSample."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadSample("missing or unreadable file", str(error)) from None
-    image = open_image(data, max_pixels=MAX_PIXELS)
+def image_files(path: Path, shape: Shape) -> tuple[dict[str, bytes], ImageFacts]:
+    """The image to store under its extension, and what the file holds. Raises BadSample."""
+    data = read_file(path)
+    image = open_image(data)
+    facts = measure_image(data)
     extension = STORED_AS_IS.get(path.suffix.lower())
-    if extension and (max_side is None or max(image.size) <= max_side):
-        return {extension: data}
-    if max_side is not None:
-        image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
+    if extension and not shape.changes(image):
+        return {extension: data}, facts
     buffer = io.BytesIO()
-    photo = extension in ("jpg", "webp")
-    image.save(buffer, "JPEG" if photo else "PNG", **({"quality": 95} if photo else {}))
-    return {"jpg" if photo else "png": buffer.getvalue()}
+    is_photo = extension in ("jpg", "webp")
+    options = {"quality": 95} if is_photo else {}
+    shape.apply(image).save(buffer, "JPEG" if is_photo else "PNG", **options)
+    return {"jpg" if is_photo else "png": buffer.getvalue()}, facts
 
 
 def text_files(entry: Entry, numbers: dict[str, int]) -> dict[str, bytes]:
@@ -307,12 +284,41 @@ def text_files(entry: Entry, numbers: dict[str, int]) -> dict[str, bytes]:
     return files
 
 
-def describe_skipped(outcome: Outcome) -> str:
-    reasons = (
-        f"{count} x {reason}, for example {outcome.examples[reason][0]}"
-        for reason, count in Counter(outcome.skipped).items()
-    )
-    return "; ".join(reasons) or "it is empty"
+def remark_on_images(seen: Counter[ImageFacts], shape: Shape, outcome: Outcome) -> None:
+    of_all = f"of {seen.total():,} images"
+    if transparent := sum(n for facts, n in seen.items() if facts.is_transparent):
+        outcome.remark(f"{transparent:,} {of_all} have transparency; models see them on white.")
+    if turned := sum(n for facts, n in seen.items() if facts.is_turned):
+        outcome.remark(f"{turned:,} {of_all} are turned upright, as their EXIF tag says.")
+    height, width = shape.size or (1, 1)
+    changed = sum(n for facts, n in seen.items() if facts.size[0] * width != facts.size[1] * height)
+    if not changed:
+        return
+    target = f"{height}x{width}" if shape.size else "a square"
+    if shape.fit == "pad":
+        outcome.remark(f"{changed:,} {of_all} were padded with {shape.pad_colour} to {target}.")
+    elif shape.fit == "crop":
+        outcome.remark(f"{changed:,} {of_all} were cropped to {target}; --fit pad keeps all of them.")
+    else:
+        outcome.remark(
+            f"{changed:,} {of_all} are not square; training crops them to the recipe's image size around the "
+            "centre. --fit pad keeps all of them."
+        )
+
+
+def remark_on_captions(entries: list[Entry], outcome: Outcome) -> None:
+    lengths = {
+        entry.name: max(map(len, (entry.caption or "", *(entry.captions or {}).values())))
+        for entry in entries
+    }
+    num_long = sum(length > LONG_CAPTION for length in lengths.values())
+    if num_long:
+        longest = max(lengths, key=lengths.get)
+        outcome.remark(
+            f"{num_long / len(entries):.1%} of the captions are longer than {LONG_CAPTION} characters, the "
+            f"longest has {lengths[longest]:,} ({longest}). A model reads model.text_length tokens of about "
+            "four characters each, by default 32, and cuts the rest."
+        )
 
 
 if __name__ == "__main__":

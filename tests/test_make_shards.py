@@ -1,6 +1,7 @@
 """Shards of one's own images: what is written reads back, held out by a rule, mistakes are said plainly."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -106,7 +107,7 @@ def test_folders_of_one_class_are_refused_and_numbered_ones_keep_their_names(run
         shutil.rmtree(tmp_path / "years" / name)
     done = run_script("pipelines/make_shards.py", tmp_path / "years", tmp_path / "out")
     assert done.returncode == 2
-    assert "years has one class alone, '2'" in done.stderr
+    assert "years has only one class, '2'" in done.stderr
 
 
 def test_a_class_of_which_no_image_can_be_read_is_refused(run_script, tmp_path):
@@ -131,7 +132,7 @@ def test_csv_and_json_lines(run_script, tmp_path):
     assert samples["images_0"].files["txt"] == b"red, square"
     assert [samples[key].files["cls"] for key in ("images_0", "images_1")] == [b"1", b"0"]
     assert "missing or unreadable file" in printed
-    assert "duplicate key" in printed
+    assert "skipped: listed before" in printed
     lines = [
         {"path": "images/0.png", "captions": {"en": "red", "de": "rot"}},
         {"path": "images/1.png", "caption": "red", "class": "warm"},
@@ -194,13 +195,17 @@ def test_of_few_images_one_is_held_out_and_empty_captions_are_told(run_script, t
     [
         ("nowhere", None, "does not exist; give a folder of images, a .csv or a .jsonl"),
         ("empty", "folder", "holds no images"),
-        ("list.xls", "x", "is neither a folder nor a .csv nor a .jsonl"),
-        ("list.csv", "file,text\na.png,b\n", "has no column `path`, but file, text"),
+        ("list.xls", "x", "expected a folder, a .csv or a .jsonl, got .*list.xls"),
+        (
+            "list.csv",
+            "file,text\na.png,b\n",
+            "expected the columns path and caption or class .*, got file, text",
+        ),
         ("list.jsonl", "[]\n", "nothing usable in .*: 1 x line is not a JSON object"),
         (
             "one.csv",
             "path,class\na.png,cat\nb.png,cat\n",
-            "has one class alone, 'cat'",
+            "has only one class, 'cat'",
         ),
         (
             "gaps.csv",
@@ -232,9 +237,274 @@ def test_shards_of_another_source_are_not_replaced(run_script, tmp_path, monkeyp
     make_shards(run_script, tmp_path / "photos", out)
     refused = run_script("pipelines/make_shards.py", tmp_path / "others", out)
     assert refused.returncode == 2
-    assert f"{out} holds data of {tmp_path / 'photos'}, which those of" in refused.stderr
+    assert f"{out} holds shards made from {tmp_path / 'photos'}; those of" in refused.stderr
     assert read_split(out, "train")["a"].files["txt"] == b"one of photos"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos/a.txt").write_text("told anew")
     samples, _ = make_shards(run_script, Path("photos"), out)  # the same source, named in another way
     assert samples["a"].files["txt"] == b"told anew"
+
+
+# Splits and groups
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("train/cat", "train/dog", "val/cat", "val/dog", "test/cat"),
+        ("Train/cat", "Train/dog", "validation/cat", "validation/dog", "testing/cat"),
+        ("train2017/cat", "train2017/dog", "val2017/cat", "val2017/dog", "test_set/cat"),
+        ("cat/train", "dog/train", "cat/dev", "dog/dev", "cat/test"),
+    ],
+)
+def test_folders_named_like_splits_are_splits_and_not_classes(run_script, tmp_path, folders):
+    for folder in folders:
+        save_image(tmp_path / "pets" / folder / "1.png")
+    done = run_script("pipelines/make_shards.py", tmp_path / "pets", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    card = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert card["classes"] == ["cat", "dog"]
+    assert card["samples"] == {"train": 2, "held-out": 2, "test": 1}
+    assert card["samples_per_class"]["held-out"] == {"cat": 1, "dog": 1}
+    assert [sample.files["cls"] for sample in read_split(tmp_path / "out", "test").values()] == [b"0"]
+    assert "The source has splits of its own: train 2, held-out 2, test 1." in done.stdout
+    assert re.search(r"2 classes *\n.*\n.*class .* train .* held-out .* test", done.stdout)
+    refused = run_script(
+        "pipelines/make_shards.py", tmp_path / "pets", tmp_path / "out", "--held-out-share", 0.5
+    )
+    assert "2 held-out images of its own; leave --held-out-share out" in refused.stderr
+
+
+def test_a_class_may_be_called_train_but_splits_beside_other_folders_are_refused(run_script, tmp_path):
+    for folder in ("train", "car"):
+        save_image(tmp_path / "vehicles" / folder / "1.png")
+    make_shards(run_script, tmp_path / "vehicles", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["classes"] == ["car", "train"]
+    save_image(tmp_path / "vehicles" / "test" / "1.png")
+    done = run_script("pipelines/make_shards.py", tmp_path / "vehicles", tmp_path / "out")
+    assert done.returncode == 2
+    assert "holds folders of splits (test, train) beside others (car): move these" in done.stderr
+
+
+def test_a_random_held_out_share_is_taken_of_a_source_that_has_only_a_train_folder(run_script, tmp_path):
+    for number in range(8):
+        save_image(tmp_path / "photos" / "train" / f"{number}.png", (number + 1, 1))
+        (tmp_path / "photos" / "train" / f"{number}.txt").write_text("a line")
+    done = run_script("pipelines/make_shards.py", tmp_path / "photos", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    samples = json.loads((tmp_path / "out" / "dataset.json").read_text())["samples"]
+    assert samples["held-out"] >= 1
+    assert sum(samples.values()) == 8
+
+
+def test_split_and_group_columns(run_script, tmp_path):
+    rows = [{"path": f"{number}.png", "class": "cat" if number % 2 else "dog"} for number in range(60)]
+    for number, row in enumerate(rows):
+        save_image(tmp_path / row["path"], (1, 1))
+        row["group"] = f"twins {number // 3}"
+    (tmp_path / "groups.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = run_script(
+        "pipelines/make_shards.py", tmp_path / "groups.jsonl", tmp_path / "a", "--held-out-share", 0.3
+    )
+    assert done.returncode == 0, done.stderr
+    held_out = {int(key) // 3 for key in read_split(tmp_path / "a", "held-out")}
+    train = {int(key) // 3 for key in read_split(tmp_path / "a", "train")}
+    assert not held_out & train
+    assert 2 <= len(held_out) <= 12
+    splits = ["train", "valid", "Test", "", "a/b", "combinations"]
+    lines = [f"{number}.png;{split};cat;{number // 2}" for number, split in enumerate(splits)]
+    (tmp_path / "splits.CSV").write_text(
+        "\n".join(["path;split;caption;group", *lines])
+    )  # as Excel writes it
+    done = run_script("pipelines/make_shards.py", tmp_path / "splits.CSV", tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+    card = json.loads((tmp_path / "b" / "dataset.json").read_text())
+    assert card["samples"] == {"train": 2, "held-out": 1, "test": 1, "combinations": 1}
+    for words in (
+        "of these: no split is given, so it is in train",
+        "skipped: the split is not a name of letters and digits",
+        "of these: groups both in train and in another split",
+    ):
+        assert words in " ".join(done.stdout.replace("│", " ").split())
+
+
+def test_splits_of_an_earlier_run_do_not_stay(run_script, tmp_path):
+    for name in ("train/1.png", "train/2.png", "test/1.png"):
+        save_image(tmp_path / "source" / name)
+    arguments = ("pipelines/make_shards.py", tmp_path / "source", tmp_path / "out", "--unlabelled")
+    assert run_script(*arguments).returncode == 0
+    shutil.rmtree(tmp_path / "source" / "test")
+    assert run_script(*arguments).returncode == 0
+    assert {path.name for path in (tmp_path / "out").glob("*.tar")} == {
+        "train-000000.tar", "held-out-000000.tar",
+    }  # fmt: skip
+
+
+# Captions
+
+
+def test_lines_of_a_text_file_are_languages_or_only_the_first_is_used(run_script, tmp_path):
+    texts = {
+        "apple": "An apple.\naf.utf8='n Appel.\nca@valencia.utf8=Una poma.\npt_BR.utf8=Uma maçã.\nzu.utf8=\n",
+        "poem": "\n  Roses are red,\nviolets are blue.\n",
+        "plain": "a pear",
+    }
+    for name, text in texts.items():
+        save_image(tmp_path / "stamps" / f"{name}.png")
+        (tmp_path / "stamps" / f"{name}.txt").write_text(text, encoding="utf-8")
+    samples, printed = make_shards(run_script, tmp_path / "stamps", tmp_path / "out")
+    assert samples["apple"].files["txt"] == b"An apple."
+    assert json.loads(samples["apple"].files["json"])["captions"] == {
+        "en": "An apple.", "af": "'n Appel.", "ca@valencia": "Una poma.", "pt_BR": "Uma maçã.",
+    }  # fmt: skip
+    assert samples["poem"].files["txt"] == b"Roses are red,"
+    assert "json" not in samples["poem"].files.keys() | samples["plain"].files.keys()
+    told = " ".join(re.sub("[│─┼]", " ", printed).split())
+    assert "of these: captions in several languages 1 apple.png (4)" in told
+    assert "only the first line of the .txt is used" in told
+    samples, printed = make_shards(
+        run_script, tmp_path / "stamps", tmp_path / "all", "--caption-lines", "all"
+    )
+    assert samples["poem"].files["txt"] == b"Roses are red, violets are blue."
+    assert samples["apple"].files["txt"] == b"An apple."
+    assert "only the first line" not in printed
+
+
+def test_long_captions_are_counted_and_the_longest_is_named(run_script, tmp_path):
+    for name, length in (("a", 128), ("b", 129), ("c", 999), ("d", 5)):
+        save_image(tmp_path / "photos" / f"{name}.png")
+        (tmp_path / "photos" / f"{name}.txt").write_text("x" * length)
+    _, printed = make_shards(run_script, tmp_path / "photos", tmp_path / "out")
+    told = " ".join(printed.split())
+    assert "50.0% of the captions are longer than 128 characters, the longest has 999 (c.png)." in told
+
+
+# Files
+
+
+def test_extensions_in_upper_case_and_two_formats_of_one_image(run_script, tmp_path):
+    save_image(tmp_path / "photos" / "A.JPG")
+    (tmp_path / "photos" / "A.TXT").write_text("upper")
+    for name in ("b.jpg", "b.png", "b.gif"):
+        save_image(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "b.txt").write_text("twice")
+    (tmp_path / "photos" / "c.svg").write_text("<svg/>")
+    (tmp_path / "photos" / "b.svg").write_text("<svg/>")  # there is an image of it
+    (tmp_path / "photos" / "d.HEIC").write_text("a phone's")
+    samples, printed = make_shards(run_script, tmp_path / "photos", tmp_path / "out")
+    assert {key: sorted(sample.files) for key, sample in samples.items()} == {
+        "A": ["jpg", "txt"],
+        "b": ["png", "txt"],
+    }
+    told = " ".join(printed.replace("│", " ").split())
+    assert "another format of the same image 2 b.jpg (b.png is used), b.gif (b.png is used)" in told
+    assert "Skipped 1 .svg: render them to PNG first, e.g. with resvg." in told
+    assert "Skipped 1 .heic: convert them to JPEG or PNG first." in told
+    assert "skipped: .heic files 1 d.HEIC" in told
+
+
+def test_a_folder_of_nothing_but_drawings_says_what_to_do(run_script, tmp_path):
+    (tmp_path / "icons").mkdir()
+    (tmp_path / "icons" / "a.svg").write_text("<svg/>")
+    done = run_script("pipelines/make_shards.py", tmp_path / "icons", tmp_path / "out")
+    assert done.returncode == 2
+    assert (
+        "holds no images (png, tif, tiff, bmp, webp, jpg, jpeg, gif). Skipped 1 .svg: render" in done.stderr
+    )
+
+
+def test_keys_are_relative_readable_and_unlike(run_script, tmp_path):
+    paths = [
+        "list/a.png",
+        "elsewhere/x/b.png",
+        "elsewhere/y/b.png",
+        "elsewhere/y/😀.png",
+        "elsewhere/y/😁.png",
+    ]
+    for path in paths:
+        save_image(tmp_path / path)
+    lines = ["a.png", *(str(tmp_path / path) for path in paths[1:]), str(tmp_path / paths[0])]
+    (tmp_path / "list" / "list.csv").write_text("\n".join(["path,caption", *(f"{line},x" for line in lines)]))
+    samples, printed = make_shards(run_script, tmp_path / "list" / "list.csv", tmp_path / "out")
+    assert sorted(samples) == ["a", "x_b", "y", "y-2", "y_b"]
+    assert "skipped: listed before" in printed
+
+
+def test_hostile_files_and_lists_are_counted(run_script, tmp_path):
+    source = tmp_path / "source"
+    save_image(source / "good.png")
+    save_image(source / "2.png")
+    os.mkfifo(source / "pipe.png")
+    (source / "device.png").symlink_to("/dev/zero")
+    (source / "gone.png").symlink_to("nowhere")
+    (source / ".hidden.png").write_bytes(b"")
+    save_image(source / os.fsdecode(b"caf\xe9") / "1.png")
+    samples, printed = make_shards(run_script, source, tmp_path / "out", "--unlabelled")
+    assert sorted(samples) == ["2", "caf_1", "good"]
+    told = " ".join(printed.replace("│", " ").split())
+    assert "skipped: not an ordinary file 2" in told
+    assert "skipped: missing or unreadable file 1 gone.png" in told
+    lines = [
+        json.dumps({"path": "good.png", "caption": "a" * 200_000}),
+        json.dumps({"path": "nul\0.png", "caption": "x"}),
+        json.dumps({"path": "half\ud800.png", "caption": "x"}),
+        json.dumps({"path": "2.png", "caption": "half\ud800"}),
+        json.dumps({"path": "/", "caption": "x"}),
+        '{"path": "2.png", "caption": ' + "1" * 5000 + "}",
+        "[" * 100_000,
+    ]
+    (source / "list.jsonl").write_text("\n".join(lines))
+    samples, printed = make_shards(run_script, source / "list.jsonl", tmp_path / "jsonl")
+    assert list(samples) == ["good"]
+    told = " ".join(printed.replace("│", " ").split())
+    assert "skipped: text with a lone surrogate 2" in told
+    assert "skipped: line is not a JSON object 2" in told
+    assert "skipped: missing or unreadable file 1" in told
+    assert "skipped: no path 1" in told
+    (source / "list.csv").write_text(f"path,caption\ngood.png,{'a' * 200_000}\n\0.png,x\n2.png,y\n")
+    samples, _ = make_shards(run_script, source / "list.csv", tmp_path / "csv")
+    assert sorted(samples) == ["2", "good"]
+
+
+# Shapes
+
+
+def test_what_is_not_square_is_mentioned_cropped_or_padded(run_script, tmp_path):
+    tall = Image.new("RGB", (10, 30), "red")
+    tall.paste("blue", (0, 0, 10, 10))  # a head
+    (tmp_path / "photos").mkdir()
+    tall.save(tmp_path / "photos" / "tall.png")
+    Image.new("RGBA", (12, 12)).save(tmp_path / "photos" / "square.png")
+    shapes, told = {}, {}
+    for name, options in {
+        "as-is": (),
+        "crop": ("--fit", "crop", "--size", 15),
+        "pad": ("--fit", "pad", "--size", 15, "--pad-colour", "#00ff00"),
+        "pad-only": ("--fit", "pad"),
+    }.items():
+        out = tmp_path / name
+        samples, printed = make_shards(run_script, tmp_path / "photos", out, "--unlabelled", *options)
+        told[name] = " ".join(printed.split())
+        shapes[name] = decode_image(samples["tall"].files["png"])
+        assert "1 of 2 images have transparency; models see them on white." in told[name]
+    assert shapes["as-is"].shape == (30, 10, 3)
+    assert "1 of 2 images are not square; training crops them" in told["as-is"]
+    assert shapes["crop"].shape == (15, 15, 3)
+    assert shapes["crop"][:, :, 2].max() < 128  # beheaded
+    assert "1 of 2 images were cropped to 15x15; --fit pad keeps all of them." in told["crop"]
+    assert shapes["pad"].shape == (15, 15, 3)
+    assert shapes["pad"][1, 7].tolist() == [0, 0, 255]
+    assert shapes["pad"][7, 1].tolist() == [0, 255, 0]
+    assert "1 of 2 images were padded with #00ff00 to 15x15." in told["pad"]
+    assert json.loads((tmp_path / "pad" / "dataset.json").read_text())["image_fit"] == "pad"
+    assert shapes["pad-only"].shape == (30, 30, 3)
+    assert shapes["pad-only"][5, 15].tolist() == [0, 0, 255]
+    for options, message in (
+        (("--pad-colour", "whiite"), "--pad-colour: expected a colour such as white or #8090ff, got whiite"),
+        (("--size", 8, "--max-side", 8), "--max-side: expected 1 or more, and no --size beside it"),
+        (("--fit", "squeeze"), "squeeze"),
+        (("--held-out-share", 1), "--held-out-share: expected a number from 0 to below 1, got 1.0"),
+    ):
+        done = run_script("pipelines/make_shards.py", tmp_path / "photos", tmp_path / "x", *options)
+        assert done.returncode == 2
+        assert message in done.stderr

@@ -1,12 +1,14 @@
 """Shards: which files a pattern means, and writing them whole or not at all."""
 
+import errno
 import gzip
 from pathlib import Path
 
 import pytest
+from webdataset.writer import TarWriter
 
 from mmvit.data.shards import expand_shards, read_shard, shards_of
-from mmvit.data.writing import ShardWriter
+from mmvit.data.writing import ShardWriter, progress_line
 from mmvit.errors import UserError
 
 TRAIN = "train-{000000..000004}.tar"
@@ -98,6 +100,29 @@ def test_failed_writing_leaves_the_earlier_shards_alone(tmp_path):
         fail_half_way()
     assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]
     assert (tmp_path / "train-000000.tar").read_bytes() == before
+
+
+def test_a_full_disk_names_the_shards_and_leaves_nothing(tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(*_: object) -> None:
+        raise full
+
+    def fill(disk: str) -> None:
+        monkeypatch.setattr(TarWriter, disk, fail)
+        with ShardWriter(tmp_path / "out", "train") as writer:
+            writer.write("0", {"txt": b"new"})
+
+    for disk in ("write", "close"):  # the second when buffers are flushed
+        with pytest.raises(UserError, match=r"cannot write .*out/train-\*\.tar: No space left on device"):
+            fill(disk)
+        assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_progress_tells_the_time_left():
+    assert progress_line("writing", 1200, 6000, 3.0) == "writing: 1,200 of 6,000, 400/s, 0:00:12 left"
+    assert progress_line("writing", 1200, None, 3.0) == "writing: 1,200, 400/s"
+    assert progress_line("writing", 5000, 6000, 10.0, is_done=True) == "writing: 5,000 of 6,000, 500/s"
 
 
 def test_fewer_shards_replace_all_earlier_ones_of_the_split(tmp_path):

@@ -1,10 +1,11 @@
-"""Writing shards: whole or not at all, the same bytes for the same input, with progress and a table."""
+"""Writing shards, whole or not at all, the same bytes for the same input; progress and a closing table."""
 
 import json
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,17 +22,20 @@ from mmvit.hub import write_json
 
 Item = TypeVar("Item")
 
+EVERY = 5  # seconds between lines of progress
+MOST_CLASSES = 40  # in the closing table
+
 
 class ShardWriter:
-    """Writes one split as `folder/split-000000.tar`, ... A context manager.
+    """A context manager that writes one split as `folder/split-000000.tar`, ...
 
-    The shards appear under their names when the block ends without an exception, in place of earlier ones of
-    this split; otherwise nothing changes. The same samples give the same bytes.
+    If the block ends without an exception, the shards get their names and replace earlier ones of this split;
+    otherwise nothing changes. The same samples give the same bytes.
     """
 
     def __init__(self, folder: Path, split: str, samples_per_shard: int = 500):
         if samples_per_shard < 1:
-            raise UserError(f"{samples_per_shard} samples per shard make no shards; give 1 or more")
+            raise UserError(f"samples per shard: expected 1 or more, got {samples_per_shard}")
         self.folder = Path(folder)
         self.split = split
         self.samples_per_shard = samples_per_shard
@@ -44,15 +48,16 @@ class ShardWriter:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make the folder {self.folder}: {error.strerror}") from None
+            raise UserError(f"cannot create the folder {self.folder}: {error.strerror}") from None
         return self
 
     def write(self, key: str, files: dict[str, bytes]) -> None:
         """Adds a sample: `files` maps an extension to its bytes.
 
         Raises:
-            ValueError: for a key that was written before, has a dot in its basename (readers would cut it
-                there), or no files.
+            ValueError: for a key that was written before or has a dot in its basename (readers would cut it
+                there), and for a sample without files.
+            UserError: when the disk is full or cannot be written.
         """
         if not key or "." in key.rpartition("/")[2]:
             raise ValueError(f"sample key {key!r} is empty or has a dot")
@@ -60,9 +65,12 @@ class ShardWriter:
             raise ValueError(f"sample key {key!r} is already in {self.split}")
         if not files:
             raise ValueError(f"sample {key!r} has no files")
-        if self.num_samples % self.samples_per_shard == 0:
-            self.next_shard()
-        self.tar.write({"__key__": key, **files})
+        try:
+            if self.num_samples % self.samples_per_shard == 0:
+                self.next_shard()
+            self.tar.write({"__key__": key, **files})
+        except OSError as error:
+            raise self.failed(error) from None
         self.keys.add(key)
         self.num_samples += 1
 
@@ -75,11 +83,15 @@ class ShardWriter:
         self.tar = TarWriter(str(path), encoder=False, mtime=0, user="", group="", compress=False)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if self.tar is not None:
-            self.tar.close()
+        try:
+            if self.tar is not None:
+                self.tar.close()
+        except OSError as failure:  # what the last buffer holds does not fit either
+            self.remove_partial()
+            if kind is None:
+                raise self.failed(failure) from None
         if kind is not None:
-            for path in self.partial:
-                path.unlink(missing_ok=True)
+            self.remove_partial()
             return
         for name in (self.split, OLD_HELD_OUT) if self.split == HELD_OUT else (self.split,):
             for old in self.folder.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"):
@@ -87,9 +99,16 @@ class ShardWriter:
         for path in self.partial:
             path.rename(path.with_name(path.name.removeprefix(".").removesuffix(".partial")))
 
+    def remove_partial(self) -> None:
+        for path in self.partial:
+            path.unlink(missing_ok=True)
+
+    def failed(self, error: OSError) -> UserError:
+        return UserError(f"cannot write {self.folder}/{self.split}-*.tar: {error.strerror or error}")
+
 
 class Outcome:
-    """What a preparing script has written and skipped, and why."""
+    """What a script has written and skipped, and why."""
 
     def __init__(self, expected: Mapping[str, int] | None = None) -> None:
         self.expected = dict(expected or {})
@@ -100,6 +119,7 @@ class Outcome:
         self.of_class: dict[str, Counter[str]] = {}  # by split
         self.sizes: Counter[tuple[int, int]] = Counter()  # (height, width) of images
         self.modes: Counter[str] = Counter()
+        self.remarks: list[str] = []
 
     def wrote(self, split: str, image: bytes | None = None, label: str | None = None) -> None:
         """Counts a written sample, and for dataset.json its class and the size of its image."""
@@ -112,27 +132,39 @@ class Outcome:
             self.modes[facts.mode] += 1
 
     def skip(self, reason: str, example: str) -> None:
-        """Counts a skipped sample; the first three examples of a reason are shown."""
+        """Counts a skipped sample; the first three examples of each reason are shown."""
         self.skipped[reason] += 1
         self.show(reason, example)
 
     def note(self, fact: str, example: str) -> None:
-        """Counts a sample that is used, but of which one should know; shown like the skipped ones."""
+        """Counts a sample that is used in a way the user should know; shown like the skipped ones."""
         self.noted[fact] += 1
         self.show(fact, example)
 
     def show(self, reason: str, example: str) -> None:
         examples = self.examples.setdefault(reason, [])
         if len(examples) < 3:
-            examples.append(example)
+            examples.append(printable(example))
+
+    def remark(self, text: str) -> None:
+        """A sentence to print below the closing table."""
+        self.remarks.append(text)
+
+    def reasons(self) -> str:
+        """Why samples were skipped, for an error message."""
+        return "; ".join(
+            f"{count} x {reason}, for example {self.examples[reason][0]}"
+            for reason, count in self.skipped.items()
+        )
 
     def print(self, folder: Path) -> None:
-        """Prints the closing table."""
+        """Prints the closing tables: what was written and skipped, and the samples of each class."""
         table = Table(title=f"samples in {folder}", title_justify="left")
         table.add_column("")
         table.add_column("samples", justify="right")
         table.add_column("examples", overflow="fold")
-        for split, count in self.written.items():
+        for split in in_order(self.written):
+            count = self.written[split]
             lacking = f" of {self.expected[split]:,}" if self.expected.get(split, count) != count else ""
             table.add_row(f"written: {split}", f"{count:,}{lacking}", "")
         for fact, count in self.noted.most_common():
@@ -141,14 +173,41 @@ class Outcome:
             table.add_row(f"skipped: {reason}", f"{count:,}", ", ".join(self.examples[reason]))
         if not self.skipped:
             table.add_row("skipped", "0", "")
-        Console(width=None if sys.stdout.isatty() else 110).print(table)
+        console = Console(width=None if sys.stdout.isatty() else 110)
+        console.print(table)
+        if self.of_class:
+            console.print(self.class_table())
+        for text in self.remarks:
+            console.print(text, highlight=False, markup=False)
+
+    def class_table(self) -> Table:
+        """Samples by class and split; of many classes the first."""
+        splits = in_order(self.of_class)
+        names = list(dict.fromkeys(name for members in self.of_class.values() for name in sorted(members)))
+        table = Table(title=f"{len(names):,} classes", title_justify="left")
+        table.add_column("class", overflow="fold")
+        for split in splits:
+            table.add_column(split, justify="right")
+        for name in names[:MOST_CLASSES]:
+            table.add_row(name, *(f"{self.of_class[split][name]:,}" for split in splits))
+        if len(names) > MOST_CLASSES:
+            table.add_row(f"and {len(names) - MOST_CLASSES:,} more", *("" for _ in splits))
+        return table
+
+
+def in_order(splits: Iterable[str]) -> list[str]:
+    """Train, then held-out, then the others by name."""
+    return sorted(splits, key=lambda split: (split != "train", split != HELD_OUT, split))
+
+
+def printable(text: str) -> str:
+    """Text that can be printed and stored as UTF-8: a file name may hold bytes that are not."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def with_progress(items: Iterable[Item], total: int | None, what: str) -> Iterator[Item]:
-    """Yields `items` and shows how far it is: a bar on a terminal, a line every ten seconds elsewhere.
-
-    `total` is their number, None if unknown.
-    """
+    """Yields `items` and shows progress and the time left: a bar on a terminal, a line every five seconds
+    elsewhere. `total` is their number, None if unknown."""
     if sys.stdout.isatty():
         yield from track(items, description=what, total=total)
         return
@@ -157,19 +216,22 @@ def with_progress(items: Iterable[Item], total: int | None, what: str) -> Iterat
     for item in items:
         yield item
         number += 1
-        if time.monotonic() - shown >= 10:
+        if time.monotonic() - shown >= EVERY:
             shown = time.monotonic()
             print(progress_line(what, number, total, shown - start), flush=True)
-    print(progress_line(what, number, total, time.monotonic() - start), flush=True)
+    print(progress_line(what, number, total, time.monotonic() - start, is_done=True), flush=True)
 
 
-def progress_line(what: str, number: int, total: int | None, seconds: float) -> str:
+def progress_line(what: str, number: int, total: int | None, seconds: float, is_done: bool = False) -> str:
+    """`writing train: 1,200 of 6,000, 400/s, 0:00:12 left`."""
     of_total = f" of {total:,}" if total is not None else ""
-    return f"{what}: {number:,}{of_total}, {number / max(seconds, 1e-9):,.0f}/s"
+    remaining = round(seconds / max(number, 1) * max(0, (total or 0) - number))
+    left = "" if is_done or total is None else f", {timedelta(seconds=remaining)} left"
+    return f"{what}: {number:,}{of_total}, {number / max(seconds, 1e-9):,.0f}/s{left}"
 
 
 def read_samples(shards: Iterable[Path], outcome: Outcome) -> Iterator[Sample]:
-    """The samples of `shards`, one after the other; a shard that breaks off is counted as skipped."""
+    """The samples of `shards`, one after another; a damaged shard is counted as skipped."""
     for shard in shards:
         try:
             yield from read_shard(shard)
@@ -180,10 +242,12 @@ def read_samples(shards: Iterable[Path], outcome: Outcome) -> Iterator[Sample]:
 def write_dataset_card(folder: Path, outcome: Outcome, **facts: Any) -> None:
     """Writes `dataset.json` beside the shards: samples per split and class, image sizes, and facts such as
     classes, source and licence."""
-    counts: dict[str, Any] = {"samples": dict(outcome.written)}
+    counts: dict[str, Any] = {
+        "samples": {split: outcome.written[split] for split in in_order(outcome.written)}
+    }
     if outcome.of_class:
         counts["samples_per_class"] = {
-            split: dict(sorted(members.items())) for split, members in outcome.of_class.items()
+            split: dict(sorted(outcome.of_class[split].items())) for split in in_order(outcome.of_class)
         }
     card = counts | facts | describe_sizes(outcome)
     write_json(card, Path(folder) / "dataset.json")
@@ -207,27 +271,26 @@ def describe_sizes(outcome: Outcome) -> dict[str, Any]:
 
 
 def refuse_other_data(folder: Path, source: str | None) -> None:
-    """Raises UserError where `folder` holds shards whose dataset.json tells of another source: they would be
-    lost."""
+    """Raises UserError if `folder` holds shards made from another source, which would be lost."""
     found = read_dataset_card(folder).get("source")
     if found is None or source is None or found == source:
         return
     if Path(found).exists() and Path(found).resolve() == Path(source).resolve():
         return
     raise UserError(
-        f"{folder} holds data of {found}, which those of {source} would replace: name another folder, or "
-        "remove this one"
+        f"{folder} holds shards made from {found}; those of {source} would replace them: name another "
+        "folder, or remove this one"
     )
 
 
 def inherited_facts(folder: Path) -> dict[str, Any]:
-    """What dataset.json of a source says of shards made from it, too: all but the counts."""
+    """What the dataset.json of a source also says about shards made from it: everything but the counts."""
     counts = ("samples", "samples_per_class")
     return {name: fact for name, fact in read_dataset_card(folder).items() if name not in counts}
 
 
 def read_dataset_card(folder: Path) -> dict[str, Any]:
-    """Reads `dataset.json` of a folder of shards; {} if there is none."""
+    """The `dataset.json` of a folder of shards; {} if there is none."""
     path = Path(folder) / "dataset.json"
     if not path.is_file():
         return {}

@@ -1,0 +1,327 @@
+"""Your own images, found in a folder or a list, with the caption, class, split and group of each."""
+
+import csv
+import json
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mmvit.data.captions import read_text
+from mmvit.data.shards import HELD_OUT, BadSample, Sample
+from mmvit.data.writing import Outcome, printable, with_progress
+from mmvit.errors import UserError
+
+STORED_AS_IS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
+# Of several formats of one image the first is used: lossless ones, then the others.
+FORMATS = (".png", ".tif", ".tiff", ".bmp", ".webp", ".jpg", ".jpeg", ".gif")
+CONVERT = "convert them to JPEG or PNG first"
+NOT_READ = {
+    **dict.fromkeys((".svg", ".svgz", ".eps", ".pdf"), "render them to PNG first, e.g. with resvg"),
+    **dict.fromkeys((".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".xcf", ".tga", ".exr"), CONVERT),
+    **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf"), CONVERT),
+}
+LISTS = (".csv", ".tsv", ".jsonl")
+SPLITS = {
+    "train": ("train", "training"),
+    HELD_OUT: ("val", "valid", "validation", "dev", "development", "eval", HELD_OUT, "heldout"),
+    "test": ("test", "testing"),
+}
+SPLIT_OF_NAME = {name: split for split, names in SPLITS.items() for name in names}
+AROUND_SPLIT = r"[-_ ]?(set|images|imgs|data|split|\d{4})$"  # train_images, val2017
+# Tux Paint's stamps: a line in English, then `de.utf8=Ein Apfel`, `pt_BR.utf8=...`, ...
+TRANSLATION = re.compile(r"([a-z]{2,3}(?:_[A-Z]{2})?(?:@\w+)?)\.utf8=(.*)")
+CaptionLines = Literal["first", "all"]
+
+
+@dataclass
+class Entry:
+    """An image file, and what is known of it."""
+
+    path: Path
+    name: str  # in messages: the path as the source has it
+    key: str = ""
+    caption: str | None = None
+    captions: dict[str, str] | None = None  # by language
+    label: str | None = None  # the name of its class
+    split: str | None = None
+    group: str | None = None  # images that belong on the same side of a random split
+
+
+def find_entries(
+    source: Path, outcome: Outcome, unlabelled: bool = False, caption_lines: CaptionLines = "first"
+) -> list[Entry]:
+    """All images of a folder or list, each with a key of its own; what cannot be used is counted.
+
+    Args:
+        unlabelled: ignores captions and classes.
+        caption_lines: which lines of a .txt beside an image are its caption.
+
+    Raises:
+        UserError: if `source` is neither a folder nor a list, or holds no images.
+    """
+    if source.is_dir():
+        entries = entries_of_folder(source, unlabelled, caption_lines, outcome)
+    elif not source.is_file():
+        raise UserError(f"{source} does not exist; give a folder of images, a .csv or a .jsonl")
+    elif source.suffix.lower() not in LISTS:
+        raise UserError(f"expected a folder, a .csv or a .jsonl, got {source}")
+    else:
+        entries = entries_of_list(source, unlabelled, outcome)
+    return with_keys(entries, source if source.is_dir() else source.parent, outcome)
+
+
+# Folders
+
+
+def entries_of_folder(
+    folder: Path, unlabelled: bool, caption_lines: CaptionLines, outcome: Outcome
+) -> list[Entry]:
+    """Captions are used if there are .txt files beside images, otherwise folder names are classes."""
+    images, texts = files_of_folder(folder, outcome)
+    captioned = not unlabelled and any(path.with_suffix("") in texts for path in images)
+    folders = {path: path.parent.relative_to(folder).parts for path in images}
+    level = find_split_level(folder, folders.values())
+    entries = []
+    for path in with_progress(images, len(images), "reading captions") if captioned else images:
+        entry, parts = Entry(path, str(path.relative_to(folder))), folders[path]
+        if level is not None and len(parts) > level:
+            entry.split = split_named(parts[level])
+            parts = parts[:level] + parts[level + 1 :]
+        if captioned:
+            text = texts.get(path.with_suffix(""))
+            if text is None:
+                outcome.skip("no .txt beside the image", entry.name)
+                continue
+            try:
+                read_caption_beside(entry, text, caption_lines, outcome)
+            except BadSample as bad:
+                outcome.skip(bad.reason, str(text.relative_to(folder)))
+                continue
+        elif not unlabelled:
+            if not parts:
+                outcome.skip("neither .txt nor class folder", entry.name)
+                continue
+            entry.label = printable(parts[0])
+        entries.append(entry)
+    return entries
+
+
+def files_of_folder(folder: Path, outcome: Outcome) -> tuple[list[Path], dict[Path, Path]]:
+    """The images, and the .txt files by their path without the extension; hidden files are passed over."""
+    found: dict[Path, list[Path]] = {}
+    texts: dict[Path, Path] = {}
+    not_read: list[Path] = []
+    for place, names in walk(folder, outcome):
+        for name in names:
+            path = place / name
+            suffix = path.suffix.lower()
+            if suffix in FORMATS:
+                found.setdefault(path.with_suffix(""), []).append(path)
+            elif suffix == ".txt":
+                texts.setdefault(path.with_suffix(""), path)
+            elif suffix in NOT_READ:
+                not_read.append(path)
+    images = []
+    for alike in found.values():
+        first, *others = sorted(alike, key=lambda path: FORMATS.index(path.suffix.lower()))
+        images.append(first)
+        for path in others:
+            outcome.skip(
+                "another format of the same image", f"{path.relative_to(folder)} ({first.name} is used)"
+            )
+    not_read = [path for path in not_read if path.with_suffix("") not in found]
+    for path in not_read:
+        outcome.skip(f"{path.suffix.lower()} files", str(path.relative_to(folder)))
+    for suffix, count in Counter(path.suffix.lower() for path in not_read).items():
+        outcome.remark(f"Skipped {count:,} {suffix}: {NOT_READ[suffix]}.")
+    if not images:
+        formats = ", ".join(suffix.removeprefix(".") for suffix in FORMATS)
+        raise UserError(" ".join([f"{folder} holds no images ({formats}).", *outcome.remarks]))
+    return sorted(images), texts
+
+
+def walk(folder: Path, outcome: Outcome) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder in `folder` with the names of its files, sorted; hidden ones are passed over."""
+
+    def skip(error: OSError) -> None:
+        outcome.skip("unreadable folder", f"{error.filename}: {error.strerror}")
+
+    for place, folders, names in os.walk(folder, onerror=skip):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        for name in folders:
+            if os.path.islink(os.path.join(place, name)):
+                outcome.skip("link to a folder, not followed", os.path.join(place, name))
+        yield Path(place), sorted(name for name in names if name[0] != ".")
+
+
+def find_split_level(folder: Path, places: Iterable[Sequence[str]]) -> int | None:
+    """Whether the outermost folders (0: train/cat, val/cat) or the next ones (1: cat/train, cat/val) are
+    splits; None if they are classes."""
+    places = [parts for parts in places if parts]
+    names = {parts[0] for parts in places}
+    splits = {name for name in names if split_named(name)}
+    if splits and splits == names:
+        return 0
+    if len({split_named(name) for name in splits}) > 1:
+        raise UserError(
+            f"{folder} holds folders of splits ({', '.join(sorted(splits))}) beside others "
+            f"({printable(', '.join(sorted(names - splits)[:3]))}): move these, or list the images in a CSV "
+            "with the columns path, class and split"
+        )
+    if all(len(parts) > 1 and split_named(parts[1]) for parts in places):
+        return 1 if len({split_named(parts[1]) for parts in places}) > 1 else None
+    return None
+
+
+def split_named(name: str) -> str | None:
+    """`val`, `Validation`, `val2017` → `held-out`; None for a name that is not a split's."""
+    name = re.sub(AROUND_SPLIT, "", name.strip().lower()).replace("_", "-").replace(" ", "-")
+    return SPLIT_OF_NAME.get(name)
+
+
+def read_caption_beside(entry: Entry, path: Path, lines: CaptionLines, outcome: Outcome) -> None:
+    """Sets the caption, or captions by language, from the .txt beside an image. Raises BadSample."""
+    text = read_text(Sample(entry.name, path, {"txt": read_file(path)}), "txt")
+    found = [line.strip() for line in text.splitlines() if line.strip()]
+    if not found:
+        outcome.note("the caption is empty, which stands for any image", entry.name)
+    translations = [TRANSLATION.fullmatch(line) for line in found[1:]]
+    if any(translations):
+        by_language = {match[1]: match[2].strip() for match in translations if match and match[2].strip()}
+        entry.captions = {"en": found[0], **by_language}
+        outcome.note("captions in several languages", f"{entry.name} ({len(entry.captions)})")
+    elif len(found) > 1 and lines == "first":
+        outcome.note("only the first line of the .txt is used (--caption-lines all joins them)", entry.name)
+    entry.caption = " ".join(found if lines == "all" and not entry.captions else found[:1])
+
+
+# Lists
+
+
+def entries_of_list(source: Path, unlabelled: bool, outcome: Outcome) -> list[Entry]:
+    entries = []
+    for line, row in read_rows(source):
+        try:
+            entries.append(entry_of_row(row, source.parent, unlabelled))
+        except BadSample as bad:
+            outcome.skip(bad.reason, f"{source.name}:{line}")
+    return entries
+
+
+def entry_of_row(row: Any, folder: Path, unlabelled: bool) -> Entry:
+    if not isinstance(row, dict):
+        raise BadSample("line is not a JSON object", "")
+    path, caption, captions = (row.get(name) for name in ("path", "caption", "captions"))
+    label, split, group = (
+        None if row.get(name) in (None, "") else str(row[name]) for name in ("class", "split", "group")
+    )
+    if not isinstance(path, str) or not Path(path).name:
+        raise BadSample("no path", "")
+    if split is not None:
+        split = split_named(split) or split.strip()
+        if not re.fullmatch(r"\w[\w-]*", split):
+            raise BadSample("the split is not a name of letters and digits", split)
+    entry = Entry(folder / path, path, split=split, group=group)
+    if unlabelled:
+        check_text(path, group)
+        return entry
+    if not isinstance(caption, str | None):
+        raise BadSample("caption is not text", "")
+    if captions is not None and not (
+        isinstance(captions, dict) and all(isinstance(text, str) for text in captions.values())
+    ):
+        raise BadSample("captions are not {language: caption}", "")
+    if caption is None and not captions and label is None:
+        raise BadSample("neither caption nor class", "")
+    check_text(path, group, caption, label, *(captions or {}), *(captions or {}).values())
+    entry.caption, entry.captions, entry.label = caption, captions, label
+    return entry
+
+
+def check_text(*texts: str | None) -> None:
+    """Raises BadSample for what UTF-8 cannot hold: JSON may write half of a surrogate pair."""
+    for text in texts:
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError:
+            raise BadSample("text with a lone surrogate", "") from None
+
+
+def read_rows(source: Path) -> Iterator[tuple[int, Any]]:
+    """Yields (line number, row) of a CSV with a header, or of JSON lines (None if a line is not JSON)."""
+    try:
+        with source.open(encoding="utf-8-sig", newline="") as lines:
+            yield from read_csv(source, lines) if source.suffix.lower() != ".jsonl" else read_json(lines)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except csv.Error as error:
+        raise UserError(f"{source} is not a CSV file: {error}") from None
+
+
+def read_csv(source: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(2**31 - 1)  # a caption may well have more than the default of 131,072 characters
+    header = lines.readline()
+    lines.seek(0)
+    reader = csv.DictReader(lines, delimiter=max(",;\t", key=header.count))
+    if "path" not in (reader.fieldnames or []):
+        found = ", ".join(reader.fieldnames or []) or "nothing"
+        raise UserError(
+            f"{source}: expected the columns path and caption or class (and maybe split, group), got {found}"
+        )
+    for row in reader:
+        yield reader.line_num, row
+
+
+def read_json(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError):  # also numbers of thousands of digits, and deep nesting
+                yield number, None
+
+
+# Keys and files
+
+
+def with_keys(entries: list[Entry], folder: Path, outcome: Outcome) -> list[Entry]:
+    """Gives every entry its own key; the second and later mentions of a file are skipped."""
+    folder = Path(os.path.abspath(folder))
+    places = {Path(os.path.abspath(entry.path)): entry for entry in reversed(entries)}  # the first one wins
+    outside = [path.parent for path in places if not path.is_relative_to(folder)]
+    top = Path(os.path.commonpath(outside)) if outside else folder
+    by_key: dict[str, Entry] = {}
+    for path, entry in reversed(places.items()):
+        key = key_of(path.relative_to(folder if path.is_relative_to(folder) else top))
+        entry.key, number = key, 1
+        while entry.key in by_key:
+            number += 1
+            entry.key = f"{key}-{number}"
+        by_key[entry.key] = entry
+    for entry in entries:
+        if not entry.key:
+            outcome.skip("listed before", entry.name)
+    return list(by_key.values())
+
+
+def key_of(path: Path) -> str:
+    """A shard key made from a relative path: no extension, and only letters, digits, `_` and `-`."""
+    if not path.name:
+        return "image"
+    return re.sub(r"[^\w-]+", "_", "/".join(path.with_suffix("").parts)).strip("_") or "image"
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of an ordinary file. Raises BadSample for anything else: a pipe would wait for ever, a device
+    never end."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise BadSample("not an ordinary file", str(path))
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise BadSample("missing or unreadable file", str(error)) from None
