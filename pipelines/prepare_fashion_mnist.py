@@ -1,24 +1,27 @@
-"""Makes the Fashion-MNIST data set: 60,000 + 10,000 pictures of clothes, 28x28, in 10 classes, with captions.
+"""Make the Fashion-MNIST data set: 60,000 + 10,000 images of clothes, 28x28, in 10 classes, with captions.
 
     apt-get install dataset-fashion-mnist        # or download its .deb and unpack it with dpkg -x
-    python pipelines/prepare_fashion_mnist.py data/fashion-mnist [--source FOLDER]
+    mmvit prepare fashion-mnist data/fashion-mnist
+    mmvit prepare fashion-mnist data/fashion-mnist --source folder-with-the-four-idx-files
 
-takes 15 s. Every sample has `png` (greyscale), `cls` (0 to 9) and `txt` (the name of the class). The splits
-are the data set's own, train and test; train comes in a fixed mixed order.
+It takes 15 s. Every sample has `png` (greyscale), `cls` (0 to 9) and `txt` (the name of the class). The
+splits are the data set's own, train and test; train comes in a fixed mixed order.
 """
 
-import argparse
 import gzip
 import hashlib
 import struct
 import zlib
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from typer import Argument, Option
 
+from mmvit.cli import run_script
 from mmvit.data.images import encode_png
 from mmvit.data.writing import Outcome, ShardWriter, refuse_other_data, with_progress, write_dataset_card
-from mmvit.errors import UserError, run_script
+from mmvit.errors import UserError
 
 SOURCE = "Fashion-MNIST (Xiao, Rasul, Vollgraf 2017), IDX files"
 PACKAGE_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -28,25 +31,19 @@ CLASSES = [
 PREFIXES = {"train": "train", "test": "t10k"}  # of the file names
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, help="folder to write the shards to")
-    parser.add_argument(
-        "--source", type=Path, default=PACKAGE_FOLDER, help=f"folder of the IDX files ({PACKAGE_FOLDER})"
-    )
-    parser.add_argument("--samples-per-shard", type=int, default=5000)
-    arguments = parser.parse_args()
-
-    refuse_other_data(arguments.out, SOURCE)
-    data = {split: read_split(arguments.source, prefix) for split, prefix in PREFIXES.items()}
+def main(
+    out: Annotated[Path, Argument(help="folder to write the shards to")],
+    source: Annotated[Path, Option(help="folder of the IDX files")] = PACKAGE_FOLDER,
+    samples_per_shard: Annotated[int, Option(help="samples in one tar file")] = 5000,
+) -> None:
+    refuse_other_data(out, SOURCE)
+    data = {split: read_split(source, prefix) for split, prefix in PREFIXES.items()}
     outcome = Outcome()
     for split, (images, labels) in data.items():
         order = range(len(images))
         if split == "train":
             order = sorted(order, key=lambda number: hashlib.sha256(str(number).encode()).digest())
-        with ShardWriter(arguments.out, split, arguments.samples_per_shard) as writer:
+        with ShardWriter(out, split, samples_per_shard) as writer:
             for number in with_progress(order, len(images), f"writing {split}"):
                 label = int(labels[number])
                 files = {
@@ -56,14 +53,8 @@ def main() -> None:
                 }
                 writer.write(f"{split}-{number:05d}", files)
                 outcome.wrote(split, files["png"], CLASSES[label])
-    write_dataset_card(
-        arguments.out,
-        outcome,
-        classes=CLASSES,
-        source=SOURCE,
-        licence="MIT",
-    )
-    outcome.print(arguments.out)
+    write_dataset_card(out, outcome, classes=CLASSES, source=SOURCE, licence="MIT")
+    outcome.print(out)
 
 
 def read_split(source: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
@@ -103,7 +94,9 @@ def read_idx(path: Path) -> np.ndarray:
     shape = struct.unpack_from(f">{data[3]}I", data, 4)
     pixels = np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape))
     if pixels.size != np.prod(shape):
-        raise UserError(f"{path} has {pixels.size:,} bytes of data, its header says {shape}; fetch it again")
+        raise UserError(
+            f"{path} has {pixels.size:,} bytes of data, but its header says {shape}; download it again"
+        )
     return pixels.reshape(shape)
 
 

@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 import re
-import runpy
 import shutil
 import struct
 import sys
@@ -18,8 +17,8 @@ from PIL import Image
 from mmvit.data.captions import TextTokenizer
 from mmvit.data.images import decode_image
 from mmvit.data.shards import Sample, expand_shards, read_shard
+from mmvit.places import load_script
 
-ROOT = Path(__file__).resolve().parent.parent
 CODE_POINTS_OF_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 
 
@@ -40,7 +39,7 @@ def emoji(tmp_path_factory, run_script) -> Path:
     folder = tmp_path_factory.mktemp("emoji")
     done = run_script("pipelines/prepare_emoji.py", folder)
     assert done.returncode == 0, done.stderr
-    assert "no name for the picture" in done.stdout
+    assert "no name for the image" in done.stdout
     return folder
 
 
@@ -84,17 +83,17 @@ def test_held_out_emoji_share_neither_base_nor_picture_with_train(emoji):
 
 
 def test_combination_with_an_unseen_part_goes_to_train():
-    script = runpy.run_path(str(ROOT / "pipelines" / "prepare_emoji.py"))
+    script = load_script("pipelines/prepare_emoji.py")
 
     def toned(base: str, tone: int, caption: str):
-        key = f"{base}-{script['SKIN_TONES'][tone]}"
-        return script["Emoji"](key, base, (tone,), {"en": caption}, "", b"", picture=key)
+        key = f"{base}-{script.SKIN_TONES[tone]}"
+        return script.Emoji(key, base, (tone,), {"en": caption}, "", b"", image=key)
 
     whole = [toned("1f590", tone, f"hand tone{tone}") for tone in range(5)]
     lone = toned("1f44b", 0, "wave tone0")  # base 0, so (0 + 0) % 5 == 0, but no other tone of it is in train
     odd_word = toned("1f596", 3, "salute tone3")  # base 2, so (2 + 3) % 5 == 0, but its word is in no other
     more = [toned("1f596", tone, f"spock tone{tone}") for tone in (0, 1, 2, 4)]
-    splits = script["split_emoji"]([*whole, lone, odd_word, *more])
+    splits = script.split_emoji([*whole, lone, odd_word, *more])
     assert [one.key for one in splits["combinations"]] == ["1f590-1f3ff"]
     assert {lone.key, odd_word.key} <= {one.key for one in splits["train"]}
 
@@ -178,7 +177,7 @@ def test_what_openmoji_does_not_draw_is_skipped_and_counted_by_reason(openmoji):
     assert counts == {
         "no drawing in this style": 3953 - 21 - 3,
         "could not be rendered": 3,
-        "held out, but drawn as one in train": 1,
+        "held out, but drawn like one in train": 1,
         "no Twemoji of these code points": 1,
     }
     train, combinations = read_split(folder, "train"), read_split(folder, "combinations")
@@ -213,7 +212,7 @@ def test_fashion_mnist_files_that_do_not_fit_are_refused(run_script, tmp_path):
     assert "train-labels-idx1-ubyte is not an IDX file" in run()
     (tmp_path / "train-labels-idx1-ubyte").unlink()
     write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.zeros(5, np.uint8), missing=1)
-    assert "has 4 bytes of data, its header says (5,)" in run()
+    assert "has 4 bytes of data, but its header says (5,)" in run()
     write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.zeros(4, np.uint8))
     assert "train has images (5, 28, 28), labels (4,) up to 0" in run()
     write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.full(5, 10, np.uint8))
@@ -279,7 +278,7 @@ def test_emoji_groups_of_other_shards_and_without_their_package_are_refused(
 ):
     done = run_script("pipelines/prepare_emoji_groups.py", tiny_shards, tmp_path / "out")
     assert done.returncode == 2
-    assert "has a group; is it of prepare_emoji.py?" in done.stderr
+    assert "has a group; was it made by mmvit prepare emoji?" in done.stderr
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     done = run_script("pipelines/prepare_emoji_groups.py", tiny_shards, tmp_path / "out")
     assert done.returncode == 2
@@ -306,7 +305,7 @@ def test_a_share_has_as_many_of_each_class_and_is_part_of_a_larger_one(run_scrip
     assert keys[0.1, 0] < keys[0.5, 0]
     assert keys[0.1, 0] != keys[0.1, 1]
     for arguments, message in (
-        (("--share", 2), "--share 2.0 is not in"),
+        (("--share", 2), "--share: expected a number above 0 and up to 1, got 2.0"),
         (("--share", 0.5, "--split", "gone"), "no shards match"),
     ):
         done = run_script("pipelines/take_share.py", tiny_shards, tmp_path / "x", *arguments)

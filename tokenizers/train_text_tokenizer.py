@@ -1,57 +1,52 @@
-"""Learns a text tokenizer (byte-level BPE, lower case, NFKC) from captions in shards or in a text file.
+"""Learn a text tokenizer (byte-level BPE, lower case, NFKC) from captions in shards or in a text file.
 
-    python tokenizers/train_text_tokenizer.py "data/emoji/train-*.tar" tokenizers/emoji-text
-    python tokenizers/train_text_tokenizer.py captions.txt my-text --vocab-size 4096
+    mmvit tokenizer text "data/emoji/train-*.tar" tokenizers/emoji-text
+    mmvit tokenizer text captions.txt my-text --vocab-size 4096
 
-takes 4 s on two cores. Of shards, all languages in `json` and the `txt` are read; of a text file, every line.
-Writes OUT/tokenizer.json, and prints how many tokens captions take by language.
+The first takes 4 s on two cores. It reads all languages in `json` and the `txt` of shards, or every line of a
+text file, writes OUT/tokenizer.json, and prints how many tokens captions take in each language.
 """
 
-import argparse
-import json
+import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from typer import Argument, Option
 
-from mmvit.data.captions import PAD, TextTokenizer, read_text
+from mmvit.cli import run_script
+from mmvit.data.captions import PAD, TextTokenizer, read_captions, read_text
 from mmvit.data.shards import BadSample, BadShard, expand_shards, read_shard
-from mmvit.errors import UserError, run_script
+from mmvit.data.writing import with_progress
+from mmvit.errors import UserError
 
 NUM_BYTES = 256
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "source", help="shards (pattern or folder), or a text file with a caption in each line"
-    )
-    parser.add_argument("out", type=Path, help="folder to write tokenizer.json to")
-    parser.add_argument(
-        "--vocab-size", type=int, default=4096, help=f"tokens, with {PAD} and {NUM_BYTES} bytes"
-    )
-    arguments = parser.parse_args()
-    if arguments.vocab_size <= NUM_BYTES + 1:
+def main(
+    source: Annotated[str, Argument(help="shards (a pattern or folder), or a text file, a caption per line")],
+    out: Annotated[Path, Argument(help="folder to write tokenizer.json to")],
+    vocab_size: Annotated[int, Option(help=f"tokens, including {PAD} and {NUM_BYTES} bytes")] = 4096,
+) -> None:
+    if vocab_size <= NUM_BYTES + 1:
         raise UserError(
-            f"--vocab-size {arguments.vocab_size} leaves no room for merges; {PAD} and the bytes take "
-            f"{NUM_BYTES + 1}"
+            f"--vocab-size: expected more than {NUM_BYTES + 1}, the number of {PAD} and the bytes, "
+            f"got {vocab_size}"
         )
-
-    captions = collect_captions(arguments.source)
-    tokenizer = learn([caption for group in captions.values() for caption in group], arguments.vocab_size)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(arguments.out / "tokenizer.json")
+    captions = collect_captions(source)
+    tokenizer = learn([caption for group in captions.values() for caption in group], vocab_size)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(out / "tokenizer.json")
     print_lengths(tokenizer, captions)
-    print(f"{tokenizer.vocab_size:,} tokens in {arguments.out / 'tokenizer.json'}")
+    print(f"{tokenizer.vocab_size:,} tokens in {out / 'tokenizer.json'}")
 
 
 def collect_captions(source: str) -> dict[str, list[str]]:
-    """Captions by language; those of unknown language under "txt"."""
+    """Captions by language; those whose language is unknown under "txt"."""
     if Path(source).is_file() and not source.endswith((".tar", ".tar.gz", ".tgz")):
         try:
             lines = Path(source).read_text(encoding="utf-8-sig").splitlines()
@@ -71,25 +66,20 @@ def collect_captions(source: str) -> dict[str, list[str]]:
 
 def captions_in_shards(pattern: str) -> dict[str, list[str]]:
     captions = defaultdict(list)
-    num_bad = 0
-    for shard in expand_shards(pattern):
+    shards = expand_shards(pattern)
+    for shard in with_progress(shards, len(shards), "reading shards"):
         try:
-            for sample in read_shard(shard):
+            for sample in read_shard(shard, only=("json", "txt")):
                 try:
-                    by_language = (
-                        json.loads(read_text(sample, "json")).get("captions", {})
-                        if "json" in sample.files
-                        else {}
-                    )
+                    by_language = read_captions(sample) if "json" in sample.files else {}
                     for language, caption in by_language.items():
                         captions[language].append(caption)
                     if "txt" in sample.files and not by_language:
                         captions["txt"].append(read_text(sample, "txt"))
-                except (BadSample, ValueError, AttributeError) as error:
-                    num_bad += 1
+                except BadSample as error:
                     print(f"skipped {sample.key} in {shard}: {error}")
         except BadShard as error:
-            print(f"the rest of a shard is left out: {error}")
+            print(f"skipped the rest of a shard: {error}")
     return captions
 
 
@@ -104,14 +94,14 @@ def learn(captions: list[str], vocab_size: int) -> TextTokenizer:
             normalizers.Strip(),
         ]
     )
-    # A space in front of every word, the first one too: a word then has the same tokens wherever it stands.
+    # A space before every word, even the first: a word then has the same tokens everywhere.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[PAD],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(captions, trainer)
     return TextTokenizer(tokenizer)
@@ -121,14 +111,17 @@ def print_lengths(tokenizer: TextTokenizer, captions: dict[str, list[str]]) -> N
     table = Table(title="tokens per caption", title_justify="left")
     for column in ("language", "captions", "mean", "99%", "longest"):
         table.add_column(column, justify="left" if column == "language" else "right")
-    for language, group in captions.items():
-        lengths = np.array([len(tokenizer.tokenize(caption)) for caption in group])
+    spoken = [(language, caption) for language, group in captions.items() for caption in group]
+    counts = defaultdict(list)
+    for language, caption in with_progress(spoken, len(spoken), "counting tokens"):
+        counts[language].append(len(tokenizer.tokenize(caption)))
+    for language, lengths in counts.items():
         table.add_row(
             language,
-            f"{len(group):,}",
-            f"{lengths.mean():.1f}",
+            f"{len(lengths):,}",
+            f"{np.mean(lengths):.1f}",
             f"{np.percentile(lengths, 99):.0f}",
-            f"{lengths.max()}",
+            f"{max(lengths)}",
         )
     Console().print(table)
 

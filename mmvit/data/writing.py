@@ -219,7 +219,8 @@ def with_progress(items: Iterable[Item], total: int | None, what: str) -> Iterat
         if time.monotonic() - shown >= EVERY:
             shown = time.monotonic()
             print(progress_line(what, number, total, shown - start), flush=True)
-    print(progress_line(what, number, total, time.monotonic() - start, is_done=True), flush=True)
+    if time.monotonic() - start >= EVERY:
+        print(progress_line(what, number, total, time.monotonic() - start, is_done=True), flush=True)
 
 
 def progress_line(what: str, number: int, total: int | None, seconds: float, is_done: bool = False) -> str:
