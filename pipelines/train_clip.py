@@ -83,7 +83,7 @@ def retrieval(model: nn.Module, batches: Iterable[dict[str, Any]]) -> dict[str, 
     device = next(model.parameters()).device
     pictures, captions, ids = [], [], []
     for batch in batches:
-        pictures.append(model.embed_pictures(batch["pixels"].to(device)))
+        pictures.append(model.embed_images(batch["pixels"].to(device)))
         captions.append(model.embed_captions(batch["caption_ids"].to(device)))
         ids.append(batch["caption_ids"].to(device))
     if not pictures:

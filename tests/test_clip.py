@@ -52,9 +52,9 @@ def test_the_loss_by_hand():
     model = small()
     with torch.no_grad():
         model.log_scale.fill_(math.log(3))
-    pictures, captions = model.embed_pictures(batch()["pixels"]), model.embed_captions(IDS)
-    torch.testing.assert_close(pictures.norm(dim=1), torch.ones(4))
-    cosines = 3 * pictures @ captions.T
+    images, captions = model.embed_images(batch()["pixels"]), model.embed_captions(IDS)
+    torch.testing.assert_close(images.norm(dim=1), torch.ones(4))
+    cosines = 3 * images @ captions.T
     belongs = [[0, 2], [1], [0, 2], [3]]
     expected = 0
     for logits in (cosines, cosines.T):
@@ -79,7 +79,7 @@ def test_padding_does_not_change_a_caption():
     padded = F.pad(IDS, (0, 4))
     torch.testing.assert_close(longer.embed_captions(padded), model.embed_captions(IDS))
     assert not torch.allclose(model.embed_captions(IDS[:, [1, 0, 2, 3, 4]]), model.embed_captions(IDS))
-    with pytest.raises(ValueError, match="captions have 4 places, this CLIP reads 5"):
+    with pytest.raises(ValueError, match="expected captions of 5 tokens, got 4"):
         model.embed_captions(IDS[:, :4])
 
 
@@ -120,9 +120,9 @@ def test_ranks_of_what_belongs_together():
 
 
 class Nearly(torch.nn.Linear):
-    """Two pictures, each a hair nearer to its own caption: less than bfloat16 tells apart."""
+    """Two images, each a hair nearer to its own caption: less than bfloat16 tells apart."""
 
-    def embed_pictures(self, pixels):
+    def embed_images(self, pixels):
         return torch.tensor([[1, 0.001], [1, -0.001]])
 
     def embed_captions(self, caption_ids):
@@ -183,7 +183,7 @@ def test_the_script_trains_what_finds_captions(trained, tiny_shards):
     assert (own > others).all()
 
 
-def test_pictures_are_named_from_the_command_line(trained, run_script, tmp_path):
+def test_images_are_named_from_the_command_line(trained, run_script, tmp_path):
     captions = tmp_path / "captions.txt"
     captions.write_text("red square\nblue square\n\n")
     Image.new("RGB", (20, 20), (0, 0, 250)).save(tmp_path / "blue.png")

@@ -15,10 +15,8 @@ class Lookup(nn.Module):
         super().__init__()
         self.captions = nn.Parameter(captions)
 
-    def embed_pictures(self, pixels: torch.Tensor) -> torch.Tensor:
+    def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
         return pixels
-
-    embed_images = embed_pictures
 
     def embed_captions(self, ids: torch.Tensor) -> torch.Tensor:
         return self.captions[ids[:, 0]]

@@ -89,6 +89,11 @@ def test_divergence_and_temperature_have_schedules_of_their_own():
     assert metrics["temperature"].item() == pytest.approx(cosine(5, 40, 1.0, 1 / 16))
 
 
+def test_an_older_config_names_start_images_otherwise():
+    assert DiscreteVAEConfig.model_validate({"start_pictures": 3}) == DiscreteVAEConfig(start_images=3)
+    assert "start_images" in DiscreteVAEConfig(start_images=3).model_dump()
+
+
 def test_loss_is_likelihood_and_weighted_divergence_per_pixel_and_channel(model):
     model.passes.fill_(SMALL.kl_warmup)
     batch = {"pixels": pixels_of(2)}
@@ -119,7 +124,7 @@ def test_schedules_move_in_training_alone_and_are_saved(model, tmp_path):
 
 
 def test_relaxed_codes_follow_the_encoders_distribution(model):
-    """With one code certain everywhere, training and evaluation see the same picture."""
+    """With one code certain everywhere, training and evaluation see the same image."""
     with torch.no_grad():
         model.encoder.head.weight.zero_()
         model.encoder.head.bias.copy_(torch.where(torch.arange(32) == 5, 80.0, 0.0))
@@ -161,7 +166,7 @@ def test_decoding_codes_equals_decoding_their_one_hot_vectors(model):
     assert model.code_vectors().shape == (32, 8)
 
 
-def test_it_learns_a_few_pictures():
+def test_it_learns_a_few_images():
     torch.manual_seed(0)
     model = DiscreteVAE(SMALL.model_copy(update={"width": 16, "kl_weight": 0.0})).train()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)

@@ -109,7 +109,7 @@ def main() -> None:
         plain = PixelsSample(data.image_size)
         training_once = one_epoch(session, data.train, plain)
         held_out = one_epoch(session, data.held_out, plain)
-        wanted = getattr(session.recipe.model, "start_pictures", 0)
+        wanted = getattr(session.recipe.model, "start_images", 0)
         if wanted and not any(session.run.checkpoints.glob("*")):
             buffer = data.shuffle_buffer
             shuffled = ShardStream(data.train, plain, wanted, shuffle_buffer=buffer, repeat=False)

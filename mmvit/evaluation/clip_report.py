@@ -27,7 +27,7 @@ def retrieval(model: CLIP, batches: Iterable[dict[str, Any]]) -> dict[str, float
     image_parts, caption_parts, id_parts = [], [], []
     for batch in batches:
         caption_ids = batch["caption_ids"].to(device)
-        image_parts.append(model.embed_pictures(batch["pixels"].to(device)))
+        image_parts.append(model.embed_images(batch["pixels"].to(device)))
         caption_parts.append(model.embed_captions(caption_ids))
         id_parts.append(caption_ids)
     if not id_parts:

@@ -1,4 +1,4 @@
-"""CLIP: a tower for pictures and one for captions, which put what belongs together near each other
+"""CLIP: an image encoder and a text encoder that map images and their captions close together
 (2103.00020)."""
 
 import math
@@ -18,29 +18,29 @@ from mmvit.hub import Pretrained
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.generator_transformer import PAD
 
-COLDEST = 100.0  # of logits per cosine, as in the paper
+MAX_SCALE = 100.0  # logits per cosine, as in the paper
 
 
 class CLIPConfig(Config):
-    """`image` is a classifier's configuration, whose head and classes have no part in it."""
+    """A classifier's configuration for `image`, whose head is not used, and a core for `text`."""
 
     kind: Literal["clip"] = "clip"
     image: ClassifierConfig = ClassifierConfig()
     text: TransformerConfig = TransformerConfig()
     vocab_size: int = Field(4096, gt=1)
     text_length: int = Field(32, gt=0)
-    embedding_width: int = Field(256, gt=0, description="of the space that pictures and captions share")
-    temperature: float = Field(0.07, gt=0, description="at the start; it is learnt")
+    embedding_width: int = Field(256, gt=0, description="of the space that images and captions share")
+    temperature: float = Field(0.07, gt=0, description="initial value; it is learnt")
 
     @model_validator(mode="after")
     def _no_tanh_layer(self):
         if self.image.representation_width:
-            raise ValueError("image.representation_width belongs to a classifier's head: leave it out")
+            raise ValueError("image.representation_width belongs to a classifier's head: remove it")
         return self
 
 
 class CLIP(Pretrained, nn.Module):
-    """pixels, caption ids → unit vectors, whose products say how well they fit."""
+    """pixels, caption ids → unit vectors, whose products say how well they match."""
 
     config_class, kind = CLIPConfig, "clip"
 
@@ -64,22 +64,22 @@ class CLIP(Pretrained, nn.Module):
     @property
     def scale(self) -> Tensor:
         """Logits per cosine, 1 / temperature."""
-        return self.log_scale.exp().clamp(max=COLDEST)
+        return self.log_scale.exp().clamp(max=MAX_SCALE)
 
-    def embed_pictures(self, pixels: Tensor) -> Tensor:
+    def embed_images(self, pixels: Tensor) -> Tensor:
         """pixels (batch, channels, height, width) in [-1, 1] → unit vectors (batch, embedding_width)."""
         return F.normalize(self.image_projection(self.image.features(pixels)).float(), dim=1)
 
     def embed_captions(self, caption_ids: Tensor) -> Tensor:
-        """caption_ids (batch, text_length), padded → unit vectors (batch, embedding_width), which padding
-        does not change.
+        """caption_ids (batch, text_length), padded → unit vectors (batch, embedding_width); padding has no
+        effect.
 
         Raises:
             ValueError: for captions of another length.
         """
         if caption_ids.shape[1] != self.config.text_length:
             raise ValueError(
-                f"captions have {caption_ids.shape[1]} places, this CLIP reads {self.config.text_length}"
+                f"expected captions of {self.config.text_length} tokens, got {caption_ids.shape[1]}"
             )
         tokens = self.text_embedding(caption_ids)
         x = self.positions.add(torch.cat([self.start.expand(len(tokens), -1, -1), tokens], dim=1))
@@ -88,24 +88,24 @@ class CLIP(Pretrained, nn.Module):
         return F.normalize(self.text_projection(x[:, 0]).float(), dim=1)
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean of both cross-entropies, of finding each picture's caption and each caption's picture
-        among those of the batch, over all processes. Captions that are the same belong to all their pictures
-        (UniCL, 2204.03610), which for different captions is CLIP's own loss.
+        """The mean cross-entropy of finding each image's caption, and each caption's image, in the batches of
+        all processes. Images with the same caption all match it (UniCL, 2204.03610); when captions differ,
+        this is CLIP's own loss.
 
         Returns:
-            loss, and metrics: loss, `accuracy` of finding a picture's caption, `temperature`.
+            loss, and metrics: loss, `accuracy` of finding an image's caption, `temperature`.
         """
         ids = batch["caption_ids"]
-        pictures, captions = self.embed_pictures(batch["pixels"]), self.embed_captions(ids)
-        every_picture, every_caption, every_id = gather(pictures), gather(captions), gather(ids)
-        belongs = (ids[:, None] == every_id[None]).all(-1).float()
-        wanted = belongs / belongs.sum(1, keepdim=True)
-        with torch.autocast(pictures.device.type, enabled=False):
-            of_pictures = self.scale * pictures @ every_caption.T
-            of_captions = self.scale * captions @ every_picture.T
-        loss = (F.cross_entropy(of_pictures, wanted) + F.cross_entropy(of_captions, wanted)) / 2
-        found = belongs.gather(1, of_pictures.argmax(1, keepdim=True)).mean()
-        metrics = {"loss": loss.detach(), "accuracy": found, "temperature": 1 / self.scale.detach()}
+        images, captions = self.embed_images(batch["pixels"]), self.embed_captions(ids)
+        all_images, all_captions, all_ids = gather(images), gather(captions), gather(ids)
+        matches = (ids[:, None] == all_ids[None]).all(-1).float()
+        targets = matches / matches.sum(1, keepdim=True)
+        with torch.autocast(images.device.type, enabled=False):
+            image_logits = self.scale * images @ all_captions.T
+            caption_logits = self.scale * captions @ all_images.T
+        loss = (F.cross_entropy(image_logits, targets) + F.cross_entropy(caption_logits, targets)) / 2
+        accuracy = matches.gather(1, image_logits.argmax(1, keepdim=True)).mean()
+        metrics = {"loss": loss.detach(), "accuracy": accuracy, "temperature": 1 / self.scale.detach()}
         return loss, metrics
 
 
@@ -116,7 +116,7 @@ def projection(before: int, after: int) -> nn.Linear:
 
 
 def gather(rows: Tensor) -> Tensor:
-    """The rows of all processes, in their order, with gradients to each."""
+    """The rows of all processes in rank order, with gradients to each process."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows
     if rows.is_floating_point():

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from mmvit.config import Config
@@ -22,7 +22,7 @@ from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.quantizers import perplexity
 
 NUM_GROUPS = 4  # of residual blocks; between them the resolution halves three times
-SHARPNESS = 20.0  # of the codes at a start from data: logits are minus half of it times squared distances
+SHARPNESS = 20.0  # of codes initialised from data: logits are minus half of it times squared distances
 EPSILON = 0.1  # keeps pixel values away from the ends of (0, 1), where the logit is infinite
 
 
@@ -32,21 +32,24 @@ class DiscreteVAEConfig(Config):
     kind: Literal["dvae"] = "dvae"
     codebook_size: int = Field(8192, ge=2)
     width: int = Field(
-        256, ge=4, multiple_of=4, description="of the first group; the others have 2, 4, 8 times"
+        256, ge=4, multiple_of=4, description="of the first group; the others are 2, 4 and 8 times as wide"
     )
     blocks_per_group: int = Field(2, ge=1)
-    code_width: int = Field(128, ge=1, description="dimensions that the decoder first gives a code")
+    code_width: int = Field(128, ge=1, description="dimensions of the decoder's code embeddings")
     kl_weight: float = Field(6.6, ge=0, description="final weight of the KL divergence, β")
-    kl_warmup: int = Field(5000, ge=0, description="passes in which β rises from 0")
-    final_temperature: float = Field(1 / 16, gt=0, description="of the relaxation, which begins at 1")
-    temperature_steps: int = Field(150_000, ge=0, description="passes in which the temperature falls")
-    start_pictures: int = Field(
-        0, ge=0, description="of the data, among whose patches codes are spread before training"
+    kl_warmup: int = Field(5000, ge=0, description="passes over which β rises from 0")
+    final_temperature: float = Field(1 / 16, gt=0, description="of the relaxation; it starts at 1")
+    temperature_steps: int = Field(150_000, ge=0, description="passes over which the temperature falls")
+    start_images: int = Field(
+        0,
+        ge=0,
+        validation_alias=AliasChoices("start_images", "start_pictures"),  # the latter in older config.json
+        description="training images among whose patches codes are spread before training; 0 for none",
     )
 
 
 class DiscreteVAE(ImageTokenizer):
-    """pixels ↔ codes at factor 8. Any image whose sides are multiples of 8 will do."""
+    """pixels ↔ codes at factor 8, for images whose sides are multiples of 8."""
 
     config_class, kind = DiscreteVAEConfig, "dvae"
     factor = 2 ** (NUM_GROUPS - 1)
@@ -59,18 +62,17 @@ class DiscreteVAE(ImageTokenizer):
         self.register_buffer("passes", torch.zeros((), dtype=torch.long))  # training passes so far
 
     def code_vectors(self) -> Tensor:
-        """What the decoder first makes of each code, (codebook_size, code_width)."""
+        """The decoder's embedding of each code, (codebook_size, code_width)."""
         return self.decoder.stem.weight[:, :, 0, 0].T
 
     @torch.no_grad()
     def start_codes(self, pixels: Tensor) -> None:
-        """Begins with codes that stand for patches of `pixels` (pictures, 3, height, width), which a short
-        run would not find by itself: the encoder names the code nearest to what it makes of a patch, and the
-        decoder gives near codes near vectors. Patches are drawn as k-means++ draws centres (Arthur and
-        Vassilvitskii 2007).
+        """Initialises the codes from patches of `pixels` (images, 3, height, width), which a short run would
+        not find by itself: the encoder chooses the code nearest to a patch's features, and the decoder embeds
+        similar codes similarly. Patches are drawn as k-means++ draws centres (Arthur and Vassilvitskii 2007).
 
         Raises:
-            UserError: where all patches are alike.
+            UserError: when all patches are alike.
         """
         mapped = map_pixels((pixels + 1) / 2)
         parts = [self.encoder.features(part).flatten(2).transpose(1, 2) for part in mapped.split(64)]
@@ -78,7 +80,7 @@ class DiscreteVAE(ImageTokenizer):
         middle = vectors.mean(0)
         spread = (vectors - middle).square().sum(1).mean().sqrt()
         if not spread > 0:
-            raise UserError(f"all {len(vectors)} patches to start from are alike: give more pictures")
+            raise UserError(f"all {len(vectors)} patches are alike: raise model.start_images")
         centres = spread_out((vectors - middle) / spread, self.config.codebook_size)
         head, stem = self.encoder.head, self.decoder.stem
         head.weight.copy_((SHARPNESS / spread * centres)[:, :, None, None])
@@ -87,7 +89,7 @@ class DiscreteVAE(ImageTokenizer):
         stem.weight.copy_((centres @ mixing).T[:, :, None, None])
 
     def codes_of(self, pixels: Tensor) -> Tensor:
-        """The likeliest codes."""
+        """The most likely codes."""
         return self.encoder(map_pixels((pixels + 1) / 2)).argmax(1)
 
     def pixels_of(self, codes: Tensor) -> Tensor:
@@ -97,10 +99,11 @@ class DiscreteVAE(ImageTokenizer):
         return unmap_pixels(location.sigmoid()) * 2 - 1
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Negative lower bound of `batch["pixels"]`, nats per pixel and channel, with a weighted divergence.
+        """Negative evidence lower bound of `batch["pixels"]`, in nats per pixel and channel, with a weighted
+        divergence.
 
-        In training mode a pass moves the schedules on; out of it the codes are the likeliest ones, and β and
-        the temperature stand where they are.
+        In training mode each pass advances the schedules of β and the temperature; in evaluation mode they
+        stay, and the codes are the most likely ones.
 
         Returns:
             loss, and metrics: `nll`, the negative log-likelihood per pixel and channel; `kl`, nats per code;
@@ -142,12 +145,12 @@ def map_pixels(pixels: Tensor) -> Tensor:
 
 
 def unmap_pixels(mapped: Tensor) -> Tensor:
-    """φ⁻¹, cut to [0, 1]."""
+    """φ⁻¹, clamped to [0, 1]."""
     return ((mapped - EPSILON) / (1 - 2 * EPSILON)).clamp(0, 1)
 
 
 def logit_laplace(values: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
-    """log density of `values` in (0, 1) whose logit is Laplace(location, exp(log_scale)) (appendix A.3):
+    """The log density of `values` in (0, 1) whose logit is Laplace(location, exp(log_scale)) (appendix A.3):
     exp(−|logit x − μ| / b) / (2 b x (1 − x))."""
     distance = (values.logit() - location).abs()
     return -distance * torch.exp(-log_scale) - log_scale - math.log(2) - (values * (1 - values)).log()
@@ -160,15 +163,15 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
 
 
 def cosine(step: int, num_steps: int, start: float, end: float) -> float:
-    """Half a cosine from `start` at step 0 to `end` at `num_steps`, and `end` from there on."""
+    """A half cosine from `start` at step 0 to `end` at `num_steps`, then `end`."""
     if step >= num_steps:
         return end
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 
 def spread_out(vectors: Tensor, number: int) -> Tensor:
-    """`number` of `vectors` (patches, width), each drawn in proportion to its squared distance from the
-    nearest before; where all have been drawn, some once more."""
+    """`number` of the `vectors` (patches, width), each drawn in proportion to its squared distance from the
+    nearest one drawn before; with repetitions once all have been drawn."""
     distances = torch.full((len(vectors),), torch.inf, device=vectors.device)
     drawn = torch.randint(len(vectors), (1,), device=vectors.device)
     chosen = []
@@ -193,7 +196,7 @@ class Encoder(nn.Module):
         return self.head(self.features(x))
 
     def features(self, x: Tensor) -> Tensor:
-        """What the logits are read from, (batch, width, rows, columns)."""
+        """The input of the layer that gives the logits, (batch, width, rows, columns)."""
         x = self.groups[0](self.stem(x))
         for group in self.groups[1:]:
             x = group(F.max_pool2d(x, 2))
@@ -224,8 +227,8 @@ class Decoder(nn.Module):
 
 
 class Block(HiddenLayers):
-    """identity + residual / (number of blocks)²; a ReLU before each of four convolutions, a bottleneck of a
-    quarter of the width, no normalisation."""
+    """identity + residual / (number of blocks)²: a ReLU before each of four convolutions, with a bottleneck
+    of a quarter of the width and no normalisation."""
 
     def __init__(self, in_width: int, out_width: int, kernels: tuple[int, ...], gain: float):
         super().__init__()
@@ -245,7 +248,7 @@ class Block(HiddenLayers):
 
 
 def build_groups(widths: list[int], blocks_per_group: int, kernels: tuple[int, ...]) -> nn.ModuleList:
-    """One group for each width after the first, which is the input's."""
+    """One group for each width after the first, which is that of the input."""
     gain = 1 / (NUM_GROUPS * blocks_per_group) ** 2
     groups = nn.ModuleList()
     for before, after in pairwise(widths):
@@ -259,7 +262,8 @@ def build_groups(widths: list[int], blocks_per_group: int, kernels: tuple[int, .
 
 
 def convolution(in_channels: int, out_channels: int, kernel: int) -> nn.Conv2d:
-    """Keeps the size. Weights from N(0, 1 / (in_channels · kernel²)), biases zero."""
+    """A convolution that keeps the size, with weights from N(0, 1 / (in_channels · kernel²)) and zero
+    biases."""
     layer = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
     nn.init.normal_(layer.weight, std=(in_channels * kernel**2) ** -0.5)
     nn.init.zeros_(layer.bias)

@@ -206,7 +206,7 @@ class CaptionScorer:
         embedding_width)."""
 
         def embed(part: Tensor) -> Tensor:
-            return self.clip.embed_pictures(fit_pixels(part.to(self.device), self.clip.config.image))
+            return self.clip.embed_images(fit_pixels(part.to(self.device), self.clip.config.image))
 
         return in_parts(embed, pixels, size=batch_size)
 
