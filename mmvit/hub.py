@@ -12,13 +12,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -118,14 +111,22 @@ def run_exports(run: Path) -> list[Path]:
 
 def download(path: str | Path, patterns: Sequence[str] = ("*.json", "*.safetensors")) -> Path:
     """The local folder of a Hub repository's files that match `patterns`."""
+    from huggingface_hub import errors, snapshot_download  # half a second, which local folders do not need
+
+    reasons = {
+        errors.HFValidationError: "not a repository name",
+        errors.RepositoryNotFoundError: "the repository does not exist or is private",
+        errors.LocalEntryNotFoundError: "no connection, and not downloaded before",
+    }
     try:
         return Path(snapshot_download(str(path), allow_patterns=[*patterns]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (*reasons, errors.HfHubHTTPError, OSError) as error:
+        why = [words for kind, words in reasons.items() if isinstance(error, kind)] or [type(error).__name__]
         near = nearest_folder(Path(path))
         advice = f"; did you mean {near}?" if near else ""
         raise UserError(
             f"no model at {path}: no such folder, and it could not be downloaded from the Hugging Face Hub "
-            f"({why_not(error)}){advice}"
+            f"({why[0]}){advice}"
         ) from None
 
 
@@ -140,16 +141,6 @@ def nearest_folder(path: Path) -> Path | None:
             return None
         place = place / name
     return place
-
-
-def why_not(error: Exception) -> str:
-    """The reason for a failed download."""
-    reasons = {
-        HFValidationError: "not a repository name",
-        RepositoryNotFoundError: "the repository does not exist or is private",
-        LocalEntryNotFoundError: "no connection, and not downloaded before",
-    }
-    return next((words for kind, words in reasons.items() if isinstance(error, kind)), type(error).__name__)
 
 
 def read_description(folder: Path) -> dict:

@@ -279,7 +279,7 @@ def test_labels_that_no_font_shows_are_code_points(monkeypatch):
 
 def test_drawing_imports_nothing_that_it_does_not_use(tmp_path):
     """Each of these would take from half a second to several before the first image is there."""
-    heavy = ("deepspeed", "kornia", "matplotlib", "torchmetrics", "transformers")
+    heavy = ("deepspeed", "huggingface_hub", "kornia", "matplotlib", "torchmetrics", "transformers")
     code = f"""
 import sys
 from mmvit.cli import main
