@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -20,8 +21,10 @@ from mmvit.data.stream import ShardStream
 from mmvit.data.writing import ShardWriter
 from mmvit.errors import UserError
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
+from mmvit.models.generator_transformer import GeneratorConfig
 from mmvit.models.vq import VQModel
 from mmvit.places import load_script
+from mmvit.training.caption_codes import CaptionCodesConfig, open_caption_codes
 
 
 def test_code_shards_say_which_tokenizer_made_them(encoded):
@@ -125,6 +128,31 @@ def test_an_image_is_flipped_where_no_caption_forbids_it(english, german, words,
     if words:
         with pytest.raises(BadSample, match="neither a txt nor captions"):
             copies.of(Sample("one", Path("shard"), {}), pixels)
+
+
+def test_a_generator_is_evaluated_on_plain_captions_and_images(encoded):
+    data = CaptionCodesConfig(
+        train=[f"{encoded}/codes/train-*.tar"],
+        held_out=[f"{encoded}/codes/held-out-*.tar"],
+        image_tokenizer=str(encoded / "tokenizer"),
+        languages=("en", "de"),
+        bpe_dropout=0.5,
+        augmented=0.25,
+    )
+    session = SimpleNamespace(
+        processes=SimpleNamespace(device="cpu", rank=0, world_size=1),
+        micro_batch_size=4,
+        recipe=SimpleNamespace(train=SimpleNamespace(seed=0, num_workers=0)),
+        evaluated=[],
+    )
+    opened = open_caption_codes(session, data, GeneratorConfig())
+    decode = opened.stream.readers[0].decode
+    assert (decode.dropout, decode.augmented, decode.languages) == (0.5, 0.25, ("en", "de"))
+    for batch in opened.held_out:
+        ids, _ = opened.text_tokenizer.encode(batch["captions"], 32)
+        assert torch.equal(batch["caption_ids"], ids)
+        assert all("square" in caption for caption in batch["captions"])  # English
+    assert opened.held_out.readers[0].decode.augmented == 0
 
 
 def test_codes_that_are_being_replaced_do_not_say_whose_they_are(encoded, tiny_shards, run_script, tmp_path):

@@ -54,6 +54,10 @@ def test_boxes_have_the_area_that_was_drawn():
     torch.testing.assert_close(areas[whole], torch.full_like(areas[whole], 0.25), rtol=0.1, atol=0)
     assert areas.max() < 0.28
     assert not draw_boxes(torch.zeros(3), 8, 8).any()
+    small = draw_boxes(torch.full((2000,), 0.01), 64, 32)
+    assert (small.mean(0) > 0).all()  # they lie anywhere, corners included
+    rows, columns = small.sum(2).argmax(1), small.sum(1).argmax(1)
+    assert torch.corrcoef(torch.stack((rows, columns)).float())[0, 1].abs() < 0.1
 
 
 @pytest.mark.parametrize("channels", [1, 3])

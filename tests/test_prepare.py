@@ -98,6 +98,25 @@ def test_combination_with_an_unseen_part_goes_to_train():
     assert {lone.key, odd_word.key} <= {one.key for one in splits["train"]}
 
 
+def test_two_tones_are_weighed_by_their_place():
+    script = load_script("pipelines/prepare_emoji.py")
+    emoji = [
+        script.Emoji(
+            f"{base}-{first}-{second}", base, (first, second), {"en": f"tone{first} tone{second}"}, "", b"",
+            image=f"{base} {first} {second}",
+        )
+        for base in ("1f46b", "1f46c")
+        for first in range(5)
+        for second in range(5)
+    ]  # fmt: skip
+    held_out = {one.key for one in script.split_emoji(emoji)["combinations"]}
+    assert held_out == {
+        one.key
+        for one in emoji
+        if (("1f46b", "1f46c").index(one.base) + one.tones[0] + 2 * one.tones[1]) % 5 == 0
+    }
+
+
 def test_emoji_samples_have_captions_in_all_languages(emoji):
     astronaut = (read_split(emoji, "train") | read_split(emoji, "combinations"))["1f469-1f3fd-200d-1f680"]
     assert astronaut.files["txt"] == b"woman astronaut medium skin tone"
@@ -237,6 +256,11 @@ def test_fashion_mnist_keeps_pictures_and_classes_together(run_script, tmp_path)
     sample = next(iter(read_shard(tmp_path / "out" / "test-000001.tar")))
     label = int(sample.files["cls"])
     assert decode_image(sample.files["png"])[0, 0].tolist() == [label] * 3
+    keys = {split: [*read_split(tmp_path / "out", split)] for split in ("train", "test")}
+    assert keys["test"] == sorted(keys["test"])
+    assert keys["train"] != sorted(
+        keys["train"]
+    )  # their classes may be in order: mixed once, for small buffers
     card = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert card["samples"] == {"train": 60, "test": 10}
     assert sum(card["samples_per_class"]["test"].values()) == 10

@@ -6,6 +6,7 @@ import pickle
 import random
 import struct
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from mmvit.data.augment import Augment, AugmentConfig
 from mmvit.data.captions import TextTokenizer, caption_lengths, read_caption, read_caption_file
 from mmvit.data.codes import check_codes_fit, pack_codes, unpack_codes
+from mmvit.data.images import open_image, pixels_from_images
 from mmvit.data.samples import CaptionCodesSample, CaptionPixelsSample, PixelsSample, check_classes
 from mmvit.data.shards import BadSample, Sample, read_shard
 from mmvit.data.stream import ShardStream
@@ -109,6 +111,30 @@ def test_resizing_keeps_the_centre_and_does_not_alias():
     assert pixels[:, 1:-1] == pytest.approx(127.5, abs=12)
 
 
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size_without_losing_sharpness():
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    image = coarse.resize((128, 128), Image.Resampling.BICUBIC).resize((64, 64))
+    data = saved(image, "JPEG", quality=95)
+    whole = np.asarray(open_image(data).resize((16, 16), Image.Resampling.BICUBIC), float)
+    error = np.abs(decode(data) - whole).mean()
+    assert 0 < error < 4  # decoded at 32x32; 0 would be at 64x64, 16x16 gives 6
+
+
+def test_padding_keeps_what_cropping_cuts_off():
+    wide = Image.new("RGB", (40, 20), "red")
+    wide.paste("blue", (0, 0, 5, 20))
+    sample = Sample("key", Path("x.tar"), {"png": saved(wide, "PNG")})
+    cropped, padded = (
+        (PixelsSample((20, 20), fit=fit)(sample, random.Random(0))["pixels"].transpose(1, 2, 0) + 1) * 127.5
+        for fit in ("crop", "pad")
+    )
+    assert cropped[:, :, 2].max() < 30
+    assert padded[10, 0] == pytest.approx([0, 0, 255])
+    assert padded[0, 10] == pytest.approx([255, 255, 255])
+    pixels = pixels_from_images([wide], 20, 20, fit="pad")[0].permute(1, 2, 0)
+    assert ((pixels + 1) * 127.5).numpy() == pytest.approx(padded)
+
+
 def test_oversize_image_is_refused_before_it_is_decompressed():
     png = png_of()
     for size in (60_000, 9_000):  # Pillow refuses the first by itself
@@ -147,10 +173,18 @@ def test_crop_flip_and_erase_do_what_they_say():
         int(Augment(AugmentConfig(crop_padding=2))(ramp, random.Random(seed))[0, 10, 0]) for seed in range(60)
     }
     assert offsets == {8, 9, 10, 11, 12}
+    upright = np.tile(np.arange(20, dtype=np.uint8)[:, None, None], (1, 16, 3))
+    offsets = {
+        int(Augment(AugmentConfig(crop_padding=2))(upright, random.Random(seed))[10, 0, 0])
+        for seed in range(60)
+    }
+    assert offsets == {8, 9, 10, 11, 12}
     shares = []
     for seed in range(100):
         erased = Augment(AugmentConfig(erase=1))(ramp, random.Random(seed))
-        shares.append((erased != ramp).any(axis=2).mean())
+        is_erased = (erased != ramp).any(axis=2)
+        shares.append(is_erased.mean())
+        assert erased[is_erased].std() > 40  # noise, 74 on average
     assert 0.01 < min(shares) < 0.06
     assert 0.25 < max(shares) < 0.4
 
@@ -197,6 +231,8 @@ def test_long_captions_are_cut_and_counted(tokenizer):
     ids, num_cut = tokenizer.encode([long, "apple"], 6)
     assert num_cut == 1
     assert ids[0].tolist() == tokenizer.tokenize(long)[:6]
+    assert tokenizer.encode([long], len(tokenizer.tokenize(long)))[1] == 0
+    assert tokenizer.encode([long], len(tokenizer.tokenize(long)) - 1)[1] == 1
 
 
 def test_how_many_captions_will_be_cut_is_known_beforehand(tokenizer, tmp_path):
@@ -311,6 +347,21 @@ def test_caption_and_codes_come_in_batches_and_cut_captions_are_counted(tiny_sha
     assert batch["codes"].dtype == batch["caption_ids"].dtype == torch.int64
     assert stream.report()["captions"] == 48
     assert stream.report()["captions cut"] == 48
+
+
+def test_the_share_of_augmented_copies_is_kept_and_every_copy_is_drawn(tokenizer):
+    copies = np.arange(1, 4)[:, None, None] * np.ones((3, 2, 2), int)
+    files = {
+        "txt": b"red",
+        "codes.npy": pack_codes(np.zeros((2, 2), int)),
+        "augmented.npy": pack_codes(copies),
+    }
+    decode = CaptionCodesSample(tokenizer, 8, (2, 2), 4, augmented=0.3)
+    sample = Sample("one", Path("x.tar"), files)
+    drawn = Counter(int(decode(sample, random.Random(seed))["codes"][0]) for seed in range(1000))
+    assert drawn.keys() == {0, 1, 2, 3}
+    assert 650 < drawn[0] < 750
+    assert all(70 < drawn[copy] < 130 for copy in (1, 2, 3))
 
 
 def test_codes_of_another_grid_or_codebook_stop_the_run(tiny_shards, tokenizer):

@@ -142,6 +142,14 @@ def test_randomness_of_a_sample_depends_on_neither_rank_nor_worker(tiny_shards):
     assert draws(rank=0, world_size=2) | draws(rank=1, world_size=2) == alone
 
 
+def test_a_sample_is_augmented_differently_in_every_epoch(tiny_shards):
+    draws: dict[str, set[float]] = {}
+    for batch in take(stream_of(tiny_shards, KeyOnly()), 36):  # three epochs
+        for key, draw in zip(batch["keys"], batch["draw"].tolist(), strict=True):
+            draws.setdefault(key, set()).add(draw)
+    assert {len(found) for found in draws.values()} == {3}
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_shard_that_is_named_twice_is_read_twice_with_other_randomness(tiny_shards, world_size):
     once, twice = tiny_shards / "train-000000.tar", tiny_shards / "train-000001.tar"
