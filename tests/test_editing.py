@@ -1,4 +1,4 @@
-"""Mixed and negative captions, choosing among candidates, completing pictures, and naming them."""
+"""Mixed and negative captions, choosing among candidates, editing images, and ranking captions."""
 
 from unittest import mock
 
@@ -243,27 +243,27 @@ def test_where_memory_is_short_fewer_are_decoded_encoded_and_scored_at_a_time(ge
         generator.decode(codes)
 
 
-def test_a_kept_upper_half_stays_in_every_picture(generator):
-    (picture,) = generator.generate("red apple", seed=1)
-    codes, kept = generator.encode([picture]), torch.tensor([[True] * 3, [False] * 3])
-    pictures = complete(generator, [picture], kept, "pear", num_images=3)
-    assert len(pictures) == 3
+def test_a_kept_upper_half_stays_in_every_image(generator):
+    (image,) = generator.generate("red apple", seed=1)
+    codes, kept = generator.encode([image]), torch.tensor([[True] * 3, [False] * 3])
+    images = complete(generator, [image], kept, "pear", num_images=3)
+    assert len(images) == 3
     given = codes.masked_fill(~kept, -1)
     drawn = generator.generate_codes("pear", 3, given=given)
     assert (drawn[:, 0] == codes[:, 0]).all()
-    assert [one.tobytes() for one in generator.images(drawn)] == [one.tobytes() for one in pictures]
-    two = complete(generator, [picture, picture], torch.stack([kept, ~kept]), ["pear", "red apple"])
+    assert [one.tobytes() for one in generator.images(drawn)] == [one.tobytes() for one in images]
+    two = complete(generator, [image, image], torch.stack([kept, ~kept]), ["pear", "red apple"])
     assert len(two) == 2
 
 
 def test_variations_keep_their_share(generator):
-    (picture,) = generator.generate("red apple", seed=1)
-    pixels = pixels_from_images(generator.images(generator.encode([picture])), 16, 24)
-    (same,) = variations(generator, picture, "pear", num_images=1, keep=1.0)
+    (image,) = generator.generate("red apple", seed=1)
+    pixels = pixels_from_images(generator.images(generator.encode([image])), 16, 24)
+    (same,) = variations(generator, image, "pear", num_images=1, keep=1.0)
     torch.testing.assert_close(pixels_from_images([same], 16, 24), pixels)
-    four = variations(generator, picture, "pear", keep=0.5, seed=7)
+    four = variations(generator, image, "pear", keep=0.5, seed=7)
     assert len({one.tobytes() for one in four}) > 1
-    (again,) = variations(generator, picture, "pear", num_images=1, keep=0.5, seed=8)
+    (again,) = variations(generator, image, "pear", num_images=1, keep=0.5, seed=8)
     assert again.tobytes() == four[1].tobytes()
 
 
@@ -303,19 +303,19 @@ def test_what_cannot_be_kept_is_refused(generator, keep, message):
         generator.edit(Image.new("RGB", (24, 16)), "pear", keep)
 
 
-def test_captions_are_ranked_by_the_evidence_of_a_picture(generator, monkeypatch):
-    pictures = generator.generate(["red apple", "pear"])
+def test_captions_are_ranked_by_the_evidence_of_an_image(generator, monkeypatch):
+    images = generator.generate(["red apple", "pear"])
     captions = ["red apple", "pear", ""]
-    ranked = rank_captions(generator, pictures, captions)
-    codes = generator.encode(pictures)
+    ranked = rank_captions(generator, images, captions)
+    codes = generator.encode(images)
     for row in range(2):
         expected = generator.evidence(captions, codes[row].expand(3, -1, -1))
         torch.testing.assert_close(ranked[row], expected)
     assert ranked[:, 2].abs().max() < 1e-4  # the empty caption says nothing
-    torch.testing.assert_close(rank_captions(generator, pictures, captions, torch.bfloat16), ranked)
+    torch.testing.assert_close(rank_captions(generator, images, captions, torch.bfloat16), ranked)
     monkeypatch.setattr("mmvit.sampling.candidates.SHORTLIST", 1)
-    rough = rank_captions(generator, pictures, captions, torch.bfloat16)
-    places = torch.arange(len(pictures)), rough.argmax(1)
+    rough = rank_captions(generator, images, captions, torch.bfloat16)
+    places = torch.arange(len(images)), rough.argmax(1)
     torch.testing.assert_close(rough[places], ranked[places])
     assert not torch.equal(rough, ranked)
 
@@ -325,7 +325,7 @@ def test_captions_that_are_cut_where_they_are_ranked_are_named(generator):
         rank_captions(generator, generator.generate(["pear"]), ["pear", "apple " * 9])
 
 
-def test_pictures_of_another_shape_are_cropped_as_those_of_shards_are():
+def test_images_of_another_shape_are_cropped_as_those_of_shards_are():
     wide = Image.new("RGB", (60, 20), "red")
     wide.paste("blue", (20, 0, 40, 20))
     (pixels,) = pixels_from_images([wide], 8, 8)
@@ -355,12 +355,12 @@ def test_the_scripts_edit_and_name(generator, run_script, tmp_path):
     assert sheets[0] == sheets[1] != sheets[2]
     captions = tmp_path / "captions.txt"
     captions.write_text("red apple\npear\n")
-    picture = tmp_path / "red.png"
+    image = tmp_path / "red.png"
     ran = run_script(
-        "pipelines/caption_images.py", "--model", model, picture, "--captions-file", captions, "--top", 1
+        "pipelines/caption_images.py", "--model", model, image, "--captions-file", captions, "--top", 1
     )
     assert ran.returncode == 0, ran.stderr
-    best = rank_captions(generator, [Image.open(picture)], ["red apple", "pear"])[0]
+    best = rank_captions(generator, [Image.open(image)], ["red apple", "pear"])[0]
     assert ["red apple", "pear"][best.argmax()] in ran.stdout
     out = tmp_path / "best.png"
     arguments = ("pear", "--num", 2, "--candidates", 3, "--negative", "red apple", "--out", out)
@@ -372,28 +372,28 @@ def test_the_scripts_edit_and_name(generator, run_script, tmp_path):
     for arguments, words in (
         (("gone.png",), "cannot read gone.png"),
         (
-            (picture, "--keep", "middle"),
+            (image, "--keep", "middle"),
             "or a mask's file, got middle",
         ),
         ((captions,), "captions.txt as an image (undecodable image)"),
         (
-            (picture, "--keep", picture),
+            (image, "--keep", image),
             "(is drawn again), got colours",
         ),
-        ((picture, "--keep", black), "the mask is mostly black for every code, so nothing would change"),
-        ((picture, "--keep", 1), "keep 1 keeps every code, so nothing would change"),
-        ((picture, "--num", 100_000), "a grid of 1 x 100,001 images would have"),
-        ((picture, "--keep", small), "expected a mask of the image's size, 24x16 pixels, got 8x8"),
-        ((picture, "pear", "--scorer", model), "holds a generator, not a CLIP"),
-        ((picture, "pear", "--negative", "apple"), "has no effect at guidance_scale 1"),
-        ((picture, "pear", "--out", picture), "is the source itself; name another place"),
+        ((image, "--keep", black), "the mask is mostly black for every code, so nothing would change"),
+        ((image, "--keep", 1), "keep 1 keeps every code, so nothing would change"),
+        ((image, "--num", 100_000), "a grid of 1 x 100,001 images would have"),
+        ((image, "--keep", small), "expected a mask of the image's size, 24x16 pixels, got 8x8"),
+        ((image, "pear", "--scorer", model), "holds a generator, not a CLIP"),
+        ((image, "pear", "--negative", "apple"), "has no effect at guidance_scale 1"),
+        ((image, "pear", "--out", image), "is the source itself; name another place"),
     ):
         ran = run_script("pipelines/edit_images.py", "--model", model, *arguments)
         assert ran.returncode == 2
         assert words in ran.stderr
 
 
-def test_pictures_become_pixels_over_white():
+def test_images_become_pixels_over_white():
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert (pixels_from_images([clear, Image.new("RGB", (9, 9), "white")], 2, 3) == 1).all()
     assert pixels_from_images([clear], 2, 3).shape == (1, 3, 2, 3)
@@ -450,17 +450,17 @@ def test_what_cannot_be_drawn_is_refused(generator, arguments, settings, message
 
 
 def test_masks_and_captions_that_do_not_fit_are_refused(generator):
-    (picture,) = generator.generate("red apple")
+    (image,) = generator.generate("red apple")
     with pytest.raises(UserError, match=r"expected a boolean mask of 2x3 codes, got \(3, 3\) of torch.bool"):
-        complete(generator, [picture], torch.ones(3, 3, dtype=torch.bool))
+        complete(generator, [image], torch.ones(3, 3, dtype=torch.bool))
     with pytest.raises(
         UserError, match=r"expected a boolean mask of 2x3 codes, got \(2, 3\) of torch.float32"
     ):
-        complete(generator, [picture], torch.ones(2, 3))
+        complete(generator, [image], torch.ones(2, 3))
     with pytest.raises(UserError, match="2 captions for 1 images"):
-        complete(generator, [picture], torch.ones(2, 3, dtype=torch.bool), ["a", "b"])
+        complete(generator, [image], torch.ones(2, 3, dtype=torch.bool), ["a", "b"])
     with pytest.raises(UserError, match="keep: expected a share of the codes from 0 to 1, got 2"):
-        variations(generator, picture, keep=2)
+        variations(generator, image, keep=2)
     with pytest.raises(UserError, match=r"expected pixels \(images, 3, 16, 24\), got \(images, 3, 8, 8\)"):
         generator.encode(torch.zeros(1, 3, 8, 8))
 

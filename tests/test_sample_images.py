@@ -1,4 +1,4 @@
-"""Pictures and sheets that sample_images.py draws with a tiny generator, and what it refuses."""
+"""Images and sheets that sample_images.py draws with a tiny generator, and what it refuses."""
 
 from unittest import mock
 
@@ -10,7 +10,7 @@ from PIL import Image
 from mmvit.sampling.generator import Generator
 
 
-def test_sampling_writes_a_grid_and_single_pictures(generator_run, run_script, tmp_path):
+def test_sampling_writes_a_grid_and_single_images(generator_run, run_script, tmp_path):
     captions = tmp_path / "captions.txt"
     captions.write_text("blue square\n\n赤リンゴ\n🍎\n", encoding="utf-8")
     ran = run_script(
@@ -26,7 +26,7 @@ def test_sampling_writes_a_grid_and_single_pictures(generator_run, run_script, t
     ]
 
 
-def test_pictures_drawn_in_parts_are_those_of_their_seeds(generator_run, run_script, tmp_path):
+def test_images_drawn_in_parts_are_those_of_their_seeds(generator_run, run_script, tmp_path):
     drawn, draw = {}, Generator.draw
 
     def watched(*arguments, **settings):
@@ -45,8 +45,8 @@ def test_pictures_drawn_in_parts_are_those_of_their_seeds(generator_run, run_scr
         alone = generator.draw(["red square"], seed=seed).codes
         assert torch.equal(drawn[seed], alone[0])
         (expected,) = generator.images(alone)
-        with Image.open(tmp_path / "many" / f"000-red-square-seed{seed}.png") as picture:
-            assert np.abs(np.asarray(picture, int) - np.asarray(expected, int)).max() <= 1  # of 255: rounding
+        with Image.open(tmp_path / "many" / f"000-red-square-seed{seed}.png") as image:
+            assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 1  # of 255: rounding
 
 
 def test_mistakes_in_sampling_are_named(generator_run, run_script, tmp_path):

@@ -1,4 +1,4 @@
-"""Sampling: filters by hand, guidance, seeds, and captions to pictures in one folder."""
+"""Sampling: filters by hand, guidance, seeds, and captions to images in one folder."""
 
 import shutil
 import subprocess
@@ -100,7 +100,7 @@ def test_inputs_are_never_changed(transformer):
     assert torch.equal(CAPTIONS, before)
 
 
-def test_a_seed_gives_its_picture_in_any_batch(transformer):
+def test_a_seed_gives_its_image_in_any_batch(transformer):
     together = sample_codes(transformer, CAPTIONS, [5, 6])
     assert torch.equal(together[1:], sample_codes(transformer, CAPTIONS[1:], [6]))
     assert not torch.equal(together[1:], sample_codes(transformer, CAPTIONS[1:], [7]))
@@ -113,11 +113,11 @@ def test_each_step_reads_one_token_whatever_came_before(transformer):
     assert lengths == [5, 1, 1, 1, 1, 1]
 
 
-def test_codes_are_told_as_they_are_drawn(transformer):
-    told = []
-    codes = sample_codes(transformer, CAPTIONS, [0, 1], on_step=lambda drawn: told.append(drawn.clone()))
-    assert all(torch.equal(drawn, codes[:, :place]) for place, drawn in enumerate(told, start=1))
-    assert len(told) == 6
+def test_codes_are_reported_as_they_are_drawn(transformer):
+    reported = []
+    codes = sample_codes(transformer, CAPTIONS, [0, 1], on_step=lambda drawn: reported.append(drawn.clone()))
+    assert all(torch.equal(drawn, codes[:, :place]) for place, drawn in enumerate(reported, start=1))
+    assert len(reported) == 6
 
 
 @pytest.fixture
@@ -132,11 +132,11 @@ def generator(tokenizer: TextTokenizer) -> Generator:
 
 
 def test_one_folder_is_all_that_sampling_needs(generator, tmp_path):
-    pictures = generator.generate(["red apple", ""], num_images=2, seed=3)
-    assert [picture.size for picture in pictures] == [(24, 16)] * 4
+    images = generator.generate(["red apple", ""], num_images=2, seed=3)
+    assert [image.size for image in images] == [(24, 16)] * 4
     again = Generator.from_pretrained(generator.save_pretrained(tmp_path / "model"))
     same = again.generate(["red apple", ""], num_images=2, seed=3)
-    assert [picture.tobytes() for picture in pictures] == [picture.tobytes() for picture in same]
+    assert [image.tobytes() for image in images] == [image.tobytes() for image in same]
     codes = generator.generate_codes(["red apple", ""], num_images=2, seed=3)
     assert torch.equal(codes, again.generate_codes(["red apple", ""], num_images=2, seed=3, batch_size=3))
     assert torch.equal(codes[1:2], again.generate_codes("red apple", seed=4))
@@ -193,11 +193,11 @@ def test_a_broken_generation_config_is_named(generator, tmp_path, written, messa
 def test_a_generator_draws_with_any_image_tokenizer(image_tokenizer, generator, tmp_path):
     generator.transformer.start_from_codebook(image_tokenizer.code_vectors())
     other = Generator(generator.transformer, generator.text_tokenizer, image_tokenizer)
-    (picture,) = other.generate("red apple")
-    assert picture.size == (3 * image_tokenizer.factor, 2 * image_tokenizer.factor)
+    (image,) = other.generate("red apple")
+    assert image.size == (3 * image_tokenizer.factor, 2 * image_tokenizer.factor)
     again = Generator.from_pretrained(other.save_pretrained(tmp_path))
     assert type(again.image_tokenizer) is type(image_tokenizer)
-    assert again.generate("red apple")[0].tobytes() == picture.tobytes()
+    assert again.generate("red apple")[0].tobytes() == image.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_retrieval_by_hand():
         0,
         2,
         1,
-    ]  # equal pictures do not outrank each other; 2.9 is nearer to both ones than to 5
+    ]  # equal images do not outrank each other; 2.9 is nearer to both ones than to 5
     assert recall(ranks, 1) == pytest.approx(1 / 3)
     assert recall(ranks, 2) == pytest.approx(2 / 3)
 
@@ -292,9 +292,7 @@ assert not {{*{heavy}}} & {{*sys.modules}}, {{*{heavy}}} & {{*sys.modules}}
 
 
 def test_grid_has_a_row_for_each_caption():
-    picture = Image.new("RGB", (8, 8), "red")
-    sheet = labelled_grid(
-        [[picture, picture], [picture]], ["one", "two " * 50], ["caption", "a", "b"], cell=32
-    )
+    image = Image.new("RGB", (8, 8), "red")
+    sheet = labelled_grid([[image, image], [image]], ["one", "two " * 50], ["caption", "a", "b"], cell=32)
     assert sheet.width == 200 + 2 * 36 + 4
     assert sheet.getpixel((200 + 16, sheet.height - 20)) == (255, 0, 0)

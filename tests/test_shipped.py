@@ -38,13 +38,13 @@ def test_the_script_draws_with_no_model_named(run_script, tmp_path):
 
 
 @pytest.mark.parametrize("caption", ["green apple", "thumbs up"])
-def test_another_colour_is_another_picture(caption):
-    (picture,) = Generator.from_pretrained(SHIPPED).generate(caption)
-    assert not is_red(picture)
+def test_another_colour_is_another_image(caption):
+    (image,) = Generator.from_pretrained(SHIPPED).generate(caption)
+    assert not is_red(image)
 
 
-def is_red(picture: Image.Image) -> bool:
+def is_red(image: Image.Image) -> bool:
     """Whether what is drawn on white is red on average, by a fair margin."""
-    pixels = np.asarray(picture, dtype=float).reshape(-1, 3)
+    pixels = np.asarray(image, dtype=float).reshape(-1, 3)
     drawn = pixels[pixels.min(axis=1) < 200].mean(axis=0)
     return drawn[0] > drawn[1:].max() + 60

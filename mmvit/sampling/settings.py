@@ -110,7 +110,9 @@ TopPOption = Annotated[
 SeedOption = Annotated[int, Option(help="image j of a caption is drawn with seed + j")]
 CandidatesOption = Annotated[
     int,
-    Option(help="draw this many for each image kept; the best are chosen by the model itself or --scorer"),
+    Option(
+        min=1, help="draw this many for each image kept; the best are chosen by the model itself or --scorer"
+    ),
 ]
 ScorerOption = Annotated[
     str | None, Option(help="a CLIP to choose candidates: a folder, a run or a Hub repository")
