@@ -110,9 +110,7 @@ TopPOption = Annotated[
 SeedOption = Annotated[int, Option(help="image j of a caption is drawn with seed + j")]
 CandidatesOption = Annotated[
     int,
-    Option(
-        min=1, help="draw this many for each image kept; the best are chosen by the model itself or --scorer"
-    ),
+    Option(min=1, help="draw this many per image and keep the best, by the model itself or by --scorer"),
 ]
 ScorerOption = Annotated[
     str | None, Option(help="a CLIP to choose candidates: a folder, a run or a Hub repository")
