@@ -363,6 +363,26 @@ train = {{steps = 4, batch_size = 8, log_every = 1, num_workers = 0}}
     assert all(tensor.numel() and tensor.isfinite().all() for tensor in model.state_dict().values())
 
 
+def test_a_bug_in_a_data_worker_of_one_process_ends_both(tmp_path, tiny_shards):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys; from pathlib import Path\n"
+        "folder, here, shards = map(Path, sys.argv[1:])\n"
+        "sys.path.insert(0, str(here)); import test_distributed as tests; from test_stream import *\n"
+        "with tests.open_processes('cpu') as processes:\n"
+        "    session = tests.new_session(folder, processes, steps=100_000)\n"
+        "    split = {'rank': processes.rank, 'world_size': 2, 'num_workers': 2}\n"
+        "    stream = stream_of(shards, Broken((8, 8), 4), **split)\n"
+        "    tests.train(session, tests.Classifier(tests.MODEL), stream)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(script), str(tmp_path / "run"), str(Path(__file__).parent), str(tiny_shards)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=ENVIRONMENT)
+    assert ended.returncode == 1
+    assert "RuntimeError: a data worker failed:" in ended.stderr
+    assert re.search(r"RuntimeError: the decoder has a bug\n.*while decoding train-025 in", ended.stderr)
+
+
 def test_ready_settings_differ_in_their_stage_alone():
     for stage, path in enumerate(ZERO.values()):
         assert json.loads(path.read_text()) == {"zero_optimization": {"stage": stage}}

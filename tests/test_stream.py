@@ -1,6 +1,7 @@
 """The data stream: it covers, mixes, resumes and reports what is bad."""
 
 import json
+import multiprocessing
 import random
 import shutil
 import signal
@@ -8,8 +9,11 @@ import subprocess
 import sys
 import tarfile
 import time
+import traceback
 from collections import Counter
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +21,7 @@ import torch
 
 from mmvit.data.augment import AugmentConfig
 from mmvit.data.plan import plan_epoch, shuffled
-from mmvit.data.samples import ClassifierSample
+from mmvit.data.samples import CaptionSample, ClassifierSample
 from mmvit.data.shards import read_shard
 from mmvit.data.stream import ShardStream
 from mmvit.data.writing import ShardWriter
@@ -61,6 +65,25 @@ class Large:
 
     def __call__(self, sample, rng):
         return {"text": "x" * 100_000}
+
+
+class Rare:
+    """Takes the first sample and passes over the others, slowly: a worker is busy until the next epoch."""
+
+    def __call__(self, sample, rng):
+        if sample.key == "train-000":
+            return {"draw": rng.random()}
+        time.sleep(0.5)
+        return None
+
+
+class Broken(ClassifierSample):
+    """Has a bug, which one sample in the third shard shows."""
+
+    def __call__(self, sample, rng):
+        if sample.key == "train-025":
+            raise RuntimeError("the decoder has a bug")
+        return super().__call__(sample, rng)
 
 
 # Coverage and order
@@ -319,6 +342,56 @@ def test_too_few_samples_for_the_readers_is_said(tmp_path):
     stream = ShardStream(tmp_path, KeyOnly(), 2, rank=2, world_size=3)
     with pytest.raises(UserError, match="reader 3 of 3"):
         next(iter(stream))
+
+
+def test_numbers_too_long_and_json_too_deep_in_a_caption_cost_one_sample_each(tmp_path):
+    good = {"json": b'{"captions": {"en": "red"}}'}
+    write(tmp_path, [good, {"json": b'{"size": ' + b"9" * 4301 + b"}"}, {"json": b"[" * 100_000}, good])
+    stream = ShardStream(tmp_path, CaptionSample(), 1, repeat=False, shuffle_buffer=0)
+    with pytest.warns(UserWarning, match="skipped a sample, json is invalid: 0001 in .*4301 digits"):
+        assert keys_of(stream) == ["0000", "0003"]
+    assert stream.report()["skipped"] == {"json is invalid": 2}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_a_bug_in_a_decoder_ends_the_stream_and_its_workers_with_the_sample_named(tiny_shards, num_workers):
+    stream = stream_of(tiny_shards, Broken((16, 16), 4), num_workers=num_workers, repeat=False)
+    before = multiprocessing.active_children()
+    with pytest.raises(RuntimeError, match="the decoder has a bug") as caught:
+        keys_of(stream)
+    text = "".join(traceback.format_exception(caught.value))
+    assert f"train-025 in {tiny_shards}/train-000002.tar" in text
+    assert "in __call__" in text  # the traceback of the decoder, not only that of the stream
+    assert multiprocessing.active_children() == before
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("decoder", ["Broken((16, 16), 4)", "KeyOnly()"])
+def test_a_process_ends_with_the_error_of_a_worker_or_its_own(tiny_shards, decoder, num_workers):
+    script = f"""
+from pathlib import Path
+from test_stream import Broken, KeyOnly, stream_of
+stream = stream_of(Path({str(tiny_shards)!r}), {decoder}, num_workers={num_workers})
+batches = iter(stream)
+for number, batch in enumerate(batches):
+    if number == 20:
+        raise RuntimeError("the loop has a bug")
+"""
+    command, here = [sys.executable, "-c", script], Path(__file__).parent
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=here, timeout=60)
+    assert ended.returncode == 1
+    assert f"the {'loop' if decoder == 'KeyOnly()' else 'decoder'} has a bug" in ended.stderr
+
+
+def test_a_busy_worker_ends_after_the_sample_in_hand(tiny_shards):
+    before = multiprocessing.active_children()
+    batches = iter(stream_of(tiny_shards, Rare(), num_workers=1, batch_size=1, shuffle_buffer=0))
+    next(batches)
+    [worker] = set(multiprocessing.active_children()) - set(before)
+    with mock.patch.object(BaseProcess, "terminate") as terminate:  # the loader's last resort, after 5 s
+        batches.close()
+    assert not terminate.called
+    assert worker.exitcode == 0
 
 
 def test_workers_end_with_a_process_that_is_killed(tiny_shards):

@@ -175,9 +175,10 @@ def read_captions(sample: Sample) -> dict[str, str]:
     Raises:
         BadSample: not UTF-8, not JSON, or of another form.
     """
+    text = read_text(sample, "json")
     try:
-        facts = json.loads(read_text(sample, "json"))
-    except json.JSONDecodeError as error:
+        facts = json.loads(text)
+    except (ValueError, RecursionError) as error:  # numbers of too many digits, nested too deep
         raise BadSample("json is invalid", str(error)) from None
     captions = facts.get("captions", {}) if isinstance(facts, dict) else {}
     if not isinstance(captions, dict):

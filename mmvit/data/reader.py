@@ -19,6 +19,10 @@ Batch = dict[str, Any]
 Decode = Callable[[Sample, random.Random], dict[str, Any] | None]
 
 
+def never() -> bool:
+    return False
+
+
 @dataclass
 class Position:
     """How far a worker has got: samples drawn from the shuffled order of its epoch, and its counts so far."""
@@ -31,12 +35,14 @@ class Position:
 
 @dataclass
 class Delivery:
-    """What a worker sends: a batch, and its position after it. `error` is a UserError's message."""
+    """What a worker sends: a batch, and its position after it. `error` is a UserError's message, `crash`
+    the traceback of any other exception."""
 
     worker: int
     position: Position
     batch: Batch | None
     error: str | None = None
+    crash: str | None = None
 
 
 @dataclass
@@ -53,21 +59,27 @@ class Reader:
     repeat: bool
     max_bad: float
 
-    def deliver(self, worker: int, start: Position) -> Iterator[Delivery]:
-        """Yields batches from `start` on. A UserError is sent as text: the loader would add a traceback."""
+    def deliver(self, worker: int, start: Position, ended: Callable[[], bool] = never) -> Iterator[Delivery]:
+        """Yields batches from `start` on, until `ended()`. A UserError is sent as text: the loader would add
+        a traceback."""
         position = copy.deepcopy(start)
         try:
-            for samples in self.batches(position):
+            for samples in self.batches(position, ended):
                 yield Delivery(worker, copy.deepcopy(position), collate(samples) if samples else None)
         except UserError as error:
             yield Delivery(worker, position, None, error=str(error))
 
-    def batches(self, position: Position) -> Iterator[list[dict[str, Any]]]:
-        """Yields lists of decoded samples, the last one short or empty, and keeps `position` current."""
+    def batches(
+        self, position: Position, ended: Callable[[], bool] = never
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Yields lists of decoded samples, the last one short or empty, and keeps `position` current; stops
+        between two samples once `ended()`."""
         batch: list[dict[str, Any]] = []
         while not position.done:
             already_drawn, has_samples = position.drawn, False
             for number, found in enumerate(self.draw(position.epoch), start=1):
+                if ended():
+                    return
                 has_samples = has_samples or isinstance(found, Sample)
                 if number <= already_drawn:
                     continue
@@ -141,6 +153,9 @@ class Reader:
             return None
         except UserError as error:  # likely true of all samples
             raise UserError(f"{found.key} in {found.shard}: {error}") from None
+        except Exception as error:
+            error.add_note(f"while decoding {found.key} in {found.shard}")
+            raise
         if sample is None:
             return None
         tally.count(sample.pop("counts", {}))

@@ -1,14 +1,17 @@
 """The data stream: shards → shuffled, decoded batches, over ranks and workers, with an exact position."""
 
+import atexit
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
-import time
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import asdict
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,6 @@ from mmvit.data.reader import Batch, Decode, Delivery, Position, Reader
 from mmvit.data.shards import expand_shards
 from mmvit.data.tally import Tally
 from mmvit.errors import UserError
-
-ECHO = 3.0  # seconds; a launcher (torchrun, deepspeed) repeats a signal, which then is still the same one
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent is gone
 
@@ -95,32 +96,47 @@ class ShardStream:
 
     def __iter__(self) -> Iterator[Batch]:
         """Continues from the current position."""
-        for delivery in self.deliveries():
-            for problem in delivery.position.tally.news(self.positions[delivery.worker].tally):
-                warnings.warn(problem, stacklevel=2)
-            self.positions[delivery.worker] = delivery.position
-            self.next_worker = (delivery.worker + 1) % len(self.readers)
-            if delivery.error:
-                raise UserError(delivery.error)
-            self.tally.check(self.max_bad)
-            if delivery.batch is not None:
-                yield delivery.batch
+        with closing(self.deliveries()) as deliveries:
+            for delivery in deliveries:
+                if delivery.crash:
+                    raise RuntimeError(f"a data worker failed:\n\n{delivery.crash}")
+                for problem in delivery.position.tally.news(self.positions[delivery.worker].tally):
+                    warnings.warn(problem, stacklevel=2)
+                self.positions[delivery.worker] = delivery.position
+                self.next_worker = (delivery.worker + 1) % len(self.readers)
+                if delivery.error:
+                    raise UserError(delivery.error)
+                self.tally.check(self.max_bad)
+                if delivery.batch is not None:
+                    yield delivery.batch
         self.positions = [Position(tally=position.tally) for position in self.positions]
         self.next_worker = 0
 
-    def deliveries(self) -> Iterator[Delivery]:
+    def deliveries(self) -> Generator[Delivery, None, None]:
         if self.num_workers == 0:
-            return self.readers[0].deliver(0, self.positions[0])
+            yield from self.readers[0].deliver(0, self.positions[0])
+            return
         # The loader asks its processes in turn, from the first, which therefore has to be lane `next_worker`.
         order = [(self.next_worker + place) % self.num_workers for place in range(self.num_workers)]
+        ending = multiprocessing.RawValue(ctypes.c_bool, False)  # no lock, which a dead worker could hold
         loader = DataLoader(
-            Lanes([(lane, self.readers[lane], self.positions[lane]) for lane in order]),
+            Lanes([(lane, self.readers[lane], self.positions[lane]) for lane in order], ending),
             batch_size=None,
             num_workers=self.num_workers,
-            worker_init_fn=become_worker,
+            worker_init_fn=partial(become_worker, ending),
             generator=torch.Generator(),  # drawing from the global one would change a model's dropout
         )
-        return iter(loader)
+
+        def end_workers() -> None:
+            ending.value = True
+
+        atexit.register(end_workers)  # a stream may still be open then; multiprocessing waits for its workers
+        deliveries = iter(loader)
+        try:
+            yield from deliveries
+        finally:
+            end_workers()  # before the loader's iterator goes, with this frame, and waits for them
+            atexit.unregister(end_workers)
 
     @property
     def tally(self) -> Tally:
@@ -173,31 +189,30 @@ class ShardStream:
 class Lanes(IterableDataset):
     """Gives each process of the loader its reader and its position."""
 
-    def __init__(self, lanes: list[tuple[int, "Reader", Position]]):
-        self.lanes = lanes
+    def __init__(self, lanes: list[tuple[int, Reader, Position]], ending: ctypes.c_bool):
+        self.lanes, self.ending = lanes, ending
 
     def __iter__(self) -> Iterator[Delivery]:
         lane, reader, position = self.lanes[get_worker_info().id]
-        return reader.deliver(lane, position)
+        try:
+            yield from reader.deliver(lane, position, lambda: self.ending.value)
+        except Exception:
+            yield Delivery(lane, position, None, crash=traceback.format_exc())
 
 
-def become_worker(worker: int) -> None:
-    """Ends with the main process, and leaves its signals to it: Ctrl-C, and a scheduler's SIGTERM, reach the
-    whole process group; the main process saves a checkpoint, for which it may still want batches, and then
-    ends its workers."""
+def become_worker(ending: ctypes.c_bool, worker: int) -> None:
+    """Makes this process end with the main process, and leave signals to it.
+
+    Ctrl-C, and a scheduler's SIGTERM, reach the whole process group; the main process then saves a
+    checkpoint, for which it may still need batches. A SIGTERM counts once the main process has set `ending`.
+    """
     if sys.platform == "linux":  # else a process killed for its memory leaves workers that wait for ever
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, bear_one_signal)
 
-
-def bear_one_signal(number: int, frame: object) -> None:
-    """The first SIGTERM is the group's, and a launcher may repeat it at once. A later one ends the process:
-    it is a loader's, which has waited in vain."""
-    first = time.monotonic()
-
-    def end_if_late(*_: object) -> None:
-        if time.monotonic() - first > ECHO:
+    def end_if_asked(*_: object) -> None:
+        if ending.value:
             os._exit(0)
 
-    signal.signal(number, end_if_late)
+    signal.signal(signal.SIGTERM, end_if_asked)
+    end_if_asked()  # for a SIGTERM that came before

@@ -5,8 +5,7 @@ import signal
 import time
 from typing import Self
 
-from mmvit.data.stream import ECHO
-
+ECHO = 3.0  # seconds; a launcher (torchrun, deepspeed) repeats a signal, which then is still the same one
 CAUGHT = (signal.SIGINT, signal.SIGTERM)
 
 
