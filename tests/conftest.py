@@ -58,7 +58,7 @@ def tokenizer() -> TextTokenizer:
 def tiny_shards(tmp_path_factory) -> Path:
     """A folder with `train` (5 shards, 48 samples) and `held-out` (1 shard, 8).
 
-    Samples have png (16x16), cls (0 to 3), txt, json and codes.npy (2x2). The class is the picture's colour,
+    Samples have png (16x16), cls (0 to 3), txt, json and codes.npy (2x2). The class is the image's colour,
     and the codes are the class, so that a tiny model can learn both.
     """
     folder = tmp_path_factory.mktemp("tiny")

@@ -1,4 +1,4 @@
-"""BYOL: its loss and its target's pace against exact values; views that differ from picture to picture."""
+"""BYOL: its loss and its target's pace against exact values; views that differ from image to image."""
 
 import math
 
@@ -116,10 +116,10 @@ def test_the_spread_tells_a_collapse():
     assert model.loss(views())[1]["spread"] < 1e-6
 
 
-def test_views_differ_between_pictures_and_from_each_other():
+def test_views_differ_between_images_and_from_each_other():
     torch.manual_seed(0)
-    picture = torch.rand(1, 3, 32, 32) * 2 - 1
-    batch = {"pixels": picture.repeat(16, 1, 1, 1), "keys": "k"}
+    image = torch.rand(1, 3, 32, 32) * 2 - 1
+    batch = {"pixels": image.repeat(16, 1, 1, 1), "keys": "k"}
     made = Views(ViewsConfig(), (32, 32))(batch)
     every = torch.cat([made["pixels"], made["other_pixels"]])
     assert every.shape == (32, 3, 32, 32)

@@ -114,7 +114,7 @@ def test_a_class_of_which_no_image_can_be_read_is_refused(run_script, tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "pets" / name).mkdir(parents=True)
         save_image(tmp_path / "pets" / name / "1.png")
-    (tmp_path / "pets" / "dog" / "1.png").write_bytes(b"no picture")
+    (tmp_path / "pets" / "dog" / "1.png").write_bytes(b"no image")
     done = run_script("pipelines/make_shards.py", tmp_path / "pets", tmp_path / "out")
     assert done.returncode == 2
     assert "no image of the class dog could be used: 1 x undecodable image" in done.stderr

@@ -1,4 +1,4 @@
-"""Augmentation of batches: every image by its own draw, and labels that say what is in the picture."""
+"""Augmentation of batches: every image by its own draw, and labels that say what is in the image."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ CLASSES = 4
 
 
 def batch(number: int = 64, size: int = 16) -> dict:
-    """Pictures of one value each, which tells their class: -1, -1/3, 1/3 or 1."""
+    """Images of one value each, which tells their class: -1, -1/3, 1/3 or 1."""
     labels = torch.arange(number) % CLASSES
     values = labels.float() * 2 / (CLASSES - 1) - 1
     return {
@@ -20,12 +20,12 @@ def batch(number: int = 64, size: int = 16) -> dict:
 
 
 def value_of(labels: torch.Tensor) -> torch.Tensor:
-    """The mean pixel that pictures of these shares have."""
+    """The mean pixel that images of these shares have."""
     return labels @ (torch.arange(CLASSES) * 2 / (CLASSES - 1) - 1)
 
 
 @pytest.mark.parametrize("settings", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
-def test_labels_are_the_shares_of_what_is_in_the_picture(settings):
+def test_labels_are_the_shares_of_what_is_in_the_image(settings):
     torch.manual_seed(0)
     mixed = Mixing(MixingConfig(**settings), CLASSES)(batch())
     torch.testing.assert_close(mixed["labels"].sum(1), torch.ones(64))
@@ -63,8 +63,8 @@ def test_boxes_have_the_area_that_was_drawn():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_image_gets_operations_of_its_own(channels):
     torch.manual_seed(0)
-    picture = torch.rand(1, channels, 16, 16) * 2 - 1
-    pixels = picture.repeat(64, 1, 1, 1)
+    image = torch.rand(1, channels, 16, 16) * 2 - 1
+    pixels = image.repeat(64, 1, 1, 1)
     mixing = Mixing(MixingConfig(rand_augment=1, magnitude=15), CLASSES, channels)
     made = mixing({"pixels": pixels, "labels": torch.arange(64) % CLASSES})
     assert torch.equal(made["labels"], torch.arange(64) % CLASSES)
@@ -72,7 +72,7 @@ def test_every_image_gets_operations_of_its_own(channels):
     assert made["pixels"].abs().max() <= 1
     different = {tuple(image.flatten().mul(1000).round().int().tolist()) for image in made["pixels"]}
     assert len(different) > 12
-    assert torch.equal(pixels, picture.expand_as(pixels))  # what came in is as it was
+    assert torch.equal(pixels, image.expand_as(pixels))  # what came in is as it was
 
 
 def test_it_draws_from_torchs_generator_alone():

@@ -71,18 +71,18 @@ def test_every_part_of_a_held_out_combination_is_seen_in_train(emoji):
     assert 0.18 < len(combinations) / (len(combinations) + len(toned)) < 0.22
 
 
-def test_held_out_emoji_share_neither_base_nor_picture_with_train(emoji):
+def test_held_out_emoji_share_neither_base_nor_image_with_train(emoji):
     train = read_split(emoji, "train")
     bases = {describe(sample)["base"] for sample in train.values()}
-    pictures = {picture(sample) for sample in train.values()}
+    images = {pixels_of(sample) for sample in train.values()}
     for sample in read_split(emoji, "held-out").values():
         assert describe(sample)["base"] not in bases
-        assert picture(sample) not in pictures
+        assert pixels_of(sample) not in images
     for sample in read_split(emoji, "combinations").values():
-        assert picture(sample) not in pictures
+        assert pixels_of(sample) not in images
 
 
-def test_combination_with_an_unseen_part_goes_to_train():
+def test_combination_with_a_missing_part_goes_to_train():
     script = load_script("pipelines/prepare_emoji.py")
 
     def toned(base: str, tone: int, caption: str):
@@ -184,7 +184,7 @@ def test_both_styles_hold_out_the_same_code_points_under_the_same_captions(emoji
             image = Image.open(io.BytesIO(sample.files["png"]))
             assert (image.size, image.mode) == ((72, 72), "RGBA")
             assert image.getpixel((0, 0))[3] == 0
-            assert picture(sample) != picture(twins[key])
+            assert pixels_of(sample) != pixels_of(twins[key])
 
 
 def test_what_openmoji_does_not_draw_is_skipped_and_counted_by_reason(openmoji):
@@ -214,7 +214,7 @@ def describe(sample: Sample) -> dict:
     return {"base": base, "tones": tones, "caption": sample.files["txt"].decode()}
 
 
-def picture(sample: Sample) -> bytes:
+def pixels_of(sample: Sample) -> bytes:
     return decode_image(sample.files["png"]).tobytes()
 
 
@@ -241,7 +241,7 @@ def test_fashion_mnist_files_that_do_not_fit_are_refused(run_script, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_fashion_mnist_keeps_pictures_and_classes_together(run_script, tmp_path):
+def test_fashion_mnist_keeps_images_and_classes_together(run_script, tmp_path):
     rng = np.random.default_rng(0)
     for prefix, count in (("train", 60), ("t10k", 10)):
         labels = rng.integers(0, 10, count, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""What is made of a sample's files: pictures, augmentation, captions and codes."""
+"""What becomes of a sample's files: images, augmentation, captions and codes."""
 
 import io
 import json
@@ -65,7 +65,7 @@ def saved(image: Image.Image, form: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def test_exif_orientation_turns_the_picture_upright():
+def test_exif_orientation_turns_the_image_upright():
     image = Image.new("RGB", (32, 32), "white")
     image.paste("black", (0, 0, 32, 16))  # the top half
     exif = Image.Exif()

@@ -1,4 +1,4 @@
-"""Words of other languages: found from captions of the same pictures, and what a model begins them with."""
+"""Words of other languages: found from captions of the same images, and what a model begins them with."""
 
 import random
 from collections import defaultdict
@@ -64,7 +64,7 @@ def test_words_that_the_known_language_has_are_left_out(tiny_shards, tokenizer):
     assert {*likeliest[:3]} == {*tokenizer.tokenize("square")}  # three tokens
 
 
-def test_pictures_without_a_second_language_are_told(tiny_shards, tokenizer):
+def test_images_without_a_second_language_are_told(tiny_shards, tokenizer):
     with pytest.raises(UserError, match=r"none of the 48 images has captions in en and in ja; found de, en"):
         token_translations(f"{tiny_shards}/train-*.tar", tokenizer, "en", ["en", "ja"])
     with pytest.raises(UserError, match=r"captions in en and in another of data.languages; found de, en"):
