@@ -19,7 +19,7 @@ from torch import Tensor
 from mmvit import CaptionScorer, Generator
 from mmvit.data.samples import CaptionSample, PixelsSample
 from mmvit.errors import run_script
-from mmvit.evaluation.generator_report import Unseen
+from mmvit.evaluation.held_out import HeldOut
 from mmvit.evaluation.retrieval import pixel_ranks, recall
 from mmvit.evaluation.splits import read_split
 
@@ -32,7 +32,7 @@ def main() -> None:
     options = parse_arguments()
     generator = Generator.from_pretrained(options.generator)
     real = read_split(options.data, "*", PixelsSample(generator.size))
-    unseen = Unseen.of(read_split(options.data, options.split, CaptionSample()), real, [])
+    unseen = HeldOut.of(read_split(options.data, options.split, CaptionSample()), real, [])
     settings = {"temperature": options.temperature, "seed": options.seed}
     print(f"{len(unseen.own)} captions among {len(unseen.everything)} pictures, {settings}\n")
     print("| guidance | retrieval@1 | @5 |\n|---|---|---|")
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def candidates(
-    generator: Generator, unseen: Unseen, scorer: CaptionScorer | None, **settings: float
+    generator: Generator, unseen: HeldOut, scorer: CaptionScorer | None, **settings: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Of every candidate the rank of the true picture and its scores, by who gives them, (captions,
     candidates)."""

@@ -3,7 +3,7 @@ of captions with codes. The result classifies, draws captions and names pictures
 
     python pipelines/train_joint.py configs/emoji_joint.toml
     python pipelines/evaluate.py runs/emoji-joint data/emoji --split combinations --out joint.png
-    python pipelines/evaluate_classifier.py runs/emoji-joint data/emoji-groups --split test
+    python pipelines/evaluate.py runs/emoji-joint data/emoji-groups --split test --as classifier
 
 Every batch has `train.batch_size` pictures with classes and as many with captions. The run folder holds one
 model with both tokenizers (best/, by the weighted sum of both held-out losses, and last/), of which

@@ -196,6 +196,18 @@ def test_images_are_named_from_the_command_line(trained, run_script, tmp_path):
     assert (ran.returncode, "holds no captions" in ran.stderr) == (2, True)
 
 
+def test_evaluation_finds_captions_and_images(trained, tiny_shards, run_script, tmp_path):
+    arguments = ("pipelines/evaluate.py", trained, tiny_shards, "--out", tmp_path / "clip.png")
+    ran = run_script(*arguments, "--language", "en,de")
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads((tmp_path / "clip.json").read_text())
+    assert (figures["split"], figures["pairs"], figures["language"]) == ("held-out", 8, "en")
+    assert figures["caption_at_1"] == figures["image_at_1"] == 1
+    assert figures["languages"]["de"]["caption_at_1"] < 1  # it learnt English alone
+    ran = run_script(*arguments, "--language", "xx")
+    assert (ran.returncode, "no caption in xx" in ran.stderr) == (2, True)
+
+
 def test_a_clip_of_another_tokenizer_is_refused(trained, tokenizer):
     clip = CLIP.from_pretrained(trained / "best")
     assert isinstance(CaptionScorer(clip, tokenizer).text_tokenizer, TextTokenizer)

@@ -1,5 +1,6 @@
-"""What evaluate.py measures of generators and image tokenizers on tiny data, and what it refuses."""
+"""What `mmvit evaluate` measures of each kind of model on tiny data, and what it refuses."""
 
+import itertools
 import json
 import shutil
 from unittest import mock
@@ -13,21 +14,18 @@ from mmvit.core.transformer import TransformerConfig
 from mmvit.data.captions import TextTokenizer
 from mmvit.data.samples import CaptionSample, PixelsSample
 from mmvit.errors import UserError
+from mmvit.evaluation.evaluate import evaluate
 from mmvit.evaluation.frechet import feature_space
-from mmvit.evaluation.generator_report import (
-    Unseen,
-    draw_worst_to_best,
-    measure_captions,
-    report_generator,
-)
-from mmvit.evaluation.splits import read_split
+from mmvit.evaluation.generator_report import draw_worst_to_best, measure_captions, report_generator
+from mmvit.evaluation.held_out import HeldOut
+from mmvit.evaluation.splits import find_split, read_split
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.clip import CLIP, CLIPConfig
 from mmvit.sampling.candidates import CaptionScorer
 from mmvit.sampling.generator import Generator
 
 
-def test_evaluation_writes_figures_and_a_picture(generator_run, tiny_shards, run_script, tmp_path):
+def test_evaluation_writes_figures_and_an_image(generator_run, tiny_shards, run_script, tmp_path):
     out = tmp_path / "sheet.png"
     ran = run_script("pipelines/evaluate.py", generator_run, tiny_shards, "--split", "held-out", "--out", out)
     assert ran.returncode == 0, ran.stderr
@@ -35,7 +33,7 @@ def test_evaluation_writes_figures_and_a_picture(generator_run, tiny_shards, run
     assert figures["captions"] == 8
     assert figures["candidates"] == 56
     assert 0 <= figures["retrieval@1"] <= figures["retrieval@5"] <= 1
-    assert figures["held_out_loss_of_picture"] == pytest.approx(4 * figures["held_out_loss"])
+    assert figures["held_out_loss_of_image"] == pytest.approx(4 * figures["held_out_loss"])
     assert "frechet_distance_pixels-8x8" in figures
     assert out.is_file()
     generator = Generator.from_pretrained(generator_run)  # what is not said is drawn as the run's samples are
@@ -62,11 +60,11 @@ def test_evaluation_by_a_clip_a_classifier_and_in_two_languages(
     (tmp_path / "classes" / "dataset.json").write_text('{"classes": ["a", "b", "c", "d"]}')
     (tmp_path / "classifier" / "classes.json").write_text('["w", "x", "y", "z"]')
     other = run_script("pipelines/evaluate.py", *arguments, *named, "--classes", tmp_path / "classes")
-    refused(other, "knows w, x, y, z, and", "has a, b, c, d: give the shards that it")
+    refused(other, "class 0 is 'w' to the classifier and 'a' in", "with the classes that it was trained on")
     (tmp_path / "classifier" / "classes.json").unlink()
     spaces = ("--clip", tmp_path / "clip", "--classifier", tmp_path / "classifier")
     more = ("--captioned", 3, "--seeds", 2, *spaces)
-    ran = run_script("pipelines/evaluate.py", *arguments, *more, "--language", "en", "de")
+    ran = run_script("pipelines/evaluate.py", *arguments, *more, "--language", "en,de")
     assert ran.returncode == 0, ran.stderr
     figures = json.loads((generator_run / "evaluation-held-out.json").read_text())
     assert figures["languages"].keys() == {"en", "de"}
@@ -79,33 +77,41 @@ def test_evaluation_by_a_clip_a_classifier_and_in_two_languages(
     assert figures["captioned"] == 3
     assert figures["caption_candidates"] == 4  # captions that are the same are one
     refused(run_script("pipelines/evaluate.py", *arguments, "--language", "xx"), "has no caption in xx")
-    refused(run_script("pipelines/evaluate.py", *arguments, "--train", "trian"), "no shards", "trian-*.tar")
-    refused(run_script("pipelines/evaluate.py", *arguments, "--scorer", "x"), "chooses among --candidates")
-    refused(run_script("pipelines/evaluate.py", *arguments, "--captioned", -1), "-1: it is 0 or more")
-    refused(run_script("pipelines/evaluate.py", *arguments, "--limit", 0), "--limit 0: it is 1 or more")
+    refused(
+        run_script("pipelines/evaluate.py", *arguments, "--train", "trian"),
+        "has no split 'trian': did you mean train?",
+    )
+    refused(run_script("pipelines/evaluate.py", *arguments, "--scorer", "x"), "chooses among candidates")
+    refused(
+        run_script("pipelines/evaluate.py", *arguments, "--captioned", -1),
+        "--captioned must be at least 0, got -1",
+    )
+    refused(
+        run_script("pipelines/evaluate.py", *arguments, "--limit", 0), "--limit must be at least 1, got 0"
+    )
 
 
 def test_a_part_of_a_split_is_spread_over_it(generator_run, tiny_shards, run_script, tmp_path):
     real = read_split(tiny_shards, "*", PixelsSample((16, 16)))
-    unseen = Unseen.of(read_split(tiny_shards, "train", CaptionSample()), real, [])
-    part = unseen.spread(5)
+    held_out = HeldOut.of(read_split(tiny_shards, "train", CaptionSample()), real, [])
+    part = held_out.spread(5)
     assert part.keys == [f"train-{number:03d}" for number in (0, 12, 24, 35, 47)]
-    assert [unseen.captions[unseen.keys.index(key)] for key in part.keys] == part.captions
-    assert torch.equal(part.pixels, unseen.pixels[[0, 12, 24, 35, 47]])
-    assert unseen.spread(100).keys == unseen.keys
+    assert [held_out.captions[held_out.keys.index(key)] for key in part.keys] == part.captions
+    assert torch.equal(part.pixels, held_out.pixels[[0, 12, 24, 35, 47]])
+    assert held_out.spread(100).keys == held_out.keys
     out = tmp_path / "sheet.png"
     ran = run_script(
         "pipelines/evaluate.py", generator_run, tiny_shards, "--split", "train", "--limit", 5, "--out", out
     )
     assert ran.returncode == 0, ran.stderr
-    assert "of 5 captions of train" in ran.stdout
+    assert "of 5 captions find their own image among 56" in ran.stdout
 
 
-def test_pictures_of_one_key_are_refused(tiny_shards):
+def test_images_of_one_key_are_refused(tiny_shards):
     real = read_split(tiny_shards, "*", PixelsSample((16, 16)))
     twice = {**real, "keys": ["000000", "000000", *real["keys"][2:]]}
-    with pytest.raises(UserError, match="several pictures have the key 000000, perhaps one of each split"):
-        Unseen.of(read_split(tiny_shards, "held-out", CaptionSample()), twice, [])
+    with pytest.raises(UserError, match="several images have the key 000000, perhaps in different splits"):
+        HeldOut.of(read_split(tiny_shards, "held-out", CaptionSample()), twice, [])
 
 
 def test_a_split_is_not_another_whose_name_begins_so(tiny_shards, tmp_path):
@@ -124,11 +130,11 @@ def test_a_split_is_not_another_whose_name_begins_so(tiny_shards, tmp_path):
 def test_captions_of_the_same_tokens_are_one(generator_run, tiny_shards):
     generator = Generator.from_pretrained(generator_run)
     real = read_split(tiny_shards, "*", PixelsSample((16, 16)))
-    unseen = Unseen.of(read_split(tiny_shards, "held-out", CaptionSample()), real, [])
-    figures = measure_captions(generator, unseen, 8, unseen.captions)
-    shouted = [caption.upper() for caption in unseen.captions]
+    held_out = HeldOut.of(read_split(tiny_shards, "held-out", CaptionSample()), real, [])
+    figures = measure_captions(generator, held_out, 8, held_out.captions)
+    shouted = [caption.upper() for caption in held_out.captions]
     assert figures["caption_candidates"] == 4
-    assert measure_captions(generator, unseen, 8, shouted) == figures
+    assert measure_captions(generator, held_out, 8, shouted) == figures
     assert figures["caption@5"] == 1
 
 
@@ -136,15 +142,15 @@ def test_a_part_of_a_split_is_chosen_by_its_keys(generator_run, tiny_shards, run
     arguments = (generator_run, tiny_shards, "--split", "train", "--out", tmp_path / "sheet.png")
     ran = run_script("pipelines/evaluate.py", *arguments, "--keys", "n-0[01].$", "--limit", 8)
     assert ran.returncode == 0, ran.stderr
-    assert "of 8 captions of train" in ran.stdout
+    assert "of 8 captions find their own image among 56" in ran.stdout
     assert json.loads((generator_run / "evaluation-train-8-of-keys.json").read_text())["keys"] == "n-0[01].$"
     real = read_split(tiny_shards, "*", PixelsSample((16, 16)))
-    unseen = Unseen.of(read_split(tiny_shards, "train", CaptionSample()), real, [])
-    part = unseen.matching("n-0[01].$")
+    held_out = HeldOut.of(read_split(tiny_shards, "train", CaptionSample()), real, [])
+    part = held_out.matching("n-0[01].$")
     assert part.keys == [f"train-{number:03d}" for number in range(20)]
-    assert torch.equal(part.pixels, unseen.pixels[:20])
-    refused(run_script("pipelines/evaluate.py", *arguments, "--keys", "x9"), "'x9' is found in none of 48")
-    refused(run_script("pipelines/evaluate.py", *arguments, "--keys", "("), "'(' is no regular expression")
+    assert torch.equal(part.pixels, held_out.pixels[:20])
+    refused(run_script("pipelines/evaluate.py", *arguments, "--keys", "x9"), "'x9' matches none of 48 keys")
+    refused(run_script("pipelines/evaluate.py", *arguments, "--keys", "("), "'(' is not a regular expression")
 
 
 def test_a_damaged_shard_is_counted_and_not_measured(
@@ -168,14 +174,14 @@ def test_a_damaged_shard_is_counted_and_not_measured(
     shutil.copytree(encoded / "codes", tmp_path / "whole")
     before = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     ran = run_script("pipelines/encode_images.py", shards, tmp_path / "whole", *settings)
-    refused(ran, damaged.name, "codes that are there would become fewer")
+    refused(ran, damaged.name, "encoding again would leave fewer codes")
     assert {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()} == before
     within = damaged / "codes"
     ran = run_script("pipelines/encode_images.py", tiny_shards, within, *settings)
     refused(ran, f"error: {within}", "Not a directory")
 
 
-def test_copies_of_training_pictures_are_counted(generator_run, tiny_shards):
+def test_copies_of_training_images_are_counted(generator_run, tiny_shards):
     generator = Generator.from_pretrained(generator_run)
     sample = PixelsSample((16, 16))
     real = read_split(tiny_shards, "*", sample)
@@ -183,16 +189,16 @@ def test_copies_of_training_pictures_are_counted(generator_run, tiny_shards):
     trained = read_split(tiny_shards, "train", sample)
     copied = generator.decode(generator.encode(trained["pixels"][:5]))
     noise = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    unseen = Unseen.of(captions, real, trained["keys"])
+    held_out = HeldOut.of(captions, real, trained["keys"])
     with mock.patch.object(generator, "decode", return_value=torch.cat([copied, noise])):
-        report = report_generator(generator, unseen, feature_space(None))
+        report = report_generator(generator, held_out, feature_space(None))
     assert report.figures["copies"] == 5
-    assert [*report.copies] == unseen.keys[:5]
+    assert [*report.copies] == held_out.keys[:5]
     for drawn, key in zip(copied, report.copies.values(), strict=True):
         twin = trained["pixels"][trained["keys"].index(key)].unsqueeze(0)
         torch.testing.assert_close(generator.decode(generator.encode(twin))[0], drawn)
     with mock.patch("mmvit.evaluation.generator_report.two_halves") as sheet:
-        draw_worst_to_best(report, unseen, num_rows=4)
+        draw_worst_to_best(report, held_out, num_rows=4)
     labels = sheet.call_args.args[1]
     ranks = [int(label.partition("(rank ")[2].rstrip(", acopy)")) for label in labels]
     assert ranks == sorted((report.ranks + 1).tolist(), reverse=True)
@@ -219,7 +225,7 @@ def test_evaluation_of_an_image_tokenizer_goes_from_worst_to_best(encoded, tiny_
     ran = run_script("pipelines/evaluate.py", *arguments)
     assert ran.returncode == 0, ran.stderr
     figures = json.loads(out.with_suffix(".json").read_text())
-    assert figures["pictures"] == 8
+    assert figures["images"] == 8
     assert {
         "psnr",
         "ssim",
@@ -242,4 +248,69 @@ def test_evaluation_of_an_image_tokenizer_goes_from_worst_to_best(encoded, tiny_
     assert json.loads(out.with_suffix(".json").read_text())["frechet_distance_grey"] > 0
     ran = run_script("pipelines/evaluate.py", *arguments, "--size", 20)
     assert ran.returncode == 2
-    assert "has a code for every 8x8 pixels; give sides that are multiples" in ran.stderr
+    assert "--size 20x20: both sides must be multiples of 8" in ran.stderr
+
+
+def test_the_held_out_split_of_the_data_is_measured_by_default(tiny_shards, tmp_path):
+    assert find_split(tiny_shards) == "held-out"
+    with pytest.raises(UserError, match="has no split 'held-uot': did you mean held-out"):
+        find_split(tiny_shards, "held-uot")
+    for split in ("train", "new", "val"):
+        shutil.copy(tiny_shards / "train-000000.tar", tmp_path / f"{split}-000000.tar")
+    assert find_split(tmp_path) == "val"
+    shutil.copy(tiny_shards / "train-000000.tar", tmp_path / "heldout-000000.tar")
+    assert find_split(tmp_path) == "heldout"  # as shards were named before
+    assert find_split(tmp_path, "held-out") == "held-out"
+    assert find_split(tmp_path, "new") == "new"
+    for split in ("val", "heldout"):
+        (tmp_path / f"{split}-000000.tar").unlink()
+    with pytest.raises(
+        UserError, match=r"has no held-out split \(combinations, .*\), only new, train: choose one"
+    ):
+        find_split(tmp_path)
+
+
+def test_from_python_it_returns_figures_and_writes_nothing(generator_run, tiny_shards, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(generator_run, run)
+    (run / "config.toml").write_text('[train]\nselect = "last"')
+    before = sorted(tmp_path.rglob("*"))
+    figures = evaluate(run, tiny_shards, limit=2)
+    assert figures["captions"] == 2
+    assert figures["split"] == "held-out"
+    assert sorted(tmp_path.rglob("*")) == before
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"evaluating {run / 'last'} (a generator) on held-out of {tiny_shards}"
+
+
+def test_options_of_another_kind_of_model_are_refused(
+    generator_run, encoded, tiny_shards, run_script, tmp_path
+):
+    out = tmp_path / "new" / "sheet.png"
+    arguments = ("pipelines/evaluate.py", encoded / "tokenizer", tiny_shards, "--out", out)
+    refused(
+        run_script(*arguments, "--captioned", 3), "--captioned does not apply", "holds an image tokenizer"
+    )
+    refused(run_script(*arguments, "--as", "classifier"), "--as classifier chooses a part of a joint model")
+    refused(run_script(*arguments, "--size", "x"), "--size: expected a side or HEIGHTxWIDTH")
+    refused(run_script(*arguments, "--split", "none"), "has no split 'none': choose from")
+    assert not out.parent.exists()
+    (tmp_path / "file").touch()
+    within = tmp_path / "file" / "sheet.png"
+    refused(run_script(*arguments[:-1], within), f"{within} cannot be written: Not a directory")
+    with pytest.raises(UserError, match="unknown option captoined: did you mean captioned"):
+        evaluate(generator_run, tiny_shards, captoined=3)
+
+
+def test_what_takes_long_shows_how_far_it_is(generator_run, tiny_shards, capsys):
+    ticks = itertools.count(step=6)
+    with mock.patch("mmvit.data.writing.time.monotonic", side_effect=lambda: next(ticks)):
+        evaluate(generator_run, tiny_shards, captioned=2, seeds=2, language=["en", "de"])
+    shown = capsys.readouterr().out
+    for what in (
+        "reading all splits: 56", "reading held-out: 8", "reading train: 48", "reconstructing images: 8 of 8",
+        "reconstructing training images: 48 of 48", "generating images: 8 of 8", "measuring the loss: 8 of 8",
+        "generating 2 images of each caption: 8 of 8", "searching captions of images: 1 of 2",
+        "comparing with real images: 8 of 8", "comparing with training images: 8 of 8", "language 2 of 2: de",
+    ):  # fmt: skip
+        assert what in shown

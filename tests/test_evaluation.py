@@ -93,13 +93,13 @@ def test_use_of_a_codebook_is_that_of_its_counts():
     assert figures["perplexity"] == pytest.approx(2**1.5)  # half, and two quarters: 1.5 bits
 
 
-def test_the_nearest_picture_and_its_distance():
+def test_the_nearest_image_and_its_distance():
     references = torch.stack([torch.full((3, 4, 4), level) for level in (-1.0, 0.0, 1.0)])
     pictures = torch.stack([torch.full((3, 4, 4), level) for level in (0.1, -0.9, 0.0)])
     distances, places = nearest(pictures, references, chunk=2)
     assert places.tolist() == [1, 0, 1]
     torch.testing.assert_close(distances, torch.tensor([0.05, 0.05, 0.0]).double(), atol=1e-7, rtol=0)
-    with pytest.raises(ValueError, match="pictures are"):
+    with pytest.raises(ValueError, match="images are"):
         nearest(pictures, references[:, :, :2])
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.shards import read_shard
 from mmvit.data.writing import ShardWriter
-from mmvit.evaluation.accuracy import views_of
+from mmvit.evaluation.accuracy import shifted_and_mirrored
 from mmvit.evaluation.attention_maps import attention_maps, attention_weights, rollout
 from mmvit.evaluation.calibration import calibration_error, confusion_matrix, draw_confusion
 from mmvit.evaluation.frozen import (
@@ -39,30 +39,30 @@ def test_what_many_classes_confuse_is_drawn_small_enough(tmp_path):
 @pytest.mark.parametrize(("number", "dimensions"), [(30, 5), (30, 200)])  # the primal form, and the dual
 def test_few_shot_regression_is_ridge_in_closed_form(number, dimensions):
     features, labels = clouds(number, dimensions, 1, spread=6.0)
-    unseen, truth = clouds(300, dimensions, 2, spread=6.0)
+    held_out, truth = clouds(300, dimensions, 2, spread=6.0)
     mean, deviation = features.mean(0), features.std(0, correction=0) + 1e-5
     known, others = (
         torch.cat([(each - mean) / deviation, torch.full((len(each), 1), 100.0)], 1).double()
-        for each in (features, unseen)
+        for each in (features, held_out)
     )
     targets = torch.where(labels[:, None] == torch.arange(3), 1.0, -1.0).double()
     stacked = torch.cat([known, 1024**0.5 * torch.eye(known.shape[1])])  # least squares of both terms
     zeros = torch.zeros(known.shape[1], 3, dtype=torch.float64)
     weights = torch.linalg.lstsq(stacked, torch.cat([targets, zeros])).solution
     expected = ((others @ weights).argmax(1) == truth).double().mean().item()
-    assert few_shot_accuracy(features, labels, unseen, truth) == expected
+    assert few_shot_accuracy(features, labels, held_out, truth) == expected
     assert 0.4 < expected < 1
 
 
-def test_views_are_moved_and_mirrored():
+def test_copies_are_shifted_and_mirrored():
     pixels = torch.arange(12.0).view(1, 1, 3, 4)
-    assert [view.tolist() for view in views_of(pixels)] == [pixels.tolist()]
-    views = views_of(pixels, shift=1, mirror=True)
-    assert len(views) == 10
-    down, right = views[1][0, 0], views[3][0, 0]
+    assert [copy.tolist() for copy in shifted_and_mirrored(pixels)] == [pixels.tolist()]
+    copies = shifted_and_mirrored(pixels, shift=1, mirror=True)
+    assert len(copies) == 10
+    down, right = copies[1][0, 0], copies[3][0, 0]
     assert down.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7]]
     assert right.tolist() == [[0, 0, 1, 2], [4, 4, 5, 6], [8, 8, 9, 10]]
-    assert all(torch.equal(one.flip(-1), other) for one, other in zip(views[:5], views[5:], strict=True))
+    assert all(torch.equal(one.flip(-1), other) for one, other in zip(copies[:5], copies[5:], strict=True))
 
 
 def test_shots_are_so_many_of_each_class_and_a_draw_of_its_own():
@@ -76,18 +76,22 @@ def test_shots_are_so_many_of_each_class_and_a_draw_of_its_own():
 
 def test_neighbours_vote_with_their_weights():
     known = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, 0.6], [0.0, 1.0]])
-    labels, unseen = torch.tensor([2, 0, 0, 1]), torch.tensor([[2.0, 0.0]])
+    labels, held_out = torch.tensor([2, 0, 0, 1]), torch.tensor([[2.0, 0.0]])
     # similarities 1, 0.8, 0.8: exp(1 / t) against 2 exp(0.8 / t), equal at t = 0.2 / ln 2 = 0.289
     vote = {"neighbours": 3}
-    assert nearest_neighbour_accuracy(known, labels, unseen, torch.tensor([2]), temperature=0.28, **vote) == 1
-    assert nearest_neighbour_accuracy(known, labels, unseen, torch.tensor([0]), temperature=0.30, **vote) == 1
+    assert (
+        nearest_neighbour_accuracy(known, labels, held_out, torch.tensor([2]), temperature=0.28, **vote) == 1
+    )
+    assert (
+        nearest_neighbour_accuracy(known, labels, held_out, torch.tensor([0]), temperature=0.30, **vote) == 1
+    )
 
 
 def test_the_linear_probe_separates_what_can_be_separated():
     features, labels = clouds(60, 8, 1)
-    unseen, truth = clouds(300, 8, 2)
-    assert linear_probe_accuracy(features, labels * 4, unseen, truth * 4) > 0.99
-    assert linear_probe_accuracy(features, labels, unseen, (truth + 1) % 3) < 0.01
+    held_out, truth = clouds(300, 8, 2)
+    assert linear_probe_accuracy(features, labels * 4, held_out, truth * 4) > 0.99
+    assert linear_probe_accuracy(features, labels, held_out, (truth + 1) % 3) < 0.01
 
 
 def test_calibration_has_its_exact_value():
@@ -141,27 +145,27 @@ def test_the_script_measures_and_draws(run_script, tiny_shards, tmp_path):
     torch.nn.init.normal_(model.head.weight)
     model.save_pretrained(tmp_path / "model")
     out = tmp_path / "new" / "sheet.png"
-    arguments = (tmp_path / "model", tiny_shards, "--split", "held-out", "--features", "--out", out)
-    ran = run_script("pipelines/evaluate_classifier.py", *arguments)
+    arguments = (tmp_path / "model", tiny_shards, "--split", "held-out", "--probe", "--out", out)
+    ran = run_script("pipelines/evaluate.py", *arguments)
     assert ran.returncode == 0, ran.stderr
     figures = json.loads(out.with_suffix(".json").read_text())
-    assert figures["pictures"] == 8
+    assert figures["images"] == 8
     assert len(figures["accuracy_of_class"]) == 4
     assert sum(figures["accuracy_of_class"].values()) / 4 == pytest.approx(figures["accuracy"])
     assert figures["mean_accuracy_of_classes"] == pytest.approx(figures["accuracy"])  # as many of each
     assert figures["linear_probe_accuracy"] == figures["25_shot_accuracy"] == 1  # colours are easy
     assert figures["nearest_neighbour_accuracy"] > 0.9
     assert Image.open(out).width > 300
-    assert figures["views"] == 1
-    ran = run_script("pipelines/evaluate_classifier.py", *arguments[:-2], "--precision", "bf16", "--out", out)
+    assert figures["tta"] == 1
+    ran = run_script("pipelines/evaluate.py", *arguments[:-2], "--precision", "bf16", "--out", out)
     assert ran.returncode == 0, ran.stderr
     rough = json.loads(out.with_suffix(".json").read_text())["loss"]
     assert rough == pytest.approx(figures["loss"], rel=0.05)
     assert rough != figures["loss"]
-    ran = run_script("pipelines/evaluate_classifier.py", *arguments, "--shift", 1, "--mirror")
+    ran = run_script("pipelines/evaluate.py", *arguments, "--shift", 1, "--mirror")
     assert ran.returncode == 0, ran.stderr
     more = json.loads(out.with_suffix(".json").read_text())
-    assert more["views"] == 10
+    assert more["tta"] == 10
     assert more["loss"] != figures["loss"]
     assert Image.open(out.with_name("sheet-attention.png")).height > 8 * 96
     with ShardWriter(tmp_path / "two", "held-out") as writer:  # of four classes
@@ -169,7 +173,7 @@ def test_the_script_measures_and_draws(run_script, tiny_shards, tmp_path):
             if sample.files["cls"] in (b"0", b"2"):
                 writer.write(sample.key, sample.files)
     arguments = (tmp_path / "model", tmp_path / "two", "--split", "held-out", "--out", tmp_path / "two.png")
-    ran = run_script("pipelines/evaluate_classifier.py", *arguments)
+    ran = run_script("pipelines/evaluate.py", *arguments)
     assert ran.returncode == 0, ran.stderr
     figures = json.loads((tmp_path / "two.json").read_text())
     known = [figures["accuracy_of_class"][name] for name in "02"]
@@ -179,25 +183,25 @@ def test_the_script_measures_and_draws(run_script, tiny_shards, tmp_path):
     resnet.save_pretrained(tmp_path / "resnet")
     out = tmp_path / "resnet.png"
     arguments = (tmp_path / "resnet", tiny_shards, "--split", "held-out", "--out", out)
-    ran = run_script("pipelines/evaluate_classifier.py", *arguments)
+    ran = run_script("pipelines/evaluate.py", *arguments)
     assert ran.returncode == 2
     assert "has not learnt classes: its head is all zeros" in ran.stderr
     torch.nn.init.normal_(resnet.head.weight)
     resnet.save_pretrained(tmp_path / "resnet")
-    ran = run_script("pipelines/evaluate_classifier.py", *arguments)
+    ran = run_script("pipelines/evaluate.py", *arguments)
     assert ran.returncode == 0, ran.stderr
     assert json.loads(out.with_suffix(".json").read_text())["accuracy"] == 0.25  # a head of zeros
     assert not out.with_name("resnet-attention.png").exists()
-    ran = run_script("pipelines/evaluate_classifier.py", tmp_path / "model", tiny_shards, "--split", "none")
+    ran = run_script("pipelines/evaluate.py", tmp_path / "model", tiny_shards, "--split", "none")
     assert ran.returncode == 2
-    assert "none-*.tar" in ran.stderr
+    assert "has no split 'none'" in ran.stderr
     shutil.copytree(tiny_shards, tmp_path / "shards")
     shutil.copy(tiny_shards / "train-000000.tar", tmp_path / "shards" / "held-out-hard-000000.tar")
     arguments = (tmp_path / "model", tmp_path / "shards", "--split", "held-out", "--out", out)
-    assert run_script("pipelines/evaluate_classifier.py", *arguments).returncode == 0
-    assert json.loads(out.with_suffix(".json").read_text())["pictures"] == 8
+    assert run_script("pipelines/evaluate.py", *arguments).returncode == 0
+    assert json.loads(out.with_suffix(".json").read_text())["images"] == 8
     damaged = tmp_path / "shards" / "held-out-000000.tar"
     damaged.write_bytes(damaged.read_bytes()[:6000])
-    ran = run_script("pipelines/evaluate_classifier.py", *arguments)
+    ran = run_script("pipelines/evaluate.py", *arguments)
     assert ran.returncode == 2
-    assert "figures of what is left would not compare with others" in ran.stderr
+    assert "figures of the rest would not compare with others" in ran.stderr

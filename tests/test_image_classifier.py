@@ -93,10 +93,10 @@ def test_names_are_kept_beside_the_weights(tmp_path):
 
 
 def test_mistakes_are_named(tmp_path):
-    with pytest.raises(UserError, match="there are 3 names for a classifier of 4 classes"):
+    with pytest.raises(UserError, match="expected 4 names for a classifier of 4 classes, got 3"):
         ImageClassifier(new_model(), NAMES[:3])
     classifier = ImageClassifier(new_model())
-    with pytest.raises(UserError, match="no pictures to classify"):
+    with pytest.raises(UserError, match="no images to classify"):
         classifier.classify([])
     with pytest.raises(UserError, match=r"expected a list of images, got a single one: write \[image\]"):
         classifier.classify(Image.new("RGB", (16, 16)))
@@ -108,7 +108,7 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match="has not learnt classes: its head is all zeros"):
         pretrained.classify([Image.new("RGB", (16, 16))])
     assert pretrained.features([Image.new("RGB", (16, 16))]).shape == (1, 16)
-    with pytest.raises(UserError, match="top is 0"):
+    with pytest.raises(UserError, match="top must be at least 1, got 0"):
         classifier.classify([Image.new("RGB", (16, 16))], top=0)
     new_model().save_pretrained(tmp_path)
     for text, words in (("{", "is not valid JSON"), ('{"a": 1}', "is not a list of names")):
@@ -161,6 +161,6 @@ optimizer = {{lr = 1e-2, warmup_steps = 5}}
     shutil.copytree(named_shards, other)
     (other / "dataset.json").write_text(json.dumps({"classes": [NAMES[1], NAMES[0], *NAMES[2:]]}))
     arguments = (tmp_path / "run", other, "--split", "held-out", "--out", tmp_path / "sheet.png")
-    ran = run_script("pipelines/evaluate_classifier.py", *arguments)
+    ran = run_script("pipelines/evaluate.py", *arguments)
     assert ran.returncode == 2
     assert "class 0 is 'red thing' to the classifier and 'green thing' in" in ran.stderr

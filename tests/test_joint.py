@@ -13,8 +13,11 @@ from mmvit.config import load_config
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.paired import PairedStream
 from mmvit.data.samples import PixelsSample
+from mmvit.data.shards import read_shard, shards_of
 from mmvit.data.stream import ShardStream
+from mmvit.data.writing import ShardWriter
 from mmvit.errors import UserError
+from mmvit.evaluation.evaluate import evaluate
 from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.fine_tuning import take_core
@@ -205,12 +208,20 @@ def test_one_run_classifies_draws_and_captions(run, tiny_shards, run_script, tmp
     assert {"loss", "accuracy", "classification_loss", "image_loss"} <= held_out[-1].keys()
     assert (run / "samples" / "step-000006.png").is_file()
     assert Generator.from_pretrained(run).generate("red square", seed=1)[0].size == (16, 16)
-    out = tmp_path / "classes.png"
-    ran = run_script(
-        "pipelines/evaluate_classifier.py", run, tiny_shards, "--split", "held-out", "--out", out
-    )
+    out = tmp_path / "sheet.png"
+    arguments = ("pipelines/evaluate.py", run, tiny_shards, "--out", out)
+    ran = run_script(*arguments, "--limit", 4)
+    assert ran.returncode == 0, ran.stderr
+    assert "(the classifier and the generator of a joint model) on held-out of" in ran.stdout
+    assert (tmp_path / "sheet-classifier.png").is_file()
+    assert (tmp_path / "sheet-generator.png").is_file()
+    assert not out.exists()
+    assert json.loads((run / "evaluation-held-out-4.json").read_text())["captions"] == 4
+    ran = run_script(*arguments, "--as", "classifier")
     assert ran.returncode == 0, ran.stderr
     assert out.is_file()
+    assert json.loads(out.with_suffix(".json").read_text())["images"] == 8
+    assert evaluate(run, without_classes(tiny_shards, tmp_path), limit=2).keys() == {"generator"}
     captions, picture = tmp_path / "captions.txt", tmp_path / "red.png"
     captions.write_text("red square\nblue square\n")
     Image.new("RGB", (16, 16), "red").save(picture)
@@ -219,6 +230,17 @@ def test_one_run_classifies_draws_and_captions(run, tiny_shards, run_script, tmp
     assert ran.returncode == 0, ran.stderr
     assert "red square" in ran.stdout
     assert "blue square" in ran.stdout
+
+
+def without_classes(shards: Path, folder: Path) -> Path:
+    """A copy of shards without their classes."""
+    for split in ("train", "held-out"):
+        with ShardWriter(folder / "captions", split) as writer:
+            for shard in shards_of(shards, split):
+                for sample in read_shard(shard):
+                    files = {name: data for name, data in sample.files.items() if name != "cls"}
+                    writer.write(sample.key, files)
+    return folder / "captions"
 
 
 def test_a_killed_joint_run_resumes_bit_identically(run, run_script, tmp_path):

@@ -1,13 +1,59 @@
 """How often a CLIP finds each image's caption among all captions, and each caption's image among all."""
 
-from collections.abc import Iterable
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from mmvit.data.reader import Decode
+from mmvit.data.samples import CaptionSample, PixelsSample
+from mmvit.data.shards import Sample
+from mmvit.data.writing import with_progress
 from mmvit.errors import UserError
 from mmvit.evaluation.retrieval import caption_ranks, recalls
+from mmvit.evaluation.splits import batches_of
+from mmvit.hub import write_json
 from mmvit.models.clip import CLIP
+from mmvit.sampling.candidates import CaptionScorer
+
+
+def evaluate_clip(
+    model: Path, data: Path, split: str, out: Path | None = None, *, language: Sequence[str] = ()
+) -> dict[str, Any]:
+    """`retrieval` among the images and captions of a split, and how many there are.
+
+    Args:
+        out: writes the figures to OUT.json.
+        language: of the captions, English by default; each further one is measured, too.
+    """
+    scorer = CaptionScorer.from_pretrained(model)
+    config = scorer.clip.config
+    pixels = PixelsSample(config.image.height_width)
+    found: dict[str, dict[str, Any]] = {}
+    for code in language or ["en"]:
+        captions = CaptionSample([code], falls_back=not language)
+
+        def decode(sample: Sample, rng: random.Random, captions: Decode = captions) -> dict[str, Any]:
+            return {**pixels(sample, rng), **captions(sample, rng)}
+
+        batches = list(batches_of(data, split, decode, f"reading {code} captions of"))
+        for batch in batches:
+            batch["caption_ids"] = scorer.text_tokenizer.encode(batch["captions"], config.text_length)[0]
+        pairs = sum(len(batch["keys"]) for batch in batches)
+        shown = with_progress(
+            batches, pairs, f"embedding images and {code} captions", lambda b: len(b["keys"])
+        )
+        found[code] = {"pairs": pairs, **retrieval(scorer.clip, shown)}
+    first = next(iter(found))
+    figures = {"split": split, "language": first, **found[first]}
+    if len(found) > 1:
+        figures["languages"] = found
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(figures, out.with_suffix(".json"))
+    return figures
 
 
 @torch.no_grad()

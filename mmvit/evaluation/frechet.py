@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mmvit.data.writing import with_progress
 from mmvit.errors import UserError
 from mmvit.models.classification import fit_pixels
 from mmvit.models.classifier import Classifier
@@ -70,7 +71,8 @@ def classifier_space(classifier: Path) -> FeatureSpace:
 
     @torch.inference_mode()
     def features(pixels: Tensor) -> Tensor:
-        return torch.cat([model.features(fit_pixels(part, model.config)) for part in pixels.split(64)])
+        parts = with_progress(pixels.split(64), len(pixels), "features of images", len)
+        return torch.cat([model.features(fit_pixels(part, model.config)) for part in parts])
 
     folder = classifier.resolve()
     return FeatureSpace((folder.parent if folder.name in ("best", "last") else folder).name, features)
@@ -84,7 +86,8 @@ def inception_space(weights: Path) -> FeatureSpace:
     @torch.inference_mode()
     def features(pixels: Tensor) -> Tensor:
         levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return torch.cat([extractor(part)[0] for part in levels.split(32)])
+        parts = with_progress(levels.split(32), len(levels), "features of images", len)
+        return torch.cat([extractor(part)[0] for part in parts])
 
     return FeatureSpace("inception-v3", features)
 

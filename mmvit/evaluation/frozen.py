@@ -1,33 +1,57 @@
-"""How good a classifier's features are, without training it: closed-form few-shot ridge regression, nearest
-neighbours, and a linear probe."""
+"""How good a frozen classifier's features are: closed-form few-shot ridge regression, nearest neighbours, and
+a linear probe."""
 
-from collections.abc import Iterator
+import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-L2 = 2.0**10  # of the ridge regression, as the paper's authors have it in big_vision
+from mmvit.data.writing import with_progress
+
+L2 = 2.0**10  # of the ridge regression, as in big_vision, the code of the paper's authors
 BIAS = 100.0  # the constant feature
-SHOTS = (1, 5, 10, 25)
+SHOTS, SEEDS = (1, 5, 10, 25), 3
+PROBE_ROUNDS = 10  # of the linear probe's optimizer, between which it shows progress
+
+
+def frozen_figures(
+    features: Tensor, labels: Tensor, held_out: Tensor, held_out_labels: Tensor
+) -> dict[str, Any]:
+    """Accuracy on held-out images of probes that learn from `features`: `K_shot_accuracy`, the mean over
+    three draws, and `K_shot_spread` for K of 1, 5, 10 and 25; `nearest_neighbour_accuracy`;
+    `linear_probe_accuracy`."""
+    data = (held_out, held_out_labels)
+    accuracies: dict[int, list[float]] = {shots: [] for shots in SHOTS}
+    draws = itertools.product(SHOTS, range(SEEDS))
+    for shots, seed in with_progress(draws, len(SHOTS) * SEEDS, "few-shot probes"):
+        chosen = draw_shots(labels, shots, seed)
+        accuracies[shots].append(few_shot_accuracy(features[chosen], labels[chosen], *data))
+    figures: dict[str, Any] = {}
+    for shots, found in accuracies.items():
+        figures[f"{shots}_shot_accuracy"] = sum(found) / len(found)
+        figures[f"{shots}_shot_spread"] = max(found) - min(found)
+    figures["nearest_neighbour_accuracy"] = nearest_neighbour_accuracy(features, labels, *data)
+    figures["linear_probe_accuracy"] = linear_probe_accuracy(features, labels, *data)
+    return figures
 
 
 def few_shot_accuracy(
-    features: Tensor, labels: Tensor, unseen: Tensor, unseen_labels: Tensor, l2: float = L2
+    features: Tensor, labels: Tensor, held_out: Tensor, held_out_labels: Tensor, l2: float = L2
 ) -> float:
-    """Accuracy on `unseen` of ridge regression to targets of ±1, in closed form (2010.11929, section 4.1).
+    """Accuracy of ridge regression to targets of ±1, in closed form (2010.11929, section 4.1).
 
-    Features are brought to mean 0 and standard deviation 1 in each dimension, as the training ones have it,
-    and get a constant beside them.
+    All features are standardised by the mean and deviation of the training ones, and a constant is added.
 
     Args:
-        features: (samples, dimensions), of which the regression learns; `unseen` (others, dimensions).
-        labels: (samples,); `unseen_labels` (others,). Classes are those that occur in `labels`.
+        features: (samples, dimensions) to learn from, with `labels` (samples,) of the classes to choose from.
+        held_out: (others, dimensions), with `held_out_labels` (others,).
     """
     classes = labels.unique()
     mean, deviation = features.double().mean(0), features.double().std(0, correction=0) + 1e-5
     known, others = (
-        F.pad((each.double() - mean) / deviation, (0, 1), value=BIAS) for each in (features, unseen)
+        F.pad((each.double() - mean) / deviation, (0, 1), value=BIAS) for each in (features, held_out)
     )
     targets = (labels[:, None] == classes).double() * 2 - 1
     if len(known) < known.shape[1]:  # the dual form has the smaller matrix
@@ -37,11 +61,11 @@ def few_shot_accuracy(
         gram = known.T @ known + l2 * torch.eye(known.shape[1], dtype=torch.float64)
         weights = torch.linalg.solve(gram, known.T @ targets)
     predicted = classes[(others @ weights).argmax(1)]
-    return (predicted == unseen_labels).double().mean().item()
+    return (predicted == held_out_labels).double().mean().item()
 
 
 def draw_shots(labels: Tensor, shots: int, seed: int) -> Tensor:
-    """Indices of `shots` samples of each class, or of all that it has."""
+    """Indices of `shots` random samples of each class, or of all that it has."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     chosen = [order[labels[order] == label][:shots] for label in labels.unique()]
@@ -51,43 +75,47 @@ def draw_shots(labels: Tensor, shots: int, seed: int) -> Tensor:
 def nearest_neighbour_accuracy(
     features: Tensor,
     labels: Tensor,
-    unseen: Tensor,
-    unseen_labels: Tensor,
+    held_out: Tensor,
+    held_out_labels: Tensor,
     neighbours: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Accuracy of a vote among the nearest by cosine, each with weight exp(similarity / temperature)
+    """Accuracy of a vote among the nearest neighbours by cosine, weighted by exp(similarity / temperature)
     (1805.01978)."""
-    known, others = F.normalize(features.float(), dim=1), F.normalize(unseen.float(), dim=1)
+    known, others = F.normalize(features.float(), dim=1), F.normalize(held_out.float(), dim=1)
     neighbours = min(neighbours, len(known))
-    right = 0
-    for part, truth in zip(others.split(1024), unseen_labels.split(1024), strict=True):
+    correct = 0
+    parts = list(zip(others.split(1024), held_out_labels.split(1024), strict=True))
+    for part, truth in with_progress(parts, len(others), "nearest neighbours", lambda pair: len(pair[0])):
         similar, places = (part @ known.T).topk(neighbours, dim=1)
         votes = torch.zeros(len(part), int(labels.max()) + 1)
         votes.scatter_add_(1, labels[places], (similar / temperature).exp())
-        right += int((votes.argmax(1) == truth).sum())
-    return right / len(unseen)
+        correct += int((votes.argmax(1) == truth).sum())
+    return correct / len(held_out)
 
 
 def linear_probe_accuracy(
     features: Tensor,
     labels: Tensor,
-    unseen: Tensor,
-    unseen_labels: Tensor,
+    held_out: Tensor,
+    held_out_labels: Tensor,
     l2: float = 1e-4,
     iterations: int = 100,
 ) -> float:
-    """Accuracy of multinomial logistic regression on normalised features, trained by L-BFGS to its optimum,
-    which is the same whatever the start."""
+    """Accuracy of multinomial logistic regression on standardised features, trained by L-BFGS to its optimum,
+    which does not depend on the start."""
     mean, deviation = features.mean(0), features.std(0, correction=0) + 1e-5
-    known, others = ((each - mean) / deviation for each in (features.float(), unseen.float()))
+    known, others = ((each - mean) / deviation for each in (features.float(), held_out.float()))
     classes = labels.unique()
     targets = torch.searchsorted(classes, labels)
     layer = torch.nn.Linear(known.shape[1], len(classes))
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
     optimizer = torch.optim.LBFGS(
-        layer.parameters(), max_iter=iterations, history_size=20, line_search_fn="strong_wolfe"
+        layer.parameters(),
+        max_iter=iterations // PROBE_ROUNDS,
+        history_size=20,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
@@ -97,19 +125,8 @@ def linear_probe_accuracy(
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)
+        for _ in with_progress(range(PROBE_ROUNDS), PROBE_ROUNDS, "linear probe"):
+            optimizer.step(closure)
     with torch.no_grad():
         predicted = classes[layer(others).argmax(1)]
-    return (predicted == unseen_labels).double().mean().item()
-
-
-def few_shot_accuracies(
-    features: Tensor, labels: Tensor, unseen: Tensor, unseen_labels: Tensor, seeds: int = 3
-) -> Iterator[tuple[int, list[float]]]:
-    """(shots, accuracy of each seed) for 1, 5, 10 and 25 shots."""
-    for shots in SHOTS:
-        accuracies = []
-        for seed in range(seeds):
-            chosen = draw_shots(labels, shots, seed)
-            accuracies.append(few_shot_accuracy(features[chosen], labels[chosen], unseen, unseen_labels))
-        yield shots, accuracies
+    return (predicted == held_out_labels).double().mean().item()

@@ -1,40 +1,39 @@
-"""What generated pictures are beside real ones: how much those of one caption differ, and which are copies of
-training pictures. Distances are root mean squares over pixels in [0, 1]."""
+"""Generated images compared with each other and with training images: diversity and copies. Distances are
+root mean squares over pixels in [0, 1]."""
 
 import torch
 from torch import Tensor
 
-COPY = 0.02  # a picture that differs by less from a training picture is called its copy: 34 dB
+from mmvit.data.writing import with_progress
+
+COPY = 0.02  # a generated image closer than this to a training image counts as its copy: 34 dB
 
 
-def nearest(pictures: Tensor, references: Tensor, chunk: int = 128) -> tuple[Tensor, Tensor]:
-    """The distance of each of `pictures` to the nearest of `references`, and its place, both (pictures,).
+def nearest(images: Tensor, references: Tensor, chunk: int = 128) -> tuple[Tensor, Tensor]:
+    """The distance of each image to the nearest of `references`, and its place there, both (images,).
 
     Args:
-        pictures, references: (number, ...) pixels in [-1, 1], of the same shape.
+        images, references: (number, ...) pixels in [-1, 1], of the same shape.
     """
-    if pictures.shape[1:] != references.shape[1:]:
-        raise ValueError(
-            f"pictures are {tuple(pictures.shape[1:])}, references {tuple(references.shape[1:])}"
-        )
+    if images.shape[1:] != references.shape[1:]:
+        raise ValueError(f"images are {tuple(images.shape[1:])}, references {tuple(references.shape[1:])}")
     candidates = references.flatten(1).double()
-    found = []
-    for part in pictures.split(chunk):
-        found.append(torch.cdist(part.flatten(1).double(), candidates).min(1))
+    parts = with_progress(images.split(chunk), len(images), "comparing with training images", len)
+    found = [torch.cdist(part.flatten(1).double(), candidates).min(1) for part in parts]
     scale = 2 * candidates.shape[1] ** 0.5
     return torch.cat([one.values for one in found]) / scale, torch.cat([one.indices for one in found])
 
 
-def diversity(pictures: Tensor) -> tuple[float, float]:
-    """The mean distance of two pictures of one caption, and of two pictures of different captions.
+def diversity(images: Tensor) -> tuple[float, float]:
+    """The mean distance of two images of one caption, and of two images of different captions.
 
     Args:
-        pictures: (captions, seeds, ...) pixels in [-1, 1], two captions and seeds or more.
+        images: (captions, seeds, ...) pixels in [-1, 1], at least two captions and two seeds.
     """
-    captions, seeds = pictures.shape[:2]
+    captions, seeds = images.shape[:2]
     if captions < 2 or seeds < 2:
         raise ValueError(f"{captions} captions and {seeds} seeds have no pairs")
-    flat = pictures.flatten(2).flatten(0, 1).double() / 2
+    flat = images.flatten(2).flatten(0, 1).double() / 2
     distances = torch.cdist(flat, flat) / flat.shape[1] ** 0.5
     caption = torch.arange(captions).repeat_interleave(seeds)
     same = caption[:, None] == caption[None]

@@ -1,96 +1,192 @@
-"""A generator on captions that it has not seen, beside the real pictures and what its image tokenizer can say
-of them."""
+"""A generator on held-out captions, compared with the real images and with what its image tokenizer makes of
+those."""
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from mmvit.data.images import images_from_pixels
+from mmvit.data.reader import Decode
+from mmvit.data.samples import CaptionSample, ClassSample, PixelsSample
+from mmvit.data.writing import with_progress
 from mmvit.errors import UserError
-from mmvit.evaluation.frechet import FeatureSpace
+from mmvit.evaluation.frechet import FeatureSpace, feature_space
 from mmvit.evaluation.generated import COPY, diversity, nearest
+from mmvit.evaluation.held_out import HeldOut, evenly_spread
+from mmvit.evaluation.image_classifier import ImageClassifier
 from mmvit.evaluation.likelihood import generator_loss
 from mmvit.evaluation.retrieval import caption_ranks, pixel_ranks, recalls
+from mmvit.evaluation.splits import check_memory, find_split, read_split, split_sizes
+from mmvit.evaluation.tokenizer_report import reconstruct
+from mmvit.hub import write_json
 from mmvit.models.classification import fit_pixels
 from mmvit.models.classifier import Classifier
+from mmvit.models.resnet import ResNet
 from mmvit.sampling.candidates import CaptionScorer, rank_captions
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import two_halves
+from mmvit.sampling.settings import SAVED_FIELDS, explicit_options
 from mmvit.training.distributed import choose_precision
 
+TRAIN = "train"
+IN_MEMORY = 3  # copies of each measured image: real, reconstructed, generated
+OF_LANGUAGE = ("held_out_loss", "retrieval@1", "retrieval@5")  # figures of each further language
 
-@dataclass(frozen=True)
-class Unseen:
-    """A split's captions and, of all pictures of its data set as pixels (pictures, 3, height, width), the
-    places of its own, and of those of the train split."""
 
-    keys: list[str]
-    captions: list[str]
-    everything: Tensor
-    own: Tensor
-    trained: Tensor
-    trained_keys: list[str]
+def evaluate_generator(
+    model: Path,
+    data: Path,
+    split: str,
+    out: Path | None = None,
+    *,
+    rows: int = 8,
+    limit: int | None = None,
+    keys: str = "",
+    language: Sequence[str] = (),
+    train: str = TRAIN,
+    features: Path | None = None,
+    seeds: int = 1,
+    captioned: int = 0,
+    clip: str | Path | None = None,
+    classifier: str | Path | None = None,
+    classes: Path | None = None,
+    guidance_scale: float | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    candidates: int = 1,
+    scorer: str | Path | None = None,
+) -> dict[str, Any]:
+    """Generates an image for every caption of a split and measures it (`report_generator`).
 
-    @property
-    def pixels(self) -> Tensor:
-        """The split's own pictures."""
-        return self.everything[self.own]
+    Args:
+        out: draws the captions there from worst to best, `rows` on either side, and writes the figures to
+            MODEL/evaluation-SPLIT.json.
+        limit: measures so many captions, evenly spread over the split.
+        keys: measures only the samples in whose key this regular expression is found.
+        language: of the captions, English by default; loss and retrieval are also measured in further ones.
+        train: the split that the generator was trained on, searched for copies.
+        classes: shards with the classes of the same images, for `classifier`; `data` by default.
+        guidance_scale, temperature, top_k, top_p: by default those that the model's folder names.
 
-    @classmethod
-    def of(cls, unseen: Mapping[str, Any], real: Mapping[str, Any], trained: Sequence[str]) -> Self:
-        """`unseen` (keys, captions) and `real` (keys, pixels) as `read_split` gives them; `trained` are keys.
-        What has no picture in `real` is left out. Raises UserError where two pictures have one key."""
-        place = {key: i for i, key in enumerate(real["keys"])}
-        if len(place) < len(real["keys"]):
-            (twin, _), *_ = Counter(real["keys"]).most_common(1)
-            raise UserError(
-                f"several pictures have the key {twin}, perhaps one of each split, and a caption's own "
-                "cannot be told: give every sample of the data set a key of its own"
-            )
-        pairs = [pair for pair in zip(unseen["keys"], unseen["captions"], strict=True) if pair[0] in place]
-        trained = [key for key in trained if key in place]
-        return cls(
-            keys=[key for key, _ in pairs],
-            captions=[caption for _, caption in pairs],
-            everything=real["pixels"],
-            own=torch.tensor([place[key] for key, _ in pairs], dtype=torch.long),
-            trained=torch.tensor([place[key] for key in trained], dtype=torch.long),
-            trained_keys=trained,
+    Raises:
+        UserError: for figures that the data do not allow.
+    """
+    for name, number, least in (
+        ("rows", rows, 1), ("seeds", seeds, 1), ("limit", limit, 1), ("captioned", captioned, 0)
+    ):  # fmt: skip
+        if number is not None and number < least:
+            raise UserError(f"--{name} must be at least {least}, got {number}")
+    try:
+        re.compile(keys)
+    except re.error as error:
+        raise UserError(f"--keys {keys!r} is not a regular expression: {error}") from None
+    if scorer and candidates == 1:
+        raise UserError("--scorer chooses among candidates: add --candidates 2 or more")
+    generator = Generator.from_pretrained(model)
+    sizes = split_sizes(data)
+    check_memory(sum(sizes.values()) + IN_MEMORY * sizes.get(split, 1), generator.size)
+    real = read_split(data, "*", PixelsSample(generator.size))
+    trained = keys_of_train(data, split, train)
+
+    def captions_of(split: str, language: str) -> dict[str, Any]:
+        return read_split(data, split, CaptionSample([language], falls_back=not languages))
+
+    def held_out_in(language: str) -> HeldOut:
+        whole = HeldOut.of(captions_of(split, language), real, trained)
+        whole = whole.matching(keys) if keys else whole
+        return whole.spread(limit) if limit else whole
+
+    languages = list(language)
+    first, *others = languages or ["en"]
+    held_out = held_out_in(first)
+    how = generator.defaults.replace(
+        explicit_options(
+            guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
         )
+    )
+    settings = how.model_dump(include={*SAVED_FIELDS, "seed"})
+    drawing = {
+        **settings,
+        "candidates": candidates,
+        "scorer": CaptionScorer.from_pretrained(scorer) if scorer else None,
+    }
+    network, labels = read_labels(classifier, classes or data, held_out.keys) if classifier else (None, None)
+    report = report_generator(
+        generator,
+        held_out,
+        feature_space(features),
+        seeds=seeds,
+        captioned=captioned,
+        all_captions=captions_of("*", first)["captions"] if captioned else (),
+        clip=CaptionScorer.from_pretrained(clip) if clip else None,
+        classifier=network,
+        labels=labels,
+        **drawing,
+    )
+    figures = {"split": split, "language": first, **report.figures}
+    if others:
+        figures["languages"] = {first: {name: figures[name] for name in OF_LANGUAGE}}
+    for number, code in enumerate(others, start=2):
+        print(f"language {number} of {len(languages)}: {code}", flush=True)
+        own = held_out_in(code)
+        found, _, _ = loss_and_retrieval(generator, own, generator.encode(own.pixels), **drawing)
+        figures["languages"][code] = {name: found[name] for name in OF_LANGUAGE}
+    if out is not None:
+        kept = {**figures, **settings, "candidates_drawn": candidates, "scorer": scorer, "data": data}
+        kept |= {"copied": report.copies} if report.copies else {}
+        kept |= {"keys": keys} if keys else {}
+        part = (f"-{limit}" if limit else "") + ("-of-keys" if keys else "")
+        folder = model if model.is_dir() else out.parent
+        kept = {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
+        write_json(kept, folder / f"evaluation-{split}{part}.json")
+        heading = "caption" if split == train else "held-out caption"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draw_worst_to_best(report, held_out, rows, heading).save(out)
+    return figures
 
-    def spread(self, number: int) -> Self:
-        """`number` of the captions, evenly spread over the split, or all where there are fewer."""
-        return self.some(evenly_spread(len(self.own), number))
 
-    def matching(self, pattern: str) -> Self:
-        """The captions in whose key this regular expression is found. Raises UserError for none."""
-        chosen = [i for i, key in enumerate(self.keys) if re.search(pattern, key)]
-        if not chosen:
-            raise UserError(f"--keys {pattern!r} is found in none of {len(self.keys)}, as {self.keys[:2]}")
-        return self.some(chosen)
+def keys_of_train(data: Path, split: str, train: str) -> list[str]:
+    """The keys of the training split; none if that is what is measured, or if there is none and it was not
+    asked for."""
+    if split == train or (train == TRAIN and not any(data.glob(f"{train}-*.tar"))):
+        return []
+    return read_split(data, find_split(data, train), keys_alone)["keys"]
 
-    def some(self, chosen: Sequence[int] | Tensor) -> Self:
-        """The captions at these places."""
-        return replace(
-            self,
-            keys=[self.keys[i] for i in chosen],
-            captions=[self.captions[i] for i in chosen],
-            own=self.own[chosen],
+
+keys_alone: Decode = lambda sample, rng: {}  # noqa: E731
+
+
+def read_labels(
+    classifier: str | Path, data: Path, keys: Sequence[str]
+) -> tuple[Classifier | ResNet, dict[str, int]]:
+    """A classifier, and the class of every image in `data` by its key. Raises UserError if the classifier is
+    untrained or knows other classes, or if no image of `keys` has a class."""
+    found = ImageClassifier.from_pretrained(classifier, "cpu")
+    if not found.is_trained:
+        raise UserError(f"--classifier {classifier}: its head is all zeros, so it knows no classes yet")
+    found.check_classes(data)
+    whole = read_split(data, "*", ClassSample(found.model.config.num_classes))
+    labels = dict(zip(whole["keys"], whole["labels"].tolist(), strict=True))
+    if not labels.keys() & set(keys):
+        raise UserError(
+            f"no measured image has a class in {data}: pass shards with the same keys with --classes"
         )
+    return found.model, labels
 
 
 @dataclass(frozen=True)
 class GeneratorReport:
-    """Figures; and of every caption what was drawn and what the image tokenizer makes of the real picture, as
-    pixels, with the rank of the true picture; and which drawn pictures are copies (key → key of the training
-    picture)."""
+    """Figures, and for every caption the generated image and the reconstruction of the real one, as pixels,
+    with the rank of the real one; and which generated images are copies (key → key of the training image)."""
 
     figures: dict[str, Any]
     generated: Tensor
@@ -101,162 +197,170 @@ class GeneratorReport:
 
 def report_generator(
     generator: Generator,
-    unseen: Unseen,
+    held_out: HeldOut,
     space: FeatureSpace,
     *,
     seeds: int = 1,
     clip: CaptionScorer | None = None,
-    classifier: Classifier | None = None,
+    classifier: Classifier | ResNet | None = None,
     labels: Mapping[str, int] | None = None,
     captioned: int = 0,
     all_captions: Sequence[str] = (),
     **settings: Any,
 ) -> GeneratorReport:
-    """Draws a picture of every caption and measures it.
+    """Generates an image for every caption and measures it.
 
     Args:
-        space: of the Fréchet distance.
-        seeds: pictures of every caption that are drawn once more, without candidates, for their diversity.
-        clip: in whose space retrieval is measured, too, and how well pictures fit their captions.
-        classifier: which looks for the class of the caption in what was drawn.
-        labels: the class of each picture by its key; without them the classifier measures nothing.
-        captioned: pictures of the split, evenly spread, whose caption is looked for in `all_captions`.
+        space: for the Fréchet distance.
+        seeds: for diversity, images per caption that are generated in addition, without candidates.
+        clip: also measures retrieval in its space, and how well images fit their captions.
+        classifier: looks for the caption's class in the generated image.
+        labels: the class of each image by its key, without which the classifier measures nothing.
+        captioned: images, evenly spread over the split, whose caption is searched for among `all_captions`.
         settings: as for `Generator.draw`.
     """
-    tokenizer = generator.image_tokenizer
-    own = tokenizer.encode_many(unseen.pixels)
-    reconstructed = tokenizer.decode_many(own).cpu()
-    figures, generated, ranks = loss_and_retrieval(generator, unseen, own, **settings)
-    reconstructed_ranks = pixel_ranks(reconstructed, unseen.everything, unseen.own)
-    figures |= recalls("reconstruction_retrieval@", reconstructed_ranks)
+    codes, reconstructed = reconstruct(generator.image_tokenizer, held_out.pixels, "reconstructing images")
+    figures, generated, ranks = loss_and_retrieval(generator, held_out, codes, **settings)
+    figures |= recalls(
+        "reconstruction_retrieval@", pixel_ranks(reconstructed, held_out.everything, held_out.own)
+    )
     if len(generated) > 1:
         name = f"frechet_distance_{space.name}"
-        figures[name] = space.distance(unseen.pixels, generated)
-        figures[f"reconstruction_{name}"] = space.distance(unseen.pixels, reconstructed)
+        figures[name] = space.distance(held_out.pixels, generated)
+        figures[f"reconstruction_{name}"] = space.distance(held_out.pixels, reconstructed)
     copies: dict[str, str] = {}
-    if len(unseen.trained):
-        codes = tokenizer.encode_many(unseen.everything[unseen.trained])
-        trained = tokenizer.decode_many(codes).cpu()
+    if len(held_out.trained):
+        trained = held_out.everything[held_out.trained]
+        trained = reconstruct(generator.image_tokenizer, trained, "reconstructing training images")[1]
         distances, places = nearest(generated, trained)
         found = (distances < COPY).nonzero().flatten().tolist()
-        copies = {unseen.keys[i]: unseen.trained_keys[places[i]] for i in found}
+        copies = {held_out.keys[i]: held_out.trained_keys[places[i]] for i in found}
         figures["copies"] = len(copies)
         figures["copies_among_reconstructions"] = int((nearest(reconstructed, trained)[0] < COPY).sum())
-    if seeds > 1 and len(unseen.keys) > 1:
+    if seeds > 1 and len(held_out.keys) > 1:
         plain = {name: value for name, value in settings.items() if name not in ("candidates", "scorer")}
-        drawn = generator.generate_codes(unseen.captions, seeds, **plain)
-        pictures = generator.decode(drawn).cpu().unflatten(0, (-1, seeds))
-        figures["diversity"], figures["diversity_of_captions"] = diversity(pictures)
+        drawn = draw_all(generator, held_out.captions, seeds, **plain)
+        figures["diversity"], figures["diversity_of_captions"] = diversity(drawn.unflatten(0, (-1, seeds)))
     if clip is not None:
-        figures |= measure_by_clip(clip, unseen, generated)
+        figures |= measure_by_clip(clip, held_out, generated)
     if classifier is not None and labels is not None:
-        figures |= measure_by_classes(classifier, labels, unseen, generated)
+        figures |= measure_by_classes(classifier, labels, held_out, generated)
     if captioned:
-        figures |= measure_captions(generator, unseen, captioned, all_captions)
+        figures |= measure_captions(generator, held_out, captioned, all_captions)
     return GeneratorReport(figures, generated, reconstructed, ranks, copies)
 
 
 def loss_and_retrieval(
-    generator: Generator, unseen: Unseen, codes: Tensor, **settings: Any
+    generator: Generator, held_out: HeldOut, codes: Tensor, **settings: Any
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """What the true pictures' `codes` cost given their captions, and whether what is drawn of these (as
-    `Generator.draw` does by `settings`) is nearest to its true picture; with the drawn pixels, and the
-    ranks."""
-    generated = generator.decode(generator.generate_codes(unseen.captions, **settings)).cpu()
-    ranks = pixel_ranks(generated, unseen.everything, unseen.own)
-    loss = held_out_loss(generator, unseen.captions, codes)
+    """The loss of the real images' `codes` given their captions, and whether the image generated for a
+    caption is nearest to its real one; with the generated pixels, and the ranks.
+
+    Args:
+        settings: as for `Generator.draw`.
+    """
+    generated = draw_all(generator, held_out.captions, **settings)
+    ranks = pixel_ranks(generated, held_out.everything, held_out.own)
+    loss = held_out_loss(generator, held_out.captions, codes)
     figures = {
-        "captions": len(unseen.own),
-        "candidates": len(unseen.everything),
+        "captions": len(held_out.own),
+        "candidates": len(held_out.everything),
         "held_out_loss": loss,
-        "held_out_loss_of_picture": loss * codes[0].numel(),
+        "held_out_loss_of_image": loss * codes[0].numel(),
         **recalls("retrieval@", ranks),
     }
     return figures, generated, ranks
 
 
+def draw_all(generator: Generator, captions: Sequence[str], num_images: int = 1, **settings: Any) -> Tensor:
+    """`num_images` images of each caption as pixels, with progress."""
+    at_once = max(1, generator.defaults.batch_size // (num_images * settings.get("candidates", 1)))
+    parts = [captions[first : first + at_once] for first in range(0, len(captions), at_once)]
+    what = "generating images" if num_images == 1 else f"generating {num_images} images of each caption"
+    return torch.cat([
+        generator.decode(generator.generate_codes(part, num_images, **settings)).cpu()
+        for part in with_progress(parts, len(captions), what, len)
+    ])  # fmt: skip
+
+
 def measure_captions(
-    generator: Generator, unseen: Unseen, number: int, all_captions: Sequence[str]
+    generator: Generator, held_out: HeldOut, number: int, all_captions: Sequence[str]
 ) -> dict[str, float]:
-    """How often a real picture's own caption is the likeliest of all captions of the data set
-    (`rank_captions`), for `number` pictures evenly spread over the split. Captions of the same tokens are
+    """How often a real image's own caption is the likeliest of all captions of the data set
+    (`rank_captions`), for `number` images evenly spread over the split. Captions with the same tokens are
     one."""
-    chosen = evenly_spread(len(unseen.own), number)
-    captions = list(dict.fromkeys([*unseen.captions, *all_captions]))
+    chosen = evenly_spread(len(held_out.own), number)
+    captions = list(dict.fromkeys([*held_out.captions, *all_captions]))
     ids, _ = generator.text_tokenizer.encode(captions, generator.transformer.config.text_length)
     read = dict(zip(captions, map(tuple, ids.tolist()), strict=True))  # what the model sees of each
     candidates = list({read[caption]: caption for caption in reversed(captions)}.values())
     precision = choose_precision("auto", generator.device)
-    scores = rank_captions(generator, unseen.pixels[chosen], candidates, precision).cpu()
+    images = with_progress(held_out.pixels[chosen].split(1), len(chosen), "searching captions of images")
+    scores = torch.cat([rank_captions(generator, image, candidates, precision).cpu() for image in images])
     place = {read[caption]: i for i, caption in enumerate(candidates)}
     is_own = torch.zeros(scores.shape, dtype=torch.bool)
-    is_own[torch.arange(len(chosen)), [place[read[unseen.captions[i]]] for i in chosen]] = True
+    is_own[torch.arange(len(chosen)), [place[read[held_out.captions[i]]] for i in chosen]] = True
     ranks = caption_ranks(scores, is_own)
     return {"captioned": len(chosen), "caption_candidates": len(candidates), **recalls("caption@", ranks)}
 
 
-def evenly_spread(total: int, number: int) -> Tensor:
-    """Places of `number` among `total`, from the first to the last; all where there are not as many."""
-    return torch.linspace(0, total - 1, min(number, total)).round().long()
-
-
 def held_out_loss(generator: Generator, captions: list[str], codes: Tensor, batch_size: int = 64) -> float:
-    """Cross-entropy of the true codes given their captions, nats per code."""
+    """Cross-entropy of the real images' codes given their captions, nats per code."""
     caption_ids, _ = generator.text_tokenizer.encode(captions, generator.transformer.config.text_length)
     batches = [
         {"caption_ids": ids, "codes": true.flatten(1)}
         for ids, true in zip(caption_ids.split(batch_size), codes.split(batch_size), strict=True)
     ]
+    batches = with_progress(batches, len(captions), "measuring the loss", lambda b: len(b["codes"]))
     return generator_loss(generator.transformer, batches)["image_loss"]
 
 
-def measure_by_clip(clip: CaptionScorer, unseen: Unseen, generated: Tensor) -> dict[str, float]:
-    """Retrieval by the cosine of pictures, and the mean cosine of pictures with their captions."""
-    drawn, real = clip.embed_images(generated), clip.embed_images(unseen.everything)
-    first: dict[bytes, int] = {}  # pictures that are equal are one
-    hashes = (hashlib.sha256(picture.numpy().tobytes()).digest() for picture in unseen.everything)
+def measure_by_clip(clip: CaptionScorer, held_out: HeldOut, generated: Tensor) -> dict[str, float]:
+    """Retrieval by the cosine of images, and the mean cosine of images with their captions."""
+    parts = with_progress(held_out.everything.split(64), len(held_out.everything), "embedding images", len)
+    drawn, real = clip.embed_images(generated), torch.cat([clip.embed_images(part) for part in parts])
+    first: dict[bytes, int] = {}  # images that are equal are one
+    hashes = (hashlib.sha256(image.numpy().tobytes()).digest() for image in held_out.everything)
     same = torch.tensor([first.setdefault(each, i) for i, each in enumerate(hashes)])
-    is_own = same[unseen.own].unsqueeze(1) == same
-    captions = clip.embed_captions(unseen.captions)
+    is_own = same[held_out.own].unsqueeze(1) == same
+    captions = clip.embed_captions(held_out.captions)
     return {
         **recalls("clip_retrieval@", caption_ranks((drawn @ real.T).cpu(), is_own)),
         "clip_score": (drawn * captions).sum(1).mean().item(),
-        "clip_score_of_real": (real[unseen.own] * captions).sum(1).mean().item(),
+        "clip_score_of_real": (real[held_out.own] * captions).sum(1).mean().item(),
     }
 
 
 @torch.inference_mode()
 def measure_by_classes(
-    classifier: Classifier, labels: Mapping[str, int], unseen: Unseen, generated: Tensor
+    classifier: Classifier | ResNet, labels: Mapping[str, int], held_out: HeldOut, generated: Tensor
 ) -> dict[str, float]:
-    """How often a classifier finds the class of the caption in what was drawn, and in the real picture; of
-    the pictures that have a class."""
-    places = [i for i, key in enumerate(unseen.keys) if key in labels]
-    wanted = torch.tensor([labels[unseen.keys[i]] for i in places])
+    """How often a classifier finds the caption's class in the generated image, and in the real one; of the
+    images that have a class."""
+    places = [i for i, key in enumerate(held_out.keys) if key in labels]
+    expected = torch.tensor([labels[held_out.keys[i]] for i in places])
     figures: dict[str, float] = {"with_class": len(places)}
     if not places:
         return figures
-    for name, pixels in (("class_accuracy", generated), ("class_accuracy_of_real", unseen.pixels)):
-        parts = pixels[places].split(64)
+    for name, pixels in (("class_accuracy", generated), ("class_accuracy_of_real", held_out.pixels)):
+        parts = with_progress(pixels[places].split(64), len(places), "classifying images", len)
         predicted = torch.cat([classifier(fit_pixels(part, classifier.config)).argmax(1) for part in parts])
-        figures[name] = (predicted == wanted).double().mean().item()
+        figures[name] = (predicted == expected).double().mean().item()
     return figures
 
 
 def draw_worst_to_best(
-    report: GeneratorReport, unseen: Unseen, num_rows: int, heading: str = "caption"
+    report: GeneratorReport, held_out: HeldOut, num_rows: int, heading: str = "caption"
 ) -> Image.Image:
-    """Caption, real picture, reconstruction and what was drawn, in two halves of `num_rows`: evenly from the
-    caption whose true picture ranks last to the one where it ranks first, of the same rank in their order;
-    copies of a training picture are marked."""
+    """Caption, real image, reconstruction and generated image in two halves of `num_rows`, evenly from the
+    caption whose real image ranks last to the first, equal ranks in order; copies of a training image are
+    marked."""
     order = report.ranks.argsort(stable=True, descending=True)
-    chosen = order[torch.linspace(0, len(order) - 1, min(2 * num_rows, len(order))).round().long()].tolist()
+    chosen = order[evenly_spread(len(order), 2 * num_rows)].tolist()
     columns = [
         images_from_pixels(pixels[chosen])
-        for pixels in (unseen.pixels, report.reconstructed, report.generated)
+        for pixels in (held_out.pixels, report.reconstructed, report.generated)
     ]
-    captions = [
-        f"{unseen.captions[i]} (rank {report.ranks[i] + 1}{', a copy' * (unseen.keys[i] in report.copies)})"
-        for i in chosen
-    ]
+    marks = [", a copy" if key in report.copies else "" for key in held_out.keys]
+    captions = [f"{held_out.captions[i]} (rank {report.ranks[i] + 1}{marks[i]})" for i in chosen]
     return two_halves(columns, captions, [heading, "real", "tokenizer", "generated"], num_rows)

@@ -1,4 +1,4 @@
-"""A trained classifier beside the names of its classes: Pillow pictures in, names out."""
+"""A trained classifier with the names of its classes: Pillow images in, names out."""
 
 import json
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmvit.data.images import check_images, pixels_from_images
+from mmvit.data.writing import read_dataset_card
 from mmvit.errors import UserError
 from mmvit.hub import find_model_folder, write_json
 from mmvit.models.classification import fit_pixels
@@ -19,35 +20,37 @@ from mmvit.models.resnet import ResNet
 
 CLASSES = "classes.json"  # beside the weights
 UNTRAINED = (
-    "this classifier has not learnt classes: its head is all zeros, as after pre-training. Train it on, by "
-    "pipelines/train_classifier.py with --start.model FOLDER; its features need no head"
+    "this classifier has not learnt classes: its head is all zeros, as after pre-training. Fine-tune it with "
+    "mmvit train RECIPE --start.model FOLDER; its features need no head"
 )
 
 
 class ImageClassifier:
-    """`classifier.classify(pictures)`: the likeliest classes of each.
+    """`classifier.classify(images)` returns the likeliest classes of each image.
 
-    Pictures are resized and centre-cropped to the model's size, laid over white, and made grey where it reads
-    grey.
+    Images are resized and centre-cropped to the model's size, laid over white, and converted to grey if it
+    reads grey.
 
     Args:
         model: the network.
-        classes: names by number; numbers where there are none.
+        classes: names by number; None for numbers.
 
     Raises:
-        UserError: when there are more names or fewer than classes.
+        UserError: if the number of names is not the number of classes.
     """
 
     def __init__(self, model: Classifier | ResNet, classes: Sequence[str] | None = None):
         number = model.config.num_classes
         if classes is not None and len(classes) != number:
-            raise UserError(f"there are {len(classes)} names for a classifier of {number} classes")
+            raise UserError(
+                f"expected {number} names for a classifier of {number} classes, got {len(classes)}"
+            )
         self.model, self.named = model.eval(), classes is not None
         self.classes = list(classes) if classes is not None else [str(label) for label in range(number)]
 
     @property
     def is_trained(self) -> bool:
-        """Whether it has learnt classes: the head of one that was pre-trained without them is all zeros."""
+        """False after pre-training without classes, which leaves the head all zeros."""
         return bool(self.model.head.weight.any())
 
     @property
@@ -56,11 +59,14 @@ class ImageClassifier:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> Self:
-        """Loads a run folder (its best model), an exported classifier or a Hub repository, a ViT's, a
-        ResNet's or the classifier of one core with a generator.
+        """Loads a run folder (see `mmvit.hub.find_model_folder`), an exported model or a Hub repository: a
+        ViT, a ResNet, or the classifier that shares its core with a generator.
+
+        Args:
+            device: by default a GPU if there is one.
 
         Raises:
-            UserError: when the folder holds no classifier, or names for another number of classes.
+            UserError: if the folder holds no classifier, or names for another number of classes.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,38 +74,53 @@ class ImageClassifier:
         return cls(load_classifier(folder, device), read_classes(folder / CLASSES))
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Writes the weights and, where it has names, classes.json."""
+        """Writes the weights, and classes.json if the classes have names."""
         folder = self.model.save_pretrained(folder, dtype)
         if self.named:
             write_json(self.classes, folder / CLASSES)
         return folder
 
+    def check_classes(self, data: Path) -> list[str]:
+        """The names of the classes: those in the dataset.json of `data`, or its own. Raises UserError if they
+        differ."""
+        names = read_dataset_card(data).get("classes") or self.classes
+        if len(names) != len(self.classes):
+            raise UserError(f"{data} has {len(names)} classes, the classifier has {len(self.classes)}")
+        if self.named:
+            for number, (own, other) in enumerate(zip(self.classes, names, strict=True)):
+                if own != other:
+                    raise UserError(
+                        f"class {number} is {own!r} to the classifier and {other!r} in {data}/dataset.json: "
+                        "use data with the classes that it was trained on"
+                    )
+        return list(names)
+
     @torch.inference_mode()
-    def features(self, pictures: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
-        """What the head reads: (pictures, width), float32 on the CPU."""
-        check_images(pictures)
-        if not pictures:
-            raise UserError("no pictures to classify; give at least one")
+    def features(self, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
+        """What the head reads: (images, width), float32 on the CPU."""
+        check_images(images)
+        if not images:
+            raise UserError("no images to classify: expected at least one")
         config, found = self.model.config, []
-        for first in range(0, len(pictures), batch_size):
-            pixels = pixels_from_images(pictures[first : first + batch_size], *config.height_width)
+        for first in range(0, len(images), batch_size):
+            pixels = pixels_from_images(images[first : first + batch_size], *config.height_width)
             found.append(self.model.features(fit_pixels(pixels.to(self.device), config)).float().cpu())
         return torch.cat(found)
 
     @torch.inference_mode()
-    def logits(self, pictures: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
-        """(pictures, classes), float32 on the CPU. Raises UserError where the head is untrained."""
+    def logits(self, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
+        """(images, classes), float32 on the CPU. Raises UserError if the head is untrained."""
         if not self.is_trained:
             raise UserError(UNTRAINED)
-        return self.model.head(self.features(pictures, batch_size).to(self.device)).float().cpu()
+        return self.model.head(self.features(images, batch_size).to(self.device)).float().cpu()
 
     def classify(
-        self, pictures: Sequence[Image.Image], top: int = 5, batch_size: int = 64
+        self, images: Sequence[Image.Image], top: int = 5, batch_size: int = 64
     ) -> list[list[tuple[str, float]]]:
-        """Of each picture the `top` likeliest classes with their probabilities, the likeliest first."""
+        """The `top` likeliest classes of each image with their probabilities, the likeliest first."""
         if top < 1:
-            raise UserError(f"top is {top}; at least 1 class is told")
-        best = self.logits(pictures, batch_size).softmax(-1).topk(min(top, len(self.classes)))
+            raise UserError(f"top must be at least 1, got {top}")
+        best = self.logits(images, batch_size).softmax(-1).topk(min(top, len(self.classes)))
         return [
             [(self.classes[place], share) for share, place in zip(shares, places, strict=True)]
             for shares, places in zip(best.values.tolist(), best.indices.tolist(), strict=True)
@@ -107,7 +128,8 @@ class ImageClassifier:
 
 
 def read_classes(path: Path) -> list[str] | None:
-    """The names in classes.json, None where it is not there. Raises UserError for anything else."""
+    """The names in classes.json; None if there is no such file. Raises UserError if it is not a list of
+    names."""
     if not path.is_file():
         return None
     try:
@@ -115,5 +137,5 @@ def read_classes(path: Path) -> list[str] | None:
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path} is not a list of names, a class each")
+        raise UserError(f"{path} is not a list of names: expected one for each class")
     return names

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mmvit.data.writing import with_progress
 from mmvit.errors import UserError
 
 TIE = 1e-6  # relative: images that are equal pixel for pixel must not outrank each other by rounding
@@ -26,7 +27,10 @@ def pixel_ranks(generated: Tensor, references: Tensor, own: Tensor, chunk: int =
     candidates = references.flatten(1).double()
     sizes = candidates.square().sum(1)
     ranks = []
-    for part, places in zip(generated.split(chunk), own.split(chunk), strict=True):
+    parts = list(zip(generated.split(chunk), own.split(chunk), strict=True))
+    for part, places in with_progress(
+        parts, len(own), "comparing with real images", lambda pair: len(pair[0])
+    ):
         images = part.flatten(1).double()
         squares = images.square().sum(1, keepdim=True) + sizes - 2 * images @ candidates.T
         if not squares.isfinite().all():

@@ -1,30 +1,66 @@
-"""A whole split of a data set in memory."""
+"""Splits of a data set: which of them is held out, and reading one into memory."""
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmvit.data.reader import Decode
-from mmvit.data.shards import shards_of
+from mmvit.data.reader import Batch, Decode
+from mmvit.data.shards import HELD_OUT as HELD_OUT_SPLIT
+from mmvit.data.shards import OLD_HELD_OUT, expand_shards, read_shard, shards_of, split_of
 from mmvit.data.stream import ShardStream
-from mmvit.errors import UserError
+from mmvit.data.writing import read_dataset_card, with_progress
+from mmvit.errors import UserError, did_you_mean
+
+# names that held-out splits go by; the first one that a data set has is measured by default
+HELD_OUT = ("combinations", HELD_OUT_SPLIT, OLD_HELD_OUT, "test", "val", "validation")
+READ_AT_ONCE = 256  # samples
+MOST_MEMORY, BYTES_PER_PIXEL = 16, 4 * 3  # GiB; three floats
+
+
+def find_split(folder: Path, split: str | None = None) -> str:
+    """`split`, or the held-out split that `folder` has.
+
+    Raises:
+        UserError: if there is no such split; the message lists those that there are.
+    """
+    there = list(dict.fromkeys(split_of(shard) for shard in expand_shards(folder)))
+    if split is not None:
+        if split not in there and not (split == HELD_OUT_SPLIT and OLD_HELD_OUT in there):
+            raise UserError(f"{folder} has no split {split!r}{did_you_mean(split, there)}")
+        return split
+    for name in HELD_OUT:
+        if name in there:
+            return name
+    raise UserError(
+        f"{folder} has no held-out split ({', '.join(HELD_OUT)}), only {', '.join(there)}: choose one with "
+        "--split"
+    )
+
+
+def split_sizes(folder: Path) -> dict[str, int]:
+    """Samples by split as dataset.json counts them; empty without one."""
+    return read_dataset_card(folder).get("samples", {})
+
+
+def files_of(folder: Path, split: str) -> set[str]:
+    """The extensions of a split's first sample."""
+    for sample in itertools.chain.from_iterable(map(read_shard, shards_of(folder, split))):
+        return {*sample.files}
+    return set()
 
 
 def read_split(folder: Path, split: str, decode: Decode) -> dict[str, Any]:
-    """All samples of a split, `*` for all splits, in their order: {"keys": [...], ...} with what `decode`
-    gives, tensors as one and the rest as lists.
+    """All samples of a split, `*` for all splits, in order: {"keys": [...], ...} with what `decode` returns,
+    tensors stacked into one and the rest as lists.
 
     Raises:
-        UserError: when the split holds no sample, or a shard is damaged: figures of the rest would not
-            compare with others.
+        UserError: if the split has no samples or a shard is damaged.
     """
-    stream = ShardStream(shards_of(folder, split), decode, batch_size=256, shuffle_buffer=0, repeat=False)
-    batches = list(stream)
-    refuse_broken(stream)
-    if not batches:
-        raise UserError(f"{folder}/{split}-*.tar holds no samples")
+    batches = list(batches_of(folder, split, decode))
     whole: dict[str, Any] = {}
     for name, value in batches[0].items():
         parts = [batch[name] for batch in batches]
@@ -33,7 +69,31 @@ def read_split(folder: Path, split: str, decode: Decode) -> dict[str, Any]:
     return whole
 
 
-def refuse_broken(stream: ShardStream) -> None:
-    """Raises UserError where a shard that `stream` has read to its end is damaged."""
+def batches_of(folder: Path, split: str, decode: Decode, what: str = "reading") -> Iterator[Batch]:
+    """The batches of a split, `*` for all splits, in order, with progress.
+
+    Raises:
+        UserError: if the split has no samples, or at its end if a shard is damaged: figures of the rest would
+            not compare with others.
+    """
+    stream = ShardStream(shards_of(folder, split), decode, READ_AT_ONCE, shuffle_buffer=0, repeat=False)
+    sizes = split_sizes(folder)
+    total = sum(sizes.values()) if split == "*" else sizes.get(split)
+    name = "all splits" if split == "*" else split
+    is_empty = True
+    for batch in with_progress(stream, total or None, f"{what} {name}", lambda batch: len(batch["keys"])):
+        is_empty = False
+        yield batch
     for problem in stream.report()["broken_shards"].values():
-        raise UserError(f"{problem}; figures of what is left would not compare with others: write it again")
+        raise UserError(f"{problem}; figures of the rest would not compare with others: write it again")
+    if is_empty:
+        raise UserError(f"{folder}/{split}-*.tar holds no samples")
+
+
+def check_memory(images: int, size: tuple[int, int]) -> None:
+    """Raises UserError if so many images of `size` pixels take more memory than `MOST_MEMORY`."""
+    if (needed := images * size[0] * size[1] * BYTES_PER_PIXEL / 2**30) > MOST_MEMORY:
+        raise UserError(
+            f"{images:,} images of {size[0]}x{size[1]} pixels take {needed:,.0f} GiB of memory, more than "
+            f"{MOST_MEMORY}: take fewer with mmvit subset"
+        )

@@ -1,0 +1,148 @@
+"""A classifier on held-out images: accuracy, calibration, what it confuses, where it looks, and how good its
+features are without training them."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from mmvit.data.images import images_from_pixels
+from mmvit.data.samples import ClassifierSample
+from mmvit.errors import UserError
+from mmvit.evaluation.accuracy import shifted_and_mirrored
+from mmvit.evaluation.attention_maps import attention_maps
+from mmvit.evaluation.calibration import calibration_error, confusion_matrix, draw_confusion
+from mmvit.evaluation.frozen import frozen_figures
+from mmvit.evaluation.image_classifier import UNTRAINED, ImageClassifier
+from mmvit.evaluation.splits import batches_of
+from mmvit.hub import write_json
+from mmvit.models.classification import fit_pixels
+from mmvit.models.classifier import Classifier
+from mmvit.models.resnet import ResNet
+from mmvit.sampling.grids import labelled_grid
+from mmvit.training.distributed import choose_precision
+
+DRAWN = 16  # images with their attention
+
+
+def evaluate_classifier(
+    model: Path,
+    data: Path,
+    split: str,
+    out: Path | None = None,
+    *,
+    shift: int = 0,
+    mirror: bool = False,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    probe: bool = False,
+    train: str = "train",
+) -> dict[str, Any]:
+    """Top-1 and top-5 accuracy, loss, calibration error and the accuracy of every class.
+
+    Args:
+        out: draws the confusion matrix there and attention maps into OUT-attention.png (not of a ResNet), and
+            writes the figures to OUT.json.
+        shift, mirror: test-time augmentation, the mean probability over copies of each image that are shifted
+            by so many pixels, and mirrored (`shifted_and_mirrored`).
+        probe: also judges the frozen features (`frozen_figures`), which learn from the split `train`.
+
+    Raises:
+        UserError: if the classifier is untrained or knows other classes than the data.
+    """
+    if shift < 0:
+        raise UserError(f"--shift must be at least 0 pixels, got {shift}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    classifier = ImageClassifier.from_pretrained(model, device)
+    if not (classifier.is_trained or probe):
+        raise UserError(f"{model}: {UNTRAINED} (--probe)")
+    names, network = classifier.check_classes(data), classifier.model
+    copies = partial(shifted_and_mirrored, shift=shift, mirror=mirror)
+    read = partial(read_out, network, data, precision=choose_precision(precision, device))
+    with_pixels = out is not None and isinstance(network, Classifier)
+    held_out = read(split, copies=copies, with_pixels=with_pixels)
+    logits, labels = held_out["logits"], held_out["labels"]
+    counts = confusion_matrix(logits.argmax(1), labels, len(names))
+    hits = logits.topk(min(5, len(names))).indices == labels[:, None]
+    recalls = counts.diagonal() / counts.sum(1)  # nan for classes without an image
+    figures: dict[str, Any] = {
+        "split": split,
+        "images": len(labels),
+        "tta": len(copies(torch.zeros(1, 1, 1, 1))),
+        "accuracy": hits[:, 0].double().mean().item(),
+        "mean_accuracy_of_classes": recalls.nanmean().item(),
+        "top5_accuracy": hits.any(1).double().mean().item(),
+        "loss": F.cross_entropy(logits, labels).item(),
+        "calibration_error": calibration_error(logits.softmax(1), labels),
+        "accuracy_of_class": {
+            name: None if recall != recall else recall
+            for name, recall in zip(names, recalls.tolist(), strict=True)
+        },
+    }
+    if probe:
+        known = read(train)
+        figures |= frozen_figures(
+            known["features"], known["labels"], held_out["features"], held_out["labels"]
+        )
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(figures, out.with_suffix(".json"))
+        draw_confusion(counts, names, out)
+        if with_pixels:
+            draw_attention(network, held_out, names).save(out.with_name(f"{out.stem}-attention.png"))
+    return figures
+
+
+@torch.inference_mode()
+def read_out(
+    model: Classifier | ResNet,
+    data: Path,
+    split: str,
+    *,
+    precision: torch.dtype,
+    copies: Callable[[Tensor], list[Tensor]] = lambda pixels: [pixels],
+    with_pixels: bool = False,
+) -> dict[str, Tensor]:
+    """`labels`, `features` and `logits` of a split, for several `copies` of each image the logarithm of their
+    mean probability; and its `pixels`, in 256 levels, if asked for."""
+    config, device = model.config, next(model.parameters()).device
+    parts: dict[str, list[Tensor]] = {"labels": [], "features": [], "logits": []}
+    if with_pixels:
+        parts["pixels"] = []
+    for batch in batches_of(data, split, ClassifierSample(config.height_width, config.num_classes)):
+        pixels = batch["pixels"]
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            features, *others = map(model.features, copies(fit_pixels(pixels.to(device), config)))
+            logits = torch.stack([model.head(each).float().cpu() for each in (features, *others)])
+        parts["features"].append(features.float().cpu())
+        parts["logits"].append(logits.softmax(-1).mean(0).log() if others else logits[0])
+        parts["labels"].append(batch["labels"])
+        if with_pixels:
+            parts["pixels"].append(((pixels + 1) * 127.5).round().byte())
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+
+def draw_attention(model: Classifier, held_out: dict[str, Tensor], names: list[str]) -> Image.Image:
+    """Images beside their attention maps, from black (nothing) to yellow (most) over the grey image; from the
+    most confident mistakes to the most confident hits."""
+    from matplotlib import colormaps  # takes half a second to import
+
+    truth = held_out["logits"].log_softmax(1).gather(1, held_out["labels"][:, None])[:, 0]
+    order = truth.argsort()
+    places = order[torch.linspace(0, len(order) - 1, min(DRAWN, len(order))).round().long()]
+    pixels = held_out["pixels"][places] / 127.5 - 1
+    device = next(model.parameters()).device
+    maps = attention_maps(model, fit_pixels(pixels.to(device), model.config)).cpu()
+    heat = torch.from_numpy(colormaps["inferno"](maps.numpy()))[..., :3].permute(0, 3, 1, 2)
+    mixed = 0.35 * pixels.mean(1, keepdim=True) + 0.65 * (2 * heat - 1)
+    columns = [images_from_pixels(each) for each in (pixels, mixed)]
+    predicted, labels = held_out["logits"][places].argmax(1).tolist(), held_out["labels"][places].tolist()
+    captions = [
+        names[true] if true == said else f"{names[true]}, taken for {names[said]}"
+        for true, said in zip(labels, predicted, strict=True)
+    ]
+    return labelled_grid(list(zip(*columns, strict=True)), captions, ["true class", "image", "attention"])
