@@ -379,7 +379,14 @@ def test_codes_keep_their_values_and_pickles_are_refused():
     assert np.array_equal(unpack_codes(pack_codes(codes), (2, 2), 65536), codes)
     buffer = io.BytesIO()
     np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    for data in (buffer.getvalue(), b"", pack_codes(codes)[:-3]):
+    archive, empty = io.BytesIO(), io.BytesIO()
+    np.savez(archive, codes)
+    np.save(empty, np.zeros((0, 2), np.uint16))
+    good = pack_codes(codes)
+    shapes = (b"(9**9, 2)", b"(2, 99999999999999)", b"((((2, 2)", b"(2.5, 2)", b"'x'")
+    evil = [good.replace(b"(2, 2), }" + b" " * 20, (b"%s, }" % shape).ljust(29)) for shape in shapes]
+    assert all(len(data) == len(good) for data in evil)
+    for data in (buffer.getvalue(), b"", good[:-3], archive.getvalue(), empty.getvalue(), *evil):
         with pytest.raises(BadSample, match="unreadable codes"):
             unpack_codes(data, (2, 2), 65536)
 

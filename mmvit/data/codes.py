@@ -35,13 +35,14 @@ def unpack_codes(
         UserError: the array does not have the shape `grid`, or has codes of `codebook_size` or more.
     """
     try:
-        codes = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError):
+        codes = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except Exception:  # numpy raises a dozen kinds for damaged files, from TokenError to MemoryError
         raise BadSample(
             "unreadable codes", f"{len(data)} bytes that are not an .npy file of numbers"
         ) from None
-    if codes.dtype.kind not in "iu":
-        raise BadSample("unreadable codes", f"an array of {codes.dtype}, not integers")
+    if codes.dtype.kind not in "iu" or not codes.size:
+        found = f"of {codes.dtype}, not integers" if codes.size else "without codes"
+        raise BadSample("unreadable codes", f"an array {found}")
     if codes.shape[int(augmented) :] != tuple(grid) or codes.ndim != 2 + augmented:
         raise UserError(f"expected codes of {describe(grid)}, got {describe(codes.shape)}; {ENCODE_AGAIN}")
     if codes.min() < 0 or codes.max() >= codebook_size:
