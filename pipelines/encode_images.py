@@ -7,11 +7,11 @@ The first takes 20 s for 3,953 emoji on 2 cores. Every split of the source is en
 captions and class, loses its image and gains `codes.npy` (rows, columns). dataset.json says which image
 tokenizer made the codes, and training checks it.
 
-    mmvit encode data/emoji data/emoji-augmented --augmented 8 --shift 2 --flip-unless "left right"
+    mmvit encode data/emoji data/emoji-augmented --augmented 8 --flip-unless "left right"
 
-also gives each sample of `train` the codes of eight augmented copies of its image (`augmented.npy`), which a
-recipe uses by `data.augmented`: each copy is shifted by up to two pixels, and every second one is flipped,
-unless a caption, in any language, has a word that begins with "left" or "right" ("leftwards").
+This also encodes eight augmented copies of every training image (`augmented.npy`), for a recipe's
+`data.augmented`. Each copy is shifted by up to --shift pixels, and every second one is flipped, unless a
+caption, in any language, has a word that begins with "left" or "right" ("leftwards").
 """
 
 import itertools
@@ -79,11 +79,11 @@ def main(
     if model.codebook_size > MAX_CODES:
         raise UserError(f"{tokenizer} has {model.codebook_size:,} codes; shards hold at most {MAX_CODES:,}")
     splits = find_splits(source)
+    numbers = read_dataset_card(source).get("samples", {})
     if any(out.glob("*.tar")):
-        refuse_damaged(splits)
+        refuse_damaged(splits, sum(numbers.values()) or None)
     make_room(out, splits)
     facts = inherited_facts(source)
-    numbers = read_dataset_card(source).get("samples", {})
     outcome = Outcome(numbers)
     copies = Copies(
         augmented, shift, tuple(re.split(r"[\s,]+", flip_unless.strip(" ,"))) if flip_unless else ()
@@ -161,11 +161,11 @@ def find_splits(folder: Path) -> dict[str, list[Path]]:
     return splits
 
 
-def refuse_damaged(splits: Mapping[str, list[Path]]) -> None:
+def refuse_damaged(splits: Mapping[str, list[Path]], total: int | None) -> None:
     """Raises UserError for a damaged source, before all of its codes are replaced by fewer."""
     read = Outcome()
     shards = [shard for members in splits.values() for shard in members]
-    for _ in with_progress(read_samples(shards, read), None, "checking the source"):
+    for _ in with_progress(read_samples(shards, read), total, "checking the source"):
         pass
     for damaged in itertools.chain(*read.examples.values()):
         raise UserError(f"{damaged}; encoding again would leave fewer codes: repair it, or encode elsewhere")

@@ -16,11 +16,14 @@ OpenMoji takes the split of Twemoji, so that both styles hold out the same code 
 OpenMoji draws pixel for pixel like one in train is left out of OpenMoji's shards.
 
 The split is a rule without a seed, and its result is written to split.json:
+
 - combinations: of the emoji with skin tones, those with (base + tone) % 5 == 0, where bases are numbered in
   the order of their code points and tones 0 (light) to 4 (dark); with two tones, those with (base + first + 2
   * second) % 5 == 0. They are held out only if their base, each tone and each word of their caption occur in
   train; otherwise they go to train.
+
 - held-out: every 25th of the emoji without skin-tone variants, in the order of their code points.
+
 - train: all others, and every emoji whose image is pixel for pixel that of another one.
 """
 

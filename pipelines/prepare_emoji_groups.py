@@ -26,6 +26,7 @@ from mmvit.data.writing import (
     Outcome,
     ShardWriter,
     inherited_facts,
+    read_dataset_card,
     read_samples,
     refuse_other_data,
     with_progress,
@@ -49,8 +50,9 @@ def main(
     classes, outcome = sorted(set(groups.values())), Outcome()
     numbers = {name: number for number, name in enumerate(classes)}
     splits: dict[str, list[Sample]] = {"train": [], "test": []}
+    total = sum(read_dataset_card(source).get("samples", {}).values()) or None
     images: dict[str, str] = {}  # key → a hash of the pixels
-    for sample in with_progress(read_samples(expand_shards(source), outcome), None, "reading"):
+    for sample in with_progress(read_samples(expand_shards(source), outcome), total, "reading images"):
         try:
             base, images[sample.key] = base_of(sample), hash_of_image(sample)
         except BadSample as bad:

@@ -38,6 +38,7 @@ def main(
             f"got {vocab_size}"
         )
     captions = collect_captions(source)
+    print(f"learning {vocab_size:,} tokens from {sum(map(len, captions.values())):,} captions", flush=True)
     tokenizer = learn([caption for group in captions.values() for caption in group], vocab_size)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out / "tokenizer.json")

@@ -116,7 +116,7 @@ def files_of_folder(folder: Path, outcome: Outcome) -> tuple[list[Path], dict[Pa
     found: dict[Path, list[Path]] = {}
     texts: dict[Path, Path] = {}
     not_read: list[Path] = []
-    for place, names in walk(folder, outcome):
+    for place, names in with_progress(walk(folder, outcome), None, "searching folders"):
         for name in names:
             path = place / name
             suffix = path.suffix.lower()
