@@ -9,9 +9,10 @@ OUT.json, of a generator MODEL/evaluation-SPLIT.json. Anything that takes longer
 progress.
 
 A classifier: top-1 and top-5 accuracy, that of every class, calibration error. OUT shows which class is taken
-for which, OUT-attention.png what the prediction depends on, from the most confident mistakes to the most
-confident hits. --probe also judges the frozen features: ridge regression on 1, 5, 10 and 25 images per class,
-nearest neighbours, and a linear probe.
+for which. OUT-saliency.png shows, from the most confident mistakes to the most confident hits, what
+predictions depend on (gradient times input) beside attention rollout, which only tells what they are mixed
+from. --probe also judges the frozen features: ridge regression on 1, 5, 10 and 25 images per class, nearest
+neighbours, and a linear probe.
 
 A generator: held-out loss in nats per image code; retrieval@1 and @5, the share of captions whose generated
 image has its own real image as the nearest, or among the five nearest, in pixels, of all images of the data

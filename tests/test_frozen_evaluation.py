@@ -19,6 +19,7 @@ from mmvit.evaluation.frozen import (
     linear_probe_accuracy,
     nearest_neighbour_accuracy,
 )
+from mmvit.evaluation.saliency import saliency_maps
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.resnet import ResNet, ResNetConfig
 
@@ -138,6 +139,53 @@ def test_attention_maps_are_made_of_the_attention_that_the_model_computes(poolin
     assert maps.min() > 0
 
 
+def images_with_a_patch(number: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noise of 6 x 6 patches of 4 pixels, of which one has the colour of the class, or none in class 4; the
+    classes, and the places."""
+    rng = torch.Generator().manual_seed(seed)
+    pixels = torch.rand(number, 3, 24, 24, generator=rng) - 0.5
+    labels = torch.randint(5, (number,), generator=rng)
+    places = torch.randint(36, (number,), generator=rng)
+    colours = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1]])
+    for image, label, place in zip(pixels, labels.tolist(), places.tolist(), strict=True):
+        if label < 4:
+            row, column = divmod(place, 6)
+            image[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = colours[label][:, None, None]
+    return pixels, labels, places
+
+
+def test_saliency_finds_the_patch_that_decides_where_attention_does_not():
+    torch.manual_seed(0)
+    core = TransformerConfig(width=32, depth=2, num_heads=2)
+    stem = {"stem": "residual", "stem_width": 16, "stem_blocks": (1, 1), "pooling": "mean"}
+    model = Classifier(
+        ClassifierConfig(image_size=24, patch_size=4, num_classes=5, core=core, **stem)
+    ).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for step in range(100):
+        pixels, labels, _ = images_with_a_patch(32, seed=step)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(pixels), labels).backward()
+        optimizer.step()
+    pixels, labels, places = images_with_a_patch(128, seed=1000)
+    model.eval()
+    with torch.no_grad():
+        known = (model(pixels).argmax(1) == labels) & (labels < 4)
+    assert known.sum() > 80
+
+    def hits(maps: torch.Tensor) -> float:
+        """How often the strongest patch is the one that decides; by chance once in 36."""
+        cells = torch.nn.functional.avg_pool2d(maps[:, None], 4).flatten(1)
+        return (cells.argmax(1) == places)[known].float().mean().item()
+
+    found = saliency_maps(model, pixels)
+    assert found.shape == (128, 24, 24)
+    assert (found.amin((1, 2)) == 0).all()
+    assert (found.amax((1, 2)) == 1).all()
+    assert hits(found) > 0.9
+    assert hits(attention_maps(model, pixels)) < 0.6  # the stem's norms have told all other patches
+
+
 def test_the_script_measures_and_draws(run_script, tiny_shards, tmp_path):
     core = TransformerConfig(width=16, depth=1, num_heads=2)
     torch.manual_seed(0)
@@ -167,7 +215,7 @@ def test_the_script_measures_and_draws(run_script, tiny_shards, tmp_path):
     more = json.loads(out.with_suffix(".json").read_text())
     assert more["tta"] == 10
     assert more["loss"] != figures["loss"]
-    assert Image.open(out.with_name("sheet-attention.png")).height > 8 * 96
+    assert Image.open(out.with_name("sheet-saliency.png")).height > 8 * 96
     with ShardWriter(tmp_path / "two", "held-out") as writer:  # of four classes
         for sample in read_shard(tiny_shards / "held-out-000000.tar"):
             if sample.files["cls"] in (b"0", b"2"):
@@ -191,7 +239,7 @@ def test_the_script_measures_and_draws(run_script, tiny_shards, tmp_path):
     ran = run_script("pipelines/evaluate.py", *arguments)
     assert ran.returncode == 0, ran.stderr
     assert json.loads(out.with_suffix(".json").read_text())["accuracy"] == 0.25  # a head of zeros
-    assert not out.with_name("resnet-attention.png").exists()
+    assert Image.open(out.with_name("resnet-saliency.png")).height > 8 * 96
     ran = run_script("pipelines/evaluate.py", tmp_path / "model", tiny_shards, "--split", "none")
     assert ran.returncode == 2
     assert "has no split 'none'" in ran.stderr

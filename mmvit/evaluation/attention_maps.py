@@ -1,4 +1,5 @@
-"""Where a classifier looks: attention rollout (Abnar & Zuidema, 2005.00928), as the ViT paper draws it."""
+"""Attention rollout (Abnar & Zuidema, 2005.00928), as the ViT paper draws it: which patches a prediction is
+mixed from, not which of them matter (mmvit.evaluation.saliency)."""
 
 from typing import Any
 
@@ -13,8 +14,8 @@ from mmvit.models.classifier import Classifier
 
 @torch.no_grad()
 def attention_weights(classifier: Classifier, pixels: Tensor) -> list[Tensor]:
-    """The attention of every block for `pixels` (batch, channels, height, width): (batch, heads, tokens,
-    tokens), each row with sum 1. Computed by plain products, whatever kernel the model uses."""
+    """The attention of every block to `pixels` (batch, channels, height, width): (batch, heads, tokens,
+    tokens), rows with sum 1. Computed by plain products, whatever kernel the model uses."""
     found: list[Tensor] = []
 
     def keep(attention: Attention, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -35,8 +36,8 @@ def attention_weights(classifier: Classifier, pixels: Tensor) -> list[Tensor]:
 
 
 def rollout(weights: list[Tensor]) -> Tensor:
-    """How much each token at the end is made of each token at the start, (batch, tokens, tokens): the product
-    over blocks of the heads' mean attention, half of it replaced by the identity for the residual path."""
+    """How much of each input token is in each output token, (batch, tokens, tokens): the product over blocks
+    of the heads' mean attention, averaged with the identity for the residual path."""
     mixed = None
     for layer in weights:
         mean = layer.mean(1)
@@ -46,9 +47,11 @@ def rollout(weights: list[Tensor]) -> Tensor:
 
 
 def attention_maps(classifier: Classifier, pixels: Tensor) -> Tensor:
-    """What the head's vector is made of, as a picture of the images' size (batch, height, width) from 0 to 1:
-    the rollout from [CLS], or from the mean of all patches, to the patches, without registers; what the
-    strongest twentieth of the places have is 1, so that one strong patch does not leave the rest dark."""
+    """The rollout from [CLS], or from the mean of all patches, to the patches, as maps of the images' size
+    (batch, height, width) from 0 to 1.
+
+    The strongest twentieth of the places is 1, so that one strong patch does not leave the rest dark.
+    """
     mixed = rollout(attention_weights(classifier, pixels))
     prefix = classifier.num_prefix
     read = mixed[:, :1] if classifier.config.pooling == "cls" else mixed[:, prefix:]

@@ -18,7 +18,9 @@ from mmvit.evaluation.accuracy import shifted_and_mirrored
 from mmvit.evaluation.attention_maps import attention_maps
 from mmvit.evaluation.calibration import calibration_error, confusion_matrix, draw_confusion
 from mmvit.evaluation.frozen import frozen_figures
+from mmvit.evaluation.held_out import evenly_spread
 from mmvit.evaluation.image_classifier import UNTRAINED, ImageClassifier
+from mmvit.evaluation.saliency import saliency_maps
 from mmvit.evaluation.splits import batches_of
 from mmvit.hub import write_json
 from mmvit.models.classification import fit_pixels
@@ -27,7 +29,7 @@ from mmvit.models.resnet import ResNet
 from mmvit.sampling.grids import labelled_grid
 from mmvit.training.distributed import choose_precision
 
-DRAWN = 16  # images with their attention
+DRAWN = 16  # images with what matters in them
 
 
 def evaluate_classifier(
@@ -45,8 +47,8 @@ def evaluate_classifier(
     """Top-1 and top-5 accuracy, loss, calibration error and the accuracy of every class.
 
     Args:
-        out: draws the confusion matrix there and attention maps into OUT-attention.png (not of a ResNet), and
-            writes the figures to OUT.json.
+        out: draws the confusion matrix there and what predictions depend on into OUT-saliency.png, and writes
+            the figures to OUT.json.
         shift, mirror: test-time augmentation, the mean probability over copies of each image that are shifted
             by so many pixels, and mirrored (`shifted_and_mirrored`).
         probe: also judges the frozen features (`frozen_figures`), which learn from the split `train`.
@@ -63,8 +65,7 @@ def evaluate_classifier(
     names, network = classifier.check_classes(data), classifier.model
     copies = partial(shifted_and_mirrored, shift=shift, mirror=mirror)
     read = partial(read_out, network, data, precision=choose_precision(precision, device))
-    with_pixels = out is not None and isinstance(network, Classifier)
-    held_out = read(split, copies=copies, with_pixels=with_pixels)
+    held_out = read(split, copies=copies, with_pixels=out is not None)
     logits, labels = held_out["logits"], held_out["labels"]
     counts = confusion_matrix(logits.argmax(1), labels, len(names))
     hits = logits.topk(min(5, len(names))).indices == labels[:, None]
@@ -92,8 +93,7 @@ def evaluate_classifier(
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(figures, out.with_suffix(".json"))
         draw_confusion(counts, names, out)
-        if with_pixels:
-            draw_attention(network, held_out, names).save(out.with_name(f"{out.stem}-attention.png"))
+        draw_saliency(network, held_out, names).save(out.with_name(f"{out.stem}-saliency.png"))
     return figures
 
 
@@ -126,23 +126,31 @@ def read_out(
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
-def draw_attention(model: Classifier, held_out: dict[str, Tensor], names: list[str]) -> Image.Image:
-    """Images beside their attention maps, from black (nothing) to yellow (most) over the grey image; from the
-    most confident mistakes to the most confident hits."""
-    from matplotlib import colormaps  # takes half a second to import
-
+def draw_saliency(model: Classifier | ResNet, held_out: dict[str, Tensor], names: list[str]) -> Image.Image:
+    """Images beside what their prediction depends on (`saliency_maps`) and, of a ViT, attention rollout, from
+    the most confident mistakes to the most confident hits."""
     truth = held_out["logits"].log_softmax(1).gather(1, held_out["labels"][:, None])[:, 0]
-    order = truth.argsort()
-    places = order[torch.linspace(0, len(order) - 1, min(DRAWN, len(order))).round().long()]
+    places = truth.argsort()[evenly_spread(len(truth), DRAWN)]
     pixels = held_out["pixels"][places] / 127.5 - 1
-    device = next(model.parameters()).device
-    maps = attention_maps(model, fit_pixels(pixels.to(device), model.config)).cpu()
-    heat = torch.from_numpy(colormaps["inferno"](maps.numpy()))[..., :3].permute(0, 3, 1, 2)
-    mixed = 0.35 * pixels.mean(1, keepdim=True) + 0.65 * (2 * heat - 1)
-    columns = [images_from_pixels(each) for each in (pixels, mixed)]
+    shown = fit_pixels(pixels.to(next(model.parameters()).device), model.config)
+    columns = [images_from_pixels(pixels), overlaid(pixels, saliency_maps(model, shown).cpu())]
+    headings = ["true class", "image", "what matters"]
+    if isinstance(model, Classifier):
+        columns.append(overlaid(pixels, attention_maps(model, shown).cpu()))
+        headings.append("attention")
     predicted, labels = held_out["logits"][places].argmax(1).tolist(), held_out["labels"][places].tolist()
     captions = [
         names[true] if true == said else f"{names[true]}, taken for {names[said]}"
         for true, said in zip(labels, predicted, strict=True)
     ]
-    return labelled_grid(list(zip(*columns, strict=True)), captions, ["true class", "image", "attention"])
+    return labelled_grid(list(zip(*columns, strict=True)), captions, headings)
+
+
+def overlaid(pixels: Tensor, maps: Tensor) -> list[Image.Image]:
+    """Maps (images, height, width) from their least (black) to 1 (yellow) over the grey images."""
+    from matplotlib import colormaps  # takes half a second to import
+
+    least = maps.amin((1, 2), keepdim=True)
+    heat = torch.from_numpy(colormaps["inferno"](((maps - least) / (1 - least).clamp(min=1e-6)).numpy()))
+    heat = heat[..., :3].permute(0, 3, 1, 2)
+    return images_from_pixels(0.35 * pixels.mean(1, keepdim=True) + 0.65 * (2 * heat - 1))
