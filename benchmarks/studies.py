@@ -4,7 +4,6 @@ import argparse
 import functools
 import json
 import os
-import runpy
 import statistics
 import subprocess
 import sys
@@ -15,13 +14,14 @@ from typing import Any
 import torch
 from speed import count_flops
 
-from mmvit.config import Config, load_config
+from mmvit.config import flatten, split_settings
 from mmvit.errors import UserError
 from mmvit.models.classifier import ClassifierConfig
 from mmvit.models.generator_transformer import GeneratorConfig
 from mmvit.models.joint import JointConfig
 from mmvit.models.registry import build_model
-from mmvit.training.resume import flatten
+from mmvit.places import load_script
+from mmvit.recipes.resolve import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 # 97.5% quantile of Student's t by the number of figures
@@ -49,7 +49,7 @@ def train(script: str, config: Path, out: Path, steps: int, *settings: Any) -> d
         "--train.checkpoint_every", steps, "--optimizer.warmup_steps", max(1, steps // 20), *settings,
     )  # fmt: skip
     if out.is_dir():
-        check_settings(script, config, out, settings)
+        check_settings(config, out, settings)
     if (found := last_figures(out, steps)) is None:
         call(script, config, *settings, *(("--resume",) if out.is_dir() else ()))
         found = last_figures(out, steps)
@@ -58,20 +58,17 @@ def train(script: str, config: Path, out: Path, steps: int, *settings: Any) -> d
     return found
 
 
-def check_settings(script: str, config: Path, out: Path, settings: Sequence[Any]) -> None:
-    """Raises UserError where the run in `out` is not of these settings: its figures are another's."""
-    kind = recipe_class(script)
-    wanted = flatten(load_config(kind, config, [*map(str, settings)]).model_dump(mode="json"), "")
-    found = flatten(load_config(kind, out / "config.toml").model_dump(mode="json"), "")
-    if other := [key for key in (wanted | found).keys() - {"output"} if wanted.get(key) != found.get(key)]:
-        described = ", ".join(f"{key} = {found.get(key)}, not {wanted.get(key)}" for key in sorted(other)[:3])
-        raise UserError(f"{out} was trained with {described}: remove it, and it will be trained again")
-
-
-def recipe_class(script: str) -> type[Config]:
-    """Of what a pipeline's CONFIG.toml holds."""
-    names = runpy.run_path(str(ROOT / script))
-    return next(value for name, value in names.items() if name.endswith("Recipe") and name != "Recipe")
+def check_settings(config: Path, out: Path, settings: Sequence[Any]) -> None:
+    """Raises UserError if the run in `out` was trained with other settings: its figures would mislead."""
+    _, given = split_settings([*map(str, settings)])
+    expected = flatten(resolve(config, given).recipe.model_dump(mode="json"))
+    found = flatten(resolve(out, resume=True).recipe.model_dump(mode="json"))
+    keys = (expected | found).keys() - {"output"}
+    if other := [key for key in keys if expected.get(key) != found.get(key)]:
+        described = ", ".join(
+            f"{key} = {found.get(key)}, not {expected.get(key)}" for key in sorted(other)[:3]
+        )
+        raise UserError(f"{out} was trained with {described}: remove it to train it again")
 
 
 def last_figures(run: Path, steps: int) -> dict[str, Any] | None:
@@ -83,9 +80,9 @@ def last_figures(run: Path, steps: int) -> dict[str, Any] | None:
 @functools.cache
 def flops_of(script: str, config: Path, settings: tuple[str, ...] = ()) -> float:
     """FLOPs of training on one picture, forward and backward, by the objective of a recipe."""
-    recipe = load_config(recipe_class(script), config, [*settings, *PLAIN_KERNEL])
-    names = runpy.run_path(str(ROOT / script))
-    build = names.get("build_objective", lambda recipe: build_model(recipe.model))
+    _, given = split_settings([*settings, *PLAIN_KERNEL])
+    recipe = resolve(config, given).recipe
+    build = getattr(load_script(script), "build_objective", lambda recipe: build_model(recipe.model))
     objective = build(recipe)
     batch = random_batch(recipe.model)
     return count_flops(lambda: objective.loss(batch)[0].backward()) / PICTURES

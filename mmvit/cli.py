@@ -78,21 +78,20 @@ def run_script(main: Callable[..., None]) -> None:
         run(command_of(main), sys.argv[1:], sys.argv[0])
 
 
-def takes_settings(main: Callable[..., None]) -> Callable[..., None]:
-    """Marks a `main` whose list argument also gets options it does not declare: `--section.key value`."""
-    main.takes_settings = True
-    return main
-
-
 def run(command: Any, arguments: list[str], program: str) -> None:
     try:
-        code = command.main(list(arguments), prog_name=program, standalone_mode=False)
+        code = command.main(without_rank(arguments), prog_name=program, standalone_mode=False)
     except UsageError as error:
         raise UserError(describe(error)) from None
     except typer.Abort:
         raise KeyboardInterrupt from None
     if isinstance(code, int) and code:
         sys.exit(code)
+
+
+def without_rank(arguments: list[str]) -> list[str]:
+    """The arguments without what DeepSpeed's launcher adds; the rank is in the environment, too."""
+    return [each for each in arguments if not each.startswith(("--local_rank=", "--local-rank="))]
 
 
 def describe(error: Any) -> str:
@@ -110,7 +109,7 @@ def command_of(main: Callable[..., None], name: str | None = None) -> Any:
     """The parsed form of a script's `main`: a typer command whose help is the script's docstring."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     settings = {**SETTINGS, "ignore_unknown_options": getattr(main, "takes_settings", False)}
-    text = help_text(main.__globals__["__doc__"])
+    text = help_text(getattr(main, "help_text", main.__globals__["__doc__"]))
     app.command(name, help=text, context_settings=settings, no_args_is_help=False)(main)
     return typer.main.get_command(app)
 

@@ -1,22 +1,25 @@
-"""Configurations: pydantic models read from TOML and `--section.key value`, where an unknown key is an error
-by name."""
+"""Settings as pydantic models, read from TOML and `--section.key value`; unknown keys are errors."""
 
-import difflib
 import json
+import re
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from mmvit.errors import UserError
+from mmvit.errors import UserError, did_you_mean, nearest
 
-FEW = 3  # problems that are told one by one
+FEW = 3  # problems shown one by one
 VALID_KEYS = ": valid keys: "
-OTHER_SCRIPT = "; is this for another script? A recipe's header names its own"
-KIND = "kind"  # the key by which sections that may be of several kinds differ
+KIND = "kind"  # the key that says which of several sections is meant
+
+# Markers, as `Field(..., json_schema_extra=...)`, by which a recipe is resolved (mmvit/recipes/resolve.py)
+FROM_DATA = {"from": "data"}  # shards and tokenizers say it; a recipe need not
+OF_TRAINING = {"from": "training"}  # not part of an architecture: stays when a preset replaces the model
+IN_STEPS = {"from": "steps"}  # a number of training steps: shrinks with train.steps
 
 
 class Config(BaseModel):
@@ -24,43 +27,18 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    @classmethod
-    def before_overrides(cls, values: dict[str, Any], overrides: dict[str, str]) -> dict[str, Any]:
-        """The values of a file as they are where the command line says `overrides`, before these are set."""
-        return values
-
 
 Settings = TypeVar("Settings", bound=Config)
-
-
-def load_config(cls: type[Settings], path: Path | None, overrides: list[str] = ()) -> Settings:
-    """Builds a `cls` from a TOML file and command-line overrides.
-
-    Args:
-        path: the TOML file; None starts from the defaults.
-        overrides: `["--train.steps", "100", "--optimizer.lr=1e-3"]`; a later one wins over an earlier one and
-            over the file.
-
-    Raises:
-        UserError: for a missing or unreadable file, an unknown key (with the nearest valid one) or an
-        ill-typed value.
-    """
-    values = read_toml(path) if path is not None else {}
-    pairs = parse_overrides(overrides)
-    values = cls.before_overrides(values, dict(pairs))
-    for key, text in pairs:
-        value = parse_value(text)
-        drop_other_kinds(cls, values, key, value)
-        set_by_path(values, key, value)
-    source = "the command line" if path is None else str(path)
-    return build_config(cls, values, source, overridden={key for key, _ in pairs})
 
 
 def build_config(
     cls: type[Settings], values: dict[str, Any], source: str, overridden: Collection[str] = ()
 ) -> Settings:
-    """Validates `values` as a `cls`; errors name the `source`, or the command line for keys that it has
-    `overridden`."""
+    """Validates `values` as a `cls`; errors name the `source`, or the command line for `overridden` keys.
+
+    Raises:
+        UserError: for an unknown key (with the nearest valid one) or a wrong value.
+    """
     try:
         return cls.model_validate(values)
     except ValidationError as error:
@@ -74,48 +52,49 @@ def build_config(
             given = given or any(name.startswith(f"{key}.") for name in overridden)  # a section's own check
             origin = "the command line" if given else source
             problems.setdefault(origin, []).append(describe_problem(cls, problem))
-        lines = [f"{origin}: {'; '.join(shorten(texts))}" for origin, texts in problems.items()]
+        lines = [f"{origin}: {'; '.join(first_few(texts))}" for origin, texts in problems.items()]
         raise UserError("; ".join(lines)) from None
 
 
-def shorten(problems: list[str]) -> list[str]:
-    """The first few, and a section's valid keys once; where there are many, it may be the configuration of
-    something else."""
-    told: set[str] = set()
+def first_few(problems: list[str]) -> list[str]:
+    """The first few problems, listing a section's valid keys only once."""
+    listed: set[str] = set()
     shown = []
     for problem in problems[:FEW]:
         text, _, keys = problem.partition(VALID_KEYS)
-        shown.append(text if keys in told else problem)
-        told |= {keys} - {""}
+        shown.append(text if keys in listed else problem)
+        listed |= {keys} - {""}
     if left := len(problems) - len(shown):
-        shown.append(f"and {left} more{OTHER_SCRIPT}")
+        shown.append(f"and {left} more")
     return shown
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no configuration file {path}; the ready ones are in configs/*.toml")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
 
 
-def parse_overrides(arguments: list[str]) -> list[tuple[str, str]]:
-    """`["--a.b", "1", "--c=2"]` → `[("a.b", "1"), ("c", "2")]`."""
-    pairs, rest = [], list(arguments)
+def split_settings(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Splits `["NAME", "--train.steps", "100"]` into names and {key: value}; the last value of a key wins.
+
+    Raises:
+        UserError: for a key without a value.
+    """
+    names, settings, rest = [], {}, list(arguments)
     while rest:
         key = rest.pop(0)
         if not key.startswith("--"):
-            raise UserError(f"unexpected argument {key!r}; settings are written --section.key value")
+            names.append(key)
+            continue
         key, equals, text = key[2:].partition("=")
         if not equals:
             if not rest:
-                raise UserError(f"--{key} lacks a value; write --{key} VALUE")
+                raise UserError(f"--{key} needs a value: --{key} VALUE")
             text = rest.pop(0)
-        pairs.append((key, text))
-    return pairs
+        settings[key] = parse_value(text)
+    return names, settings
 
 
 def parse_value(text: str) -> Any:
@@ -127,31 +106,13 @@ def parse_value(text: str) -> Any:
 
 
 def set_by_path(values: dict[str, Any], key: str, value: Any) -> None:
+    """Sets `values["a"]["b"]` for the key "a.b", making sections as needed."""
     *sections, last = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UserError(f"--{key}: {section} is a value, not a section")
     values[last] = value
-
-
-def drop_other_kinds(cls: type[Config], values: dict[str, Any], key: str, value: Any) -> None:
-    """Where `key` = `value` makes a section one of another kind than in the file, drops the keys of the file
-    that only other kinds have."""
-    *path, last = key.split(".")
-    section: type[Config] = cls
-    kinds: dict[str, type[Config]] = {}
-    for part in path:
-        field, values = section.model_fields.get(part), values.get(part)
-        sections = sections_of(field) if field else []
-        if not sections or not isinstance(values, dict):
-            return
-        section, kinds = sections[0], {kind_of(inner): inner for inner in sections}
-    if last == KIND and value in kinds and values.get(KIND) != value:
-        own = kinds[value].model_fields
-        for name in [*values]:
-            if name not in own and any(name in other.model_fields for other in kinds.values()):
-                del values[name]
 
 
 def describe_problem(cls: type[Config], problem: dict[str, Any]) -> str:
@@ -161,23 +122,20 @@ def describe_problem(cls: type[Config], problem: dict[str, Any]) -> str:
     key = ".".join(where)
     if problem["type"] == "extra_forbidden":
         valid = list(section.model_fields)
-        near = difflib.get_close_matches(where[-1], valid, n=1, cutoff=0.5)
-        advice = (
-            f": did you mean {'.'.join([*where[:-1], near[0]])}?"
-            if near
-            else f"{VALID_KEYS}{', '.join(valid)}{OTHER_SCRIPT if len(where) == 1 else ''}"
-        )
+        match = nearest(where[-1], valid)
+        near = ".".join([*where[:-1], match]) if match else ""
+        advice = f": did you mean {near}?" if near else f"{VALID_KEYS}{', '.join(valid)}"
         return f"unknown key {key}{advice}"
     if problem["type"] == "missing":
         return f"{key} is required"
     reason = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "union_tag_invalid":
         expected = [tag.strip("' ") for tag in problem["ctx"]["expected_tags"].split(",")]
-        near = difflib.get_close_matches(problem["ctx"]["tag"], expected, n=1)
-        advice = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(expected)}"
-        return f"{key}.{KIND} = {problem['ctx']['tag']!r}: {advice}"
+        return (
+            f"unknown {key}.{KIND} {problem['ctx']['tag']!r}{did_you_mean(problem['ctx']['tag'], expected)}"
+        )
     if problem["type"] in ("tuple_type", "list_type"):
-        reason = 'a list is wanted, written ["one", "two"]'
+        reason = 'expected a list, such as ["one", "two"]'
     if isinstance(problem["input"], dict):  # a rule over several keys, which its reason names
         return f"[{key}]: {reason}" if key else reason
     found = json.dumps(problem["input"], default=str, ensure_ascii=False)
@@ -209,6 +167,11 @@ def sections_of(field: FieldInfo) -> list[type[Config]]:
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Config)]
 
 
+def section_of(cls: type[Config], name: str) -> type[Config]:
+    """The class of the section `name` of `cls`, which has one kind."""
+    return sections_of(cls.model_fields[name])[0]
+
+
 def kind_of(section: type[Config]) -> str:
     """The value of a section's field `kind`, where it has one."""
     return section.model_fields[KIND].default if KIND in section.model_fields else ""
@@ -231,28 +194,42 @@ def describe_settings(cls: type[Config], path: str = "") -> list[str]:
     return lines
 
 
-def split_command_line(
-    arguments: list[str], flags: set[str], options: set[str]
-) -> tuple[list[str], dict[str, Any], list[str]]:
-    """Splits a script's arguments into positionals, its own flags and options, and configuration overrides.
+def merged(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` overlaid with `others`, section by section."""
+    sections = {
+        name: merged(values[name], others[name])
+        for name in values.keys() & others.keys()
+        if isinstance(values[name], dict) and isinstance(others[name], dict)
+    }
+    return {**values, **others, **sections}
 
-    `flags` take no value, `options` take one. `--local_rank`, which DeepSpeed's launcher appends, is dropped.
-    """
-    positional, own, overrides, rest = [], {}, [], list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        name, equals, text = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--"):
-            positional.append(argument)
-        elif name in flags:
-            own[name] = True
-        else:
-            if not equals:
-                if not rest:
-                    raise UserError(f"--{name} lacks a value; write --{name} VALUE")
-                text = rest.pop(0)
-            if name in options:
-                own[name] = text
-            elif name not in ("local_rank", "local-rank"):
-                overrides += [f"--{name}={text}"]
-    return positional, own, overrides
+
+def flatten(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """`{"model": {"core": {"depth": 6}}}` → `{"model.core.depth": 6}`."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return flat
+
+
+def to_toml(values: dict[str, Any], path: str = "") -> str:
+    """A nested dict of plain values as TOML. None is left out, which means the default."""
+    plain = {key: value for key, value in values.items() if value is not None and not isinstance(value, dict)}
+    text = "".join(f"{toml_key(key)} = {toml_value(value)}\n" for key, value in plain.items())
+    for key, value in values.items():
+        if isinstance(value, dict):
+            section = path + toml_key(key)
+            text += f"\n[{section}]\n" + to_toml(value, f"{section}.")
+    return text
+
+
+def toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
+
+
+def toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{toml_key(key)} = {toml_value(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(toml_value(inner) for inner in value) + "]"
+    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

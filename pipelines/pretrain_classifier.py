@@ -1,55 +1,60 @@
-"""Pre-trains a classifier on shards of pictures without classes: by masked patch prediction as in the ViT
-paper (`method = "masked_patches"`), by BYOL (`method = "byol"`) or by MAE (`method = "mae"`).
+"""Pre-train a classifier on shards of images without classes.
 
-    python pipelines/pretrain_classifier.py configs/fashion_mnist_masked.toml
-    python pipelines/train_classifier.py configs/fashion_mnist_vit.toml \\
-        --start.model runs/fashion-mnist-masked
+    mmvit train fashion_mnist_masked
+    mmvit train fashion_mnist_vit --start.model runs/fashion-mnist-masked
 
-The run folder (`output` in the recipe) gets config.toml, metrics.jsonl, curves.png, checkpoints/, and the
-exported classifiers best/ (by held-out loss) and last/, from which train_classifier.py starts. Ctrl-C saves
-first; --resume continues exactly there.
+`method` is "masked_patches" (masked patch prediction as in the ViT paper), "byol" or "mae". The run folder
+(`output` in the recipe) gets config.toml, metrics.jsonl, curves.png, checkpoints/, and the exported
+classifiers best/ (by held-out loss) and last/, for `start.model`. Ctrl-C saves before it stops; --resume
+continues.
 """
 
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
 from torch import nn
 
-from mmvit.config import Config
-from mmvit.data.augment import AugmentConfig
+from mmvit.cli import run_script
 from mmvit.data.samples import PixelsSample
-from mmvit.data.shards import ShardPatterns
-from mmvit.data.views import Views, ViewsConfig
-from mmvit.errors import UserError, run_script
+from mmvit.data.views import Views
+from mmvit.errors import UserError
 from mmvit.evaluation.likelihood import mean_loss
-from mmvit.models.byol import BYOL, BYOLConfig
+from mmvit.models.byol import BYOL
 from mmvit.models.classification import FitBatch
-from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderConfig
-from mmvit.models.masked_patches import MaskedPatches, MaskedPatchesConfig
-from mmvit.training import Recipe, one_epoch, open_session, train, training_stream
+from mmvit.models.classifier import Classifier
+from mmvit.models.masked_autoencoder import MaskedAutoencoder
+from mmvit.models.masked_patches import MaskedPatches
+from mmvit.recipes.launch import training_script
+from mmvit.recipes.pretraining import PretrainingRecipe
+from mmvit.training import Session, one_epoch, train, training_stream
 from mmvit.training.deepspeed_engine import zero_stage
 
 
-class DataConfig(Config):
-    """Shards with `png|jpg|webp`, and what is done to the training pictures."""
+def train_session(session: Session[PretrainingRecipe]) -> None:
+    recipe, data = session.recipe, session.recipe.data
+    if recipe.method == "byol" and zero_stage(session.deepspeed) == 3:
+        raise UserError("BYOL's target follows whole weights, which ZeRO 3 shards: use stage 0, 1 or 2")
+    if recipe.optimizer.layer_decay < 1:
+        raise UserError("optimizer.layer_decay needs trained layers: use it for fine-tuning only")
+    size = recipe.model.height_width
+    stream = training_stream(session, data.train, PixelsSample(size, data.augment), data.shuffle_buffer)
+    held_out = one_epoch(session, data.held_out, PixelsSample(size))
+    as_read = FitBatch(recipe.model)
+    views = Views(recipe.views, size) if recipe.method == "byol" else None
 
-    train: ShardPatterns
-    held_out: ShardPatterns
-    shuffle_buffer: int = Field(10_000, ge=0)
-    augment: AugmentConfig = AugmentConfig()
+    def prepare(batch: dict[str, Any]) -> dict[str, Any]:
+        return as_read(batch if views is None else views(batch))
 
+    def evaluate(objective: nn.Module) -> dict[str, float]:
+        return mean_loss(objective, map(prepare, held_out), count="pixels")
 
-class PretrainingRecipe(Recipe):
-    """CONFIG.toml of this script."""
-
-    data: DataConfig
-    model: ClassifierConfig
-    method: Literal["masked_patches", "byol", "mae"]
-    masked_patches: MaskedPatchesConfig = MaskedPatchesConfig()
-    byol: BYOLConfig = BYOLConfig()
-    mae: MaskedAutoencoderConfig = MaskedAutoencoderConfig()
-    views: ViewsConfig = ViewsConfig()
+    train(
+        session,
+        build_objective(recipe),
+        stream,
+        evaluate,
+        prepare=prepare,
+        export=lambda objective, folder: objective.classifier.save_pretrained(folder),
+    )
 
 
 def build_objective(recipe: PretrainingRecipe) -> nn.Module:
@@ -61,38 +66,7 @@ def build_objective(recipe: PretrainingRecipe) -> nn.Module:
     return MaskedPatches(classifier, recipe.masked_patches)
 
 
-def main() -> None:
-    with open_session(PretrainingRecipe, __doc__) as session:
-        recipe, data = session.recipe, session.recipe.data
-        if recipe.method == "byol" and zero_stage(session.deepspeed) == 3:
-            raise UserError("stage 3 of ZeRO cuts up weights that BYOL's target follows: use 0, 1 or 2")
-        if recipe.optimizer.layer_decay < 1:
-            raise UserError(
-                "optimizer.layer_decay is for fine-tuning, which has trained layers: leave it out"
-            )
-        size = recipe.model.height_width
-        stream = training_stream(session, data.train, PixelsSample(size, data.augment), data.shuffle_buffer)
-        held_out = one_epoch(session, data.held_out, PixelsSample(size))
-
-        objective = build_objective(recipe)
-        as_read = FitBatch(recipe.model)
-        views = Views(recipe.views, size) if recipe.method == "byol" else None
-
-        def prepare(batch: dict[str, Any]) -> dict[str, Any]:
-            return as_read(batch if views is None else views(batch))
-
-        def evaluate(objective: nn.Module) -> dict[str, float]:
-            return mean_loss(objective, map(prepare, held_out), count="pixels")
-
-        train(
-            session,
-            objective,
-            stream,
-            evaluate,
-            prepare=prepare,
-            export=lambda objective, folder: objective.classifier.save_pretrained(folder),
-        )
-
+main = training_script(train_session, "pretraining")
 
 if __name__ == "__main__":
     run_script(main)

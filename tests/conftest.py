@@ -201,13 +201,14 @@ def encoded(tmp_path_factory, tiny_shards, run_script) -> Path:
     assert ran.returncode == 0, ran.stderr
     (folder / "config.toml").write_text(
         f"""
+        task = "generator"
         output = "{folder / "run"}"
         [data]
         train = "{folder}/codes/train-*.tar"
         held_out = "{folder}/codes/held-out-*.tar"
         image_tokenizer = "{folder}/tokenizer"
         text_tokenizer = "{ROOT}/tokenizers/emoji-text"
-        [samples]
+        [preview]
         captions = ["red square"]
         """
     )

@@ -41,6 +41,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 class ClassifierRecipe(Recipe):
+    task: str = "classifier"
     model: ClassifierConfig = MODEL
 
 

@@ -166,7 +166,7 @@ def test_a_run_begins_from_trained_weights_and_resumes(fine_tune, tmp_path, asse
     ran = fine_tune("--data.mixing", mixing)
     assert ran.returncode == 0, ran.stderr
     changes = "a new head of zeros, positions of 4x4 patches resized to 6x6"
-    assert f"begins with the weights of {tmp_path / 'start'}, {changes}\n" in ran.stdout
+    assert f"starting from {tmp_path / 'start'}: {changes}\n" in ran.stdout
     model = Classifier.from_pretrained(tmp_path / "run")
     assert model.config == build_config(
         ClassifierConfig,
@@ -210,7 +210,7 @@ def test_the_layer_in_front_of_the_trained_head_is_left_behind(fine_tune, tmp_pa
     [
         (["--start.model", "/no/folder"], "no model at /no/folder"),
         (["--start.model", "generator/emojis"], "did you mean generators/emoji?"),
-        (["--start.model", "{tmp_path}/resnet"], "holds a resnet, and training begins from a classifier"),
+        (["--start.model", "{tmp_path}/resnet"], "holds a resnet, expected a classifier"),
         (["--model.image_size", 25], "patch_size 4 does not divide image_size 25"),
         (["--model.core.width", 32], "they have core.width = 16, the recipe 32; set the recipe's to theirs"),
         (["--start.freeze", '["heads"]'], "there is no 'heads' to freeze"),

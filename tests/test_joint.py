@@ -2,14 +2,12 @@
 both, and one model's core becomes another's."""
 
 import json
-import runpy
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from mmvit.config import load_config
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.paired import PairedStream
 from mmvit.data.samples import PixelsSample
@@ -25,6 +23,7 @@ from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransfo
 from mmvit.models.joint import Joint, JointConfig
 from mmvit.models.resnet import ResNet, ResNetConfig
 from mmvit.models.vq import VQConfig, VQModel
+from mmvit.recipes.resolve import resolve
 from mmvit.sampling.generator import Generator
 from mmvit.training.engine import WeightAverage
 from mmvit.training.optim import layer_scales
@@ -186,7 +185,7 @@ def run(tmp_path_factory, tiny_shards, encoded, run_script) -> Path:
         core = {{ width = 32, depth = 2, num_heads = 2 }}
         classifier = {{ image_size = 16, patch_size = 8, num_classes = 4 }}
         generator = {{ text_length = 8 }}
-        [samples]
+        [preview]
         captions = ["red square"]
         [train]
         steps = 6
@@ -206,7 +205,7 @@ def test_one_run_classifies_draws_and_captions(run, tiny_shards, run_script, tmp
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     held_out = [record for record in records if record["kind"] == "held_out"]
     assert {"loss", "accuracy", "classification_loss", "image_loss"} <= held_out[-1].keys()
-    assert (run / "samples" / "step-000006.png").is_file()
+    assert (run / "previews" / "step-000006.png").is_file()
     assert Generator.from_pretrained(run).generate("red square", seed=1)[0].size == (16, 16)
     out = tmp_path / "sheet.png"
     arguments = ("pipelines/evaluate.py", run, tiny_shards, "--out", out)
@@ -310,12 +309,11 @@ def test_the_script_begins_with_anothers_core(run, tiny_shards, run_script, tmp_
 
 
 def test_a_runs_own_config_is_read_again_with_another_core(run):
-    recipe = runpy.run_path(str(ROOT / "pipelines/train_joint.py"))["JointRecipe"]
-    assert load_config(recipe, run / "config.toml").model.classifier.core == CORE
-    changed = load_config(recipe, run / "config.toml", ["--model.core.depth", "3"]).model
+    assert resolve(run, resume=True).recipe.model.classifier.core == CORE
+    changed = resolve(run, {"model.core.depth": 3}, resume=True).recipe.model
     assert (changed.core.depth, changed.classifier.core.depth, changed.generator.core.depth) == (3, 3, 3)
     with pytest.raises(UserError) as refused:
-        load_config(recipe, run / "config.toml", ["--model.core.widht", "3"])
+        resolve(run, {"model.core.widht": 3}, resume=True)
     assert "did you mean model.core.width" in str(refused.value)
     assert "classifier" not in str(refused.value)
 
@@ -324,10 +322,10 @@ def test_what_a_joint_run_cannot_do_is_refused(run, run_script, tmp_path):
     arguments = ("pipelines/train_joint.py", run.parent / "config.toml", "--output", tmp_path / "run")
     ran = run_script(*arguments, "--deepspeed", ROOT / "configs/deepspeed/zero3.json")
     assert ran.returncode == 2
-    assert "stage 3 of ZeRO cuts up a core that is read twice" in ran.stderr
-    ran = run_script(*arguments, "--samples.guidance_scale", 2, "--model.generator.caption_dropout", 0)
+    assert "a joint model runs its core twice in a pass, which ZeRO 3 cannot" in ran.stderr
+    ran = run_script(*arguments, "--preview.guidance_scale", 2, "--model.generator.caption_dropout", 0)
     assert ran.returncode == 2
     assert "with caption_dropout = 0 the model learns no guidance" in ran.stderr
     ran = run_script(*arguments, "--model.generator.vocab_size", 77)
     assert ran.returncode == 2
-    assert "model.generator.vocab_size is 77, but the tokenizer has" in ran.stderr
+    assert "model.generator.vocab_size is 77, but" in ran.stderr

@@ -2,7 +2,6 @@
 alone, configs load."""
 
 import ast
-import re
 import subprocess
 import sys
 import tomllib
@@ -11,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmvit.config import load_config
+from mmvit.config import read_toml
 from mmvit.models.registry import build_model
 from mmvit.places import FOLDERS
-from mmvit.training import Recipe
+from mmvit.recipes.resolve import recipes, resolve
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {  # a room may import from rooms on lower floors, and from its own
@@ -114,45 +113,29 @@ def test_nothing_is_unpickled():
             ), path
 
 
-def recipes() -> dict[str, str]:
-    """Every config and the script in its header that it is for."""
-    found = {}
-    for config in sorted((ROOT / "configs").glob("*.toml")):
-        lines = config.read_text(encoding="utf-8").splitlines()
-        commands = [line for line in lines if re.match(r"#.*/(pre)?train_", line)]
-        assert commands, f"{config} does not say its command on top"
-        found[config.name] = next(word for word in commands[0].split() if word.endswith(".py"))
-    return found
-
-
-@pytest.mark.parametrize(("config", "script"), recipes().items())
-def test_every_config_loads_and_builds(config, script):
-    path = ROOT / "configs" / config
-    begins_from_a_run = "model" in tomllib.loads(path.read_text(encoding="utf-8")).get("start", {})
-    shipped = ("--start.model", str(ROOT / "generators/emoji"))  # in the place of a run that is not here
-    recipe = load_config(recipe_class_of(ROOT / script), path, shipped if begins_from_a_run else ())
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_resolves_and_builds(name):
+    path = recipes()[name]
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("task = "), f"{path}: the first line says what it trains"
+    assert f"mmvit train {name}" in text, f"{path}: the header says its command"
+    start_at_a_run = "model" in read_toml(path).get("start", {})
+    shipped = {"start.model": "generators/emoji"} if start_at_a_run else {}  # instead of a run not made here
+    recipe = resolve(name, shipped, read_data=False).recipe
     with torch.device("meta"):
         model = build_model(recipe.model)
     assert sum(parameter.numel() for parameter in model.parameters()) > 0
 
 
-@pytest.mark.parametrize("config", ["dalle.toml", "emoji_dalle.toml"])
-def test_dalles_recipes_train_as_published(config):
-    recipe = load_config(recipe_class_of(ROOT / recipes()[config]), ROOT / "configs" / config, ())
+@pytest.mark.parametrize("name", ["dalle", "emoji_dalle"])
+def test_dalles_recipes_train_as_published(name):
+    recipe = resolve(name, read_data=False).recipe
     optimizer, train = recipe.optimizer, recipe.train
     assert (optimizer.name, optimizer.lr, optimizer.weight_decay) == ("adamw", 4.5e-4, 4.5e-2)
     assert (tuple(optimizer.betas), train.clip_norm, train.ema_decay) == ((0.9, 0.96), 4.0, 0.99)
-    assert (recipe.data.bpe_dropout, recipe.samples.temperature) == (0.1, 1.0)
+    assert (recipe.data.bpe_dropout, recipe.preview.temperature) == (0.1, 1.0)
     model = recipe.model
     assert (model.attention, model.text_loss_weight, model.image_loss_weight) == ("dalle", 1.0, 7.0)
-    if config == "dalle.toml":
+    if name == "dalle":
         assert (train.batch_size, train.steps, optimizer.warmup_steps) == (1024, 430_000, 5000)
         assert (model.core.width, model.core.depth, model.core.num_heads) == (3968, 64, 62)
-
-
-def recipe_class_of(path: Path) -> type[Recipe]:
-    """A script's recipe, without running the script."""
-    import runpy
-
-    names = runpy.run_path(str(path), run_name="recipe")
-    return next(value for name, value in names.items() if name.endswith("Recipe") and name != "Recipe")

@@ -132,7 +132,7 @@ def test_a_classifier_is_pre_trained_without_classes_and_started_from(
     arguments = ("pipelines/pretrain_classifier.py", recipes["masked"], "--method", method)
     decayed = run_script(*arguments, "--optimizer.layer_decay", 0.5)
     assert decayed.returncode == 2
-    assert "optimizer.layer_decay is for fine-tuning, which has trained layers" in decayed.stderr
+    assert "optimizer.layer_decay needs trained layers: use it for fine-tuning" in decayed.stderr
     ran = run_script(*arguments)
     assert ran.returncode == 0, ran.stderr
     held_out = json.loads((tmp_path / "masked/metrics.jsonl").read_text().splitlines()[-1])

@@ -7,10 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
-from pydantic import Field
 from torch import nn
 
-from mmvit.config import build_config, load_config
 from mmvit.core.masks import additive, sparse_causal
 from mmvit.core.positions import LayerPositions
 from mmvit.core.transformer import TransformerConfig
@@ -26,10 +24,7 @@ from mmvit.models.generator_transformer import (
 )
 from mmvit.models.presets import PRESETS, preset
 from mmvit.models.registry import build_model
-from mmvit.models.resnet import ResNetConfig
-from mmvit.models.sections import with_preset
 from mmvit.models.stems import PatchStem
-from mmvit.training import Recipe
 
 CORE = TransformerConfig(width=32, depth=2, num_heads=2)
 POSITIONS = ["none", "learned_1d", "learned_2d", "learned_2d_concat", "sincos_2d", "rotary_2d"]
@@ -113,43 +108,6 @@ print(*{name.partition(".")[0] for name in sys.modules})
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(UserError, match="did you mean vit-b16"):
         preset("vit-b-16")
-
-
-def test_a_recipe_begins_with_a_preset(tmp_path):
-    class AnyRecipe(Recipe):
-        model: ClassifierConfig | ResNetConfig = Field(discriminator="kind")
-
-    def model(**section):
-        return build_config(AnyRecipe, {"output": "x", "model": section}, source="recipe.toml").model
-
-    assert model(preset="vit-s16") == preset("vit-s16")
-    shallow = preset("vit-s16").core.model_copy(update={"depth": 3})
-    changed = {"num_classes": 5, "core": shallow}
-    assert model(preset="vit-s16", num_classes=5, core={"depth": 3}) == preset("vit-s16").model_copy(
-        update=changed
-    )
-    assert model(preset="bit-r101") == preset("bit-r101")
-    with pytest.raises(UserError, match=r"no preset 'vit-s17': did you mean vit-s16\?"):
-        model(preset="vit-s17")
-    path = tmp_path / "recipe.toml"
-    core = "{width = 96, depth = 2, num_heads = 3}"
-    facts = f'kind = "vit", image_size = 32, num_classes = 7, patch_size = 4, core = {core}'
-    path.write_text(f'output = "x"\nmodel = {{{facts}}}')
-    small = load_config(AnyRecipe, path, ["--model.preset", "vit-s16", "--model.core.depth", "3"]).model
-    assert small == preset("vit-s16").model_copy(update={"image_size": 32, "num_classes": 7, "core": shallow})
-    other = load_config(AnyRecipe, path, ["--model.preset", "bit-r101"]).model
-    assert other == preset("bit-r101").model_copy(update={"image_size": 32, "num_classes": 7})
-    assert load_config(AnyRecipe, path).model.patch_size == 4
-    more = ', stem = "residual", stem_blocks = [1, 1], positions = "learned_2d", label_smoothing = 0.1'
-    core = '{width = 96, depth = 2, num_heads = 3, mlp = "swiglu", dropout = 0.2}'
-    path.write_text(f'output = "x"\nmodel = {{image_size = 32, num_classes = 7, core = {core}{more}}}')
-    plain = load_config(AnyRecipe, path, ["--model.preset", "vit-s16"]).model
-    core = preset("vit-s16").core.model_copy(update={"dropout": 0.2})  # training's part stays the recipe's
-    changed = {"image_size": 32, "num_classes": 7, "label_smoothing": 0.1, "core": core}
-    assert plain == preset("vit-s16").model_copy(update=changed)
-    facts = with_preset({"model": {"preset": "dalle-tiny"}})["model"]
-    assert not facts.keys() & {"vocab_size", "codebook_size", "grid", "preset"}  # the data have their own
-    assert facts["attention"] == "dalle"
 
 
 def test_patch_stem_equals_a_strided_convolution():

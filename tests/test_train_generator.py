@@ -17,7 +17,7 @@ from mmvit.sampling.generator import Generator
 
 
 def test_a_run_leaves_models_curves_and_samples(generator_run):
-    for name in ("config.toml", "metrics.jsonl", "curves.png", "samples/step-000004.png"):
+    for name in ("config.toml", "metrics.jsonl", "curves.png", "previews/step-000004.png"):
         assert (generator_run / name).is_file(), name
     for part in ("model.safetensors", "text_tokenizer/tokenizer.json", "image_tokenizer/model.safetensors"):
         assert (generator_run / "best" / part).is_file(), part
@@ -39,7 +39,7 @@ def test_codes_of_another_tokenizer_are_refused(encoded, run_script, tmp_path):
         "pipelines/train_caption_to_image.py", encoded / "config.toml", *SMALL,
         "--data.image_tokenizer", tmp_path / "other", "--output", tmp_path / "run",
     )  # fmt: skip
-    refused(ran, "fingerprint", "encode_images.py")
+    refused(ran, "fingerprint", "mmvit encode")
 
 
 def test_a_run_leaves_captions_out_before_and_after_evaluations(encoded, run_script, tmp_path):
@@ -53,7 +53,7 @@ def test_a_run_leaves_captions_out_before_and_after_evaluations(encoded, run_scr
     settings = ("--train.steps", 4, "--train.evaluate_every", 1, "--output", tmp_path / "run")
     for dropout, least, most in ((0.9, 0.5, 1), (0, 0, 0)):
         shares.clear()
-        more = ("--model.caption_dropout", dropout, "--samples.guidance_scale", 1)
+        more = ("--model.caption_dropout", dropout, "--preview.guidance_scale", 1)
         with mock.patch.object(GeneratorTransformer, "forward", watched):
             ran = run_script(
                 "pipelines/train_caption_to_image.py", encoded / "config.toml", *SMALL, *settings, *more
@@ -90,7 +90,7 @@ def test_a_trained_generator_is_trained_on(generator_run, encoded, run_script, t
         train_on("--model.core.depth", 3), "the trained weights are of another model: they have core.depth = "
     )
     refused(train_on("--model.positions", "none"), "they have positions = 'learned_2d', the recipe 'none'")
-    refused(train_on("--start.core", generator_run), "start.model brings its core")
+    refused(train_on("--start.core", generator_run), "start.model includes a core")
     other = TextTokenizer.from_file(start / "text_tokenizer").tokenizer
     other.add_tokens(["squ"])
     (tmp_path / "text").mkdir()
@@ -100,7 +100,7 @@ def test_a_trained_generator_is_trained_on(generator_run, encoded, run_script, t
         "--model.caption_dropout", 0.3, "--start.translate_from", "en", "--data.languages", '["en", "de"]'
     )
     assert ran.returncode == 0, ran.stderr
-    assert "1 tokens that no caption in en has begin as mixtures" in ran.stdout
+    assert "1 tokens that no caption in en uses start as mixtures" in ran.stdout
     found, begun = (
         read_weights(tmp_path / "more/last/model.safetensors"),
         read_weights(start / "model.safetensors"),
@@ -120,21 +120,21 @@ def test_a_trained_generator_is_trained_on(generator_run, encoded, run_script, t
     ("overrides", "words"),
     [
         (["--train.stepz", "3"], ["unknown key train.stepz", "did you mean train.steps"]),
-        (["--samples.captions", "one"], ["samples.captions", 'a list is wanted, written ["one", "two"]']),
+        (["--preview.captions", "one"], ["preview.captions", 'expected a list, such as ["one", "two"]']),
         (["--model.vocab_size", "77"], ["model.vocab_size is 77", "4096"]),
         (["--data.train", "nowhere/train-*.tar"], ["nowhere"]),
         (["--model.text_loss_weight", 1], ["text_loss_weight = 0", "or attention = 'causal'"]),
-        (["--model.grid", "[4,4]"], ["model.grid is (4, 4), but the shards have (2, 2); leave it out"]),
-        (["--model.attention", "dalle"], ["model.convolution is 11, but the shards have 2 columns of codes"]),
-        (["--start.translate_from", "en"], ["start.translate_from is for a model", "set start.model"]),
+        (["--model.grid", "[4,4]"], ["model.grid is (4, 4), but", "dataset.json has (2, 2); leave it out"]),
+        (["--model.attention", "dalle"], ["convolution is 11", "the grid's 2 columns"]),
+        (["--start.translate_from", "en"], ["start.translate_from needs a model", "set start.model"]),
         (["--data.text_tokenizer", "nowhere"], ["no text tokenizer at nowhere"]),
         (
             ["--model.preset", "vit-b16"],
-            ["preset vit-b16 is no model of this script", "generator-tiny"],
+            ['preset vit-b16 does not fit task "generator"', "generator-tiny"],
         ),
         (
-            ["--samples.guidance_scale", "-1"],
-            ["samples.guidance_scale = -1: expected 0"],
+            ["--preview.guidance_scale", "-1"],
+            ["preview.guidance_scale = -1: expected 0"],
         ),
     ],
 )

@@ -2,7 +2,6 @@
 
 import json
 import re
-import runpy
 import shutil
 import tarfile
 from pathlib import Path
@@ -18,6 +17,7 @@ from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.registry import load_image_tokenizer
 from mmvit.models.vq import VQConfig, VQModel
+from mmvit.places import load_script
 from mmvit.training.checkpoint import read_state
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +68,7 @@ def test_the_script_trains_evaluates_and_exports(run_script, recipe, tmp_path):
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"psnr", "psnr_of_mean_error", "codes_in_use", "perplexity"} <= last.keys()
     assert Image.open(tmp_path / "run" / "codes.png").width > 100
-    assert Image.open(tmp_path / "run" / "samples" / "step-000006.png").width > 8 * 96
+    assert Image.open(tmp_path / "run" / "previews" / "step-000006.png").width > 8 * 96
     model = VQModel.from_pretrained(tmp_path / "run")
     assert model.encode(torch.zeros(1, 3, 16, 16)).shape == (1, 2, 2)
 
@@ -87,18 +87,17 @@ def test_the_discrete_vae_is_trained_by_the_same_script(run_script, recipe, tmp_
 
 
 def test_a_collapse_is_told_while_it_happens(run_script, recipe):
-    main = runpy.run_path(str(ROOT / "tokenizers/train_image_tokenizer.py"), run_name="imported")
+    script = load_script("tokenizers/train_image_tokenizer.py")
     cases = {(0.1,): False, (0.3, 0.31): True, (0.3, 0.45): False, (1.0, 0.6): True, (0.6, 0.5): False}
     for history, expected in cases.items():
-        assert main["is_collapsing"](list(history)) is expected, history
-    metrics = "mmvit.evaluation.code_use.use_metrics"
+        assert script.is_collapsing(list(history)) is expected, history
     with (
-        mock.patch("mmvit.evaluation.code_use.draw_code_use"),
-        mock.patch(metrics, side_effect=[{"codes_in_use": 0.9}, {"codes_in_use": 0.2}]),
+        mock.patch.object(script, "draw_code_use"),
+        mock.patch.object(script, "use_metrics", side_effect=[{"codes_in_use": 0.9}, {"codes_in_use": 0.2}]),
     ):
-        script = ("tokenizers/train_image_tokenizer.py", recipe)
-        assert run_script(*script, "--train.steps", 3).returncode == 0
-        ran = run_script(*script, "--train.steps", 6, "--resume")  # what was before is not forgotten
+        command = ("tokenizers/train_image_tokenizer.py", recipe)
+        assert run_script(*command, "--train.steps", 3).returncode == 0
+        ran = run_script(*command, "--train.steps", 6, "--resume")  # what was before is not forgotten
     assert ran.returncode == 0, ran.stderr
     told = "only 20% of the codes are in use over the training pictures, after 90% at the evaluation before"
     assert told in " ".join((ran.stdout + ran.stderr).split())
@@ -189,7 +188,7 @@ def test_by_default_the_plain_tokenizer_is_trained(tmp_path, train_tokenizer):
     [
         (
             ["--model.kind", "dvea"],
-            "error: the command line: model.kind = 'dvea': did you mean dvae?",
+            "error: the command line: unknown model.kind 'dvea': did you mean dvae?",
         ),
         (
             ["--model", '{kind = "dvae"}', "--loss.adversarial_weight", 0.1, "--loss.lpips", "vgg16.pth"],
@@ -197,7 +196,7 @@ def test_by_default_the_plain_tokenizer_is_trained(tmp_path, train_tokenizer):
         ),
         (
             ["--loss.adversarial_adaptive", "true", "--train.compile", "true"],
-            "loss.adversarial_adaptive reads gradients in the middle of a pass, which train.compile cannot",
+            "loss.adversarial_adaptive reads gradients in the middle of a pass, which train.compile does not",
         ),
         (["--data.image_size", "[20, 16]"], "20x16"),
         (["--loss.perceptual", "/no/folder"], "no model at /no/folder"),
@@ -205,7 +204,7 @@ def test_by_default_the_plain_tokenizer_is_trained(tmp_path, train_tokenizer):
         (["--loss.lpips", "no.pth"], "there is no file no.pth"),
         (
             ["--loss.adversarial_weight", 1],
-            "loss.adversarial_start 1000 lies beyond all 6 training passes, so the discriminator's",
+            "loss.adversarial_start 1000 is beyond the 6 training passes, so the discriminator",
         ),
         (
             ["--loss.adversarial_weight", 1, "--loss.adversarial_start", 5],  # said before training

@@ -1,162 +1,107 @@
-"""Trains an image tokenizer on shards of pictures: VQ, or DALL·E's discrete VAE (`model.kind = "dvae"`).
+"""Train an image tokenizer on shards of images: VQ, or DALL·E's discrete VAE (`model.kind = "dvae"`).
 
-    python tokenizers/train_image_tokenizer.py configs/image_tokenizer_emoji.toml
-    python tokenizers/train_image_tokenizer.py configs/image_tokenizer_emoji.toml --train.steps 500
-    python tokenizers/train_image_tokenizer.py configs/image_tokenizer_emoji.toml --resume
+    mmvit train image_tokenizer_emoji
+    mmvit train image_tokenizer_emoji --train.steps 500 --output runs/short
     torchrun --nproc_per_node 2 tokenizers/train_image_tokenizer.py configs/image_tokenizer_emoji.toml
 
-Every evaluation reports the PSNR of held-out pictures, and the share of the codes that the training pictures
-use. The run folder (`output` in the recipe) gets config.toml, metrics.jsonl, curves.png, codes.png (how often
-each code occurs in them), samples/ (held-out pictures and their reconstructions), checkpoints/, and the
-exported models best/ (by held-out PSNR) and last/, which pipelines/encode_images.py takes.
+Every evaluation reports the PSNR of held-out images, and the share of the codes that the training images
+use. The run folder (`output` in the recipe) gets config.toml, metrics.jsonl, curves.png, codes.png (how
+often each code occurs), previews/ (held-out images and their reconstructions), checkpoints/, and the
+exported models best/ and last/, for `mmvit encode`.
 
-A VQ tokenizer may learn from more than its pixels: from distances in the features of a classifier of ours
-(`--loss.perceptual FOLDER`) or of VGG16 (LPIPS, `--loss.lpips FILE`), and from a discriminator
-(`--loss.adversarial_weight 0.1`). They make pictures sharper at the cost of PSNR, which best/ is chosen by:
-take last/ then.
+A VQ tokenizer can learn from more than its pixels: from distances in the features of one of your
+classifiers (`--loss.perceptual FOLDER`) or of VGG16 (LPIPS, `--loss.lpips FILE`), and from a discriminator
+(`--loss.adversarial_weight 0.1`). These make images sharper at the cost of PSNR, which best/ is chosen by:
+set `--train.select last` then.
 """
 
 import warnings
-from typing import Any
 
 from PIL import Image
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmvit.config import Config
-from mmvit.data.augment import AugmentConfig
+from mmvit.cli import run_script
 from mmvit.data.images import images_from_pixels
 from mmvit.data.samples import PixelsSample
-from mmvit.data.shards import ShardPatterns
 from mmvit.data.stream import ShardStream
-from mmvit.errors import UserError, run_script
+from mmvit.errors import UserError
 from mmvit.evaluation.code_use import code_counts, draw_code_use, use_metrics
 from mmvit.evaluation.reconstruction import reconstruction_metrics
 from mmvit.interop.lpips import load_lpips
 from mmvit.models.classifier import Classifier
-from mmvit.models.dvae import DiscreteVAEConfig
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.perceptual import FeatureDistance
 from mmvit.models.registry import build_model
-from mmvit.models.sections import with_preset
-from mmvit.models.tokenizer_objective import ObjectiveConfig, TokenizerObjective
-from mmvit.models.vq import VQConfig, VQModel
+from mmvit.models.tokenizer_objective import TokenizerObjective
+from mmvit.models.vq import VQModel
+from mmvit.recipes.image_tokenizer import ImageTokenizerRecipe
+from mmvit.recipes.launch import training_script
 from mmvit.sampling.grids import labelled_grid
-from mmvit.training import Recipe, Session, one_epoch, open_session, train, training_stream
+from mmvit.training import Session, one_epoch, train, training_stream
 from mmvit.training.deepspeed_engine import zero_stage
 
-DRAWN = 12  # held-out pictures
+DRAWN = 12  # held-out images
 COLLAPSED = 0.5  # share of the codes in use below which an evaluation warns
 
 
-class DataConfig(Config):
-    """Shards with `png|jpg|webp`, the size that their pictures get, and what is done to the training ones."""
-
-    train: ShardPatterns
-    held_out: ShardPatterns
-    image_size: tuple[int, int] = Field((64, 64), description="height and width in pixels")
-    shuffle_buffer: int = Field(4000, ge=0)
-    augment: AugmentConfig = AugmentConfig()
-
-
-class ImageTokenizerRecipe(Recipe):
-    """CONFIG.toml of this script. `model.kind` is "vq" where nothing is said."""
-
-    data: DataConfig
-    model: VQConfig | DiscreteVAEConfig = Field(VQConfig(), discriminator="kind")
-    loss: ObjectiveConfig = ObjectiveConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _vq_by_default(cls, values: Any) -> Any:
-        values = with_preset(values, cls)
-        if isinstance(values, dict) and isinstance(model := values.get("model"), dict):
-            return {**values, "model": {"kind": VQModel.kind, **model}}
-        return values
-
-    @model_validator(mode="after")
-    def _losses_can_be_had(self):
-        if self.model.kind != VQModel.kind and self.loss != ObjectiveConfig():
-            changed = ", ".join(f"loss.{key}" for key in self.loss.model_dump(exclude_defaults=True))
-            raise ValueError(
-                f"{changed} cannot be used with model.kind {self.model.kind!r}, whose loss is a likelihood: "
-                f"leave [loss] out, or set model.kind to {VQModel.kind!r}"
-            )
-        passes = self.train.steps * self.train.accumulation
-        if self.loss.adversarial_weight and self.loss.adversarial_start >= passes:
-            raise ValueError(
-                f"loss.adversarial_start {self.loss.adversarial_start} lies beyond all {passes} training "
-                "passes, so the discriminator's judgement would never count: lower it"
-            )
-        if self.loss.adversarial_adaptive and self.train.compile:
-            raise ValueError(
-                "loss.adversarial_adaptive reads gradients in the middle of a pass, which train.compile "
-                "cannot: switch one of them off"
-            )
-        return self
-
-
-def main() -> None:
-    with open_session(ImageTokenizerRecipe, __doc__) as session:
-        data = session.recipe.data
-        if session.deepspeed and getattr(session.recipe.model, "codebook_update", "") == "gradient":
-            raise UserError(
-                "model.codebook_update = 'gradient' revives dead codes in place, which DeepSpeed's copies "
-                "undo; use 'ema', or leave --deepspeed out"
-            )
-        model = build_model(session.recipe.model)
-        model.grid(*data.image_size)
-        plain = PixelsSample(data.image_size)
-        training_once = one_epoch(session, data.train, plain)
-        held_out = one_epoch(session, data.held_out, plain)
-        wanted = getattr(session.recipe.model, "start_images", 0)
-        if wanted and not any(session.run.checkpoints.glob("*")):
-            buffer = data.shuffle_buffer
-            shuffled = ShardStream(data.train, plain, wanted, shuffle_buffer=buffer, repeat=False)
-            model.start_codes(next(iter(shuffled))["pixels"])
-        decode = PixelsSample(data.image_size, data.augment)
-        stream = training_stream(session, data.train, decode, data.shuffle_buffer)
-
-        def evaluate(model: nn.Module) -> dict[str, float]:
-            counts = code_counts(model, training_once)
-            metrics = reconstruction_metrics(model, held_out) | use_metrics(counts)
-            if session.processes.is_main:
-                draw_code_use(counts, session.run.path / "codes.png")
-                before = (r for r in session.run.read_metrics() if r["kind"] == "held_out")
-                in_use = [record["codes_in_use"] for record in before] + [metrics["codes_in_use"]]
-                if is_collapsing(in_use):
-                    warnings.warn(
-                        f"only {in_use[-1]:.0%} of the codes are in use over the training pictures, after "
-                        f"{in_use[-2]:.0%} at the evaluation before: the codebook is collapsing. Begin again "
-                        "with a lower optimizer.lr or fewer codes",
-                        stacklevel=2,
-                    )
-            return metrics
-
-        drawn = None
-        if session.processes.is_main:
-            first = next(iter(one_epoch(session, data.held_out, plain)), None)
-            if first is None:
-                raise UserError(f"there is no picture in {', '.join(data.held_out)} to evaluate on")
-            drawn = first["pixels"][:DRAWN]
-
-        def draw(model: nn.Module, step: int) -> None:
-            session.run.samples.mkdir(exist_ok=True)
-            draw_reconstructions(model, drawn).save(session.run.samples / f"step-{step:06d}.png")
-
-        if not session.recipe.loss.adds_anything:
-            train(session, model, stream, evaluate, select="psnr", mode="max", after_evaluation=draw)
-            return
-        train(
-            session,
-            build_objective(session, model),
-            stream,
-            lambda objective: evaluate(objective.tokenizer),
-            select="psnr",
-            mode="max",
-            after_evaluation=lambda objective, step: draw(objective.tokenizer, step),
-            export=lambda objective, folder: objective.tokenizer.save_pretrained(folder),
+def train_session(session: Session[ImageTokenizerRecipe]) -> None:
+    data = session.recipe.data
+    if session.deepspeed and getattr(session.recipe.model, "codebook_update", "") == "gradient":
+        raise UserError(
+            "model.codebook_update = 'gradient' revives dead codes in place, which DeepSpeed's copies "
+            "undo; use 'ema', or leave --deepspeed out"
         )
+    model = build_model(session.recipe.model)
+    model.grid(*data.image_size)
+    plain = PixelsSample(data.image_size)
+    training_once = one_epoch(session, data.train, plain)
+    held_out = one_epoch(session, data.held_out, plain)
+    wanted = getattr(session.recipe.model, "start_images", 0)
+    if wanted and not any(session.run.checkpoints.glob("*")):
+        buffer = data.shuffle_buffer
+        shuffled = ShardStream(data.train, plain, wanted, shuffle_buffer=buffer, repeat=False)
+        model.start_codes(next(iter(shuffled))["pixels"])
+    decode = PixelsSample(data.image_size, data.augment)
+    stream = training_stream(session, data.train, decode, data.shuffle_buffer)
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        counts = code_counts(model, training_once)
+        metrics = reconstruction_metrics(model, held_out) | use_metrics(counts)
+        if session.processes.is_main:
+            draw_code_use(counts, session.run.path / "codes.png")
+            before = (r for r in session.run.read_metrics() if r["kind"] == "held_out")
+            in_use = [record["codes_in_use"] for record in before] + [metrics["codes_in_use"]]
+            if is_collapsing(in_use):
+                warnings.warn(
+                    f"only {in_use[-1]:.0%} of the codes are in use over the training pictures, after "
+                    f"{in_use[-2]:.0%} at the evaluation before: the codebook is collapsing. Begin again "
+                    "with a lower optimizer.lr or fewer codes",
+                    stacklevel=2,
+                )
+        return metrics
+
+    drawn = None
+    if session.processes.is_main:
+        first = next(iter(one_epoch(session, data.held_out, plain)), None)
+        if first is None:
+            raise UserError(f"there is no picture in {', '.join(data.held_out)} to evaluate on")
+        drawn = first["pixels"][:DRAWN]
+
+    def draw(model: nn.Module, step: int) -> None:
+        session.run.previews.mkdir(exist_ok=True)
+        draw_reconstructions(model, drawn).save(session.run.previews / f"step-{step:06d}.png")
+
+    if not session.recipe.loss.adds_anything:
+        train(session, model, stream, evaluate, after_evaluation=draw)
+        return
+    train(
+        session,
+        build_objective(session, model),
+        stream,
+        lambda objective: evaluate(objective.tokenizer),
+        after_evaluation=lambda objective, step: draw(objective.tokenizer, step),
+        export=lambda objective, folder: objective.tokenizer.save_pretrained(folder),
+    )
 
 
 def is_collapsing(in_use: list[float]) -> bool:
@@ -195,6 +140,8 @@ def build_objective(session: Session[ImageTokenizerRecipe], model: VQModel) -> T
     objective.check_size(*size)
     return objective
 
+
+main = training_script(train_session, "image-tokenizer")
 
 if __name__ == "__main__":
     run_script(main)

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmvit.config import Config
+from mmvit.config import OF_TRAINING, Config
 from mmvit.core.attention import Attention, Kernel, KeyValueCache
 from mmvit.core.dropout import Dropout
 from mmvit.core.hidden import HiddenLayers
@@ -32,10 +32,10 @@ class TransformerConfig(Config):
     bias: bool = True
     qk_norm: bool = False
     layer_scale: float | None = None
-    dropout: float = Field(0.0, ge=0, lt=1)
-    stochastic_depth: float = Field(0.0, ge=0, lt=1)
-    attention_kernel: Kernel = "auto"
-    activation_checkpointing: bool = False
+    dropout: float = Field(0.0, ge=0, lt=1, json_schema_extra=OF_TRAINING)
+    stochastic_depth: float = Field(0.0, ge=0, lt=1, json_schema_extra=OF_TRAINING)
+    attention_kernel: Kernel = Field("auto", json_schema_extra=OF_TRAINING)
+    activation_checkpointing: bool = Field(False, json_schema_extra=OF_TRAINING)
 
     @model_validator(mode="after")
     def _heads_divide_width(self):

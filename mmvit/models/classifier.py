@@ -7,7 +7,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmvit.config import Config
+from mmvit.config import FROM_DATA, OF_TRAINING, Config
 from mmvit.core.dropout import Dropout
 from mmvit.core.positions import (
     NO_POSITIONS,
@@ -29,10 +29,10 @@ class ClassifierConfig(Config):
     """A classifier of `image_size` (pixels, or (height, width)) images into `num_classes`."""
 
     kind: Literal["vit"] = "vit"
-    image_size: int | tuple[int, int] = 224
+    image_size: int | tuple[int, int] = Field(224, json_schema_extra=OF_TRAINING)
     patch_size: int = Field(16, gt=0)
-    channels: int = Field(3, gt=0)
-    num_classes: int = Field(1000, gt=1)
+    channels: int = Field(3, gt=0, json_schema_extra=OF_TRAINING)
+    num_classes: int = Field(1000, gt=1, json_schema_extra=FROM_DATA)
     stem: StemKind = "patch"
     stem_width: int = Field(64, gt=0, description="of the first stage of a residual or resnet stem")
     stem_blocks: tuple[int, ...] = Field(
@@ -57,8 +57,14 @@ class ClassifierConfig(Config):
         description="where positions are added: in front of the first block; or of every block, each with "
         "its own vectors or all the same (Table 8); rotary and relative ones are in every layer anyway",
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    patch_dropout: float = Field(0.0, ge=0, lt=1, description="share of the patches left out in training")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, json_schema_extra=OF_TRAINING)
+    patch_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the patches left out in training",
+        json_schema_extra=OF_TRAINING,
+    )
     core: TransformerConfig = TransformerConfig()
 
     @model_validator(mode="after")

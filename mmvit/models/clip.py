@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
-from mmvit.config import Config
+from mmvit.config import FROM_DATA, OF_TRAINING, Config
 from mmvit.core.positions import Positions
 from mmvit.core.transformer import Transformer, TransformerConfig
 from mmvit.hub import Pretrained
@@ -27,8 +27,8 @@ class CLIPConfig(Config):
     kind: Literal["clip"] = "clip"
     image: ClassifierConfig = ClassifierConfig()
     text: TransformerConfig = TransformerConfig()
-    vocab_size: int = Field(4096, gt=1)
-    text_length: int = Field(32, gt=0)
+    vocab_size: int = Field(4096, gt=1, json_schema_extra=FROM_DATA)
+    text_length: int = Field(32, gt=0, json_schema_extra=OF_TRAINING)
     embedding_width: int = Field(256, gt=0, description="of the space that images and captions share")
     temperature: float = Field(0.07, gt=0, description="initial value; it is learnt")
 

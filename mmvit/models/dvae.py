@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
-from mmvit.config import Config
+from mmvit.config import IN_STEPS, Config
 from mmvit.core.hidden import HiddenLayers
 from mmvit.errors import UserError
 from mmvit.models.image_tokenizer import ImageTokenizer
@@ -37,9 +37,13 @@ class DiscreteVAEConfig(Config):
     blocks_per_group: int = Field(2, ge=1)
     code_width: int = Field(128, ge=1, description="dimensions of the decoder's code embeddings")
     kl_weight: float = Field(6.6, ge=0, description="final weight of the KL divergence, β")
-    kl_warmup: int = Field(5000, ge=0, description="passes over which β rises from 0")
+    kl_warmup: int = Field(
+        5000, ge=0, description="passes over which β rises from 0", json_schema_extra=IN_STEPS
+    )
     final_temperature: float = Field(1 / 16, gt=0, description="of the relaxation; it starts at 1")
-    temperature_steps: int = Field(150_000, ge=0, description="passes over which the temperature falls")
+    temperature_steps: int = Field(
+        150_000, ge=0, description="passes over which the temperature falls", json_schema_extra=IN_STEPS
+    )
     start_images: int = Field(
         0,
         ge=0,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmvit.config import Config
+from mmvit.config import FROM_DATA, OF_TRAINING, Config
 from mmvit.core.attention import KeyValueCache
 from mmvit.core.dropout import Dropout
 from mmvit.core.masks import Sparse, prefix, sparse_causal
@@ -29,18 +29,18 @@ class GeneratorConfig(Config):
     DALL·E weighs the losses of caption and codes 1 : 7.
     """
 
-    vocab_size: int = Field(4096, gt=1)
-    text_length: int = Field(32, gt=0)
-    codebook_size: int = Field(1024, gt=1)
-    grid: tuple[int, int] = (8, 8)
+    vocab_size: int = Field(4096, gt=1, json_schema_extra=FROM_DATA)
+    text_length: int = Field(32, gt=0, json_schema_extra=OF_TRAINING)
+    codebook_size: int = Field(1024, gt=1, json_schema_extra=FROM_DATA)
+    grid: tuple[int, int] = Field((8, 8), json_schema_extra=FROM_DATA)
     attention: Literal["causal", "prefix", "dalle"] = "prefix"
     convolution: int = Field(11, gt=0, description="side of dalle's last layer's square of codes")
     positions: PositionKind = "learned_2d"
     text_loss_weight: float = Field(0.0, ge=0)
     image_loss_weight: float = Field(7.0, gt=0)
-    caption_dropout: float = Field(0.1, ge=0, lt=1)
-    code_noise: float = Field(0.0, ge=0, lt=1)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    caption_dropout: float = Field(0.1, ge=0, lt=1, json_schema_extra=OF_TRAINING)
+    code_noise: float = Field(0.0, ge=0, lt=1, json_schema_extra=OF_TRAINING)
+    label_smoothing: float = Field(0.0, ge=0, lt=1, json_schema_extra=OF_TRAINING)
     core: TransformerConfig = TransformerConfig()
 
     def weigh(self, text_loss: Any, image_loss: Any) -> Any:

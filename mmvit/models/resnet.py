@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmvit.config import Config
+from mmvit.config import FROM_DATA, OF_TRAINING, Config
 from mmvit.core.hidden import HiddenLayers
 from mmvit.hub import Pretrained
 from mmvit.models.classification import classification_loss
@@ -24,15 +24,15 @@ class ResNetConfig(Config):
     """A convolutional classifier of images of any size. The defaults are BiT's R50x1."""
 
     kind: Literal["resnet"] = "resnet"
-    image_size: int | tuple[int, int] = 224
-    channels: int = Field(3, gt=0)
-    num_classes: int = Field(1000, gt=1)
+    image_size: int | tuple[int, int] = Field(224, json_schema_extra=OF_TRAINING)
+    channels: int = Field(3, gt=0, json_schema_extra=OF_TRAINING)
+    num_classes: int = Field(1000, gt=1, json_schema_extra=FROM_DATA)
     width: int = Field(64, gt=0, description="of the first stage's bottlenecks; a quarter of its output")
     depths: tuple[int, ...] = Field((3, 4, 6, 3), min_length=1, description="blocks of each stage")
     root: Literal["imagenet", "small"] = Field(
         "imagenet", description="7x7 convolution and pooling, a quarter of the size; or 3x3 at full size"
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1, json_schema_extra=OF_TRAINING)
 
     @model_validator(mode="after")
     def _sizes_are_possible(self):

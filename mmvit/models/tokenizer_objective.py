@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mmvit.config import Config
+from mmvit.config import IN_STEPS, Config
 from mmvit.models.discriminator import PatchDiscriminator
 from mmvit.models.perceptual import FrozenDistance
 from mmvit.models.vq import VQModel, pixel_error
@@ -30,8 +30,12 @@ class ObjectiveConfig(Config):
     adversarial_adaptive: bool = Field(
         False, description="whether that weight is a share of the other terms' gradient (VQGAN, equation 7)"
     )
-    discriminator_start: int = Field(0, ge=0, description="pass from which the discriminator learns")
-    adversarial_start: int = Field(1000, ge=0, description="pass from which its judgement counts")
+    discriminator_start: int = Field(
+        0, ge=0, description="pass from which the discriminator learns", json_schema_extra=IN_STEPS
+    )
+    adversarial_start: int = Field(
+        1000, ge=0, description="pass from which its judgement counts", json_schema_extra=IN_STEPS
+    )
     discriminator_width: int = Field(64, ge=4, multiple_of=4)
     discriminator_layers: int = Field(3, ge=1)
 

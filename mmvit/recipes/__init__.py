@@ -1,1 +1,1 @@
-"""Recipes: what a TOML file may hold for each task, and how its settings are resolved."""
+"""Recipes: what a TOML file holds for each task, how its settings are resolved, and how its script is run."""

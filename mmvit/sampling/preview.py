@@ -29,7 +29,7 @@ def check_preview(config: PreviewConfig, model: GeneratorConfig) -> None:
     """Raises UserError, before anything is trained, for guidance that `model` would not learn."""
     if config.guidance_scale != 1 and model.caption_dropout == 0:
         raise UserError(
-            f"samples.guidance_scale is {config.guidance_scale}, but with caption_dropout = 0 the model "
+            f"preview.guidance_scale is {config.guidance_scale}, but with caption_dropout = 0 the model "
             "learns no guidance: set it to 1, or caption_dropout to 0.1"
         )
 

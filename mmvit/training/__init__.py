@@ -1,27 +1,22 @@
 """Training: one loop for every model with `loss(batch)`, on plain torch or DeepSpeed, in one process or many.
 
-A training script is a recipe and a call:
+A training script is a function of a session, which holds the resolved recipe, this process's rank and device,
+and the run folder:
 
-    class MyRecipe(Recipe):                # output, [train] and [optimizer] come with it
-        data: MyData
-        model: MyModelConfig
+    def train_my_model(session: Session[MyRecipe]) -> None:
+        recipe = session.recipe
+        stream = training_stream(session, recipe.data.train, decode, recipe.data.shuffle_buffer)
+        train(session, MyModel(recipe.model), stream, evaluate)
 
-    def main() -> None:
-        with open_session(MyRecipe, __doc__) as session:      # command line, processes, seeds, run folder
-            recipe, processes = session.recipe, session.processes      # rank, world_size, device
-            stream = training_stream(session, shards, decode, shuffle_buffer)  # this process's batches
-            train(session, MyModel(recipe.model), stream, evaluate, select="loss")
-
-    if __name__ == "__main__":
-        run_script(main)                   # mmvit.errors
+mmvit/recipes has the recipes, and `training_script` that makes the command line of such a function.
 """
 
-from mmvit.training.config import OptimizerConfig, TrainConfig
+from mmvit.training.config import OptimizerConfig, Recipe, TrainConfig
 from mmvit.training.distributed import Processes
 from mmvit.training.loop import train
 from mmvit.training.resume import Progress, Stream
 from mmvit.training.run import RunFolder
-from mmvit.training.session import Recipe, Session, open_session
+from mmvit.training.session import Session, open_session
 from mmvit.training.streams import one_epoch, training_stream
 
 __all__ = [

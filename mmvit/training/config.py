@@ -1,10 +1,11 @@
-"""Settings of a training run: how long, how large, how precise, how often; and of its optimizer."""
+"""Settings that every recipe shares: the run, its optimizer, and where its results go."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from mmvit.config import Config
+from mmvit.config import IN_STEPS, Config
 
 
 class TrainConfig(Config):
@@ -19,12 +20,17 @@ class TrainConfig(Config):
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = False
-    clip_norm: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
+    clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 turns clipping off")
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="of the averaged weights that are evaluated and exported; 0 is off"
     )
-    evaluate_every: int = Field(500, ge=1)
-    checkpoint_every: int = Field(500, ge=1)
+    select: str | None = Field(
+        None,
+        description='the held-out metric that best/ is chosen by, or "last" to use the last weights; by '
+        "default what the recipe's figures are measured on",
+    )
+    evaluate_every: int = Field(500, ge=1, json_schema_extra=IN_STEPS)
+    checkpoint_every: int = Field(500, ge=1, json_schema_extra=IN_STEPS)
     keep_checkpoints: int = Field(2, ge=1)
     log_every: int = Field(20, ge=1)
     num_workers: int = Field(1, ge=0, description="processes that read and decode, per training process")
@@ -61,6 +67,23 @@ class OptimizerConfig(Config):
         le=1,
         description="rate of each layer as a share of the one above it",
     )
-    warmup_steps: int = Field(100, ge=0)
+    warmup_steps: int = Field(100, ge=0, json_schema_extra=IN_STEPS)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_lr_ratio: float = Field(0.01, ge=0, le=1)
+
+
+class Recipe(Config):
+    """What a recipe holds, whatever its task; each task adds its data and model (mmvit/recipes)."""
+
+    task: str
+    output: Path
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    selects: ClassVar[str] = "loss"  # the default of train.select
+    starts_from: ClassVar[str | None] = None  # the kind of model that start.model may name
+
+    @classmethod
+    def facts(cls, values: dict[str, Any]) -> list[Any]:
+        """The settings that data determine, as `mmvit.recipes.facts.Fact`s."""
+        return []

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from mmvit.data.tally import Tally
-from mmvit.errors import UserError
+from mmvit.errors import UserError, did_you_mean
 from mmvit.training.checkpoint import Checkpoints, undisturbed_randomness
 from mmvit.training.display import Display
 from mmvit.training.distributed import Processes, choose_precision
@@ -21,14 +21,14 @@ from mmvit.training.interruption import Interruption
 from mmvit.training.resume import Progress, Stream, resume, save
 from mmvit.training.session import Session, seed_everything
 
+LAST = "last"  # of train.select: best/ is not written, and last/ is the run's model
+
 
 def train(
     session: Session,
     model: nn.Module,
     stream: Stream,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
-    select: str = "loss",
-    mode: Literal["min", "max"] = "min",
     after_evaluation: Callable[[nn.Module, int], None] | None = None,
     export: Callable[[nn.Module, Path], Any] | None = None,
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
@@ -39,7 +39,7 @@ def train(
         model: has `loss(batch) -> (scalar, metrics)`, and `save_pretrained(folder)` unless `export` is given.
         stream: batches of `session.micro_batch_size` samples for this process, without end.
         evaluate: held-out metrics of a model; called by every process, and averaged over them.
-        select: the metric of `evaluate` that chooses `best/`, the lowest or highest by `mode`.
+            `train.select` names the one that chooses `best/`: the lowest if it is a loss, else the highest.
         after_evaluation: called with the evaluated model and the step, by the main process; may draw samples.
         export: writes a model into a folder, for `best/` and `last/`.
         prepare: what becomes of each batch before a training pass; may draw from torch's generator.
@@ -49,6 +49,7 @@ def train(
         SystemExit: with 130 after Ctrl-C and 143 after SIGTERM, when the checkpoint has been written.
     """
     config, processes, run = session.recipe.train, session.processes, session.run
+    select = config.select or session.recipe.selects
     engine = build_engine(session, model)
     checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints, processes)
     progress, changes = Progress(), {}
@@ -66,10 +67,10 @@ def train(
 
     def hold_out(trained: nn.Module) -> None:
         metrics = processes.mean(evaluate(trained))
-        if select not in metrics:
-            raise UserError(f"the best model is chosen by {select!r}, but evaluation gives {sorted(metrics)}")
+        if select not in (*metrics, LAST):
+            raise UserError(f"train.select: unknown metric {select}{did_you_mean(select, [*metrics, LAST])}")
         report(session, display, {"kind": "held_out", **counts(progress), **metrics})
-        if progress.improves(metrics[select], mode):
+        if select != LAST and progress.improves(metrics[select], "min" if "loss" in select else "max"):
             export_to(run.best, trained)
         if after_evaluation and processes.is_main:
             after_evaluation(trained, progress.step)

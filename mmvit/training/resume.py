@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 from pydantic import ValidationError
 from torch import Tensor
 
+from mmvit.config import flatten
 from mmvit.data.tally import Tally
 from mmvit.errors import UserError
 from mmvit.hub import write_json
@@ -21,8 +22,9 @@ from mmvit.training.checkpoint import (
     set_random_state,
     write_state,
 )
+from mmvit.training.config import Recipe
 from mmvit.training.engine import Engine
-from mmvit.training.session import Recipe, Session
+from mmvit.training.session import Session
 
 STATE, RECIPE = "training.pt", "recipe.json"
 
@@ -131,17 +133,9 @@ def changed_settings(folder: Path, recipe: Recipe) -> dict[str, str]:
         raise damaged(folder, f"{RECIPE} holds no recipe")
     with suppress(ValidationError):  # otherwise a setting has gone, and is named below
         then = type(recipe).model_validate(then).model_dump(mode="json")
-    before, after = flatten(then, ""), flatten(recipe.model_dump(mode="json"), "")
+    before, after = flatten(then), flatten(recipe.model_dump(mode="json"))
     return {
         key: f"{key} was {before.get(key)} and is now {after.get(key)}"
         for key in {**after, **before}
         if before.get(key) != after.get(key)
     }
-
-
-def flatten(values: dict[str, Any], path: str) -> dict[str, Any]:
-    """`{"core": {"depth": 6}}` → `{"model.core.depth": 6}`."""
-    flat = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
-    return flat

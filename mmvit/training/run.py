@@ -1,13 +1,12 @@
-"""The run folder: config.toml, metrics.jsonl, curves.png, checkpoints/, samples/, best/ and last/ models."""
+"""The run folder: config.toml, metrics.jsonl, curves.png, checkpoints/, previews/, best/ and last/ models."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmvit.config import Config
+from mmvit.config import Config, to_toml
 from mmvit.errors import UserError
 
 
@@ -17,8 +16,8 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self.metrics, self.curves = path / "metrics.jsonl", path / "curves.png"
-        self.checkpoints, self.best, self.last, self.samples = (
-            path / n for n in ("checkpoints", "best", "last", "samples")
+        self.checkpoints, self.best, self.last, self.previews = (
+            path / name for name in ("checkpoints", "best", "last", "previews")
         )
 
     def open(self, resume: bool) -> None:
@@ -117,26 +116,3 @@ def metrics_of(record: dict[str, Any]) -> dict[str, float]:
     if sum(name.endswith("_loss") for name in record) == 1:
         bookkeeping.add("loss")
     return {name: value for name, value in record.items() if name not in bookkeeping}
-
-
-def to_toml(values: dict[str, Any], path: str = "") -> str:
-    """A nested dict of plain values as TOML for `load_config`; None is left out, which means the default."""
-    plain = {key: value for key, value in values.items() if value is not None and not isinstance(value, dict)}
-    text = "".join(f"{toml_key(key)} = {toml_value(value)}\n" for key, value in plain.items())
-    for key, value in values.items():
-        if isinstance(value, dict):
-            section = path + toml_key(key)
-            text += f"\n[{section}]\n" + to_toml(value, f"{section}.")
-    return text
-
-
-def toml_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
-
-
-def toml_value(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{toml_key(key)} = {toml_value(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(toml_value(inner) for inner in value) + "]"
-    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

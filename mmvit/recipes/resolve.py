@@ -1,0 +1,281 @@
+"""How a recipe becomes settings: file, preset, start, command line, what the data say, one validation."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmvit.config import (
+    FROM_DATA,
+    IN_STEPS,
+    KIND,
+    OF_TRAINING,
+    Config,
+    build_config,
+    kind_of,
+    merged,
+    read_toml,
+    sections_of,
+    set_by_path,
+)
+from mmvit.errors import UserError, did_you_mean
+from mmvit.hub import find_model_folder, in_words, read_part_description
+from mmvit.models.presets import PRESETS, preset
+from mmvit.places import shipped
+from mmvit.recipes.facts import Fact
+from mmvit.recipes.tasks import recipe_class
+from mmvit.training.config import Recipe
+
+CONFIG = "config.toml"  # a run's resolved recipe
+
+
+class Resolved(NamedTuple):
+    """A recipe ready to train, and lines about what was decided on the way."""
+
+    recipe: Recipe
+    notes: list[str]
+
+
+def resolve(
+    source: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    resume: bool = False,
+    read_data: bool = True,
+    task: str | None = None,
+) -> Resolved:
+    """Resolves a recipe. Later sources win over earlier ones:
+
+    1. the file: a TOML file, the name of a shipped recipe, or a run folder to resume;
+    2. the preset that `[model]` names, under the file's own `[model]`;
+    3. the model that `start.model` names, under both;
+    4. `settings`, from the command line. A preset, a start or a kind of model named there replaces the file's
+       architecture; what is of the data or of training in `[model]` (image size, dropout) stays;
+    5. what shards and tokenizers say: classes, vocabulary, grid. A setting that contradicts them is an error.
+
+    Args:
+        settings: {"section.key": value}.
+        resume: take the model and the start from the run folder, where the run has begun.
+        read_data: False skips 5, so that nothing but the recipe needs to exist; presets fill in.
+        task: the only task that will do; a recipe need not name it then.
+
+    Raises:
+        UserError: for anything missing, unknown or contradictory, naming the file and the key.
+    """
+    given = dict(settings or {})
+    path = find_recipe(source, resume)
+    values = read_toml(path)
+    recipe = recipe_class(values.get("task", task), str(path))
+    if task and values.get("task", task) != task:
+        raise UserError(f'{source} has task "{values["task"]}", not "{task}": run mmvit train {source}')
+    run = read_run(given.get("output", values.get("output"))) if resume else {}
+    notes = []
+
+    begun: dict[str, Any] = {}
+    model = dict_at(values, "model")
+    base = preset_values(recipe, model.pop("preset", None), with_facts=not read_data)
+    model = merged(base, model)
+    if name := given.pop("model.preset", None):
+        base = preset_values(recipe, name, with_facts=not read_data)
+        model = merged(base, without_architecture(model, model_section(recipe, base)))
+    if start := given.get("start.model", dict_at(values, "start").get("model")):
+        begun = run.get("model") or start_values(recipe, start)
+        section = model_section(recipe, begun)
+        if "start.model" in given:
+            model = without_architecture(model, section)
+        model = merged(without_facts(begun, section), model)
+        use_tokenizers_of(start, recipe, values, run)
+    if (kind := given.get("model.kind")) and kind != model.get(KIND, default_kind(recipe)):
+        model = {KIND: kind, **without_architecture(model, model_section(recipe, {KIND: kind}))}
+    if default := default_kind(recipe):
+        model = {KIND: default, **model}
+    if model:
+        values["model"] = model
+    if path.name != CONFIG:
+        notes += shrink_schedules(recipe, values, given)
+    for key, value in given.items():
+        set_by_path(values, key, value)
+    if read_data:
+        try:
+            for fact in recipe.facts(values):
+                set_fact(values, fact, {"model": begun})
+        except UserError:
+            build_config(recipe, values, str(path), overridden=given)  # the recipe's own mistakes come first
+            raise
+    values = {**values, "train": {"select": recipe.selects, **dict_at(values, "train")}}
+    return Resolved(build_config(recipe, values, str(path), overridden=given), notes)
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that ship with mmvit, by name."""
+    return {path.stem: path for path in sorted(shipped("configs").glob("*.toml"))}
+
+
+def find_recipe(source: str | Path, resume: bool = False) -> Path:
+    """The TOML file that `source` means: itself, a shipped recipe's name, or a run folder to resume."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if (path / CONFIG).is_file():
+        if not resume:
+            raise UserError(f"{path} is a run folder: add --resume to continue it, or name a recipe")
+        return path / CONFIG
+    if path.is_dir():
+        raise UserError(f"{path} is a folder without {CONFIG}: expected a recipe or a run folder")
+    names = recipes()
+    if str(source) in names:
+        return names[str(source)]
+    raise UserError(f"no recipe {source}{did_you_mean(path.stem, names)} (mmvit train --list shows all)")
+
+
+def read_run(output: object) -> dict[str, Any]:
+    """The resolved recipe of the run in the folder `output`; empty if none has begun there."""
+    path = Path(str(output)) / CONFIG
+    return read_toml(path) if path.is_file() else {}
+
+
+def dict_at(values: dict[str, Any], section: str) -> dict[str, Any]:
+    """A copy of a section, empty where it is missing; validation refuses one that is not a section."""
+    return dict(found) if isinstance(found := values.get(section), dict) else {}
+
+
+def model_sections(recipe: type[Recipe]) -> list[type[Config]]:
+    return sections_of(recipe.model_fields["model"])
+
+
+def default_kind(recipe: type[Recipe]) -> str:
+    """The kind of model where a recipe may have several; empty where there is no choice."""
+    sections = model_sections(recipe)
+    return kind_of(sections[0]) if len(sections) > 1 else ""
+
+
+def model_section(recipe: type[Recipe], model: dict[str, Any]) -> type[Config]:
+    """The class of a `[model]` with these values."""
+    sections = model_sections(recipe)
+    return next((each for each in sections if kind_of(each) == model.get(KIND)), sections[0])
+
+
+def preset_values(recipe: type[Recipe], name: str | None, with_facts: bool = False) -> dict[str, Any]:
+    """What a preset sets in `[model]`; without what data determine, unless there are no data to say it."""
+    if name is None:
+        return {}
+    config, kinds = preset(str(name)), tuple(model_sections(recipe))
+    if not isinstance(config, kinds):
+        fitting = [each for each in PRESETS if isinstance(PRESETS[each], kinds)]
+        raise UserError(
+            f'model.preset {name} does not fit task "{recipe.model_fields["task"].default}"; '
+            f"choose from {', '.join(fitting) or 'none'}"
+        )
+    values = config.model_dump(exclude_unset=True)
+    if hasattr(config, KIND):
+        values[KIND] = config.kind
+    return values if with_facts else without_facts(values, type(config))
+
+
+def start_values(recipe: type[Recipe], start: str) -> dict[str, Any]:
+    """The `[model]` of the trained model `start`."""
+    expected = recipe.starts_from
+    if expected is None:
+        return {}
+    folder = find_model_folder(str(start))
+    described = read_part_description(folder, expected)
+    if described[KIND] != expected:
+        raise UserError(
+            f"start.model: {folder} holds {in_words(described[KIND])}, expected {in_words(expected)}"
+        )
+    values = dict(described["config"])
+    if "representation_width" in model_section(recipe, values).model_fields:
+        values["representation_width"] = None  # belongs to the old head
+    return values
+
+
+def use_tokenizers_of(start: str, recipe: type[Recipe], values: dict[str, Any], run: dict[str, Any]) -> None:
+    """Makes a generator's own tokenizers the default of `[data]`, which its trained weights depend on."""
+    if "image_tokenizer" not in recipe.model_fields["data"].annotation.model_fields:
+        return
+    data = dict_at(values, "data")
+    for name in ("text_tokenizer", "image_tokenizer"):
+        if name not in data:
+            place = dict_at(run, "data").get(name) or str(find_model_folder(str(start)) / name)
+            values.setdefault("data", {})[name] = place
+
+
+def origin(section: type[Config], name: str) -> Any:
+    field = section.model_fields.get(name)
+    return field.json_schema_extra if field else None
+
+
+def without_facts(values: dict[str, Any], section: type[Config]) -> dict[str, Any]:
+    """A `[model]` without the settings that data determine."""
+    return {name: value for name, value in values.items() if origin(section, name) is not FROM_DATA}
+
+
+def without_architecture(values: dict[str, Any], section: type[Config]) -> dict[str, Any]:
+    """Of a `[model]` what a model of another architecture, a `section`, keeps: the settings of data and
+    training."""
+    kept = {}
+    for name, value in values.items():
+        inner = sections_of(section.model_fields[name]) if name in section.model_fields else []
+        if inner and isinstance(value, dict):
+            if own := without_architecture(value, inner[0]):
+                kept[name] = own
+        elif origin(section, name) in (FROM_DATA, OF_TRAINING):
+            kept[name] = value
+    return kept
+
+
+def set_fact(values: dict[str, Any], fact: Fact, start: dict[str, Any]) -> None:
+    """Sets what the data say, or else what the start has.
+
+    Raises:
+        UserError: if the recipe says otherwise, or nobody says.
+    """
+    own, begun = value_at(values, fact.key), value_at(start, fact.key)
+    if fact.value is None:
+        if own is None and begun is None:
+            raise UserError(f"{fact.found_in} does not say {fact.key.rpartition('.')[2]}: set {fact.key}")
+        set_by_path(values, fact.key, begun if own is None else own)
+    elif own not in (None, fact.value):
+        raise UserError(f"{fact.key} is {own}, but {fact.found_in} has {fact.value}; leave it out")
+    else:
+        set_by_path(values, fact.key, fact.value)
+
+
+def value_at(values: Any, key: str) -> Any:
+    """What `values` has at "a.b", None if nothing; lists as tuples."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return tuple(values) if isinstance(values, list) else values
+
+
+def shrink_schedules(recipe: type[Recipe], values: dict[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Shortens what is counted in steps where the command line trains for fewer steps than the recipe.
+
+    Intervals, warm-up and the like keep their share of the run unless the command line sets them, too.
+    """
+    default = sections_of(recipe.model_fields["train"])[0].model_fields["steps"].default
+    before, now = dict_at(values, "train").get("steps", default), given.get("train.steps")
+    if not (isinstance(now, int) and isinstance(before, int) and 0 < now < before):
+        return []
+    shrunk = []
+    for key, value in counted_in_steps(recipe, values):
+        if value and key not in given and (shorter := max(1, round(value * now / before))) < value:
+            set_by_path(values, key, shorter)
+            shrunk.append(f"{key} {shorter}")
+    return [f"{now} of the recipe's {before} steps, so {', '.join(shrunk)}"] if shrunk else []
+
+
+def counted_in_steps(
+    section: type[Config], values: dict[str, Any], path: str = ""
+) -> Iterator[tuple[str, int]]:
+    """Every setting that counts training steps, with its value."""
+    for name, field in section.model_fields.items():
+        value = values.get(name)
+        if inner := sections_of(field):
+            own = value if isinstance(value, dict) else {}
+            chosen = next((each for each in inner if kind_of(each) == own.get(KIND)), inner[0])
+            yield from counted_in_steps(chosen, own, f"{path}{name}.")
+        elif field.json_schema_extra is IN_STEPS:
+            if value is None and path in ("train.", "optimizer."):  # always in use, set or not
+                value = field.default
+            if isinstance(value, int):
+                yield path + name, value

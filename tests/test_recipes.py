@@ -1,0 +1,181 @@
+"""Recipes: every source of a setting wins over the one before, and mistakes are explained."""
+
+from pathlib import Path
+
+import pytest
+
+from mmvit.errors import UserError
+from mmvit.models.presets import preset
+from mmvit.models.vq import VQConfig
+from mmvit.recipes.resolve import resolve
+
+DATA = '[data]\ntrain = "train-*.tar"\nheld_out = "held-out-*.tar"\n'
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Writes a recipe with this `[model]`, and resolves it without data under these settings."""
+
+    def resolved(model: str = "", settings: dict | None = None, task: str = "classifier", more: str = ""):
+        path = tmp_path / "recipe.toml"
+        text = f'task = "{task}"\noutput = "{tmp_path}/run"\n{more}\n{DATA}[model]\n{model}\n'
+        path.write_text(text)
+        return resolve(path, settings, read_data=False).recipe
+
+    return resolved
+
+
+def test_a_preset_is_what_the_recipe_starts_from(recipe):
+    shape = preset("vit-s16").core.model_copy(update={"depth": 3})
+    assert recipe('preset = "vit-s16"').model == preset("vit-s16")
+    changed = recipe('preset = "vit-s16"\nimage_size = 32\ncore = {depth = 3}').model
+    assert changed == preset("vit-s16").model_copy(update={"image_size": 32, "core": shape})
+    assert recipe('preset = "bit-r101"').model == preset("bit-r101")
+
+
+def test_the_command_line_wins_over_the_recipe(recipe):
+    changed = recipe('preset = "vit-s16"', {"model.core.depth": 3, "train.steps": 7, "optimizer.lr": 0.5})
+    assert (changed.model.core.depth, changed.train.steps, changed.optimizer.lr) == (3, 7, 0.5)
+
+
+PLAIN = """
+image_size = 32
+patch_size = 4
+label_smoothing = 0.1
+stem = "residual"
+stem_blocks = [1, 1]
+core = {width = 96, depth = 2, num_heads = 3, mlp = "swiglu", dropout = 0.2}
+"""
+
+
+def test_a_preset_of_the_command_line_replaces_the_architecture_alone(recipe):
+    """Image size, label smoothing and dropout are of the data and of training, and stay the recipe's."""
+    plain = recipe(PLAIN, {"model.preset": "vit-s16"}).model
+    core = preset("vit-s16").core.model_copy(update={"dropout": 0.2})
+    kept = {"image_size": 32, "label_smoothing": 0.1, "core": core}
+    assert plain == preset("vit-s16").model_copy(update=kept)
+    deeper = recipe(PLAIN, {"model.preset": "vit-s16", "model.core.depth": 5}).model
+    assert deeper.core.depth == 5
+    other = recipe(PLAIN, {"model.preset": "bit-r101"}).model
+    assert other == preset("bit-r101").model_copy(update={"image_size": 32, "label_smoothing": 0.1})
+
+
+def test_another_kind_of_model_keeps_what_both_have(recipe):
+    resnet = recipe(PLAIN, {"model.kind": "resnet", "model.depths": [1, 1, 1]}).model
+    assert (resnet.kind, resnet.image_size, resnet.label_smoothing) == ("resnet", 32, 0.1)
+    assert recipe("", task="image-tokenizer").model == VQConfig()
+
+
+def test_a_presets_vocabulary_and_grid_are_left_to_the_data(recipe, encoded):
+    without_data = recipe('preset = "dalle-12b"', task="generator").model
+    assert (without_data.vocab_size, without_data.grid) == (16384, (32, 32))
+    settings = {"model.preset": "dalle-12b", "model.convolution": 1}
+    model = resolve(encoded / "config.toml", settings).recipe.model
+    assert (model.vocab_size, model.codebook_size, model.grid) == (4096, 16, (2, 2))
+    assert (model.attention, model.text_length) == ("dalle", 256)
+
+
+def test_a_run_of_fewer_steps_shrinks_what_is_counted_in_steps(recipe):
+    more = "[train]\nsteps = 1000\nevaluate_every = 200\n[optimizer]\nwarmup_steps = 50\n"
+    short = recipe("", {"train.steps": 100, "train.checkpoint_every": 30}, more=more)
+    assert (short.train.evaluate_every, short.train.checkpoint_every) == (20, 30)
+    assert short.optimizer.warmup_steps == 5
+    assert recipe("", {"train.steps": 2000}, more=more).train.evaluate_every == 200
+    tokenizer = recipe(
+        'kind = "dvae"\ntemperature_steps = 500', {"train.steps": 100}, "image-tokenizer", more
+    )
+    assert (tokenizer.model.temperature_steps, tokenizer.model.kl_warmup) == (50, 5000)
+
+
+def test_an_image_size_is_one_number_or_two(recipe):
+    assert recipe("", {"data.image_size": 100}, "image-tokenizer").data.image_size == (100, 100)
+    assert recipe("", {"data.image_size": [64, 96]}, "image-tokenizer").data.image_size == (64, 96)
+
+
+def test_the_data_say_classes_vocabulary_and_grid(encoded, tiny_shards):
+    generator = resolve(encoded / "config.toml").recipe.model
+    assert (generator.vocab_size, generator.codebook_size, generator.grid) == (4096, 16, (2, 2))
+    with pytest.raises(UserError, match=r"model\.grid is \(4, 4\), but .*dataset\.json has \(2, 2\); leave"):
+        resolve(encoded / "config.toml", {"model.grid": [4, 4]})
+
+
+def test_classes_that_nobody_names_are_asked_for(tmp_path, tiny_shards):
+    data = {"data.train": f"{tiny_shards}/train-*.tar", "data.held_out": f"{tiny_shards}/held-out-*.tar"}
+    with pytest.raises(UserError, match=r"dataset\.json does not say num_classes: set model\.num_classes"):
+        resolve("fashion_mnist", data)
+    assert resolve("fashion_mnist", {**data, "model.num_classes": 4}).recipe.model.num_classes == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train.step": 3}, r"^the command line: unknown key train\.step: did you mean train\.steps\?"),
+        ({"train.steps": "many"}, r"train\.steps = \"many\""),
+        ({"train.batch_size": 9, "train.accumulation": 2}, r"^the command line: \[train\]: .*accumulation 2"),
+        ({"optimizer.schedule": "cosin"}, r"optimizer\.schedule"),
+        ({"model.kind": "resnett"}, r"unknown model\.kind 'resnett': did you mean resnet\?"),
+        ({"model.preset": "vit-s17"}, r"no preset 'vit-s17': did you mean vit-s16\?"),
+        (
+            {"model.preset": "generator-b"},
+            r'preset generator-b does not fit task "classifier"; choose from vit',
+        ),
+        ({f"train.{name}": 1 for name in "bcde"}, r"train\.b: valid keys: steps, .*; and 1 more$"),
+    ],
+)
+def test_mistakes_in_settings_are_explained(recipe, settings, message):
+    with pytest.raises(UserError, match=message):
+        recipe("", settings)
+
+
+def test_a_recipe_says_its_task(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('output = "run"\n')
+    with pytest.raises(UserError, match=r'put task = "\.\.\." on its first line, with one of classifier, '):
+        resolve(path)
+    path.write_text('task = "clasifier"\n')
+    with pytest.raises(UserError, match=r"unknown task 'clasifier': did you mean classifier\?"):
+        resolve(path)
+    with pytest.raises(UserError, match=r"no recipe emoji_dmeo: did you mean emoji_demo\?"):
+        resolve("emoji_dmeo")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "expected one recipe, got none"),
+        ("one two", "expected one recipe, got one and two"),
+        ("emoji_demo --resum", "unknown option --resum: did you mean --resume?"),
+        ("emoji_demo --train.steps", "--train.steps needs a value"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_explained(mmvit_command, line, message):
+    refused = mmvit_command("train", *line.split())
+    assert refused.returncode == 2
+    assert message in refused.stderr
+
+
+def test_dry_run_prints_recipe_and_cost_and_trains_nothing(mmvit_command, encoded, tmp_path):
+    shown = mmvit_command("train", encoded / "config.toml", "--output", tmp_path / "run", "--dry-run")
+    assert shown.returncode == 0, shown.stderr
+    assert 'task = "generator"' in shown.stdout
+    assert "grid = [2, 2]" in shown.stdout
+    for word in (" parameters", " examples", " GFLOP an example", " GB of activations"):
+        assert word in shown.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_setting_and_recipe_is_listed(mmvit_command):
+    assert "  optimizer.warmup_steps = 100" in mmvit_command("train", "emoji_demo", "--settings").stdout
+    listed = mmvit_command("train", "--list").stdout
+    assert "  emoji_demo " in listed
+    assert "image-tokenizer\n  image_tokenizer_emoji " in listed
+
+
+def test_a_recipe_is_copied_for_editing(mmvit_command, tmp_path):
+    mine = tmp_path / "new" / "mine.toml"
+    assert mmvit_command("copy", "emoji_demo", mine).returncode == 0
+    assert resolve(mine, read_data=False).recipe == resolve("emoji_demo", read_data=False).recipe
+    again = mmvit_command("copy", "emoji_demo", mine)
+    assert again.returncode == 2
+    assert "already exists" in again.stderr
+    assert Path(mine).is_file()
