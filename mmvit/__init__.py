@@ -18,7 +18,9 @@ MODULES = {
     "ImageClassifier": "mmvit.evaluation.image_classifier",
     "VQConfig": "mmvit.models.vq",
     "VQModel": "mmvit.models.vq",
+    "evaluate": "mmvit.evaluation.evaluate",
     "preset": "mmvit.models.presets",
+    "train": "mmvit.recipes.launch",
 }
 __all__ = [*MODULES]
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from mmvit.data.shards import BadSample, BadShard, Sample, ShardPatterns, expand_shards, read_shard
 from mmvit.errors import UserError
+from mmvit.places import find
 
 PAD = "[PAD]"
 
@@ -62,7 +63,7 @@ class TextTokenizer:
         Raises:
             UserError: if it is missing or is not a byte-level BPE tokenizer with a `[PAD]` token.
         """
-        path = Path(path)
+        path = find(path)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise UserError(f"no text tokenizer at {path}; tokenizers/emoji-text ships with mmvit")
