@@ -24,7 +24,8 @@ from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
 from mmvit.models.generator_transformer import GeneratorConfig
 from mmvit.models.vq import VQModel
 from mmvit.places import load_script
-from mmvit.training.caption_codes import CaptionCodesConfig, open_caption_codes
+from mmvit.recipes.caption_codes import open_caption_codes
+from mmvit.recipes.data import CaptionCodesConfig
 
 
 def test_code_shards_say_which_tokenizer_made_them(encoded):
@@ -145,7 +146,7 @@ def test_a_generator_is_evaluated_on_plain_captions_and_images(encoded):
         recipe=SimpleNamespace(train=SimpleNamespace(seed=0, num_workers=0)),
         evaluated=[],
     )
-    opened = open_caption_codes(session, data, GeneratorConfig())
+    opened = open_caption_codes(session, data, GeneratorConfig(codebook_size=16, grid=(2, 2)))
     decode = opened.stream.readers[0].decode
     assert (decode.dropout, decode.augmented, decode.languages) == (0.5, 0.25, ("en", "de"))
     for batch in opened.held_out:

@@ -41,7 +41,11 @@ def test_the_wheel_draws_in_an_empty_folder(installed, tmp_path):
             "sys.argv[0] = 'mmvit'; mmvit.cli.main()"
         )
         ran = subprocess.run(
-            [sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+            [sys.executable, "-c", code, *words],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert ran.returncode == 0, ran.stdout + ran.stderr
         return ran.stdout
