@@ -4,7 +4,6 @@ which commands set them."""
 import json
 import math
 import numbers
-from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -121,37 +120,3 @@ NegativeOption = Annotated[str, Option(help="a caption to lead away from, with -
 def explicit_options(**options: Any) -> dict[str, Any]:
     """The options that a command line sets."""
     return {name: value for name, value in options.items() if value is not None}
-
-
-def add_options(parser: Any) -> None:
-    """Declares the options of `given`, with candidates, scorer and seed, in an argparse parser or group."""
-    of_folder = "(what the model's folder says, else {})".format
-    parser.add_argument(
-        "--guidance-scale", type=float, help=f"above 1 follows the caption more closely {of_folder(1)}"
-    )
-    parser.add_argument("--temperature", type=float, help=f"0 takes the likeliest code {of_folder(1)}")
-    parser.add_argument(
-        "--top-k", type=int, help=f"draw among the k likeliest codes, 0 for all {of_folder('all')}"
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        help=f"draw among the likeliest codes of so much probability {of_folder(1)}",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="picture j of a caption has seed + j (%(default)s)"
-    )
-    parser.add_argument(
-        "--candidates",
-        type=int,
-        default=1,
-        help="pictures drawn for each that is kept, the best by the model's own likelihood of the caption "
-        "or by --scorer (%(default)s)",
-    )
-    parser.add_argument("--scorer", help="a CLIP's folder or Hub repository (pipelines/train_clip.py)")
-
-
-def given(options: Namespace, *more: str) -> dict[str, Any]:
-    """Of a script's options those of `SAVED_FIELDS`, and of `more`, that were given."""
-    values = {name: getattr(options, name) for name in (*SAVED_FIELDS, *more)}
-    return {name: value for name, value in values.items() if value is not None}
