@@ -9,7 +9,7 @@ caption is the nearest of all held-out ones, and last/), for `mmvit sample --can
 """
 
 from mmvit.cli import run_script
-from mmvit.data.captions import TextTokenizer
+from mmvit.data.captions import TextTokenizer, caption_lengths
 from mmvit.data.samples import CaptionIdsPixelsSample
 from mmvit.evaluation.clip_report import retrieval
 from mmvit.models.clip import CLIP
@@ -22,6 +22,9 @@ from mmvit.training import Session, one_epoch, train, training_stream
 def train_session(session: Session[CLIPRecipe]) -> None:
     config, data = session.recipe.model, session.recipe.data
     text_tokenizer = TextTokenizer.from_file(data.text_tokenizer)
+    lengths = caption_lengths(data.train, text_tokenizer, config.text_length, data.languages)
+    if longer := lengths.describe():
+        session.say(longer)
     shape = (text_tokenizer, config.text_length, config.image.height_width)
     decode = CaptionIdsPixelsSample(*shape, data.languages, data.bpe_dropout, data.augment)
     stream = training_stream(session, data.train, decode, data.shuffle_buffer)

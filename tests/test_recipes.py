@@ -1,9 +1,11 @@
 """Recipes: every source of a setting wins over the one before, and mistakes are explained."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+import mmvit
 from mmvit.errors import UserError
 from mmvit.models.presets import preset
 from mmvit.models.vq import VQConfig
@@ -179,3 +181,69 @@ def test_a_recipe_is_copied_for_editing(mmvit_command, tmp_path):
     assert again.returncode == 2
     assert "already exists" in again.stderr
     assert Path(mine).is_file()
+
+
+def test_a_run_folder_resumes_alone_though_its_start_has_moved(
+    mmvit_command, generator_run, encoded, tmp_path
+):
+    start, run = tmp_path / "start", tmp_path / "run"
+    shutil.copytree(generator_run / "last", start)
+    recipe = tmp_path / "recipe.toml"
+    text = (encoded / "config.toml").read_text().replace("[data]", f'[start]\nmodel = "{start}"\n[data]')
+    recipe.write_text(text)
+    settings = ("--train.steps=2", "--train.batch_size=8", "--train.num_workers=0", "--output", run)
+    first = mmvit_command("train", recipe, *settings)
+    assert first.returncode == 0, first.stderr
+    start.rename(tmp_path / "moved")
+    recipe.unlink()
+    more = mmvit_command("train", run, "--resume", "--train.steps", 3)
+    assert more.returncode == 0, more.stderr
+    assert "resuming at step 2 of 3" in more.stdout
+    refused = mmvit_command("train", run)
+    assert refused.returncode == 2
+    assert "is a run folder: add --resume to continue it" in refused.stderr
+
+
+def test_a_start_brings_its_architecture_and_tokenizers(generator_run, encoded, tmp_path):
+    """None of the recipe's defaults (depth, vocabulary, tokenizers) stands in the way of going on."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'task = "generator"\noutput = "run"\n[data]\ntrain = "{encoded}/codes/train-*.tar"\n'
+        f'held_out = "{encoded}/codes/held-out-*.tar"\n[model]\ncore = {{depth = 5}}\ncaption_dropout = 0.3\n'
+    )
+    model = resolve(recipe, {"start.model": str(generator_run)}).recipe
+    assert (model.model.core.width, model.model.core.depth) == (32, 1)
+    assert model.model.caption_dropout == 0.3
+    assert model.data.image_tokenizer == str(generator_run / "best" / "image_tokenizer")
+    assert model.data.text_tokenizer == str(generator_run / "best" / "text_tokenizer")
+
+
+def test_training_on_held_out_shards_is_warned_of(encoded):
+    resolved = resolve(encoded / "config.toml", {"data.held_out": [f"{encoded}/codes/*.tar"]})
+    assert "warning: data.held_out has 1 of the shards in data.train" in resolved.notes[-1]
+    assert not resolve(encoded / "config.toml").notes
+
+
+def test_the_start_of_a_run_says_what_does_not_fit(mmvit_command, encoded, tmp_path):
+    settings = (
+        "--train.steps=2",
+        "--train.batch_size=8",
+        "--train.num_workers=0",
+        "--output",
+        tmp_path / "run",
+    )
+    ran = mmvit_command("train", encoded / "config.toml", "--model.text_length=2", *settings)
+    assert ran.returncode == 0, ran.stderr
+    assert "100.0% of the first 48 captions are longer than model.text_length (2 tokens)" in ran.stdout
+    assert "epoch 0.33" in ran.stdout  # 16 of 48 samples
+
+
+def test_python_trains_and_evaluates_as_the_command_does(encoded, tiny_shards, tmp_path):
+    settings = {"train.steps": 2, "train.batch_size": 8, "train.num_workers": 0, "output": tmp_path / "run"}
+    run = mmvit.train(encoded / "config.toml", settings)
+    assert run.path == tmp_path / "run"
+    assert run.read_metrics()[-1]["step"] == 2
+    figures = mmvit.evaluate(run.path, tiny_shards, "held-out")
+    assert 0 <= figures["retrieval@1"] <= 1
+    with pytest.raises(UserError, match="is not empty"):
+        mmvit.train(encoded / "config.toml", settings)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mmvit.data.captions import TextTokenizer
+from mmvit.data.captions import TextTokenizer, caption_lengths
 from mmvit.data.codes import check_codes_fit
 from mmvit.data.samples import CaptionCodesSample
 from mmvit.data.shards import expand_shards
@@ -41,6 +41,9 @@ def open_caption_codes(
         check_codes_fit(folder, config.grid, config.codebook_size, own, f"{section}.image_tokenizer")
     if getattr(image_tokenizer, "decoder", None) is None:
         raise UserError(f"{data.image_tokenizer} has no decoder, so this generator could not draw images")
+    lengths = caption_lengths(data.train, text_tokenizer, config.text_length, data.languages)
+    if longer := lengths.describe():
+        session.say(longer)
     shape = (text_tokenizer, config.text_length, config.grid, config.codebook_size)
     decode = CaptionCodesSample(*shape, data.languages, data.bpe_dropout, data.augmented)
     stream = training_stream(session, data.train, decode, data.shuffle_buffer)

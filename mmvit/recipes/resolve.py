@@ -17,6 +17,7 @@ from mmvit.config import (
     sections_of,
     set_by_path,
 )
+from mmvit.data.shards import expand_shards
 from mmvit.errors import UserError, did_you_mean
 from mmvit.hub import find_model_folder, in_words, read_part_description
 from mmvit.models.presets import PRESETS, preset
@@ -102,7 +103,25 @@ def resolve(
             build_config(recipe, values, str(path), overridden=given)  # the recipe's own mistakes come first
             raise
     values = {**values, "train": {"select": recipe.selects, **dict_at(values, "train")}}
-    return Resolved(build_config(recipe, values, str(path), overridden=given), notes)
+    resolved = build_config(recipe, values, str(path), overridden=given)
+    if read_data:
+        notes += warn_of_shared_shards(resolved)
+    return Resolved(resolved, notes)
+
+
+def warn_of_shared_shards(recipe: Recipe) -> list[str]:
+    """A warning for each data section whose held-out shards are also trained on."""
+    warnings = []
+    for name in type(recipe).model_fields:
+        data = getattr(recipe, name)
+        if hasattr(data, "held_out"):
+            shared = {*expand_shards(data.train)} & {*expand_shards(data.held_out)}
+            if shared:
+                warnings.append(
+                    f"warning: {name}.held_out has {len(shared)} of the shards in {name}.train "
+                    f"({min(shared)}): held-out figures will be too good"
+                )
+    return warnings
 
 
 def recipes() -> dict[str, Path]:

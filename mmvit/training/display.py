@@ -1,4 +1,4 @@
-"""What a run shows: a live bar on a terminal, plain lines elsewhere, TensorBoard and W&B by choice."""
+"""What a run shows: a live bar on a terminal or in a notebook, plain lines elsewhere, and trackers."""
 
 import sys
 from typing import Any, Self
@@ -26,7 +26,7 @@ class Display:
         self.total, self.batch_size, self.speaks = train.steps, train.batch_size, session.processes.is_main
         console = Console(file=sys.stdout)
         self.bar = None
-        if self.speaks and console.is_terminal:
+        if self.speaks and (console.is_terminal or console.is_jupyter):
             self.bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -84,7 +84,8 @@ def describe(record: dict[str, Any], total: int, batch_size: int) -> str:
         left = (total - record["step"]) * batch_size / max(record["images_per_s"], 0.1)
         shown += [f"{record['images_per_s']:.0f} images/s", f"{left / 60:.1f} min left"]
     kind = "held-out  " if record["kind"] == "held_out" else ""
-    return f"step {record['step']}/{total}  {kind}" + "  ".join(shown)
+    epoch = f"epoch {record['epoch']:.2f}  " if "epoch" in record else ""
+    return f"step {record['step']}/{total}  {epoch}{kind}" + "  ".join(shown)
 
 
 class TensorBoard:

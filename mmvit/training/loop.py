@@ -197,6 +197,7 @@ def training_record(
     return {
         "kind": "train",
         **counts(progress),
+        **({"epoch": round(progress.examples / size, 3)} if (size := session.samples_per_epoch) else {}),
         "lr": engine.rate(),
         "grad_norm": norm,
         "images_per_s": round(speed, 1),

@@ -112,7 +112,7 @@ class RunFolder:
 
 def metrics_of(record: dict[str, Any]) -> dict[str, float]:
     """What a record says of the model. A loss of one part only is shown under that part's name alone."""
-    bookkeeping = {"kind", "step", "examples", "seconds", "images_per_s"}
+    bookkeeping = {"kind", "step", "examples", "epoch", "seconds", "images_per_s"}
     if sum(name.endswith("_loss") for name in record) == 1:
         bookkeeping.add("loss")
     return {name: value for name, value in record.items() if name not in bookkeeping}

@@ -29,6 +29,7 @@ class Session(Generic[OwnRecipe]):
     resume: bool = False
     deepspeed: Path | None = None
     evaluated: list[ShardStream] = field(default_factory=list)  # what evaluations have read
+    samples_per_epoch: int | None = None  # of the training data, if their dataset.json says
 
     @property
     def micro_batch_size(self) -> int:
