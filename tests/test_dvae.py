@@ -268,7 +268,7 @@ def test_pickled_modules_load_without_running_their_classes(theirs, tmp_path):
 def test_the_script_writes_state_dicts_for_openais_modules(theirs, tmp_path, run_script):
     for name, module in zip(("encoder.pkl", "decoder.pkl"), theirs, strict=True):
         torch.save(module, tmp_path / name)
-    script = "tokenizers/convert_image_tokenizer.py"
+    script = "pipelines/convert_weights.py"
     sources = (tmp_path / "encoder.pkl", tmp_path / "decoder.pkl", tmp_path / "ours")
     back, again = tmp_path / "back", tmp_path / "again"
     for arguments in (sources, (tmp_path / "ours", back, "--to", "openai"), (back, again)):

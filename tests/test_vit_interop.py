@@ -430,18 +430,18 @@ def test_the_script_goes_there_and_back(run_script, tmp_path):
     assert ran.returncode == 2
     assert "no weight tells the number of heads of width 24: give num_heads" in ran.stderr
     assert not (tmp_path / "x").exists()
-    settings = ["--set", "num_heads=4", "norm_eps=1e-6", "num_classes=2"]
+    settings = [*["--set", "num_heads=4", "--set", "norm_eps=1e-6", "--set", "num_classes=2"]]
     ran = run_script("pipelines/convert_weights.py", tmp_path / "five", tmp_path / "x", *settings)
     assert ran.returncode == 0, ran.stderr
     assert not Classifier.from_pretrained(tmp_path / "x").head.weight.any()
     for setting, words in (
-        ("num_heads", "--set num_heads: a setting is written NAME=VALUE"),
+        ("num_heads", "--set num_heads: expected NAME=VALUE"),
         ("image_size=32x", "--set image_size: expected a side or HEIGHTxWIDTH"),
         ("image_size=16x48", "for 16 patches of 8 pixels; image_size 16x48 has 12"),
     ):
         out = tmp_path / "y"
         ran = run_script(
-            "pipelines/convert_weights.py", tmp_path / "five", out, "--set", "num_heads=4", setting
+            "pipelines/convert_weights.py", tmp_path / "five", out, "--set", "num_heads=4", "--set", setting
         )
         assert ran.returncode == 2
         assert words in ran.stderr

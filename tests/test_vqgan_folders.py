@@ -78,7 +78,7 @@ def test_what_a_folder_cannot_tell_is_warned_of_or_refused(vqgan, tmp_path):
 
 def test_the_script_converts_a_folder(diffusers_vq, tmp_path, run_script):
     diffusers_vq.save_pretrained(tmp_path / "theirs")
-    script = "tokenizers/convert_image_tokenizer.py"
+    script = "pipelines/convert_weights.py"
     ran = run_script(script, tmp_path / "theirs", tmp_path / "ours", "--set", "black=0")
     assert ran.returncode == 0, ran.stderr
     ours = load_image_tokenizer(tmp_path / "ours")
@@ -92,9 +92,19 @@ def test_the_script_converts_a_folder(diffusers_vq, tmp_path, run_script):
     for arguments, words in (
         (
             (tmp_path / "ours", tmp_path / "x", "--to", "openai"),
-            "--to openai is for a dvae, and this is a vqgan",
+            "--to openai: expected an image tokenizer (dvae), got an image tokenizer (vqgan)",
         ),
-        ((tmp_path / "ours", tmp_path / "x", "--set", "black=0"), "is ours and tells everything"),
+        (
+            (tmp_path / "ours", tmp_path / "x", "--set", "black=0"),
+            "is an mmvit model, which says everything itself",
+        ),
+        (
+            (tmp_path / "ours", tmp_path / "x", "--to", "timm"),
+            "--to timm: expected a classifier, got an image",
+        ),
+        ((tmp_path / "ours", tmp_path / "x", "--to", "tim"), "'tim' is not one of"),
+        ((tmp_path / "ours", tmp_path / "ours" / "config.json" / "x"), "cannot be written: Not a directory"),
+        ((tmp_path / "ours",), "expected SOURCE OUT"),
         ((tmp_path / "nowhere", tmp_path / "x"), "nowhere"),
         ((tmp_path / "theirs", tmp_path / "x", "--set", "blak=0"), "blak"),
         ((tmp_path / "a.pkl", tmp_path / "b.pkl", tmp_path / "x"), "there is no file"),
@@ -102,6 +112,7 @@ def test_the_script_converts_a_folder(diffusers_vq, tmp_path, run_script):
         ran = run_script(script, *arguments)
         assert (ran.returncode, "Traceback" in ran.stderr) == (2, False)
         assert words in ran.stderr
+        assert not (tmp_path / "x").exists()
 
 
 def test_the_tokenizer_is_found_inside_a_whole_janus(tmp_path):
@@ -149,8 +160,8 @@ def test_folders_without_a_vq_tokenizer_are_refused(vqgan, tmp_path):
     for text, message in (
         ("{", "config.json is not valid JSON"),
         ("[]", "config.json holds a list"),
-        ("{}", "describes nothing that has _class_name or model_type, not one of VQModel, janus_vqgan"),
-        ('{"_class_name": "AutoencoderKL"}', "describes AutoencoderKL, not one of VQModel"),
+        ("{}", "expected one of VQModel, janus_vqgan, .* got nothing with _class_name or model_type"),
+        ('{"_class_name": "AutoencoderKL"}', "expected one of VQModel, .* got AutoencoderKL"),
         ('{"_class_name": "VQModel"}', r"holds no \*.safetensors; pickled weights .* are not read"),
     ):
         config.write_text(text)

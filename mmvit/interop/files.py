@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmvit.errors import UserError
-from mmvit.hub import CONFIG, read_weights
+from mmvit.hub import CONFIG, read_weights, run_exports
 
 UNREADABLE = (
     zipfile.BadZipFile, RuntimeError, EOFError, AttributeError, ValueError, LookupError, TypeError, OSError
@@ -33,12 +33,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def find_ours(path: Path, settings: Mapping[str, Any]) -> Path | None:
-    """The folder of a model of ours: `path`, or the best or last of a run; None where it is another's. Raises
-    UserError where one of ours is given `settings`, which only another's needs."""
-    for folder in (path, path / "best", path / "last"):
+    """The folder of a model of ours, `path` itself or an export of a run; None if it is another project's.
+    Raises UserError for `settings` of a model of ours, which needs none."""
+    for folder in (path, *run_exports(path)):
         if (folder / CONFIG).is_file() and "kind" in read_config(folder / CONFIG):
             if settings:
-                raise UserError(f"{folder} is ours and tells everything: leave --set out")
+                raise UserError(f"{folder} is an mmvit model, which says everything itself: leave --set out")
             return folder
     return None
 

@@ -85,7 +85,7 @@ def refuse_parts(config: ClassifierConfig, naming: Naming) -> None:
             if value != default:
                 warnings.warn(
                     f"files of {naming} do not tell {name}, which is {value} here and {default} there: tell "
-                    f"it to whoever loads them (convert_weights.py: --set {name.split('.')[-1]}={value})",
+                    f"it to whoever loads them (mmvit convert --set {name.split('.')[-1]}={value})",
                     stacklevel=3,
                 )
 

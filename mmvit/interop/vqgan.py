@@ -22,6 +22,7 @@ from mmvit.errors import UserError
 from mmvit.interop.files import read_config, refuse_misfits
 from mmvit.models.vqgan import VQGAN, VQGANConfig
 
+TRANSFORMERS_MODELS = ("janus", "chameleon")  # with a VQ model inside, or that alone as janus_vqgan
 # Our names → theirs, applied in this order.
 COMMON = (
     (r"coder\.stem\.", "coder.conv_in."),
@@ -82,7 +83,7 @@ def load_vqgan(folder: str | Path, **settings: Any) -> VQGAN:
     """
     folder = Path(folder)
     config = read_config(folder / "config.json")
-    kinds = {
+    readers = {
         "VQModel": vqgan_from_diffusers,
         "janus_vqgan": vqgan_from_janus,
         "janus": vqgan_from_janus,
@@ -90,12 +91,16 @@ def load_vqgan(folder: str | Path, **settings: Any) -> VQGAN:
         "chameleon": vqgan_from_chameleon,
     }
     kind = config.get("_class_name", config.get("model_type"))
-    if kind not in kinds:
-        raise UserError(
-            f"{folder / 'config.json'} describes {kind or 'nothing that has _class_name or model_type'}, not "
-            f"one of {', '.join(kinds)}"
-        )
-    return kinds[kind](config, read_weights(folder), source=str(folder), **settings)
+    if kind not in readers:
+        what = kind or "nothing with _class_name or model_type"
+        raise UserError(f"{folder / 'config.json'}: expected one of {', '.join(readers)}, got {what}")
+    return readers[kind](config, read_weights(folder), source=str(folder), **settings)
+
+
+def holds_vqgan(path: Path) -> bool:
+    """Whether a folder is of diffusers, or of Janus or Chameleon."""
+    config = read_config(path / "config.json") if (path / "config.json").is_file() else {}
+    return "_class_name" in config or str(config.get("model_type")).partition("_")[0] in TRANSFORMERS_MODELS
 
 
 def vqgan_from_diffusers(
