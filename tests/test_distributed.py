@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,9 +27,11 @@ from mmvit.evaluation.likelihood import mean_loss
 from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.training import OptimizerConfig, Processes, Recipe, RunFolder, Session, TrainConfig, train
+from mmvit.training.checkpoint import read_state, write_state
 from mmvit.training.deepspeed_engine import DeepSpeedEngine
 from mmvit.training.distributed import open_processes
 from mmvit.training.muon import Muon
+from mmvit.training.resume import STATE
 
 ROOT = Path(__file__).resolve().parent.parent
 ZERO = {f"zero{stage}": ROOT / f"configs/deepspeed/zero{stage}.json" for stage in range(4)}
@@ -37,6 +40,7 @@ MODEL = ClassifierConfig(
     image_size=8, patch_size=4, num_classes=4, core=TransformerConfig(width=16, depth=2, num_heads=2)
 )
 STEPS = 8
+STEP_5 = "run/checkpoints/step-00000005"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -170,13 +174,60 @@ def check_decay_after_resuming(run: Path, processes: Processes, deepspeed: Path)
     assert set(found) == {0.0, 0.5}, found
 
 
+def resume_on_disks_apart(folder: Path, processes: Processes) -> None:
+    """Each process is a node with a disk of its own, where the run folder has the same relative name."""
+    nodes = [folder / f"node{rank}" for rank in range(2)]
+    nodes[processes.rank].mkdir()
+    os.chdir(nodes[processes.rank])
+
+    def run(steps: int, resume: bool = True) -> None:
+        run_training(new_session(Path("run"), processes, resume=resume, steps=steps))
+
+    def copy_to_node_1() -> None:
+        shutil.rmtree(nodes[1] / "run", ignore_errors=True)
+        shutil.copytree(nodes[0] / "run", nodes[1] / "run")
+
+    def change_on_node_1() -> None:
+        """As a run of the same sizes would leave it."""
+        state = read_state(nodes[1] / STEP_5 / STATE)
+        state["progress"]["seconds"] = 123.0
+        write_state(state, nodes[1] / STEP_5 / STATE)
+
+    def refused(steps: int, message: str) -> None:
+        with pytest.raises((UserError, SystemExit)) as caught:
+            run(steps)
+        if processes.is_main:
+            assert re.search(message, str(caught.value)), caught.value
+        else:
+            assert str(caught.value) == "2"
+
+    run(3, resume=False)
+    here = f"on {socket.gethostname()} has"
+    places = [re.escape(f"in {node}/run/checkpoints") for node in nodes]
+    refused(5, f"different checkpoints: rank 0 {here} step 3 .*{places[0]}; rank 1 {here} none {places[1]}")
+    processes.on_main(copy_to_node_1)
+    run(5)
+    refused(
+        6, f"rank 0 {here} step 5 .*{places[0]}; rank 1 {here} step 3 .*{places[1]}"
+    )  # or a stale listing
+    processes.on_main(copy_to_node_1)
+    processes.on_main(change_on_node_1)
+    refused(6, rf"rank 0 {here} step 5 \(content (\w+)\) .*; rank 1 {here} step 5 \(content (?!\1)\w+\)")
+    processes.on_main(copy_to_node_1)
+    processes.on_main((nodes[1] / STEP_5 / "model.safetensors").unlink)
+    run(6)
+
+
 def main() -> None:
     """`FOLDER` is what each of the two processes does: every mode to the end, straight and resumed.
-    `FOLDER MODE` resumes the run in that folder.
+    `FOLDER MODE` resumes the run in that folder; `FOLDER apart` is `resume_on_disks_apart`.
     """
     folder, *mode = Path(sys.argv[1]), *sys.argv[2:]
     RunFolder.draw_curves = lambda run: None  # most of the time, as in conftest.py
     with open_processes("cpu", needs_group=True) as processes:
+        if mode == ["apart"]:
+            resume_on_disks_apart(folder, processes)
+            return
         if mode:
             run_training(new_session(folder, processes, MODES[mode[0]], resume=True))
             return
@@ -196,22 +247,19 @@ def main() -> None:
         run_training(new_session(folder / "zero3-bf16", processes, MODES["zero3"], precision="bf16"))
 
 
+def start_two(script: str | Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs a script in two processes under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=ENVIRONMENT)
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
     """The folder with the runs of two processes in every mode."""
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("two")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        __file__,
-        str(folder),
-    ]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=ENVIRONMENT)
+    ended = start_two(__file__, folder)
     assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-8000:]
     return folder
 
@@ -287,6 +335,19 @@ def test_checkpoints_of_other_engines_are_refused(two_processes, tmp_path):
         run_training(new_session(tmp_path / "run", alone, resume=True))
 
 
+def test_processes_that_see_different_checkpoints_do_not_resume(tmp_path):
+    ended = start_two(__file__, tmp_path, "apart")
+    assert ended.returncode == 1, ended.stdout[-4000:] + ended.stderr[-8000:]
+    [error] = re.findall("^error: .*", ended.stderr, re.MULTILINE)  # of the last start: the others are caught
+    assert f"{STEP_5} is damaged: model.safetensors is missing" in error
+    assert f"(rank 1 on {socket.gethostname()}, in {tmp_path}/node1/run/checkpoints)" in error
+    steps = [
+        [record["step"] for record in RunFolder(tmp_path / node / "run").read_metrics()]
+        for node in ("node0", "node1")
+    ]
+    assert steps[0] == steps[1] == [1, 2, 3, 3, 4, 5, 5]
+
+
 def test_sharded_checkpoint_is_refused_in_another_layout(two_processes, tmp_path):
     shutil.copytree(two_processes / "zero2", tmp_path / "run")
     command = [sys.executable, __file__, str(tmp_path / "run"), "zero1"]
@@ -351,11 +412,8 @@ core = {{width = 16, depth = 1, num_heads = 2}}}}
 train = {{steps = 4, batch_size = 8, log_every = 1, num_workers = 0}}
 """
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["pipelines/train_classifier.py", str(tmp_path / "config.toml")]
-    command += ["--deepspeed", str(tmp_path / "zero3.json"), "--optimizer.name", "adamw"]
-    command += ["--train.ema_decay", "0"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=ENVIRONMENT)
+    options = ("--deepspeed", tmp_path / "zero3.json", "--optimizer.name", "adamw", "--train.ema_decay", 0)
+    ended = start_two("pipelines/train_classifier.py", tmp_path / "config.toml", *options)
     assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-8000:]
     found = losses(tmp_path / "run", "train")
     assert len(found) == 4
@@ -376,9 +434,7 @@ def test_a_bug_in_a_data_worker_of_one_process_ends_both(tmp_path, tiny_shards):
         "    stream = stream_of(shards, Broken((8, 8), 4), **split)\n"
         "    tests.train(session, tests.Classifier(tests.MODEL), stream)\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(script), str(tmp_path / "run"), str(Path(__file__).parent), str(tiny_shards)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=ENVIRONMENT)
+    ended = start_two(script, tmp_path / "run", Path(__file__).parent, tiny_shards)
     assert ended.returncode == 1
     assert "RuntimeError: a data worker failed:" in ended.stderr
     assert re.search(r"RuntimeError: the decoder has a bug\n.*while decoding train-025 in", ended.stderr)

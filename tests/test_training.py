@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -210,6 +211,22 @@ def test_run_that_died_before_its_first_checkpoint_starts_over(tmp_path, tiny_sh
     train_on_shards(new_session(tmp_path / "run", resume=True, log_every=1), tiny_shards)
     steps = [record["step"] for record in session.run.read_metrics() if record["kind"] == "train"]
     assert steps == list(range(1, 13))
+
+
+@pytest.mark.parametrize("left", ["last", "metrics.jsonl"])
+def test_a_run_whose_checkpoints_are_gone_is_not_started_over(tmp_path, tiny_shards, left):
+    session = new_session(tmp_path / "run", steps=4, checkpoint_every=2, log_every=1)
+    train_on_shards(session, tiny_shards)
+    before = session.run.metrics.read_text()
+    shutil.rmtree(session.run.checkpoints)
+    if left == "metrics.jsonl":
+        shutil.rmtree(session.run.last)
+    expected = (
+        r"nothing to resume: .*/run was trained to step 4, but there are no checkpoints in .*/checkpoints;"
+    )
+    with pytest.raises(UserError, match=expected):
+        train_on_shards(new_session(tmp_path / "run", resume=True), tiny_shards)
+    assert session.run.metrics.read_text() == before
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, tiny_shards, capsys):

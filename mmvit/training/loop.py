@@ -18,7 +18,7 @@ from mmvit.training.display import Display
 from mmvit.training.distributed import Processes, choose_precision
 from mmvit.training.engine import Engine, TorchEngine
 from mmvit.training.interruption import Interruption
-from mmvit.training.resume import Progress, Stream, resume, save
+from mmvit.training.resume import Progress, Stream, find_checkpoint, resume, save
 from mmvit.training.session import Session, seed_everything
 
 LAST = "last"  # of train.select: best/ is not written, and last/ is the run's model
@@ -55,8 +55,10 @@ def train(
     progress, changes = Progress(), {}
     seed_everything(config.seed + 1 + processes.rank)  # dropout differs between processes
     if session.resume:
-        if folder := checkpoints.latest():
+        if folder := find_checkpoint(checkpoints, processes):
             progress, changes = resume(session, folder, engine, stream)
+        else:
+            processes.on_main(run.refuse_lost_checkpoints)
         processes.on_main(lambda: run.rewind(progress.step))
     if progress.step < config.steps:
         processes.on_main(lambda: run.write_config(session.recipe))

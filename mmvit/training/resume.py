@@ -1,8 +1,10 @@
 """What a checkpoint holds besides weights, and how a run continues from it exactly where it stopped."""
 
+import socket
 from collections.abc import Generator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -12,8 +14,9 @@ from torch import Tensor
 from mmvit.config import flatten
 from mmvit.data.tally import Tally
 from mmvit.errors import UserError
-from mmvit.hub import write_json
+from mmvit.hub import shorten, write_json
 from mmvit.training.checkpoint import (
+    MANIFEST,
     Checkpoints,
     damaged,
     random_state,
@@ -23,6 +26,7 @@ from mmvit.training.checkpoint import (
     write_state,
 )
 from mmvit.training.config import Recipe
+from mmvit.training.distributed import Processes
 from mmvit.training.engine import Engine
 from mmvit.training.session import Session
 
@@ -90,6 +94,59 @@ def save(
             write_json(session.recipe.model_dump(mode="json"), folder / RECIPE)
 
     checkpoints.save(progress.step, write)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The newest checkpoint as one process sees it; `problem` says what is wrong with it."""
+
+    rank: int
+    host: str
+    root: Path
+    found: str = "none"
+    problem: str | None = None
+
+
+def find_checkpoint(checkpoints: Checkpoints, processes: Processes) -> Path | None:
+    """The newest checkpoint, the same for all processes; None if there is none. Every process calls it.
+
+    Raises:
+        UserError: when it is damaged, or when the processes see different ones, as they do where each host
+            has a run folder of its own; then the other processes exit.
+    """
+    own = Finding(processes.rank, socket.gethostname(), checkpoints.root.resolve())
+    folder = None
+    try:
+        if folder := checkpoints.latest():
+            digest = sha256((folder / MANIFEST).read_bytes())
+            digest.update((folder / STATE).read_bytes() if (folder / STATE).is_file() else b"")
+            own = replace(own, found=f"step {int(folder.name[5:])} (content {digest.hexdigest()[:8]})")
+    except UserError as error:
+        own = replace(own, problem=str(error))
+    findings = processes.gather(own)
+    processes.on_main(lambda: check_same_checkpoint(findings))
+    return folder
+
+
+def check_same_checkpoint(findings: list[Finding]) -> None:
+    """Raises UserError unless all processes see the same whole checkpoint, or none."""
+    for finding in findings:
+        if finding.problem:
+            where = f" (rank {finding.rank} on {finding.host}, in {finding.root})"
+            raise UserError(finding.problem + (where if len(findings) > 1 else ""))
+    if len({finding.found for finding in findings}) == 1:
+        return
+    ranks: dict[str, list[str]] = {}
+    for finding in findings:
+        view = f"on {finding.host} has {finding.found} in {finding.root}"
+        ranks.setdefault(view, []).append(str(finding.rank))
+    views = [f"rank{'s' * (len(own) > 1)} {shorten(own)} {view}" for view, own in ranks.items()]
+    more = f"; and {len(views) - 5} more" if len(views) > 5 else ""
+    raise UserError(
+        f"cannot resume: the processes see different checkpoints: {'; '.join(views[:5])}{more}. Put the run "
+        "folder on a disk that all hosts share, or copy it from the host of rank 0 to the others; if they "
+        "share it already, its listing is out of date on some: wait and try again"
+    )
 
 
 def resume(session: Session, folder: Path, engine: Engine, stream: Stream) -> tuple[Progress, dict[str, str]]:

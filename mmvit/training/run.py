@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,21 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"output: cannot make the folder {self.path}: {error.strerror}") from None
+
+    def refuse_lost_checkpoints(self) -> None:
+        """Raises UserError when the run has written checkpoints; for a resume that finds none. A run that
+        died before its first may start over."""
+        try:
+            settings = tomllib.loads((self.path / "config.toml").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            settings = {}
+        trained_to = max((record["step"] for record in self.read_metrics()), default=0)
+        if self.last.exists() or trained_to > settings.get("train", {}).get("checkpoint_every", 0):
+            evidence = f"was trained to step {trained_to}" if trained_to else "has a model in last/"
+            raise UserError(
+                f"nothing to resume: {self.path} {evidence}, but there are no checkpoints in "
+                f"{self.checkpoints}; put them back, or start a new run with another --output"
+            )
 
     def discard(self) -> None:
         """Removes the folder of a start that was refused before it trained; one that holds more stays."""
