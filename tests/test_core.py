@@ -52,7 +52,7 @@ def test_masks_written_out_by_hand():
         [True, True, True, False],
         [True, True, True, True],
     ]
-    with pytest.raises(ValueError, match="prefix_length 5"):
+    with pytest.raises(ValueError, match="prefix_length of 0 to 4, got 5"):
         prefix(4, 5)
 
 
@@ -89,7 +89,7 @@ def test_dalles_convolution_is_the_square_around_every_code():
             offsets = [(down, right) for down in range(-2, 1) for right in range(-2, 3)]
             covered = any(query + down * columns + right == key for down, right in offsets)
             assert mask[query, key] == (covered and key <= query)
-    with pytest.raises(ValueError, match="odd and at most the 7 columns, not 9"):
+    with pytest.raises(ValueError, match="odd and at most 7, got 9"):
         sparse_causal("convolution", 0, (rows, columns), 9)
 
 

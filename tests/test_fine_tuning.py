@@ -94,7 +94,7 @@ def test_positions_of_every_layer_are_resized_and_relative_ones_cannot_be():
     relative = CONFIG.model_copy(update={"positions": "relative_1d"})
     tables = [m.relative.tables for m in (trained(relative), fine_tuned(trained(relative), relative))]
     assert all(torch.equal(theirs, own) for theirs, own in zip(*tables, strict=True))
-    with pytest.raises(UserError, match=r"positions of \(4, 4\) patches cannot become those of \(6, 3\)"):
+    with pytest.raises(UserError, match=r"positions of \(4, 4\) patches cannot be resized to \(6, 3\)"):
         fine_tuned(trained(relative), relative.model_copy(update={"image_size": (24, 12)}))
 
 
@@ -109,9 +109,11 @@ def test_frozen_parts_do_not_train_and_unknown_ones_are_named():
     freeze(model, ["stem", "core.blocks.0"])
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {n for n, _ in model.named_parameters() if n.startswith(("stem.", "core.blocks.0."))}
-    with pytest.raises(UserError, match=r"no 'blocks' to freeze; .* cls_token, .*core\.blocks\.1$"):
+    with pytest.raises(
+        UserError, match=r"unknown part 'blocks' in start\.freeze; .* cls_token, .*core\.blocks\.1$"
+    ):
         freeze(model, ["blocks"])
-    with pytest.raises(UserError, match="nothing is left to train"):
+    with pytest.raises(UserError, match="leaves nothing to train"):
         freeze(model, ["cls_token", "stem", "positions", "core", "head"])
 
 
@@ -212,8 +214,8 @@ def test_the_layer_in_front_of_the_trained_head_is_left_behind(fine_tune, tmp_pa
         (["--start.model", "generator/emojis"], "did you mean generators/emoji?"),
         (["--start.model", "{tmp_path}/resnet"], "holds a resnet, expected a classifier"),
         (["--model.image_size", 25], "patch_size 4 does not divide image_size 25"),
-        (["--model.core.width", 32], "they have core.width = 16, the recipe 32; set the recipe's to theirs"),
-        (["--start.freeze", '["heads"]'], "there is no 'heads' to freeze"),
+        (["--model.core.width", 32], "they have core.width = 16, the recipe 32; set the same in the recipe"),
+        (["--start.freeze", '["heads"]'], "unknown part 'heads' in start.freeze"),
         (["--start.resize", "nearest"], "start.resize"),
     ],
 )

@@ -221,10 +221,10 @@ def test_one_run_classifies_draws_and_captions(run, tiny_shards, run_script, tmp
     assert out.is_file()
     assert json.loads(out.with_suffix(".json").read_text())["images"] == 8
     assert evaluate(run, without_classes(tiny_shards, tmp_path), limit=2).keys() == {"generator"}
-    captions, picture = tmp_path / "captions.txt", tmp_path / "red.png"
+    captions, image = tmp_path / "captions.txt", tmp_path / "red.png"
     captions.write_text("red square\nblue square\n")
-    Image.new("RGB", (16, 16), "red").save(picture)
-    named = ("--model", run, picture, "--captions-file", captions)
+    Image.new("RGB", (16, 16), "red").save(image)
+    named = ("--model", run, image, "--captions-file", captions)
     ran = run_script("pipelines/caption_images.py", *named)
     assert ran.returncode == 0, ran.stderr
     assert "red square" in ran.stdout
@@ -288,7 +288,7 @@ def test_a_core_of_another_shape_is_refused(tmp_path):
         take_core(generator, str(tmp_path / "classifier"))
     with pytest.raises(UserError, match=r"holds an image tokenizer \(vq\), which has no core"):
         take_core(generator, str(tmp_path / "tokenizer"))
-    with pytest.raises(UserError, match="of kind 'resnet' has no core to begin from"):
+    with pytest.raises(UserError, match="of kind 'resnet' has no core, so it cannot take"):
         take_core(ResNet(ResNetConfig(width=32, depths=(1,))), str(tmp_path / "classifier"))
 
 

@@ -1,4 +1,4 @@
-"""MAE: what the core reads, what the decoder paints, and what is asked of it."""
+"""MAE: what the core reads, what the decoder reconstructs, and the loss."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderConfig, normalize
-from mmvit.models.masked_patches import cut
+from mmvit.models.masked_patches import patchify
 
 CORE = TransformerConfig(width=16, depth=2, num_heads=2)
 SMALL = {"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2}
@@ -29,26 +29,26 @@ def objective(shape: dict | None = None, **settings) -> MaskedAutoencoder:
 @pytest.mark.parametrize(
     "shape", [{}, {"pooling": "mean", "positions": "rotary_2d"}, {"positions_at": "every_layer"}]
 )
-def test_the_loss_is_that_of_the_hidden_patches_painted_from_the_kept_ones(shape, normalized):
+def test_the_loss_is_that_of_the_hidden_patches_reconstructed_from_the_kept_ones(shape, normalized):
     model, pixels = objective(shape, normalized=normalized), torch.randn(3, 3, 16, 32)
     classifier, prefix = model.classifier, model.classifier.num_prefix
     torch.manual_seed(1)
     loss, _ = model.loss({"pixels": pixels})
     torch.manual_seed(1)
     places = classifier.choose_patches(3, 2, pixels.device)  # a quarter of 8
-    tokens, patches, errors = classifier.embed(classifier.stem(pixels)), cut(pixels, 8).flatten(2), []
+    tokens, patches, errors = classifier.embed(classifier.stem(pixels)), patchify(pixels, 8).flatten(2), []
     for image in range(3):
         kept = places[image]
         seen = model.embed(classifier.read(tokens[image : image + 1], kept[None]))[0]
         rows = [model.mask] * (8 + prefix)
         for place, vector in zip(kept.tolist(), seen, strict=True):
             rows[place] = vector
-        painted = model.decoder(torch.stack(rows)[None] + model.positions.table)[0]
+        decoded = model.decoder(torch.stack(rows)[None] + model.positions.table)[0]
         for place in {*range(8)} - {place - prefix for place in kept.tolist()}:
             target = patches[image, place]
             if normalized:
                 target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
-            errors.append(F.mse_loss(model.predict(painted[prefix + place]), target))
+            errors.append(F.mse_loss(model.predict(decoded[prefix + place]), target))
     assert len(errors) == 3 * 6
     torch.testing.assert_close(loss, torch.stack(errors).mean())
 
@@ -60,7 +60,7 @@ def test_the_core_reads_no_hidden_patch():
     model.loss({"pixels": pixels})
     assert said[0].shape == (1, 1 + 2, 16)
     said[0].sum().backward()
-    assert (cut(pixels.grad, 8).flatten(2).abs().sum(2) > 0).sum() == 2  # of 8 patches
+    assert (patchify(pixels.grad, 8).flatten(2).abs().sum(2) > 0).sum() == 2  # of 8 patches
 
 
 def test_a_flat_patch_is_normalized_to_zero():
@@ -88,10 +88,10 @@ def test_it_learns_and_leaves_the_head_alone():
 @pytest.mark.parametrize(
     ("shape", "settings", "message"),
     [
-        ({"patch_dropout": 0.5}, {}, "set it to 0"),
-        ({"positions": "relative_1d"}, {}, "use others"),
-        ({"stem": "conv"}, {}, "'conv' would tell MAE of the patches that it hides"),
-        ({}, {"masked": 0.05}, "0.05 of 8 patches is none"),
+        ({"patch_dropout": 0.5}, {}, "set model.patch_dropout to 0"),
+        ({"positions": "relative_1d"}, {}, "relative_1d positions do not work: use another kind"),
+        ({"stem": "conv"}, {}, "'conv', in which patches see their neighbours' pixels, so MAE could not"),
+        ({}, {"masked": 0.05}, "0.05 hides none of 8 patches"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(shape, settings, message):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
 from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.models.masked_patches import MaskedPatches, MaskedPatchesConfig, colours, cut
+from mmvit.models.masked_patches import MaskedPatches, MaskedPatchesConfig, mean_colours, patchify
 
 CORE = TransformerConfig(width=16, depth=1, num_heads=2)
 
@@ -39,16 +39,16 @@ def test_half_of_the_patches_are_corrupted_and_most_of_them_masked():
 
 def test_colours_are_three_bits_a_channel():
     patch = torch.tensor([[-1.0, 0.99, 0.01], [1.0, -0.26, -0.24]]).view(2, 3, 1, 1).expand(-1, -1, 4, 4)
-    assert colours(patch, 1).tolist() == [[0 * 64 + 7 * 8 + 4], [7 * 64 + 2 * 8 + 3]]
+    assert mean_colours(patch, 1).tolist() == [[0 * 64 + 7 * 8 + 4], [7 * 64 + 2 * 8 + 3]]
     halves = torch.cat([torch.full((1, 1, 8, 4), -0.9), torch.full((1, 1, 8, 4), 0.9)], -1)
-    assert colours(halves, 1).tolist() == [[4]]  # the mean is 0
-    assert colours(halves, 2).tolist() == [[0, 7, 0, 7]]
+    assert mean_colours(halves, 1).tolist() == [[4]]  # the mean is 0
+    assert mean_colours(halves, 2).tolist() == [[0, 7, 0, 7]]
 
 
 def test_patches_are_cut_in_the_order_of_the_tokens():
     model, pixels = objective(), torch.randn(2, 3, 32, 32)
     stem = model.classifier.stem
-    torch.testing.assert_close(stem.proj(cut(pixels, 4).flatten(2)), stem(pixels))
+    torch.testing.assert_close(stem.proj(patchify(pixels, 4).flatten(2)), stem(pixels))
 
 
 @pytest.mark.parametrize("target", ["mean_colour", "colour_grid", "pixels"])
@@ -68,9 +68,9 @@ def test_the_loss_is_over_every_corrupted_patch_and_no_other(target, pooling):
         if target == "pixels":
             total += F.mse_loss(made, patch.flatten())
         elif target == "mean_colour":
-            total += F.cross_entropy(made, colours(patch[None], 1)[0, 0])
+            total += F.cross_entropy(made, mean_colours(patch[None], 1)[0, 0])
         else:
-            total += F.cross_entropy(made.view(16, 512), colours(patch[None], 4)[0])
+            total += F.cross_entropy(made.view(16, 512), mean_colours(patch[None], 4)[0])
         number += 1
     torch.testing.assert_close(loss, total / number)
     assert ("accuracy" in metrics) == (target != "pixels")
@@ -90,17 +90,19 @@ def test_it_learns_what_is_around():
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loss < 0.5  # of 6.2: pictures of one of 8 colours
+    assert loss < 0.5  # of 6.2: images of one of 8 colours
 
 
 def test_what_cannot_be_predicted_is_refused():
-    with pytest.raises(UserError, match="patch_size 2 cannot be cut into 4x4 cells"):
+    with pytest.raises(UserError, match="patches of 2 pixels cannot be cut into 4x4 cells"):
         objective({"patch_size": 2}, target="colour_grid")
-    with pytest.raises(UserError, match=r"model\.stem is 'conv', whose patches see their neighbours' pixels"):
+    with pytest.raises(
+        UserError, match=r"model\.stem is 'conv', in which patches see their neighbours' pixels"
+    ):
         objective({"stem": "conv"})
-    with pytest.raises(UserError, match=r"patch_dropout leaves out what masked patches predict"):
+    with pytest.raises(UserError, match=r"patch_dropout leaves out patches that have to be predicted"):
         objective({"patch_dropout": 0.5})
-    with pytest.raises(UserError, match=r"masked 0\.8 and swapped 0\.3 are more than all"):
+    with pytest.raises(UserError, match=r"masked and swapped must be at most 1 together, got 0\.8 and 0\.3"):
         objective(swapped=0.3)
 
 

@@ -230,8 +230,11 @@ def test_registers_stand_between_the_class_token_and_the_patches_and_are_not_rea
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"positions": "rotary_2d", "positions_at": "shared"}, "'rotary_2d' are not added"),
-        ({"positions": "relative_1d", "patch_dropout": 0.5}, "gaps between places"),
+        ({"positions": "rotary_2d", "positions_at": "shared"}, "'rotary_2d' are not added to tokens"),
+        (
+            {"positions": "relative_1d", "patch_dropout": 0.5},
+            "relative_1d positions do not work with patch_dropout",
+        ),
     ],
 )
 def test_positions_that_do_not_go_together_are_refused(settings, message):
@@ -251,7 +254,7 @@ def test_classifier_refuses_other_sizes():
     ):
         ClassifierConfig(image_size=12, patch_size=6, stem="conv")
     model = Classifier(ClassifierConfig(image_size=8, patch_size=4, num_classes=2, core=CORE))
-    with pytest.raises(ValueError, match=r"pixels are \(1, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"expected pixels of shape \(3, 8, 8\), got \(1, 8, 8\)"):
         model(torch.zeros(1, 1, 8, 8))
 
 
@@ -281,9 +284,9 @@ def test_dalles_layers_see_by_column_by_row_and_at_last_by_convolution():
         mask = sparse_causal(kind, 6, (3, 4), kernel=3)[:-1, :-1]
         expected = block(expected, additive(mask, x.dtype), positions=positions)
     torch.testing.assert_close(model.run_core(x), model.core.norm(expected))
-    with pytest.raises(ValueError, match="convolution is 11; it is at most the grid's 4 columns"):
+    with pytest.raises(ValueError, match="convolution must be at most the grid's 4 columns, got 11"):
         small_generator(attention="dalle")
-    with pytest.raises(ValueError, match="convolution is 4; it is odd"):
+    with pytest.raises(ValueError, match="convolution must be odd, a square around each code, got 4"):
         small_generator(attention="dalle", convolution=4)
     GeneratorConfig(attention="dalle", convolution=11)  # its grid is that of the data, and checked there
 

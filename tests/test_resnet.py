@@ -157,16 +157,16 @@ def test_accuracy_of_mixed_labels_is_that_of_the_largest_share():
             {"positions": "rotary_2d", "core": {"width": 60, "num_heads": 10}},
             "rotary_2d positions need a head size divisible by 4, got 6",
         ),
-        (ResNetConfig, {"width": 48}, "width 48 is no multiple of the 32 groups"),
+        (ResNetConfig, {"width": 48}, "width must be a multiple of the 32 groups of its norms, got 48"),
         (
             ClassifierConfig,
             {"stem": "resnet", "patch_size": 16, "stem_blocks": [3, 4, 6, 3]},
-            r"give places of 32 pixels, of which patch_size 16 is no multiple",
+            r"patch_size must be a multiple of 32, .* stem_blocks \(3, 4, 6, 3\) .* got 16",
         ),
         (
             ClassifierConfig,
             {"stem": "resnet", "stem_blocks": [3, 4, 9], "stem_width": 40},
-            "stem_width 40 is no multiple of the 32 groups",
+            "stem_width of a resnet stem must be a multiple of the 32 groups of its norms, got 40",
         ),
     ],
 )

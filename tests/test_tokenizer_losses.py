@@ -15,6 +15,7 @@ from mmvit.config import build_config
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
 from mmvit.interop.lpips import LPIPS
+from mmvit.models.classification import fit_pixels
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.discriminator import Convolution, PatchDiscriminator
 from mmvit.models.perceptual import FeatureDistance
@@ -83,19 +84,19 @@ def test_feature_distance_is_that_of_unit_vectors_after_every_block():
     assert torch.equal(distance(one, one), torch.zeros(3))
     last = FeatureDistance(classifier, depths=[2])(one, two)
     torch.testing.assert_close(last, (2 - 2 * F.cosine_similarity(*tokens, dim=-1)).mean(-1))
-    with pytest.raises(ValueError, match=r"depths \(3,\) of a core with blocks 1 to 2"):
+    with pytest.raises(ValueError, match=r"depths must be 1 to 2, got \(3,\)"):
         FeatureDistance(classifier, depths=[3])
 
 
-def test_pictures_are_fitted_to_the_classifier():
+def test_images_are_fitted_to_the_classifier():
     distance = FeatureDistance(small_classifier(channels=1))
     pixels, shift = noise(2, 3, 40, 24), torch.tensor([0.587, -0.299, 0.0]).view(3, 1, 1)  # of no luma
-    assert distance.fit(pixels).shape == (2, 1, 16, 16)
+    assert fit_pixels(pixels, distance.classifier.config).shape == (2, 1, 16, 16)
     torch.testing.assert_close(distance(pixels, pixels + 0.5 * shift), torch.zeros(2), atol=1e-6, rtol=0)
     assert (distance(pixels, pixels + 0.5) > 1e-3).all()
     grey = torch.full((1, 3, 40, 24), 0.25)
-    torch.testing.assert_close(distance.fit(grey), torch.full((1, 1, 16, 16), 0.25))
-    with pytest.raises(UserError, match="a classifier of 2 channels cannot compare pictures"):
+    torch.testing.assert_close(fit_pixels(grey, distance.classifier.config), torch.full((1, 1, 16, 16), 0.25))
+    with pytest.raises(UserError, match="a classifier of 2 channels cannot compare images, which have 3"):
         FeatureDistance(small_classifier(channels=2))
 
 
@@ -156,7 +157,7 @@ def test_without_more_losses_the_objective_is_the_tokenizers_own():
 # Sizes
 
 
-def test_pictures_that_are_too_small_are_refused_before_training():
+def test_images_that_are_too_small_are_refused_before_training():
     with pytest.raises(UserError, match="images of 8x32 pixels are too small for LPIPS, which needs 16"):
         small_objective(distances={"lpips": LPIPS()}).check_size(8, 32)
     with pytest.raises(UserError, match=r"8x32 pixels is too small for a discriminator .* needs 12 on"):

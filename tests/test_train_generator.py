@@ -125,7 +125,7 @@ def test_a_trained_generator_is_trained_on(generator_run, encoded, run_script, t
         (["--data.train", "nowhere/train-*.tar"], ["nowhere"]),
         (["--model.text_loss_weight", 1], ["text_loss_weight = 0", "or attention = 'causal'"]),
         (["--model.grid", "[4,4]"], ["model.grid is (4, 4), but", "dataset.json has (2, 2); leave it out"]),
-        (["--model.attention", "dalle"], ["convolution is 11", "the grid's 2 columns"]),
+        (["--model.attention", "dalle"], ["convolution must be at most", "the grid's 2 columns, got 11"]),
         (["--start.translate_from", "en"], ["start.translate_from needs a model", "set start.model"]),
         (["--data.text_tokenizer", "nowhere"], ["no text tokenizer at nowhere"]),
         (

@@ -292,7 +292,7 @@ def test_a_code_outside_the_codebook_is_named(code):
 
 
 def test_a_configuration_that_does_not_fit_is_explained():
-    with pytest.raises(UserError, match="factor 6 is no multiple of 4, as 3 decoder stages need"):
+    with pytest.raises(UserError, match="factor must be a multiple of 4 for 3 decoder stages, got 6"):
         build_config(
             VQConfig, {"factor": 6, "decoder_widths": [8, 8, 8], "decoder_depths": [1, 1, 1]}, "x.toml"
         )

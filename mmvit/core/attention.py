@@ -13,7 +13,7 @@ from mmvit.core.norm import RMSNorm
 from mmvit.core.positions import NO_POSITIONS, LayerPositions
 
 Kernel = Literal["auto", "plain", "sdpa"]
-# On a CPU, in training, plain products beat the fused kernel up to this length (benchmarks/attention.py).
+# In training on a CPU, plain products beat the fused kernel up to this length (benchmarks/attention.py)
 PLAIN_UP_TO = 192
 
 
@@ -109,8 +109,8 @@ def attend(
     is_causal: bool = False,
     kernel: Kernel = "auto",
 ) -> Tensor:
-    """Attention over (batch, heads, tokens, head_dim) by the fused kernel or by plain products, which agree
-    up to rounding."""
+    """Attention over (batch, heads, tokens, head_dim) by the fused kernel or by plain products, equal up to
+    rounding."""
     if kernel == "auto":
         short = key.shape[2] <= PLAIN_UP_TO
         kernel = "plain" if query.device.type == "cpu" and short and torch.is_grad_enabled() else "sdpa"

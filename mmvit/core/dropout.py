@@ -1,5 +1,5 @@
-"""Dropout that is cheap on a CPU: one random byte an element, eight from each word of a fast generator,
-instead of one Bernoulli variable each."""
+"""Dropout that is cheap on a CPU: one random byte per element from a fast generator, instead of one Bernoulli
+draw."""
 
 import numpy as np
 import torch
@@ -12,15 +12,15 @@ BYTES = 8  # random bytes in one word
 class Dropout(nn.Module):
     """Zeroes elements with probability `p` and scales the rest by 1 / (1 - p) (Srivastava et al., 2014).
 
-    On a CPU `p` is rounded to a multiple of 1/256, and the scale is that of the rounded value, so the
-    expectation is exact, in bfloat16 up to the rounding of the scale. Bytes come from a generator whose seed
-    is drawn from torch's default one, for each call: `torch.manual_seed` and its saved state reproduce them.
+    On a CPU, `p` is rounded to a multiple of 1/256 and the scale follows the rounded value, so the
+    expectation is exact (in bfloat16, up to rounding of the scale). Each call seeds its generator from
+    torch's default one, so `torch.manual_seed` and a saved random state reproduce it.
     """
 
     def __init__(self, p: float):
         super().__init__()
         if not 0 <= p < 1:
-            raise ValueError(f"dropout {p} is outside [0, 1)")
+            raise ValueError(f"expected a dropout in [0, 1), got {p}")
         self.p = p
         self.threshold = min(255, max(1, round(256 * p)))  # bytes below it are dropped
 
@@ -36,7 +36,7 @@ class Dropout(nn.Module):
 
 
 class ByteDropout(torch.autograd.Function):
-    """x · mask, where the mask is made in x's own type in two passes over memory."""
+    """x · mask, with the mask built in x's own type in two passes over memory."""
 
     @staticmethod
     def forward(ctx, x: Tensor, threshold: int) -> Tensor:
@@ -54,7 +54,7 @@ class ByteDropout(torch.autograd.Function):
 
 
 def draw_bytes(count: int) -> Tensor:
-    """`count` random bytes, uint8, by SFC64: several times faster than torch's Mersenne Twister."""
+    """`count` random bytes (uint8) from SFC64, several times faster than torch's Mersenne Twister."""
     seed = torch.randint(2**63 - 1, ()).item()
     generator = np.random.Generator(np.random.SFC64(seed))
     words = generator.integers(0, 2**64 - 1, -(-count // BYTES), dtype=np.uint64, endpoint=True)

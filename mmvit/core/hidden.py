@@ -4,7 +4,8 @@ from torch import nn
 
 
 class HiddenLayers(nn.Module):
-    """A module whose matrices and convolution kernels all read and write hidden features: what Muon is for.
+    """A module whose matrices and convolution kernels all map hidden features to hidden features; Muon trains
+    these.
 
-    What reads pixels or embeds tokens, and what names classes or codes, stays outside such a module.
+    Layers that read pixels, embed tokens, or predict classes or codes stay outside of it.
     """

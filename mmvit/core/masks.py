@@ -1,7 +1,7 @@
-"""Who may attend to whom, as boolean matrices of (queries, keys) where True means that the query sees the
-key.
+"""Attention masks: boolean matrices (queries, keys), True where a query sees a key.
 
-A full mask is None. Masks are arguments of the Transformer, so one set of weights serves every kind of model.
+None stands for full attention. Masks are arguments of the Transformer, so one set of weights serves every
+kind of model.
 """
 
 from typing import Literal
@@ -18,10 +18,10 @@ def causal(length: int, device: torch.device | None = None) -> Tensor:
 
 
 def prefix(length: int, prefix_length: int, device: torch.device | None = None) -> Tensor:
-    """The first `prefix_length` tokens see each other in both directions, the rest is causal (prefix-LM of
-    T5, 1910.10683)."""
+    """The first `prefix_length` tokens see each other in both directions, the others are causal (T5's
+    prefix LM, 1910.10683)."""
     if not 0 <= prefix_length <= length:
-        raise ValueError(f"prefix_length {prefix_length} is outside 0..{length}")
+        raise ValueError(f"expected a prefix_length of 0 to {length}, got {prefix_length}")
     mask = causal(length, device)
     mask[:prefix_length, :prefix_length] = True
     return mask
@@ -35,14 +35,14 @@ def sparse_causal(
     device: torch.device | None = None,
 ) -> Tensor:
     """DALL·E's attention (2102.12092, appendix B.1) over a prefix (the caption) and the codes of a grid in
-    raster order: every token sees itself and the prefix before it, and a code, of the codes before it,
+    raster order. Every token sees itself and the prefix before it. Of the codes before it, a code sees
 
-    - `row`: the last `columns` before it, back to the one above it;
+    - `row`: the last `columns`, back to the one above it;
     - `column`: those above it in its column;
-    - `convolution`: those that a causal square of `kernel` x `kernel` codes around it covers.
+    - `convolution`: those in a causal square of `kernel` x `kernel` codes around it.
 
-    What leaves the picture on the left goes on at its right, one row higher; on the right, at its left, one
-    row lower.
+    Rows wrap around: to the left of the image, the window continues on the right one row higher; to the
+    right, on the left one row lower.
 
     Returns:
         (length, length) with length = prefix_length + rows · columns.
@@ -50,7 +50,7 @@ def sparse_causal(
     rows, columns = grid
     reach = kernel // 2
     if kind == "convolution" and (kernel % 2 == 0 or kernel > columns):
-        raise ValueError(f"a convolution's kernel is odd and at most the {columns} columns, not {kernel}")
+        raise ValueError(f"expected a convolution kernel that is odd and at most {columns}, got {kernel}")
     place = torch.arange(rows * columns, device=device)
     back = place[:, None] - place[None, :]  # places from key to query
     if kind == "row":
@@ -67,7 +67,7 @@ def sparse_causal(
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The boolean `mask` as a bias on attention logits: 0 where allowed, the most negative finite number
+    """The boolean `mask` as a bias on attention logits: 0 where True, the most negative finite number
     elsewhere."""
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return bias.masked_fill_(~mask, torch.finfo(dtype).min)

@@ -1,4 +1,4 @@
-"""RMSNorm with float32 statistics, written out on a CPU, where torch's own takes twice the time in
+"""RMSNorm with float32 statistics; written out for CPUs, where torch's own takes twice the time in
 bfloat16."""
 
 import torch

@@ -109,13 +109,13 @@ class Positions(nn.Module):
 
     @staticmethod
     def _coordinates(prefix_length: int, rows: int, columns: int, offset: int) -> Tensor:
-        """(prefix + rows·columns, 2): row and column of every place."""
+        """Row and column of every place, (prefix + rows · columns, 2)."""
         line = torch.arange(prefix_length).unsqueeze(1).expand(-1, 2)
         square = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(-1, 2) + offset
         return torch.cat([line, square])
 
     def add(self, x: Tensor, start: int = 0) -> Tensor:
-        """Adds the vectors of places `start`... to x (batch, tokens, width)."""
+        """x (batch, tokens, width) plus the vectors of the places from `start` on, if the kind has any."""
         if not self.is_additive:
             return x
         return x + self.vectors()[start : start + x.shape[1]].to(x.dtype)
@@ -153,8 +153,8 @@ def drop_empty_prefix(positions: Positions, weights: dict[str, Tensor], prefix: 
 
 
 class RelativePositions(nn.Module):
-    """A learnt vector for every offset between two of `length` tokens in a row, in each layer, the same for
-    all its heads (1803.02155; ViT's relative attention, 2010.11929, appendix D.4)."""
+    """A learnt vector for every offset between two of `length` tokens in a row, for each layer and shared by
+    its heads (1803.02155; ViT's relative attention, 2010.11929, appendix D.4)."""
 
     def __init__(self, depth: int, length: int, head_dim: int):
         super().__init__()
@@ -203,8 +203,8 @@ def relative_logits(query: Tensor, offsets: Tensor) -> Tensor:
 
 
 def sincos(coordinates: Tensor, width: int, base: float = 10000.0) -> Tensor:
-    """Fixed embedding (places, width) of (row, column): [sin row, cos row, sin column, cos column], a quarter
-    each."""
+    """The fixed embedding (places, width) of (row, column): [sin row, cos row, sin column, cos column], a
+    quarter of the width each."""
     frequencies = base ** (-torch.arange(width // 4, dtype=torch.float32) / (width // 4))
     angles = coordinates.float().unsqueeze(-1) * frequencies  # (places, 2, width / 4)
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)

@@ -1,5 +1,5 @@
-"""ViT classifier: a stem cuts the image into tokens, the shared core reads them all, a linear head names the
-class (2010.11929)."""
+"""The ViT classifier: a stem turns an image into tokens, the shared core reads them, and a linear head
+predicts the class (2010.11929)."""
 
 from typing import Any, Literal, get_args
 
@@ -37,32 +37,37 @@ class ClassifierConfig(Config):
     stem_width: int = Field(64, gt=0, description="of the first stage of a residual or resnet stem")
     stem_blocks: tuple[int, ...] = Field(
         (2, 1),
-        description="of each of their stages: of residual a number for each halving of the image, of "
-        "resnet for each beyond the first quarter",
+        description="blocks of each stage of that stem: residual has one stage per halving of the image, "
+        "resnet begins at a quarter of the resolution",
     )
-    stem_epsilons: Epsilons = Field("official", description="of a resnet stem: whose (mmvit.models.resnet)")
+    stem_epsilons: Epsilons = Field(
+        "official", description="whose epsilons a resnet stem has (mmvit.models.resnet)"
+    )
     pooling: Literal["cls", "mean", "mean_beside_cls"] = Field(
-        "cls", description="what the head reads: [CLS], or the mean of the patches, without or with a [CLS]"
+        "cls",
+        description="what the head reads: [CLS], or the mean of the patches, without or beside a [CLS]",
     )
     registers: int = Field(
-        0, ge=0, description="learnt tokens that nobody reads, for the core to write in (2309.16588)"
+        0, ge=0, description="learnt tokens that only the core uses, as scratch space (2309.16588)"
     )
-    norm_after_pooling: bool = Field(False, description="of a mean, as in timm; otherwise of every token")
+    norm_after_pooling: bool = Field(
+        False, description="whether the last norm follows the pooling of a mean, as in timm, or precedes it"
+    )
     representation_width: int | None = Field(
-        None, gt=0, description="of a tanh layer in front of the head, as in the paper's pre-training"
+        None, gt=0, description="width of a tanh layer before the head, as in the paper's pre-training"
     )
     positions: Literal[*get_args(PositionKind), "relative_1d"] = "learned_1d"
     positions_at: Literal["stem", "every_layer", "shared"] = Field(
         "stem",
-        description="where positions are added: in front of the first block; or of every block, each with "
-        "its own vectors or all the same (Table 8); rotary and relative ones are in every layer anyway",
+        description="where positions are added: before the first block, or before every block, with vectors "
+        "of its own or shared (Table 8); rotary and relative positions act in every layer anyway",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, json_schema_extra=OF_TRAINING)
     patch_dropout: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="share of the patches left out in training",
+        description="share of patches left out in training",
         json_schema_extra=OF_TRAINING,
     )
     core: TransformerConfig = TransformerConfig()
@@ -85,30 +90,30 @@ class ClassifierConfig(Config):
             )
         if self.stem == "residual" and 2 ** len(self.stem_blocks) != self.patch_size:
             raise ValueError(
-                f"stem_blocks {self.stem_blocks} halve the image {len(self.stem_blocks)} times, down to "
-                f"patches of {2 ** len(self.stem_blocks)}; patch_size {self.patch_size} wants "
-                f"{self.patch_size.bit_length() - 1} numbers"
+                f"stem_blocks must have {self.patch_size.bit_length() - 1} numbers, one per halving down to "
+                f"patches of {self.patch_size}, got {self.stem_blocks}"
             )
         return self
 
     def _check_positions(self) -> None:
         if self.positions in ("none", "rotary_2d", "relative_1d") and self.positions_at != "stem":
-            raise ValueError(f"positions {self.positions!r} are not added: leave positions_at out")
+            raise ValueError(f"positions {self.positions!r} are not added to tokens: remove positions_at")
         if problem := misfit(self.positions, self.core.width, self.core.head_dim):
             raise ValueError(problem)
         if self.positions == "relative_1d" and self.patch_dropout:
-            raise ValueError("patch_dropout leaves gaps between places, which relative_1d positions lack")
+            raise ValueError("relative_1d positions do not work with patch_dropout, which leaves gaps")
 
     def _check_resnet(self) -> None:
         stride = stem_stride(self.stem_blocks)
         if not self.stem_blocks or self.patch_size % stride:
             raise ValueError(
-                f"stem_blocks {self.stem_blocks} of a resnet stem give places of {stride} pixels, of which "
-                f"patch_size {self.patch_size} is no multiple"
+                f"patch_size must be a multiple of {stride}, to which a resnet stem of stem_blocks "
+                f"{self.stem_blocks} reduces the image, got {self.patch_size}"
             )
         if self.stem_width % GROUPS:
             raise ValueError(
-                f"stem_width {self.stem_width} is no multiple of the {GROUPS} groups of a resnet stem's norms"
+                f"stem_width of a resnet stem must be a multiple of the {GROUPS} groups of its norms, got "
+                f"{self.stem_width}"
             )
 
     @property
@@ -121,12 +126,13 @@ class ClassifierConfig(Config):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches as (rows, columns)."""
+        """(rows, columns) of patches."""
         return self.height_width[0] // self.patch_size, self.height_width[1] // self.patch_size
 
 
 class Classifier(Pretrained, nn.Module):
-    """pixels → logits. `core` can be exchanged with a generator's of the same `TransformerConfig`."""
+    """pixels → logits. Its `core` can be exchanged with that of a generator of the same
+    `TransformerConfig`."""
 
     config_class, kind = ClassifierConfig, "classifier"
 
@@ -167,15 +173,15 @@ class Classifier(Pretrained, nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """pixels (batch, channels, height, width) in [-1, 1] → the vector that the head reads, (batch,
-        width), or (batch, representation_width).
+        """pixels (batch, channels, height, width) in [-1, 1] → the head's input, (batch, width) or (batch,
+        representation_width).
 
         Raises:
             ValueError: for pixels of another size than the configuration's.
         """
         expected = (self.config.channels, *self.config.height_width)
         if tuple(pixels.shape[1:]) != expected:
-            raise ValueError(f"pixels are {tuple(pixels.shape[1:])}, this classifier reads {expected}")
+            raise ValueError(f"expected pixels of shape {expected}, got {tuple(pixels.shape[1:])}")
         x = self.tokens(self.stem(pixels), normalized=not self.config.norm_after_pooling)
         x = x[:, 0] if self.config.pooling == "cls" else x[:, self.num_prefix :].mean(1)
         if self.config.norm_after_pooling:
@@ -183,9 +189,9 @@ class Classifier(Pretrained, nn.Module):
         return self.representation(x).tanh() if self.config.representation_width else x
 
     def tokens(self, patches: Tensor, normalized: bool = True) -> Tensor:
-        """patches (batch, rows · columns, width), as the stem gives them → what the core makes of [CLS] and
-        registers, if there are any, and of the patches, (batch, prefix + patches, width); in training of
-        those that patch dropout leaves."""
+        """The stem's output (batch, rows · columns, width) → the core's output for [CLS] and registers, if
+        any, and the patches, (batch, prefix + patches, width); in training, without the patches that patch
+        dropout leaves out."""
         x, chosen = self.embed(patches), None
         if self.training and self.config.patch_dropout:
             kept = max(1, round(patches.shape[1] * (1 - self.config.patch_dropout)))
@@ -193,8 +199,8 @@ class Classifier(Pretrained, nn.Module):
         return self.read(x, chosen, normalized)
 
     def embed(self, patches: Tensor) -> Tensor:
-        """patches (batch, rows · columns, width) → [CLS] and registers, if there are any, and patches, with
-        positions."""
+        """The stem's output (batch, rows · columns, width) with [CLS] and registers, if any, in front, and
+        with positions added."""
         parts = [patches]
         if self.config.registers:
             parts.insert(0, self.registers.to(patches.dtype).expand(len(patches), -1, -1))
@@ -203,16 +209,16 @@ class Classifier(Pretrained, nn.Module):
         return self.dropout(self.positions.add(torch.cat(parts, dim=1)))
 
     def choose_patches(self, batch: int, kept: int, device: torch.device) -> Tensor:
-        """[CLS], registers and, of each image, its own random choice of patches (PatchDropout, 2208.07220),
-        as places of tokens (batch, prefix + kept): less work for the core, and an augmentation."""
+        """The places (batch, prefix + kept) of [CLS], registers and a random choice of patches for each image
+        (PatchDropout, 2208.07220): less work for the core, and an augmentation."""
         patches = self.config.grid[0] * self.config.grid[1]
         chosen = torch.rand(batch, patches, device=device).argsort(1)[:, :kept] + self.num_prefix
         prefix = torch.arange(self.num_prefix, device=device).expand(batch, -1)
         return torch.cat([prefix, chosen], dim=1)
 
     def read(self, x: Tensor, chosen: Tensor | None = None, normalized: bool = True) -> Tensor:
-        """x (batch, tokens, width), with positions → what the core makes of it, or of the tokens at the
-        `chosen` places (batch, kept) alone."""
+        """The core's output for embedded tokens x (batch, tokens, width), or for those at the `chosen` places
+        (batch, kept) alone."""
         positions = self.positions_in_layers()
         if chosen is not None:
             x = x.gather(1, chosen.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
@@ -220,7 +226,8 @@ class Classifier(Pretrained, nn.Module):
         return self.core(x, positions=positions, normalized=normalized)
 
     def positions_in_layers(self) -> LayerPositions | list[LayerPositions]:
-        """What the core's layers do with the positions of all tokens, after `embed` has added the first."""
+        """What each of the core's layers does with the positions of all tokens; `embed` has added them
+        once."""
         if self.relative is not None:
             return self.relative.in_layers()
         if self.config.positions_at == "stem":
@@ -232,7 +239,7 @@ class Classifier(Pretrained, nn.Module):
         return [NO_POSITIONS, *map(LayerPositions, vectors)]
 
     def freeze_head(self) -> None:
-        """Takes what comes after the core out of training, for objectives that have a head of their own."""
+        """Excludes the layers after the core from training, for objectives with a head of their own."""
         for part in ("head", "representation"):
             if hasattr(self, part):
                 getattr(self, part).requires_grad_(False)

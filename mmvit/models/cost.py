@@ -1,4 +1,4 @@
-"""What models cost to run and to train, from their shapes alone: nothing is allocated."""
+"""The cost of running and training models, computed from their shapes: nothing is allocated."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,8 +15,8 @@ from mmvit.models.resnet import ResNetConfig
 
 
 def forward_macs(config: ClassifierConfig | ResNetConfig) -> int:
-    """Multiply-adds of one image's forward pass: all products of matrices, and convolutions. Norms,
-    activations and softmax are not counted, as usual. FLOPs are twice as many."""
+    """Multiply-adds of all matrix products and convolutions in one image's forward pass. Norms, activations
+    and softmax are not counted, as usual. FLOPs are twice as many."""
     if isinstance(config, ClassifierConfig):  # the counter does not see a fused kernel's products
         plain = config.core.model_copy(update={"attention_kernel": "plain"})
         config = config.model_copy(update={"core": plain})
@@ -27,14 +27,14 @@ def forward_macs(config: ClassifierConfig | ResNetConfig) -> int:
 
 
 def training_flops(macs: int, images: float) -> float:
-    """FLOPs of training on `images` in all: a step takes about three forward passes, whose FLOPs are twice
-    their `macs`."""
+    """FLOPs of training on `images` images in all: a step costs about three forward passes of 2 · `macs`
+    FLOPs."""
     return 6 * macs * images
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What one process holds while it trains, in bytes; `activations` are of one example."""
+    """The memory of one process in training, in bytes; `activations` is for one example."""
 
     weights: float
     gradients: float
@@ -44,7 +44,7 @@ class Memory:
 
     @property
     def state(self) -> float:
-        """All that does not grow with the batch."""
+        """The part that does not grow with the batch."""
         return self.weights + self.gradients + self.moments + self.average
 
 
@@ -58,14 +58,14 @@ def training_memory(
     average: bool = False,
     stem: float = 0.0,
 ) -> Memory:
-    """An estimate for AdamW under ZeRO `stage` (1910.02054) as our engines train: weights, gradients and both
-    moments in float32, to which bf16 adds the copies that products read. Buffers of communication, what is
-    lost between allocations, and embeddings' and heads' activations are not counted.
+    """An estimate for AdamW under ZeRO `stage` (1910.02054) with our engines: weights, gradients and both
+    moments in float32, to which bf16 adds a copy of the weights. Communication buffers, fragmentation, and
+    activations of embeddings and heads are not counted.
 
     Args:
         parameters: of the whole model.
-        tokens: of one example, in the core.
-        average: whether an average of the weights is kept (`train.ema_decay`).
+        tokens: of one example in the core.
+        average: whether a moving average of the weights is kept (`train.ema_decay`).
         stem: bytes of `stem_activations`.
     """
     share = 1 / processes
@@ -82,8 +82,8 @@ def training_memory(
 
 
 def stem_activations(config: Config) -> float:
-    """Bytes of 32 bits a value that the convolutions of a classifier's stem keep of one example for their
-    gradient; none of a model without them. In bf16 it is a little less, as their norms stay in float32."""
+    """Bytes that the convolutions of a classifier's stem store of one example for the gradient, at 32 bits
+    per value; 0 for models without them. In bf16 it is slightly less, because their norms stay in float32."""
     if not isinstance(config, ClassifierConfig) or config.stem == "patch":
         return 0.0
     with torch.device("meta"):
@@ -95,7 +95,7 @@ def stem_activations(config: Config) -> float:
 
             def keep(tensor: Tensor) -> Tensor:
                 storage = tensor.untyped_storage()
-                storages[storage._cdata] = storage  # alive, so that no other gets its number
+                storages[storage._cdata] = storage  # keeps it alive, so that its key stays unique
                 values[storage._cdata] = storage.nbytes() / tensor.element_size()
                 return tensor
 
@@ -103,14 +103,15 @@ def stem_activations(config: Config) -> float:
                 stem(torch.empty(batch, config.channels, *config.height_width))
             return sum(values.values())
 
-        return 4.0 * (kept(2) - kept(1))  # without the weights, which both keep
+        return 4.0 * (kept(2) - kept(1))  # cancels the weights, which both store
 
 
 def core_activations(core: TransformerConfig, tokens: int) -> float:
-    """Bytes of 16 bits a value that a core keeps of one example for its gradient (2205.05198, without their
-    dropout masks; attention by a fused kernel): with checkpointing what is between blocks, and one block."""
+    """Bytes that a core stores of one example for the gradient, at 16 bits per value (2205.05198, without
+    dropout masks and with fused attention); with checkpointing, the values between blocks and one block's
+    own."""
     widths = {
-        "norm1, its output, queries, keys, values and what attention makes of them": 6 * core.width,
+        "norm1, its output, queries, keys, values and the output of attention": 6 * core.width,
         "norm2 and its output": 2 * core.width,
         "the MLP": (3 if core.mlp == "swiglu" else 2) * core.mlp_width,
         "both sums": 2 * core.width,

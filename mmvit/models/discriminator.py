@@ -1,4 +1,4 @@
-"""PatchGAN: judges each patch of an image, real or made (pix2pix, 1611.07004, section 3.2.2)."""
+"""PatchGAN, a discriminator that judges each patch of an image (pix2pix, 1611.07004, section 3.2.2)."""
 
 import math
 from itertools import pairwise
@@ -14,14 +14,15 @@ KERNEL, PADDING, SLOPE = 4, 1, 0.2
 class PatchDiscriminator(nn.Module):
     """pixels → a logit for each patch, above 0 where it looks real.
 
-    `num_layers` convolutions halve the resolution, two more keep it but for a pixel; widths double from
-    `width` up to eight times. A logit sees its patch (70 pixels with 3 layers) and, through the
-    normalisation, means over the whole image. Two things differ from taming-transformers' discriminator:
+    `num_layers` convolutions halve the resolution, and two more keep it except for one pixel; widths double
+    from `width` up to eight times. A logit depends on its patch (70 pixels with 3 layers) and, through the
+    normalisation, on means over the whole image. It differs from taming-transformers' discriminator in two
+    ways:
 
-    - Group normalisation stands in place of batch normalisation, so that what is said of an image does not
-      depend on its batch nor on the number of processes.
-    - Its convolutions have an equalised learning rate, so that it learns at a tokenizer's: at 3e-3 one
-      without says the same of everything after 20 steps, and its gradient drowns the tokenizer's in clipping.
+    - Group instead of batch normalisation, so that the judgement of an image does not depend on its batch or
+      the number of processes.
+    - Convolutions with an equalised learning rate, so that it can learn at a tokenizer's rate. Without it, at
+      3e-3, its output is constant after 20 steps, and its gradient drowns the tokenizer's in clipping.
 
     Args:
         width: a multiple of 4.
@@ -43,13 +44,13 @@ class PatchDiscriminator(nn.Module):
         """(rows, columns) of the logits of a `height` x `width` image.
 
         Raises:
-            UserError: when it is so small that there are none.
+            UserError: when the image is too small for any.
         """
         rows, columns = ((side >> self.num_layers) - 2 for side in (height, width))
         if min(rows, columns) < 1:
             raise UserError(
                 f"an image of {height}x{width} pixels is too small for a discriminator of {self.num_layers} "
-                f"layers, which needs {3 << self.num_layers} on each side: use fewer layers or larger images"
+                f"layers, which needs {3 << self.num_layers} on each side: use larger images or fewer layers"
             )
         return rows, columns
 
@@ -67,9 +68,9 @@ class PatchDiscriminator(nn.Module):
 
 
 class Convolution(nn.Conv2d):
-    """4x4, of an equalised learning rate: the weights begin at N(0, 1) and are scaled by 1 / √inputs where
-    they are used, so that a step of Adam changes them less, the more inputs there are (1710.10196, section
-    4.1)."""
+    """A 4x4 convolution with an equalised learning rate: weights start from N(0, 1) and are scaled by 1 /
+    √inputs in use, so that a step of Adam changes the output equally for any number of inputs (1710.10196,
+    section 4.1)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__(in_channels, out_channels, KERNEL, stride, PADDING)

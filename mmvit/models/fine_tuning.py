@@ -1,5 +1,5 @@
-"""From a trained classifier to one for other pictures and classes (2010.11929, section 3.2); from a generator
-to one that is trained on; and from one model's core to another's."""
+"""Starting from trained weights: fine-tuning a classifier on other images and classes (2010.11929, section
+3.2), training a generator further, and taking another model's core."""
 
 from typing import Literal
 
@@ -17,7 +17,7 @@ from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransfo
 
 ResizeMode = Literal["official", "timm", "transformers"]
 
-# what a fine-tuned classifier may have otherwise than the one that it begins from
+# settings that may differ from those of the classifier whose weights are taken
 FREE = {
     "image_size",
     "num_classes",
@@ -25,7 +25,7 @@ FREE = {
     "label_smoothing",
     "patch_dropout",
 }
-# the same of a generator
+# the same for a generator
 FREE_IN_GENERATOR = {
     "caption_dropout",
     "code_noise",
@@ -37,21 +37,21 @@ FREE_IN_CORE = {"dropout", "stochastic_depth", "attention_kernel", "activation_c
 
 
 def fine_tuned(source: Classifier, config: ClassifierConfig, resize: ResizeMode = "official") -> Classifier:
-    """A `Classifier` of `config` with the weights of `source`, its head a linear layer of zeros, and its
-    positions resized to its own grid.
+    """A `Classifier` of `config` with the weights of `source`, a head of zeros, and positions resized to its
+    own grid.
 
     Raises:
-        UserError: where `config` differs from that of `source` in what the weights depend on.
+        UserError: when `config` differs from that of `source` in settings that determine the weights.
     """
     if config.representation_width:
-        raise UserError("a fine-tuned classifier has one linear head: leave representation_width out")
+        raise UserError("a fine-tuned classifier has one linear head: remove model.representation_width")
     refuse_differences(source.config, config, FREE)
     model = Classifier(config)
     own, weights = model.state_dict(), source.state_dict()
     grids = source.config.grid, config.grid
     if config.positions == "relative_1d" and grids[0] != grids[1]:
         raise UserError(
-            f"relative_1d positions of {grids[0]} patches cannot become those of {grids[1]}: keep image_size"
+            f"relative_1d positions of {grids[0]} patches cannot be resized to {grids[1]}: keep image_size"
         )
     for name, tensor in weights.items():
         last = name.rpartition(".")[2]
@@ -67,7 +67,7 @@ def fine_tuned(source: Classifier, config: ClassifierConfig, resize: ResizeMode 
 
 
 def what_changes(source: ClassifierConfig, config: ClassifierConfig) -> str:
-    """What `fine_tuned` makes of trained weights beside taking them, for a line that the user reads."""
+    """A user-readable list of what `fine_tuned` changes in trained weights."""
     changes = ["a new head of zeros"]
     if source.num_classes != config.num_classes:
         changes[0] += f" for {config.num_classes} classes instead of {source.num_classes}"
@@ -81,14 +81,14 @@ def continued(source: GeneratorTransformer, config: GeneratorConfig) -> Generato
     """A generator of `config` with all the weights of `source`.
 
     Raises:
-        UserError: where `config` differs from that of `source` in what the weights depend on.
+        UserError: when `config` differs from that of `source` in settings that determine the weights.
     """
     refuse_differences(source.config, config, FREE_IN_GENERATOR)
     if bool(config.text_loss_weight) != bool(source.config.text_loss_weight):
         raise UserError(
             "the trained weights are of another model: they have text_loss_weight = "
-            f"{source.config.text_loss_weight}, the recipe {config.text_loss_weight}, and only one that is "
-            "not 0 has a head for captions"
+            f"{source.config.text_loss_weight}, the recipe {config.text_loss_weight}, and only a generator "
+            "whose weight is not 0 has a head for captions"
         )
     model = GeneratorTransformer(config)
     model.load_state_dict(source.state_dict())
@@ -107,8 +107,8 @@ def refuse_differences(
     problems += differences_of_cores(source.core, config.core)
     if problems:
         raise UserError(
-            f"the trained weights are of another model: {'; '.join(problems)}; set the recipe's to "
-            "theirs, or leave them out of [model]"
+            f"the trained weights are of another model: {'; '.join(problems)}; set the same in the recipe, "
+            "or remove these keys from [model]"
         )
 
 
@@ -125,30 +125,33 @@ def differences_of_cores(source: TransformerConfig, config: TransformerConfig) -
 
 
 def take_core(model: nn.Module, source: str) -> None:
-    """Gives `model`, a classifier or generator, the core of another: a run folder, an exported model or a Hub
-    repository, of a classifier, a generator or both in one.
+    """Gives `model`, a classifier or generator, the core of the model in `source`: a run folder, an exported
+    model or a Hub repository.
 
     Raises:
-        UserError: where there is no core, or one that differs in what its weights depend on.
+        UserError: when there is no core, or it differs in settings that determine its weights.
     """
     folder, described, weights = read_core(source)
     if not isinstance(own := getattr(model.config, "core", None), TransformerConfig):
-        raise UserError(f"a model of kind {model.config.kind!r} has no core to begin from {folder}")
+        raise UserError(
+            f"a model of kind {model.config.kind!r} has no core, so it cannot take that of {folder}"
+        )
     theirs = build_config(TransformerConfig, described, source=str(folder / CONFIG))
     if problems := differences_of_cores(theirs, own):
-        raise UserError(f"the core of {folder} is another: {'; '.join(problems)}")
+        raise UserError(f"the core of {folder} does not fit: {'; '.join(problems)}")
     load_weights(model.core, weights, source=str(folder / WEIGHTS))
 
 
 def resize_table(
     table: Tensor, prefix: int, grid: tuple[int, int], new_grid: tuple[int, int], mode: ResizeMode
 ) -> Tensor:
-    """Learnt positions (prefix + rows · columns, width) for another grid, by interpolation in 2-D; those of
-    the prefix stay as they are.
+    """Learnt positions (prefix + rows · columns, width) interpolated to another grid; those of the prefix
+    stay.
 
     Args:
-        mode: whose interpolation: `official` is bilinear with the corners in place; `timm` is bicubic with
-            antialiasing; `transformers` is bicubic without.
+        mode: whose interpolation: `official` is bilinear with aligned corners, `timm` bicubic with
+        antialiasing,
+            `transformers` bicubic without.
     """
     if grid == new_grid:
         return table
@@ -161,13 +164,13 @@ def resize_table(
 
 
 def stay_in_evaluation(module: nn.Module, inputs: tuple) -> None:
-    """A hook before a module's `forward`, whatever `train()` made of it since."""
+    """A hook before a module's `forward` that undoes any `train()`."""
     module.eval()
 
 
 def freeze(model: nn.Module, parts: list[str]) -> None:
-    """Takes `parts`, such as `stem` and `core.blocks.0`, out of training: their parameters, and the
-    statistics of their batch norms, which stay those of before.
+    """Excludes `parts`, such as `stem` and `core.blocks.0`, from training: their parameters and the
+    statistics of their batch norms stay.
 
     Raises:
         UserError: for a part that `model` does not have, or when nothing is left to train.
@@ -179,7 +182,7 @@ def freeze(model: nn.Module, parts: list[str]) -> None:
             core = getattr(model, "core", None)
             blocks = f", core.blocks.0 to core.blocks.{len(core.blocks) - 1}" if core is not None else ""
             raise UserError(
-                f"there is no {part!r} to freeze; the model's parts are {', '.join(tops)}{blocks}"
+                f"unknown part {part!r} in start.freeze; the model's parts are {', '.join(tops)}{blocks}"
             )
         for parameter in found:
             parameter.requires_grad_(False)
@@ -187,4 +190,4 @@ def freeze(model: nn.Module, parts: list[str]) -> None:
             if f"{name}.".startswith(f"{part}.") and isinstance(module, _BatchNorm):
                 module.register_forward_pre_hook(stay_in_evaluation)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError(f"{', '.join(parts)} is all there is: nothing is left to train")
+        raise UserError(f"start.freeze = {', '.join(parts)} leaves nothing to train")

@@ -1,5 +1,5 @@
-"""DALL·E-style generator: caption tokens and image codes in one sequence, each token predicted from those
-before it (2102.12092)."""
+"""A DALL·E-style generator: caption tokens and image codes in one sequence, each predicted from those before
+it (2102.12092)."""
 
 from typing import Any, Literal
 
@@ -16,17 +16,22 @@ from mmvit.core.positions import PositionKind, Positions
 from mmvit.core.transformer import Transformer, TransformerConfig
 from mmvit.hub import Pretrained
 
-PAD = 0  # the text tokenizer's padding id; a caption of nothing but padding is the unconditional one
+PAD = 0  # the text tokenizer's padding id; a caption of padding alone is the unconditional one
 
 
 class GeneratorConfig(Config):
     """A generator of `grid` = (rows, columns) image codes from captions of up to `text_length` tokens.
 
-    `attention` is `prefix`: the caption's tokens see each other in both directions, and then cannot be
-    predicted, so `text_loss_weight` must be 0; `causal` over the whole sequence; or `dalle`: codes see the
-    caption, and of each other what DALL·E's layers let them, by row, by column, and in the last layer by a
-    convolution. The defaults, with SwiGLU and some dropout, were chosen by benchmarks/modern_generator.py;
-    DALL·E weighs the losses of caption and codes 1 : 7.
+    `attention` has three kinds:
+
+    - `prefix`: caption tokens see each other in both directions. They cannot be predicted then, so
+      `text_loss_weight` must be 0.
+    - `causal` over the whole sequence.
+    - `dalle`: codes see the caption, and each other as in DALL·E's layers: by row, by column, and by
+      convolution in the last layer.
+
+    The defaults, with SwiGLU and some dropout, were chosen by benchmarks/modern_generator.py. DALL·E weights
+    the losses of caption and codes 1 : 7.
     """
 
     vocab_size: int = Field(4096, gt=1, json_schema_extra=FROM_DATA)
@@ -34,7 +39,9 @@ class GeneratorConfig(Config):
     codebook_size: int = Field(1024, gt=1, json_schema_extra=FROM_DATA)
     grid: tuple[int, int] = Field((8, 8), json_schema_extra=FROM_DATA)
     attention: Literal["causal", "prefix", "dalle"] = "prefix"
-    convolution: int = Field(11, gt=0, description="side of dalle's last layer's square of codes")
+    convolution: int = Field(
+        11, gt=0, description="side of the square of codes seen in the last layer of `dalle`"
+    )
     positions: PositionKind = "learned_2d"
     text_loss_weight: float = Field(0.0, ge=0)
     image_loss_weight: float = Field(7.0, gt=0)
@@ -44,7 +51,7 @@ class GeneratorConfig(Config):
     core: TransformerConfig = TransformerConfig()
 
     def weigh(self, text_loss: Any, image_loss: Any) -> Any:
-        """Both losses as one."""
+        """The weighted mean of both losses."""
         total = self.text_loss_weight + self.image_loss_weight
         return (self.text_loss_weight * text_loss + self.image_loss_weight * image_loss) / total
 
@@ -52,35 +59,35 @@ class GeneratorConfig(Config):
     def _prefix_captions_are_not_predicted(self):
         if self.attention == "prefix" and self.text_loss_weight > 0:
             raise ValueError(
-                "with attention = 'prefix' the caption sees itself, so set text_loss_weight = 0, "
-                "or attention = 'causal'"
+                "with attention = 'prefix' the caption sees itself and cannot be predicted: set "
+                "text_loss_weight = 0, or attention = 'causal'"
             )
         return self
 
     @model_validator(mode="after")
     def _convolution_fits(self):
         if self.attention == "dalle" and self.convolution % 2 == 0:
-            raise ValueError(f"convolution is {self.convolution}; it is odd, a square around each code")
-        is_given = "grid" in self.model_fields_set  # otherwise it is that of the data
-        if self.attention == "dalle" and is_given and self.convolution > self.grid[1]:
+            raise ValueError(f"convolution must be odd, a square around each code, got {self.convolution}")
+        is_set = "grid" in self.model_fields_set  # otherwise the data determine it later
+        if self.attention == "dalle" and is_set and self.convolution > self.grid[1]:
             raise ValueError(
-                f"convolution is {self.convolution}; it is at most the grid's {self.grid[1]} columns"
+                f"convolution must be at most the grid's {self.grid[1]} columns, got {self.convolution}"
             )
         return self
 
     @property
     def num_codes(self) -> int:
-        """Image codes in one image."""
+        """The number of codes in one image."""
         return self.grid[0] * self.grid[1]
 
 
 class GeneratorTransformer(Pretrained, nn.Module):
     """Caption ids and image codes → logits of the next ones. `mmvit.Generator` adds the tokenizers and draws
-    pictures.
+    images.
 
-    The sequence is a start vector, `text_length` caption tokens, the image codes. Padding has an embedding of
-    its own at every place, as in DALL·E, so captions need no mask. Logits of the first image code come from
-    the caption's last place.
+    The sequence is a start vector, `text_length` caption tokens, then the image codes. As in DALL·E, padding
+    has a different embedding at every place, so captions need no mask. The logits of the first image code
+    come from the caption's last place.
     """
 
     config_class, kind = GeneratorConfig, "generator"
@@ -114,38 +121,38 @@ class GeneratorTransformer(Pretrained, nn.Module):
 
     @torch.no_grad()
     def start_from_codebook(self, vectors: Tensor) -> None:
-        """Starts the codes' embeddings and the image head from what the codes look like, before training.
+        """Initialises the code embeddings and the image head from the image tokenizer's codebook.
 
-        Codes that stand for similar patches then begin with similar embeddings and logits, so that few images
-        need not teach the model each code by itself.
+        Codes for similar patches then start with similar embeddings and logits, so that training on few
+        images need not learn each code by itself.
 
         Args:
-            vectors: (codebook_size, code_width), the image tokenizer's codebook.
+            vectors: the codebook, (codebook_size, code_width).
         """
-        likeness = (vectors - vectors.mean(0)) / vectors.std()
-        mixing = torch.randn(vectors.shape[1], self.config.core.width) / vectors.shape[1] ** 0.5
+        normalized = (vectors - vectors.mean(0)) / vectors.std()
+        projection = torch.randn(vectors.shape[1], self.config.core.width) / vectors.shape[1] ** 0.5
         for table in (self.code_embedding.weight, self.image_head.weight):
-            table.copy_(0.02 * likeness.to(table.device) @ mixing.to(table.device))
+            table.copy_(0.02 * normalized.to(table.device) @ projection.to(table.device))
 
     @torch.no_grad()
     def start_from_translations(self, tokens: Tensor, meanings: Tensor, shares: Tensor) -> int:
-        """Starts words that the model has not learnt as mixtures of words that it has, as WECHSEL does for
-        whole languages (Minixhofer et al., 2112.06598).
+        """Initialises words that the model has not learnt as mixtures of words that it has, as WECHSEL does
+        for whole languages (Minixhofer et al., 2112.06598).
 
         Args:
-            tokens, meanings, shares: `mmvit.data.translation.Translations`; each of `tokens` begins as the
-                sum of the embeddings of its `meanings` by their `shares`, the others stay as they are.
+            tokens, meanings, shares: `mmvit.data.translation.Translations`. The embedding of each of `tokens`
+                becomes the sum of the embeddings of its `meanings`, weighted by `shares`; others stay.
 
         Returns:
-            how many tokens begin anew.
+            The number of embeddings set.
         """
-        begun, counts = torch.unique_consecutive(tokens, return_counts=True)
+        initialised, counts = torch.unique_consecutive(tokens, return_counts=True)
         table = self.text_embedding.weight
         first = counts.cumsum(0) - counts
         known = table.detach().to("cpu", torch.float32)
         mixtures = F.embedding_bag(meanings, known, first, mode="sum", per_sample_weights=shares)
-        table[begun.to(table.device)] = mixtures.to(table)
-        return len(begun)
+        table[initialised.to(table.device)] = mixtures.to(table)
+        return len(initialised)
 
     def embed_captions(self, caption_ids: Tensor) -> Tensor:
         """caption_ids (batch, text_length) → (batch, 1 + text_length, width), without positions.
@@ -155,7 +162,7 @@ class GeneratorTransformer(Pretrained, nn.Module):
         """
         if caption_ids.shape[1] != self.config.text_length:
             raise ValueError(
-                f"captions have {caption_ids.shape[1]} places, this generator reads {self.config.text_length}"
+                f"expected captions of {self.config.text_length} tokens, got {caption_ids.shape[1]}"
             )
         is_padding = (caption_ids == PAD).unsqueeze(-1)
         tokens = torch.where(is_padding, self.padding, self.text_embedding(caption_ids))
@@ -182,10 +189,10 @@ class GeneratorTransformer(Pretrained, nn.Module):
 
         Args:
             caption_ids: (batch, text_length).
-            codes: (batch, rows · columns) in raster order; the last one is not read.
+            codes: (batch, rows · columns) in raster order; the last one is ignored.
 
         Returns:
-            Text logits (batch, text_length, vocab_size), None without a text loss; image logits (batch,
+            Text logits (batch, text_length, vocab_size), or None without a text loss; image logits (batch,
             codes, codebook_size).
         """
         x = torch.cat([self.embed_captions(caption_ids), self.code_embedding(codes[:, :-1])], dim=1)
@@ -197,22 +204,22 @@ class GeneratorTransformer(Pretrained, nn.Module):
         """Weighted cross-entropy, in nats per token, of `caption_ids` (batch, text_length) and `codes`
         (batch, rows · columns).
 
-        Text counts up to its first padding, which ends a caption. In training mode captions are dropped (and
-        then not predicted) with probability `caption_dropout`, so that guidance is learnt, and the codes that
-        the model reads, not those that it predicts, are replaced by random ones with probability
-        `code_noise`.
+        A caption counts up to its first padding, which ends it. In training mode, captions are dropped with
+        probability `caption_dropout`, so that the model learns guidance; dropped captions are not predicted.
+        With probability `code_noise`, a code that the model reads is replaced by a random one; the code that
+        it predicts stays.
         """
         config = self.config
         caption_ids, codes = batch["caption_ids"], batch["codes"]
-        seen_captions, seen_codes = caption_ids, codes
+        input_captions, input_codes = caption_ids, codes
         is_dropped = torch.zeros(len(codes), 1, dtype=torch.bool, device=codes.device)
         if self.training and config.caption_dropout > 0:
             is_dropped = torch.rand(len(codes), 1, device=codes.device) < config.caption_dropout
-            seen_captions = caption_ids.masked_fill(is_dropped, PAD)
+            input_captions = caption_ids.masked_fill(is_dropped, PAD)
         if self.training and config.code_noise > 0:
             is_noise = torch.rand(codes.shape, device=codes.device) < config.code_noise
-            seen_codes = torch.where(is_noise, torch.randint_like(codes, config.codebook_size), codes)
-        text_logits, image_logits = self(seen_captions, seen_codes)
+            input_codes = torch.where(is_noise, torch.randint_like(codes, config.codebook_size), codes)
+        text_logits, image_logits = self(input_captions, input_codes)
         smoothing = config.label_smoothing if self.training else 0.0
         image_loss = F.cross_entropy(
             image_logits.float().flatten(0, 1), codes.flatten(), label_smoothing=smoothing
@@ -226,35 +233,34 @@ class GeneratorTransformer(Pretrained, nn.Module):
         return loss, {"loss": loss.detach(), **metrics}
 
     def prefill(self, caption_ids: Tensor, cache: KeyValueCache) -> Tensor:
-        """Reads the captions into an empty cache; returns logits (batch, codebook_size) of the first image
-        code."""
+        """Fills an empty cache with the captions; returns logits (batch, codebook_size) of the first code."""
         x = self.run_core(self.embed_captions(caption_ids), cache=cache)
         return self.image_head(x[:, -1])
 
     def step(self, codes: Tensor, cache: KeyValueCache) -> Tensor:
-        """Reads one more code of each image, codes (batch,); returns logits (batch, codebook_size) of the
-        next."""
+        """Appends one code of each image, codes (batch,), to the cache; returns logits (batch, codebook_size)
+        of the next."""
         x = self.run_core(self.code_embedding(codes).unsqueeze(1), cache.length, cache)
         return self.image_head(x[:, -1])
 
     def new_cache(self, batch: int) -> KeyValueCache:
-        """An empty cache for `batch` whole images, in the weights' precision."""
+        """An empty cache for `batch` captions with their images, in the weights' precision."""
         weight = self.image_head.weight
         capacity = self.prefix_length + self.config.num_codes - 1
         return self.core.new_cache(batch, capacity, weight.dtype, weight.device)
 
 
 def dalle_layers(depth: int) -> list[Sparse]:
-    """The attention of DALL·E's layers: of every four the second by column, the others by row; the last by
-    convolution (2102.12092, appendix B.1)."""
+    """The attention of DALL·E's layers: the second of every four by column, the others by row, the last layer
+    by convolution (2102.12092, appendix B.1)."""
     kinds: list[Sparse] = ["column" if layer % 4 == 1 else "row" for layer in range(depth)]
     kinds[-1] = "convolution"
     return kinds
 
 
 def counted_tokens(caption_ids: Tensor) -> Tensor:
-    """Boolean, of the shape of caption_ids (batch, text_length): the tokens of captions and the first padding
-    behind them."""
+    """A boolean mask of caption_ids (batch, text_length): each caption's tokens and the first padding after
+    them."""
     is_padding = caption_ids == PAD
     later_padding = is_padding & is_padding.roll(1, dims=1)
     later_padding[:, 0] = False
@@ -262,8 +268,8 @@ def counted_tokens(caption_ids: Tensor) -> Tensor:
 
 
 def caption_loss(logits: Tensor, caption_ids: Tensor, is_dropped: Tensor) -> Tensor:
-    """Mean cross-entropy over the captions' tokens and the padding that ends each; dropped captions do not
-    count.
+    """Mean cross-entropy over the tokens of captions and the padding that ends each, without dropped
+    captions.
 
     Args:
         logits: (batch, text_length, vocab_size), place i predicting caption_ids[:, i].

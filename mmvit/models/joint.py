@@ -1,5 +1,5 @@
-"""A classifier and a generator on one core: one set of weights that reads pictures as patches, and captions
-and pictures as tokens and codes."""
+"""A classifier and a generator on one core: one set of weights that reads images as patches, and captions and
+images as tokens and codes."""
 
 from typing import Any, Literal, Self
 
@@ -16,14 +16,14 @@ PARTS = ("classifier", "generator")
 
 
 class JointConfig(Config):
-    """`core` is that of both parts, whose own `core` need not be named."""
+    """A classifier and a generator; `core` is the core of both, whose own `core` need not be given."""
 
     kind: Literal["joint"] = "joint"
     classifier: ClassifierConfig = ClassifierConfig()
     generator: GeneratorConfig = GeneratorConfig()
     core: TransformerConfig = TransformerConfig()
     classification_weight: float = Field(
-        1.0, gt=0, description="of the classifier's loss beside the generator's"
+        1.0, gt=0, description="weight of the classifier's loss; the generator's has weight 1"
     )
 
     @model_validator(mode="before")
@@ -34,7 +34,7 @@ class JointConfig(Config):
         try:
             core = TransformerConfig.model_validate(values.get("core", {}))
         except ValidationError:
-            return values  # it is told of `core` alone
+            return values  # so that the error names `core` alone
         parts = {name: part for name in PARTS if isinstance(part := values.get(name, {}), dict)}
         return {**values, **{name: {"core": core, **part} for name, part in parts.items()}}
 
@@ -42,7 +42,7 @@ class JointConfig(Config):
     def _parts_have_the_core(self) -> Self:
         for name in PARTS:
             if getattr(self, name).core != self.core:
-                raise ValueError(f"{name}.core differs from core: name the core once, as core")
+                raise ValueError(f"{name}.core differs from core: set only core")
         return self
 
     @model_serializer(mode="wrap")
@@ -54,10 +54,10 @@ class JointConfig(Config):
 
 
 class Joint(Pretrained, nn.Module):
-    """`classifier` and `generator`, each as if it were alone, with the same `core`.
+    """A `classifier` and a `generator`, each as it is alone, with the same `core`.
 
-    Weights are named `core.…`, `classifier.…` and `generator.…`, the core's once.
-    `Classifier.from_pretrained` and `mmvit.Generator.from_pretrained` read their part of such a folder.
+    Weights are named `core.…`, `classifier.…` and `generator.…`, the core's only once.
+    `Classifier.from_pretrained` and `mmvit.Generator.from_pretrained` load their part of its folder.
     """
 
     config_class, kind = JointConfig, JOINT
@@ -73,10 +73,10 @@ class Joint(Pretrained, nn.Module):
         self.register_load_state_dict_pre_hook(restore_copies)
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Both losses, of a batch with what each needs: `pixels` and `labels`, `caption_ids` and `codes`."""
-        seen, classified = self.classifier.loss(batch)
-        drawn, generated = self.generator.loss(batch)
-        loss = self.config.classification_weight * seen + drawn
+        """Both losses of a batch with the entries of each: `pixels`, `labels`, `caption_ids` and `codes`."""
+        classification_loss, classified = self.classifier.loss(batch)
+        generation_loss, generated = self.generator.loss(batch)
+        loss = self.config.classification_weight * classification_loss + generation_loss
         metrics = {"classification_loss": classified["loss"], "generation_loss": generated["loss"]}
         rest = {**classified, **generated}
         del rest["loss"]
@@ -84,7 +84,7 @@ class Joint(Pretrained, nn.Module):
 
 
 def forget_copies(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
-    """The core's weights have three names, of which that of `core` alone is kept."""
+    """Keeps only the first of the core's three names: `core`, `classifier.core`, `generator.core`."""
     copies = tuple(f"{prefix}{part}.core." for part in PARTS)
     for name in [name for name in state if name.startswith(copies)]:
         del state[name]

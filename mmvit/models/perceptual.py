@@ -1,4 +1,4 @@
-"""How far apart two pictures are to a network that is not trained: in its features rather than in pixels."""
+"""Perceptual distances: how far apart two images are in the features of a frozen network."""
 
 from collections.abc import Sequence
 from typing import Self
@@ -13,10 +13,10 @@ from mmvit.models.classifier import Classifier
 
 
 class FrozenDistance(nn.Module):
-    """Two batches of pixels (batch, 3, height, width), in [-1, 1] or near it → the distances (batch,).
+    """Two batches of pixels (batch, 3, height, width), about in [-1, 1] → their distances (batch,).
 
-    A subclass ends its constructor with `self.freeze()`. From then on it stays in evaluation mode, its
-    parameters have no gradients, and copies share it.
+    A subclass ends its constructor with `self.freeze()`. It then stays in evaluation mode, its parameters
+    have no gradients, and copies share it.
     """
 
     def freeze(self) -> None:
@@ -34,18 +34,19 @@ class FrozenDistance(nn.Module):
 
 
 class FeatureDistance(FrozenDistance):
-    """The distance of a classifier's features, as LPIPS has it with weights of 1 (1801.03924, equation 1).
+    """The distance of two images in a classifier's features: LPIPS with weights of 1 (1801.03924, equation
+    1).
 
-    After each of the chosen blocks every token's vector is brought to length 1. The distance is the squared
-    difference of these vectors, 0 to 4, averaged over tokens and depths. Pixels are resized to the
-    classifier's size, and for a classifier of grey images to their luma.
+    After each of the chosen blocks, every token's vector is normalised to length 1. The distance is the
+    squared difference of these vectors, 0 to 4, averaged over tokens and depths. `fit_pixels` prepares the
+    pixels.
 
     Args:
-        classifier: it is frozen and put into evaluation mode, here and for whoever else holds it.
+        classifier: frozen and put into evaluation mode here, also for other users of the same object.
         depths: numbers of the core's blocks, from 1; all by default.
 
     Raises:
-        UserError: when the classifier reads neither colours nor grey.
+        UserError: when the classifier reads neither colour nor grey images.
         ValueError: for a depth that the core does not have.
     """
 
@@ -54,12 +55,12 @@ class FeatureDistance(FrozenDistance):
         blocks, channels = classifier.core.blocks, classifier.config.channels
         if channels not in (1, len(LUMA)):
             raise UserError(
-                f"a classifier of {channels} channels cannot compare pictures, which have 3: use one whose "
-                "model.channels is 3 or 1"
+                f"a classifier of {channels} channels cannot compare images, which have 3: use one with "
+                "model.channels 3 or 1"
             )
         self.depths = tuple(range(1, len(blocks) + 1) if depths is None else depths)
         if not self.depths or not 1 <= min(self.depths) <= max(self.depths) <= len(blocks):
-            raise ValueError(f"depths {self.depths} of a core with blocks 1 to {len(blocks)}")
+            raise ValueError(f"depths must be 1 to {len(blocks)}, got {self.depths}")
         self.classifier = classifier
         self.freeze()
 
@@ -68,7 +69,7 @@ class FeatureDistance(FrozenDistance):
         return torch.stack([(a - b).square().sum(-1).mean(-1) for a, b in pairs]).mean(0)
 
     def features(self, pixels: Tensor) -> list[Tensor]:
-        """Vectors of length 1 after each chosen block, (batch, tokens, width), float32."""
+        """Vectors of length 1 after each chosen block, each (batch, tokens, width), float32."""
         found: list[Tensor] = []
         hooks = [
             self.classifier.core.blocks[depth - 1].register_forward_hook(
@@ -77,12 +78,8 @@ class FeatureDistance(FrozenDistance):
             for depth in self.depths
         ]
         try:
-            self.classifier.features(self.fit(pixels))
+            self.classifier.features(fit_pixels(pixels, self.classifier.config))
         finally:
             for hook in hooks:
                 hook.remove()
         return [F.normalize(tokens.float(), dim=-1) for tokens in found]
-
-    def fit(self, pixels: Tensor) -> Tensor:
-        """pixels as the classifier reads them."""
-        return fit_pixels(pixels, self.classifier.config)

@@ -1,4 +1,5 @@
-"""Named sizes: `preset("vit-b16")`, from `tiny`, which trains on two cores, to the published ones."""
+"""Named model configurations, from ones that train on two cores to the published ones:
+`preset("vit-b16")`."""
 
 from mmvit.config import Config
 from mmvit.core.transformer import TransformerConfig
@@ -26,11 +27,11 @@ def hybrid(patch_size: int, blocks: tuple[int, ...], shape: TransformerConfig) -
 
 
 def dalle(shape: TransformerConfig, **parts) -> GeneratorConfig:
-    """Captions of up to 256 of 16,384 tokens and 32 × 32 codes of 8,192, read by row, by column and by
-    convolution; captions are never left out (2102.12092, appendix B)."""
-    of_the_paper = {"vocab_size": 16384, "text_length": 256, "codebook_size": 8192, "grid": (32, 32)}
+    """A DALL·E: by default captions of up to 256 tokens, 32 × 32 codes; attention by row, by column and by
+    convolution; captions are never dropped (2102.12092, appendix B)."""
+    published = {"vocab_size": 16384, "text_length": 256, "codebook_size": 8192, "grid": (32, 32)}
     return GeneratorConfig(
-        **{**of_the_paper, **parts},
+        **{**published, **parts},
         positions="learned_2d",
         attention="dalle",
         text_loss_weight=1.0,
@@ -63,7 +64,7 @@ CLASSIFIERS = {
     "vit-l16": vit(16, LARGE),
     "vit-l32": vit(32, LARGE),
     "vit-h14": vit(14, HUGE),
-    # hybrids: ResNet-50 in front of the core, for patches of 16 with its last stage's blocks in the third
+    # hybrids: ResNet-50 before the core; for patches of 16, its last stage's blocks move to the third
     "r50-b16": hybrid(16, (3, 4, 9), BASE),
     "r50-b32": hybrid(32, (3, 4, 6, 3), BASE),
     "r50-l16": hybrid(16, (3, 4, 9), LARGE),
@@ -78,7 +79,7 @@ RECOMMENDED = {"mlp": "swiglu", "qk_norm": True, "dropout": 0.1}
 GENERATORS = {
     "generator-tiny": GeneratorConfig(core=core(256, 6, 4, **RECOMMENDED)),
     "generator-small": GeneratorConfig(core=core(384, 12, 6, **RECOMMENDED)),
-    # the sizes of LlamaGen (2406.06525, Table 1), 256 pixels at factor 16, captions of up to 120 tokens
+    # LlamaGen's sizes (2406.06525, Table 1): 256 pixels at factor 16, captions of up to 120 tokens
     "generator-b": GeneratorConfig(
         vocab_size=16384, text_length=120, codebook_size=16384, grid=(16, 16), positions="rotary_2d",
         core=core(768, 12, 12, norm="rmsnorm", mlp="swiglu", bias=False),
@@ -87,7 +88,7 @@ GENERATORS = {
         vocab_size=16384, text_length=120, codebook_size=16384, grid=(16, 16), positions="rotary_2d",
         core=core(1280, 36, 20, norm="rmsnorm", mlp="swiglu", bias=False),
     ),
-    # DALL·E (2102.12092, appendix B), which has 64 layers of 62 heads; then smaller, and one that trains here
+    # DALL·E (2102.12092, appendix B) with 64 layers of 62 heads; then smaller ones; the last trains on a CPU
     "dalle-12b": dalle(core(3968, 64, 62)),
     "dalle-1b": dalle(core(1792, 24, 28)),
     "dalle-300m": dalle(core(1024, 24, 16)),
@@ -106,7 +107,7 @@ IMAGE_TOKENIZERS = {
 }
 
 CLIPS = {
-    # 2103.00020, table 20: ViT-B/32 beside a text Transformer of width 512, a space of 512
+    # 2103.00020, table 20: ViT-B/32, a text Transformer of width 512, and 512 dimensions in common
     "clip-b32": CLIPConfig(
         image=vit(32, BASE), text=core(512, 12, 8), vocab_size=49408, text_length=77, embedding_width=512
     ),

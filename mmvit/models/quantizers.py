@@ -1,9 +1,9 @@
 """Quantisers: vectors of few dimensions → one of `codebook_size` codes, and back.
 
-All three have one face. `quantizer(encoded)` gives the chosen codes' vectors, through which the gradient
-passes straight to the encoder, a loss to add, and metrics; `encode(encoded)` gives the codes; `vectors()`
-every code's vector; `scale` brings a vector's entries to about 1. `encoded` is (batch, rows, columns, width),
-as the encoder leaves it.
+All three have the same interface. `quantizer(encoded)` returns the vectors of the chosen codes, through which
+the gradient passes straight to the encoder, a loss to add, and metrics. `encode(encoded)` returns the codes,
+`vectors()` the vector of every code; `scale` brings the entries of a vector to about 1. `encoded` is the
+encoder's output, (batch, rows, columns, width).
 """
 
 import math
@@ -17,31 +17,36 @@ from torch import Tensor, nn
 
 from mmvit.config import Config
 
-REVIVED_USE = 0.1  # of a code when it is revived, where 1 is the average: its time to be chosen
+REVIVED_USE = 0.1  # use of a revived code, where 1 is the average: how long it has to be chosen
 
 Quantized = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 class QuantizerConfig(Config):
-    """Which quantiser, of how many codes, and how it learns.
+    """The kind of quantiser, its number of codes, and how they learn.
 
-    `vq` moves its codes to what chooses them and revives the dead; `simvq` learns one matrix over a frozen
-    random codebook, so that all codes move together; `fsq` has no codebook, but rounds each dimension to one
-    of a few levels.
+    `vq` moves codes to the vectors that choose them and revives dead codes. `simvq` learns one matrix over a
+    frozen random codebook, so that all codes move together. `fsq` has no codebook; it rounds each dimension
+    to one of a few levels.
     """
 
     quantizer: Literal["vq", "simvq", "fsq"] = "vq"
     codebook_size: int = Field(1024, ge=2)
-    code_width: int = Field(16, ge=2, description="dimensions of a code; few keep all in use; not for fsq")
-    levels: tuple[int, ...] = Field((8, 8, 4, 4), min_length=1, description="of fsq, for each dimension")
+    code_width: int = Field(
+        16, ge=2, description="dimensions of a code; few keep all codes in use; not for fsq"
+    )
+    levels: tuple[int, ...] = Field((8, 8, 4, 4), min_length=1, description="of each dimension of fsq")
     commitment_weight: float = Field(0.25, ge=0, description="not for fsq")
     codebook_update: Literal["ema", "gradient"] = Field(
-        "ema", description="of vq: averages of the vectors that chose a code, or the optimizer"
+        "ema",
+        description="how vq learns codes: as moving averages of the vectors that chose them, or by gradient",
     )
-    codebook_decay: float = Field(0.95, ge=0, lt=1, description="of the averages of a code's vectors and use")
-    kmeans_steps: int = Field(0, ge=0, description="of k-means on the first batch, that vq starts from")
+    codebook_decay: float = Field(
+        0.95, ge=0, lt=1, description="of the moving averages of a code's vectors and use"
+    )
+    kmeans_steps: int = Field(0, ge=0, description="steps of k-means on the first batch that initialise vq")
     revive_below: float = Field(
-        0.01, ge=0, lt=REVIVED_USE, description="a code is dead below this share of the average code's use"
+        0.01, ge=0, lt=REVIVED_USE, description="share of the average code's use below which a code is dead"
     )
 
     @model_validator(mode="after")
@@ -52,12 +57,12 @@ class QuantizerConfig(Config):
                 f"{self.codebook_size}"
             )
         if min(self.levels) < 2:
-            raise ValueError(f"levels {self.levels}: a dimension of fewer than 2 levels says nothing")
+            raise ValueError(f"levels must be at least 2 in each dimension, got {self.levels}")
         return self
 
     @property
     def quantized_width(self) -> int:
-        """Dimensions of what the encoder gives and the decoder reads."""
+        """Dimensions of the encoder's output and the decoder's input."""
         return len(self.levels) if self.quantizer == "fsq" else self.code_width
 
 
@@ -65,17 +70,17 @@ class Codebook(nn.Module):
     """Unit vectors in few dimensions, compared by cosine (ViT-VQGAN, 2110.04627, section 3.2).
 
     A code is the direction of the moving average of the encoder's vectors that chose it (1711.00937, appendix
-    A.1, on the sphere), or of a parameter that the loss pulls to them (equation 3). One that hardly any
-    vector chooses is dead, and is revived at a vector of the current batch, drawn in proportion to its
-    distance from its code, as k-means++ draws its centres. At first most are dead: that is the start, unless
-    `kmeans_steps` moves them first.
+    A.1, on the sphere), or of a parameter that the loss pulls towards them (equation 3). A code that hardly
+    any vector chooses is dead. It is revived at a vector of the current batch, drawn in proportion to the
+    distance from its code, as k-means++ draws centres. Most codes are dead at first, so revival also
+    initialises them, unless `kmeans_steps` does.
     """
 
     def __init__(self, config: QuantizerConfig):
         super().__init__()
         self.config = config
         self.scale = math.sqrt(config.code_width)  # unit vectors have entries of 1 / scale
-        sums = torch.randn(config.codebook_size, config.code_width)  # of a code's vectors
+        sums = torch.randn(config.codebook_size, config.code_width)  # averages of codes' vectors
         self.learns = config.codebook_update == "gradient"
         if self.learns:
             self.sums = nn.Parameter(F.normalize(sums, dim=-1))
@@ -103,7 +108,7 @@ class Codebook(nn.Module):
 
     def vectors(self) -> Tensor:
         """The codes, (codebook_size, code_width), each of length 1."""
-        return F.normalize(self.sums.clone() if self.learns else self.sums, dim=-1)  # revival is in place
+        return F.normalize(self.sums.clone() if self.learns else self.sums, dim=-1)  # revival writes in place
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """vectors (..., code_width) of length 1 → each one's nearest code, (...), compared in float32."""
@@ -112,8 +117,8 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def start(self, vectors: Tensor) -> None:
-        """K-means on the sphere over `vectors` (number, code_width), from `codebook_size` of them. Under
-        torch.distributed all processes take the first one's."""
+        """Initialises the codes by k-means on the sphere over `vectors` (number, code_width). Under
+        torch.distributed, all processes take the result of rank 0."""
         drawn = torch.randint(len(vectors), (len(self.use),), device=vectors.device)
         if len(vectors) >= len(self.use):
             drawn = torch.randperm(len(vectors), device=vectors.device)[: len(self.use)]
@@ -128,17 +133,17 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update(self, vectors: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Moves `codes` (number,) to the `vectors` (number, code_width) that chose them, where no optimizer
-        does; revives the dead.
+        """Moves `codes` (number,) to the `vectors` (number, code_width) that chose them, unless the optimizer
+        does, and revives dead codes.
 
-        Under torch.distributed the vectors of all processes count, and their codebooks stay alike.
+        Under torch.distributed, the vectors of all processes count, and their codebooks stay equal.
 
         Returns:
-            metrics: the share of `dead_codes`, and the `perplexity` of the codes' moving use.
+            Metrics: the share of `dead_codes`, and the `perplexity` of the codes' moving average of use.
         """
         sums = torch.zeros_like(self.sums).index_add_(0, codes, vectors.to(self.sums.dtype))
         distances = 1 - (vectors * self.vectors()[codes]).sum(-1)
-        chances = distances.nan_to_num(1e-6).clamp_min(1e-6)  # a broken encoder shows in the loss, not here
+        chances = distances.nan_to_num(1e-6).clamp_min(1e-6)  # an encoder with NaNs fails in the loss
         drawn = vectors[torch.multinomial(chances, len(self.use), replacement=True)]
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
@@ -149,13 +154,13 @@ class Codebook(nn.Module):
         dead = self.use < self.config.revive_below
         self.use.copy_(torch.where(dead, REVIVED_USE, self.use))
         length = 1.0 if self.learns else REVIVED_USE
-        self.sums.data.copy_(torch.where(dead[:, None], length * drawn, self.sums))  # unseen by autograd
+        self.sums.data.copy_(torch.where(dead[:, None], length * drawn, self.sums))  # hidden from autograd
         return {"dead_codes": dead.float().mean(), "perplexity": perplexity(self.use)}
 
 
 class LinearCodebook(nn.Module):
-    """SimVQ (2411.02038): the codes are frozen random vectors times one learnt matrix, which every chosen
-    code moves, so that none is left behind. Compared by Euclidean distance."""
+    """SimVQ (2411.02038): frozen random vectors times one learnt matrix, which every chosen code moves, so
+    that no code is left behind; compared by Euclidean distance."""
 
     scale = 1.0
 
@@ -196,7 +201,7 @@ class LinearCodebook(nn.Module):
 
 class FiniteScalar(nn.Module):
     """FSQ (2309.15505): each dimension is bounded and rounded to one of its levels, evenly spaced in [-1, 1];
-    a code is the number that its levels spell. Nothing can die, and there is no loss to add."""
+    the levels are the digits of the code. No code can die, and there is no loss to add."""
 
     scale = 1.0
 
@@ -228,8 +233,8 @@ class FiniteScalar(nn.Module):
         return (digits - self.levels // 2) / (self.levels // 2)
 
     def bound(self, x: Tensor) -> Tensor:
-        """x (..., dimensions) → numbers that round to -(levels // 2), ..., levels - 1 - levels // 2 (the
-        paper's appendix A.1)."""
+        """x (..., dimensions) → numbers that round to -(levels // 2), ..., levels - 1 - levels // 2 (appendix
+        A.1)."""
         half = (self.levels - 1) * (1 - 1e-3) / 2
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
         return torch.tanh(x + torch.tan(offset / half)) * half - offset
@@ -248,8 +253,8 @@ def straight_through(value: Tensor, quantized: Tensor) -> Tensor:
 
 
 def move_use(use: Tensor, codes: Tensor, decay: float) -> Tensor:
-    """Moves the average `use` of every code, where 1 is the average code's, towards that of `codes` (number,)
-    of all processes; returns what a count is multiplied by."""
+    """Moves the average `use` of every code, where 1 is the average code's, towards its share of `codes`
+    (number,) in all processes; returns the factor from counts to use."""
     counts = torch.bincount(codes, minlength=len(use)).to(use.dtype)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(counts)
@@ -260,12 +265,12 @@ def move_use(use: Tensor, codes: Tensor, decay: float) -> Tensor:
 
 @torch.no_grad()
 def track_use(use: Tensor, codes: Tensor, config: QuantizerConfig) -> dict[str, Tensor]:
-    """`move_use`, and the metrics of `Codebook.update`, for quantisers that need not revive a code."""
+    """`move_use` and the metrics of `Codebook.update`, for quantisers that need no revival."""
     move_use(use, codes, config.codebook_decay)
     dead = use < config.revive_below
     return {"dead_codes": dead.float().mean(), "perplexity": perplexity(use)}
 
 
 def perplexity(use: Tensor) -> Tensor:
-    """exp(entropy) of the distribution that is proportional to `use`."""
+    """exp(entropy) of the distribution proportional to `use`."""
     return torch.special.entr(use / use.sum()).sum().exp()

@@ -1,5 +1,5 @@
-"""Residual networks with GroupNorm and weight standardisation: BiT's ResNetV2 as a classifier of its own
-(1912.11370), and the older order of layers as the stem of ViT's hybrids (2010.11929, section 3.1).
+"""Residual networks with GroupNorm and weight standardisation: BiT's ResNetV2 as a classifier (1912.11370),
+and ResNetV1's order of layers as the stem of ViT's hybrids (2010.11929, section 3.1).
 """
 
 from collections.abc import Callable
@@ -16,21 +16,22 @@ from mmvit.core.hidden import HiddenLayers
 from mmvit.hub import Pretrained
 from mmvit.models.classification import classification_loss
 
-GROUPS = 32  # of GroupNorm
-Epsilons = Literal["official", "timm"]  # whose, in a hybrid's stem
+GROUPS = 32  # of every GroupNorm
+Epsilons = Literal["official", "timm"]  # whose epsilons a hybrid's stem has
 
 
 class ResNetConfig(Config):
-    """A convolutional classifier of images of any size. The defaults are BiT's R50x1."""
+    """A convolutional classifier for images of any size. The defaults are BiT's R50x1."""
 
     kind: Literal["resnet"] = "resnet"
     image_size: int | tuple[int, int] = Field(224, json_schema_extra=OF_TRAINING)
     channels: int = Field(3, gt=0, json_schema_extra=OF_TRAINING)
     num_classes: int = Field(1000, gt=1, json_schema_extra=FROM_DATA)
-    width: int = Field(64, gt=0, description="of the first stage's bottlenecks; a quarter of its output")
+    width: int = Field(64, gt=0, description="of the first stage's bottlenecks, a quarter of its output")
     depths: tuple[int, ...] = Field((3, 4, 6, 3), min_length=1, description="blocks of each stage")
     root: Literal["imagenet", "small"] = Field(
-        "imagenet", description="7x7 convolution and pooling, a quarter of the size; or 3x3 at full size"
+        "imagenet",
+        description="first layer: 7x7 and pooling, down to a quarter of the size; or 3x3 at full size",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, json_schema_extra=OF_TRAINING)
 
@@ -39,7 +40,9 @@ class ResNetConfig(Config):
         if min(self.height_width) < 1:
             raise ValueError(f"image_size {self.image_size} has no pixels")
         if self.width % GROUPS:
-            raise ValueError(f"width {self.width} is no multiple of the {GROUPS} groups of its norms")
+            raise ValueError(
+                f"width must be a multiple of the {GROUPS} groups of its norms, got {self.width}"
+            )
         return self
 
     @property
@@ -48,7 +51,7 @@ class ResNetConfig(Config):
 
 
 class ResNet(Pretrained, nn.Module):
-    """pixels → logits, by convolutions alone (ResNetV2, 1603.05027, as BiT has it)."""
+    """pixels → logits, by convolutions alone (ResNetV2, 1603.05027, in BiT's form)."""
 
     config_class, kind = ResNetConfig, "resnet"
 
@@ -66,9 +69,7 @@ class ResNet(Pretrained, nn.Module):
     def features(self, pixels: Tensor) -> Tensor:
         """pixels (batch, channels, height, width) in [-1, 1] → (batch, 4 · last stage's width)."""
         if pixels.shape[1] != self.config.channels:
-            raise ValueError(
-                f"pixels have {pixels.shape[1]} channels, this classifier reads {self.config.channels}"
-            )
+            raise ValueError(f"expected pixels with {self.config.channels} channels, got {pixels.shape[1]}")
         x = self.root(pixels)
         if self.config.root == "imagenet":
             x = F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, stride=2)
@@ -79,17 +80,18 @@ class ResNet(Pretrained, nn.Module):
         return self.head(self.features(pixels))
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `Classifier.loss`."""
+        """`classification_loss` of `batch["pixels"]` and `batch["labels"]`."""
         return classification_loss(self(batch["pixels"]), batch["labels"], self.config.label_smoothing)
 
 
 class ResNetStem(nn.Module):
-    """The hybrids' stem: ResNet-50 with its last stage's blocks in the third, each of whose places becomes a
-    token, or each square of `patch` places.
+    """The hybrids' stem: ResNet-50 with the last stage's blocks moved to the third. Each place of its output,
+    or each square of `patch` x `patch` places, becomes a token.
 
     Args:
-        epsilons: the official code adds 1e-5 to the deviation of a kernel, and norms have 1e-6; in timm's
-            port it is 1e-8 to the variance, and 1e-5. Weights of the one give other features in the other.
+        epsilons: the official code adds 1e-5 to a kernel's standard deviation and its norms have 1e-6; timm's
+            port adds 1e-8 to the variance and its norms have 1e-5. Weights of one give wrong features in the
+            other.
     """
 
     def __init__(
@@ -119,20 +121,23 @@ class ResNetStem(nn.Module):
 
 
 def stem_places(patch_size: int, width: int, depths: tuple[int, ...]) -> tuple[int, int, int]:
-    """What a `ResNetStem` makes a token of: channels, rows and columns of places."""
+    """Channels, rows and columns of the places from which a `ResNetStem` makes a token."""
     side = patch_size // stem_stride(depths)
     return 4 * width * 2 ** (len(depths) - 1), side, side
 
 
 def stem_stride(depths: tuple[int, ...]) -> int:
-    """Pixels, along each side, of a place that a `ResNetStem` of these stages gives."""
+    """Pixels along each side of one place in the output of a `ResNetStem` with these stages."""
     return 4 * 2 ** (len(depths) - 1)
 
 
 class StandardizedConv(nn.Conv2d):
     """A convolution without bias whose kernels have mean 0 and variance 1 (weight standardisation,
-    1903.10520). `same` pads as TensorFlow does, which is not even where the stride is 2; `added` is an
-    epsilon beside the deviation, in place of one beside the variance."""
+    1903.10520).
+
+    `same` pads as TensorFlow does, which is asymmetric at stride 2; `added` is an epsilon added to the
+    standard deviation instead of one added to the variance.
+    """
 
     def __init__(
         self, before: int, after: int, kernel: int, stride: int = 1, same: bool = False, added: float = 0.0
@@ -152,14 +157,14 @@ class StandardizedConv(nn.Conv2d):
 
 
 def pad_as_tensorflow(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
-    """So that ⌈size / stride⌉ places come out: what is odd goes right and below."""
+    """Pads x for ⌈size / stride⌉ places; an odd row or column of padding goes below or to the right."""
     rows, columns = (max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:])
     padding = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
     return F.pad(x, padding, value=value)
 
 
 class PreActivation(HiddenLayers):
-    """A bottleneck whose convolutions each come after norm and ReLU; the sum goes on as it is (BiT)."""
+    """A bottleneck with norm and ReLU before each convolution, and none after the sum (BiT)."""
 
     def __init__(self, before: int, inner: int, stride: int):
         super().__init__()
@@ -178,8 +183,7 @@ class PreActivation(HiddenLayers):
 
 
 class PostActivation(HiddenLayers):
-    """A bottleneck whose norms come after its convolutions, as in the first residual networks
-    (1512.03385)."""
+    """A bottleneck with norms after its convolutions, as in the first residual networks (1512.03385)."""
 
     def __init__(self, before: int, inner: int, stride: int, epsilons: Epsilons = "official"):
         super().__init__()
@@ -201,7 +205,7 @@ class PostActivation(HiddenLayers):
 def conv_and_norm(
     before: int, after: int, kernel: int, stride: int, epsilons: Epsilons
 ) -> tuple[StandardizedConv, nn.GroupNorm]:
-    """Of a hybrid's stem."""
+    """A convolution of a hybrid's stem and its norm."""
     is_official = epsilons == "official"
     convolution = StandardizedConv(before, after, kernel, stride, same=True, added=1e-5 * is_official)
     return convolution, nn.GroupNorm(GROUPS, after, eps=1e-6 if is_official else 1e-5)
@@ -210,8 +214,8 @@ def conv_and_norm(
 def build_stages(
     before: int, width: int, depths: tuple[int, ...], block: Callable[..., nn.Module]
 ) -> tuple[nn.Sequential, int]:
-    """Stages of `depths` blocks, each but the first at half the resolution and twice the width of the one
-    before; and the width of what they give."""
+    """Stages of `depths` blocks, each after the first at half the resolution and twice the width of the one
+    before, and the width of their output."""
     stages = []
     for number, depth in enumerate(depths):
         inner = width * 2**number

@@ -1,5 +1,5 @@
-"""From pixels to tokens: flat patches as in ViT, a few convolutions, a small residual network, or ResNet-50
-as in ViT's hybrids (mmvit.models.resnet)."""
+"""Stems, which turn pixels into tokens: flat patches as in ViT, a few convolutions, a small residual network,
+or ResNet-50 as in ViT's hybrids (mmvit.models.resnet)."""
 
 from itertools import pairwise
 from typing import Literal
@@ -13,7 +13,11 @@ from mmvit.core.hidden import HiddenLayers
 from mmvit.models.resnet import Epsilons, ResNetStem, stem_stride
 
 StemKind = Literal["patch", "conv", "residual", "resnet"]
-SMALLEST_PATCH = {"patch": 1, "conv": 2, "residual": 4}  # of each kind; convolutions need a power of two
+SMALLEST_PATCH = {
+    "patch": 1,
+    "conv": 2,
+    "residual": 4,
+}  # of each kind; stems of convolutions need a power of two
 
 
 class PatchStem(nn.Module):
@@ -38,10 +42,10 @@ class PatchStem(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """3×3 convolutions of stride 2 down to one vector a patch, then a 1×1 (Xiao et al., 2106.14881).
+    """3×3 convolutions of stride 2 down to one vector per patch, then a 1×1 (Xiao et al., 2106.14881).
 
-    Widths double from layer to layer and end at `width`; batch normalisation is replaced by a
-    per-position LayerNorm, so a token does not depend on the other images of the batch.
+    Widths double from layer to layer up to `width`. A LayerNorm at each position replaces batch
+    normalisation, so that a token does not depend on the other images of the batch.
     """
 
     def __init__(self, patch_size: int, channels: int, width: int):
@@ -65,12 +69,11 @@ class ConvStem(nn.Module):
 
 
 class ResidualStem(nn.Module):
-    """A small residual network in front of the core, as in the paper's hybrids (2010.11929, section 3.1).
+    """A small residual network before the core, as in the paper's hybrids (2010.11929, section 3.1).
 
-    Each stage begins with a 3×3 convolution of stride 2, so that the last has one vector a patch, and goes on
-    with `blocks[stage]` residual blocks. The first stage's width is `stem_width`, the last one's `width`;
-    they double in between. Batch normalisation: in training a token depends on the other images of this
-    process's part of the batch.
+    Each stage is a 3×3 convolution of stride 2 followed by `blocks[stage]` residual blocks; the last stage
+    has one vector per patch. Widths start at `stem_width` and double up to `width`. Because of batch
+    normalisation, in training a token depends on the other images in this process's part of the batch.
     """
 
     def __init__(self, patch_size: int, channels: int, width: int, stem_width: int, blocks: tuple[int, ...]):
@@ -93,7 +96,7 @@ class ResidualStem(nn.Module):
 
 
 class Reduction(HiddenLayers):
-    """Halves the resolution, by a convolution of a normalised and rectified input."""
+    """Norm, ReLU, and a convolution that halves the resolution."""
 
     def __init__(self, before: int, after: int):
         super().__init__()
@@ -104,7 +107,7 @@ class Reduction(HiddenLayers):
 
 
 class ResidualBlock(HiddenLayers):
-    """x + two 3×3 convolutions, each of a normalised and rectified input (1603.05027)."""
+    """x + two 3×3 convolutions, each after norm and ReLU (1603.05027)."""
 
     def __init__(self, width: int):
         super().__init__()

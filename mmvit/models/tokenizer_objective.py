@@ -1,5 +1,5 @@
-"""What a VQ tokenizer may learn from besides its pixels: distances in frozen features, and a discriminator
-that learns beside it (VQGAN, 2012.09841, section 3.1)."""
+"""Further losses of a VQ tokenizer: distances in frozen features, and a discriminator that learns beside it
+(VQGAN, 2012.09841, section 3.1)."""
 
 from collections.abc import Callable, Mapping
 from typing import Self
@@ -16,25 +16,27 @@ from mmvit.models.discriminator import PatchDiscriminator
 from mmvit.models.perceptual import FrozenDistance
 from mmvit.models.vq import VQModel, pixel_error
 
-LARGEST_RATIO = 1e4  # of the adaptive weight
+MAX_ADAPTIVE_WEIGHT = 1e4
 
 
 class ObjectiveConfig(Config):
-    """Losses beside that of the pixels, all off by default. Starts are counted in training passes."""
+    """Losses beside the pixels' own, all off by default. Starts are counted in training passes."""
 
-    perceptual: str = Field("", description="folder of a classifier of ours to compare features of")
+    perceptual: str = Field("", description="folder of an mmvit classifier whose features are compared")
     perceptual_weight: float = Field(1.0, gt=0)
     lpips: str = Field("", description="file of torchvision's VGG16 weights, for LPIPS")
     lpips_weight: float = Field(1.0, gt=0)
-    adversarial_weight: float = Field(0.0, ge=0, description="of a discriminator's judgement; 0 is off")
+    adversarial_weight: float = Field(
+        0.0, ge=0, description="weight of a discriminator's judgement; 0 is off"
+    )
     adversarial_adaptive: bool = Field(
-        False, description="whether that weight is a share of the other terms' gradient (VQGAN, equation 7)"
+        False, description="whether that weight is relative to the other terms' gradient (VQGAN, equation 7)"
     )
     discriminator_start: int = Field(
-        0, ge=0, description="pass from which the discriminator learns", json_schema_extra=IN_STEPS
+        0, ge=0, description="first pass in which the discriminator learns", json_schema_extra=IN_STEPS
     )
     adversarial_start: int = Field(
-        1000, ge=0, description="pass from which its judgement counts", json_schema_extra=IN_STEPS
+        1000, ge=0, description="first pass in which its judgement counts", json_schema_extra=IN_STEPS
     )
     discriminator_width: int = Field(64, ge=4, multiple_of=4)
     discriminator_layers: int = Field(3, ge=1)
@@ -44,7 +46,7 @@ class ObjectiveConfig(Config):
         if self.adversarial_start <= self.discriminator_start:
             raise ValueError(
                 f"adversarial_start {self.adversarial_start} must be greater than discriminator_start "
-                f"{self.discriminator_start}: a discriminator learns before its judgement counts"
+                f"{self.discriminator_start}: a discriminator has to learn before its judgement counts"
             )
         return self
 
@@ -54,17 +56,17 @@ class ObjectiveConfig(Config):
 
 
 class TokenizerObjective(nn.Module):
-    """A tokenizer with all that it learns from, trained by one backward pass and one optimizer.
+    """A tokenizer with all its losses, trained by one backward pass and one optimizer.
 
     The discriminator's judgement reaches the tokenizer through detached copies of the discriminator's
-    parameters, and the discriminator's own loss reads a detached reconstruction, so that neither moves by the
-    other's loss. The usual way has two optimizers; with one, the discriminator has the tokenizer's betas,
-    where (0.5, 0.9) are common, and counts in the norm by which the gradient is clipped.
+    parameters, and the discriminator's own loss reads a detached reconstruction, so neither is moved by the
+    other's loss. The usual way is two optimizers; with one, the discriminator has the tokenizer's betas,
+    where (0.5, 0.9) are common, and counts towards the norm for gradient clipping.
 
-    Distances are neither saved nor averaged with the rest, and are no submodules.
+    Distances are neither saved nor averaged with the weights, and are not submodules.
 
     Args:
-        distances: networks under the names "perceptual" and "lpips", whose weights are in the configuration.
+        distances: networks by the names "perceptual" and "lpips"; the configuration has their weights.
     """
 
     def __init__(
@@ -96,16 +98,17 @@ class TokenizerObjective(nn.Module):
             self.discriminator.grid(height, width)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The tokenizer's loss of `batch["pixels"]`, each distance and, from its start on, the
-        discriminator's judgement at their weights; plus the discriminator's own loss.
+        """The tokenizer's loss of `batch["pixels"]`, plus each distance and, once it counts, the
+        discriminator's judgement, at their weights, plus the discriminator's own loss.
 
-        In training mode the tokenizer's codebook may take its step, and the pass counts towards the starts.
+        In training mode, this may also update the tokenizer's codebook, and the pass counts towards the
+        starts.
 
         Returns:
-            loss, and metrics: the tokenizer's; each distance under its name; `discriminator`, its hinge loss,
-            1 before it knows anything; `patches_right`, the share of patches that it judges right;
-            `adversarial`, minus its mean logit for reconstructions; `adaptive_weight`, if that is on. Those
-            of a term that has not begun are left out.
+            loss, and metrics: the tokenizer's; each distance by its name; `discriminator`, its hinge loss, 1
+            for an untrained one; `patches_right`, the share of patches that it judges correctly;
+            `adversarial`, minus its mean logit for reconstructions; `adaptive_weight`, if on. A term that has
+            not started has no metrics.
 
         Raises:
             UserError: as `check_size` does.
@@ -128,8 +131,8 @@ class TokenizerObjective(nn.Module):
         if passes < self.config.discriminator_start:
             # DDP waits for a gradient of every parameter
             return loss + 0 * sum(p.sum() for p in self.discriminator.parameters()), metrics
-        judged = self.discriminator(torch.cat([pixels, reconstruction.detach()]))
-        own, parts = discriminator_loss(*judged.chunk(2))
+        logits = self.discriminator(torch.cat([pixels, reconstruction.detach()]))
+        own, parts = discriminator_loss(*logits.chunk(2))
         loss, metrics = loss + own, {**metrics, **parts}
         if passes >= self.config.adversarial_start:
             adversarial = -self.judge(reconstruction).mean()
@@ -142,21 +145,22 @@ class TokenizerObjective(nn.Module):
         return loss, metrics
 
     def judge(self, reconstruction: Tensor) -> Tensor:
-        """The discriminator's logits, through which the gradient reaches the reconstruction alone."""
-        still = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
-        return functional_call(self.discriminator, still, (reconstruction,))
+        """The discriminator's logits, whose gradient reaches only the reconstruction."""
+        frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
+        return functional_call(self.discriminator, frozen, (reconstruction,))
 
 
-def discriminator_loss(real: Tensor, made: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The hinge loss of the logits for real and made images, and metrics (1705.02894, as in VQGAN)."""
-    loss = (F.relu(1 - real).mean() + F.relu(1 + made).mean()) / 2
-    right = ((real > 0).float().mean() + (made < 0).float().mean()) / 2
+def discriminator_loss(real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The hinge loss of the logits for real and fake images, and metrics (1705.02894, as in VQGAN)."""
+    loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+    right = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
     return loss, {"discriminator": loss.detach(), "patches_right": right}
 
 
 def gradient_ratio(error: Tensor, adversarial: Tensor, parameter: Tensor) -> Tensor:
-    """λ, by which both terms pull `parameter` alike (VQGAN, equation 7): the norm of `error`'s gradient over
-    that of `adversarial`'s. Under torch.distributed it is of the gradients' mean over the processes."""
+    """λ, at which both terms have equal gradients for `parameter` (VQGAN, equation 7): the norm of `error`'s
+    gradient over that of `adversarial`'s. Under torch.distributed, gradients are averaged over the
+    processes."""
     with torch.autocast(parameter.device.type, enabled=False):
         gradients = [
             torch.autograd.grad(term, parameter, retain_graph=True)[0] for term in (error, adversarial)
@@ -165,4 +169,4 @@ def gradient_ratio(error: Tensor, adversarial: Tensor, parameter: Tensor) -> Ten
         for gradient in gradients:
             dist.all_reduce(gradient)
     error_norm, adversarial_norm = (gradient.norm() for gradient in gradients)
-    return (error_norm / (adversarial_norm + 1e-6)).clamp_max(LARGEST_RATIO)
+    return (error_norm / (adversarial_norm + 1e-6)).clamp_max(MAX_ADAPTIVE_WEIGHT)

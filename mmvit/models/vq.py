@@ -1,8 +1,8 @@
-"""VQ image tokenizer: pixels to a small grid of discrete codes and back (VQ-VAE, 1711.00937).
+"""The VQ image tokenizer: pixels to a small grid of discrete codes and back (VQ-VAE, 1711.00937).
 
-The encoder sees one patch at a time, with a margin of a few pixels around it, so that equal patches get equal
-codes wherever they are and whatever surrounds them: what two pictures have in common, a generator has to
-learn once. The decoder sees far, because it has to settle what single codes leave open.
+The encoder sees one patch at a time, with a margin of a few pixels around it, so equal patches get equal
+codes wherever they are and whatever surrounds them. A generator then learns only once what two images have in
+common. The decoder sees far, because it has to settle what single codes leave open.
 """
 
 import math
@@ -21,35 +21,38 @@ from mmvit.models.quantizers import QUANTIZERS, QuantizerConfig
 
 
 class VQConfig(QuantizerConfig):
-    """Shape of a `VQModel`, and how its codes learn."""
+    """The shape of a `VQModel` and how its codes learn."""
 
     kind: Literal["vq"] = "vq"
     factor: int = Field(8, ge=1, description="pixels per code, along each side")
-    margin: int = Field(2, ge=0, description="pixels around its patch that a code depends on, too")
+    margin: int = Field(2, ge=0, description="pixels around its patch on which a code depends, too")
     encoder_width: int = Field(256, ge=1)
     encoder_depth: int = Field(2, ge=0)
     decoder_widths: tuple[int, ...] = Field(
-        (256, 128), min_length=1, description="of its stages; each has twice the resolution of the one before"
+        (256, 128), min_length=1, description="of the stages, each at twice the resolution of the one before"
     )
     decoder_depths: tuple[int, ...] = Field((2, 3), description="residual blocks of each stage")
-    attention_depth: int = Field(0, ge=0, description="attention blocks in which the decoder sees all codes")
+    attention_depth: int = Field(
+        0, ge=0, description="attention blocks with which the decoder sees all codes"
+    )
 
     @model_validator(mode="after")
     def _stages_fit(self):
         stages, depths = len(self.decoder_widths), len(self.decoder_depths)
         if stages != depths:
             raise ValueError(
-                f"decoder_widths has {stages} stages, decoder_depths {depths}; give each stage a depth"
+                f"decoder_widths has {stages} stages, decoder_depths {depths}: give each stage both"
             )
         if self.factor % 2 ** (stages - 1):
             raise ValueError(
-                f"factor {self.factor} is no multiple of {2 ** (stages - 1)}, as {stages} decoder stages need"
+                f"factor must be a multiple of {2 ** (stages - 1)} for {stages} decoder stages, got "
+                f"{self.factor}"
             )
         return self
 
 
 class VQModel(ImageTokenizer):
-    """pixels ↔ codes. Any image whose sides are multiples of `factor` will do, whatever the training size."""
+    """pixels ↔ codes, for images of any size whose sides are multiples of `factor`."""
 
     config_class, kind = VQConfig, "vq"
 
@@ -66,11 +69,11 @@ class VQModel(ImageTokenizer):
 
     @property
     def fingerprinted(self) -> tuple[str, ...]:
-        """Settings that change the codes, but no weight (mmvit.hub.fingerprint)."""
+        """Settings that change the codes but no weight (mmvit.hub.fingerprint)."""
         return ("levels",) if self.config.quantizer == "fsq" else ()
 
     def code_vectors(self) -> Tensor:
-        """What each code stands for, (codebook_size, code_width)."""
+        """The vector of each code, (codebook_size, code_width)."""
         return self.codebook.vectors()
 
     def codes_of(self, pixels: Tensor) -> Tensor:
@@ -85,10 +88,10 @@ class VQModel(ImageTokenizer):
         return self.decoder.head.weight
 
     def reconstruct(self, pixels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """pixels (batch, 3, height, width) in [-1, 1] → what the decoder makes of their codes, of that shape
-        and not cut to [-1, 1]; the quantiser's loss (1711.00937, equation 3); its metrics.
+        """pixels (batch, 3, height, width) in [-1, 1] → their reconstruction, of that shape and not clamped;
+        the quantiser's loss (1711.00937, equation 3); its metrics.
 
-        In training mode a codebook that follows averages takes its step here, too.
+        In training mode, this also updates a codebook of moving averages.
 
         Raises:
             UserError: as `grid` does.
@@ -98,15 +101,15 @@ class VQModel(ImageTokenizer):
         return self.decoder(quantized * self.codebook.scale).float(), quantizer_loss, metrics
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """`pixel_error` of the reconstruction of `batch["pixels"]`, plus the quantiser's loss; as
-        `reconstruct` in all else."""
+        """`pixel_error` of the reconstruction of `batch["pixels"]` plus the quantiser's loss; otherwise as
+        `reconstruct`."""
         reconstruction, quantizer_loss, metrics = self.reconstruct(batch["pixels"])
         error, parts = pixel_error(reconstruction, batch["pixels"])
         return error + quantizer_loss, {**parts, **metrics}
 
 
 def pixel_error(reconstruction: Tensor, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """L1 + L2, means over all values, and both as metrics."""
+    """L1 + L2, averaged over all values, and both as metrics."""
     error = reconstruction - pixels
     l1, l2 = error.abs().mean(), error.square().mean()
     return l1 + l2, {"l1": l1.detach(), "l2": l2.detach()}
@@ -133,13 +136,13 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Residual convolutions at low resolution, by choice with attention at the lowest: vectors (batch, rows,
+    """Residual convolutions at low resolution, optionally with attention at the lowest: vectors (batch, rows,
     columns, quantized_width) → pixels."""
 
     def __init__(self, config: VQConfig):
         super().__init__()
         widths = config.decoder_widths
-        self.rest = config.factor // 2 ** (len(widths) - 1)  # what the stages leave of the factor
+        self.rest = config.factor // 2 ** (len(widths) - 1)  # of the factor, after the stages
         self.stem = Convolution(config.quantized_width, widths[0])
         shape = TransformerConfig(width=widths[0], num_heads=widths[0] // math.gcd(widths[0], 64))
         self.attention = nn.ModuleList(Block(shape, 0.0) for _ in range(config.attention_depth))
@@ -162,7 +165,7 @@ class Decoder(nn.Module):
 
 
 class MLPBlock(HiddenLayers):
-    """x + MLP(norm(x)), at every position by itself."""
+    """x + MLP(norm(x)), at each position on its own."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -175,7 +178,8 @@ class MLPBlock(HiddenLayers):
 
 
 class ConvBlock(HiddenLayers):
-    """x + Linear(SiLU(Conv3x3(norm(x)))); on a CPU with matrix units, faster than a depthwise convolution."""
+    """x + Linear(SiLU(Conv3x3(norm(x)))), which a CPU with matrix units computes faster than a depthwise
+    one."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -188,7 +192,7 @@ class ConvBlock(HiddenLayers):
 
 
 class Convolution(nn.Conv2d):
-    """3x3 over (batch, rows, columns, channels): channels_last in memory, so that nothing is copied."""
+    """3x3 over (batch, rows, columns, channels), which is channels_last in memory, so nothing is copied."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1)

@@ -1,8 +1,7 @@
-"""VQGAN (2012.09841): pixels ↔ codes by residual convolutions and attention, the tokenizer of many published
-generators.
+"""VQGAN (2012.09841), the image tokenizer of many published generators: residual convolutions and attention.
 
-It is here to run weights that others have trained (mmvit.interop.vqgan reads them), so there is no `loss`; to
-train a tokenizer, take `VQModel` or `DiscreteVAE`.
+It runs weights that others have trained (mmvit.interop.vqgan imports them) and has no `loss`; to train a
+tokenizer, use `VQModel` or `DiscreteVAE`.
 """
 
 from typing import Literal
@@ -18,44 +17,42 @@ from mmvit.models.image_tokenizer import ImageTokenizer
 
 
 class VQGANConfig(Config):
-    """Shape of a `VQGAN`, and how its codes are read. The defaults are the paper's model with 16384 codes.
+    """The shape of a `VQGAN`, and how it chooses codes. The defaults are the paper's model with 16384 codes.
 
-    Level 0 has the resolution of the image, each further one half of that before.
+    Level 0 has the resolution of the image, each further level half of the one before.
     """
 
     kind: Literal["vqgan"] = "vqgan"
     codebook_size: int = Field(16384, ge=2)
     code_width: int = Field(256, ge=1, description="dimensions of a code")
-    latent_width: int = Field(256, ge=1, description="channels that the encoder gives and the decoder reads")
+    latent_width: int = Field(256, ge=1, description="channels between encoder and decoder")
     stem_width: int = Field(128, ge=1, description="channels of the encoder's first convolution")
     widths: tuple[int, ...] = Field((128, 128, 256, 256, 512), min_length=1, description="of the levels")
     blocks_per_level: int = Field(2, ge=1, description="in the encoder; the decoder has one more")
     encoder_attention: tuple[int, ...] = Field((4,), description="levels with attention after every block")
-    decoder_attention: tuple[int, ...] = Field((4,), description="likewise")
+    decoder_attention: tuple[int, ...] = Field((4,), description="levels with attention after every block")
     middle_attention: bool = Field(True, description="between the two blocks at the lowest resolution")
     num_groups: int = Field(32, ge=1, description="of every group normalisation")
-    decoder: bool = Field(True, description="whether there is one; Chameleon's weights come without")
-    cosine: bool = Field(False, description="whether codes are chosen by angle, not by Euclidean distance")
-    unit_codes: bool = Field(False, description="whether the decoder reads codes scaled to length 1")
-    black: Literal[-1, 0] = Field(
-        -1, description="the darkest pixel as the weights know it; the lightest is 1"
-    )
+    decoder: bool = Field(True, description="whether there is a decoder; Chameleon's weights have none")
+    cosine: bool = Field(False, description="whether codes are chosen by angle instead of Euclidean distance")
+    unit_codes: bool = Field(False, description="whether the decoder's codes are scaled to length 1")
+    black: Literal[-1, 0] = Field(-1, description="value of the darkest pixel in training; the lightest is 1")
 
     @model_validator(mode="after")
     def _parts_fit(self):
         if uneven := [width for width in (self.stem_width, *self.widths) if width % self.num_groups]:
-            raise ValueError(f"widths {uneven} are no multiples of num_groups {self.num_groups}")
+            raise ValueError(f"widths must be multiples of num_groups {self.num_groups}, got {uneven}")
         levels = range(len(self.widths))
         if beyond := {*self.encoder_attention, *self.decoder_attention} - {*levels}:
-            raise ValueError(f"attention at levels {sorted(beyond)}, but there are {len(levels)}, from 0")
+            raise ValueError(f"attention levels must be 0 to {len(levels) - 1}, got {sorted(beyond)}")
         return self
 
 
 class VQGAN(ImageTokenizer):
-    """pixels ↔ codes. Any image whose sides are multiples of `factor` will do."""
+    """pixels ↔ codes, for images whose sides are multiples of `factor`."""
 
     config_class, kind = VQGANConfig, "vqgan"
-    fingerprinted = ("cosine", "unit_codes", "black")  # change the codes or pixels, but no weight
+    fingerprinted = ("cosine", "unit_codes", "black")  # change codes or pixels, but no weight
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
@@ -71,7 +68,7 @@ class VQGAN(ImageTokenizer):
         return 2 ** (len(self.config.widths) - 1)
 
     def code_vectors(self) -> Tensor:
-        """What the decoder reads for each code, (codebook_size, code_width)."""
+        """The decoder's vector for each code, (codebook_size, code_width)."""
         vectors = self.codebook.weight
         return F.normalize(vectors, dim=-1) if self.config.unit_codes else vectors
 
@@ -83,7 +80,7 @@ class VQGAN(ImageTokenizer):
     def nearest(self, vectors: Tensor) -> Tensor:
         """vectors (..., code_width) → each one's nearest code, (...)."""
         codes = self.codebook.weight
-        if self.config.cosine:  # the length of a vector does not change which code has the least angle to it
+        if self.config.cosine:  # its own length does not change which code is nearest in angle
             return (vectors @ F.normalize(codes, dim=-1).T).argmax(-1)
         # |e − v|² without |v|², which is the same for all codes
         return (codes.square().sum(-1) - 2 * vectors @ codes.T).argmin(-1)
@@ -91,10 +88,10 @@ class VQGAN(ImageTokenizer):
     def pixels_of(self, codes: Tensor) -> Tensor:
         if self.decoder is None:
             raise UserError(
-                "this image tokenizer can only encode, its weights came without a decoder: decode with one "
+                "this image tokenizer can only encode: its weights came without a decoder. Decode with one "
                 "of the same codebook that has a decoder"
             )
-        # In channels_last, group normalisation on a CPU is off by 1e-5 and more where the mean is large.
+        # in channels_last, group normalisation on a CPU is off by 1e-5 or more where the mean is large
         vectors = self.code_vectors()[codes].permute(0, 3, 1, 2).contiguous()
         pixels = self.decoder(self.from_code(vectors)).float()
         return (pixels if self.config.black == -1 else pixels * 2 - 1).clamp(-1, 1)
@@ -127,8 +124,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """latents (batch, latent_width, rows, columns) → pixels; its levels stand in the order in which they run,
-    the lowest resolution first."""
+    """latents (batch, latent_width, rows, columns) → pixels; levels are in running order, lowest resolution
+    first."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
@@ -154,7 +151,7 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks, by choice each with attention after it, then a change of resolution."""
+    """Residual blocks, each optionally followed by attention, then a change of resolution."""
 
     def __init__(
         self,
@@ -197,7 +194,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + attention of one head over all places, without positions."""
+    """x + single-head attention over all places, without positions."""
 
     def __init__(self, width: int, num_groups: int):
         super().__init__()
@@ -211,7 +208,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Halves the resolution; the zeros are added below and at the right alone."""
+    """Halves the resolution; zeros are padded below and to the right only."""
 
     def __init__(self, width: int):
         super().__init__(width, width, kernel_size=3, stride=2)
@@ -221,7 +218,7 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """Doubles the resolution, every place repeated, and smooths it."""
+    """Doubles the resolution by repeating every place, then smooths it."""
 
     def __init__(self, width: int):
         super().__init__(width, width, kernel_size=3, padding=1)
