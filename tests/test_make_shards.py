@@ -278,7 +278,8 @@ def test_folders_named_like_splits_are_splits_and_not_classes(run_script, tmp_pa
 def test_a_class_may_be_called_train_but_splits_beside_other_folders_are_refused(run_script, tmp_path):
     for folder in ("train", "car"):
         save_image(tmp_path / "vehicles" / folder / "1.png")
-    make_shards(run_script, tmp_path / "vehicles", tmp_path / "out")
+    _, printed = make_shards(run_script, tmp_path / "vehicles", tmp_path / "out")
+    assert "The folder train is not taken for a split, as there are others beside it: car." in printed
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["classes"] == ["car", "train"]
     save_image(tmp_path / "vehicles" / "test" / "1.png")
     done = run_script("pipelines/make_shards.py", tmp_path / "vehicles", tmp_path / "out")

@@ -32,7 +32,7 @@ SPLITS = {
     "test": ("test", "testing"),
 }
 SPLIT_OF_NAME = {name: split for split, names in SPLITS.items() for name in names}
-AROUND_SPLIT = r"[-_ ]?(set|images|imgs|data|split|\d{4})$"  # train_images, val2017
+AFTER_SPLIT = r"[-_ ]?(set|dataset|images|imgs|data|split|\d{4})$"  # train_images, val2017
 # Tux Paint's stamps: a line in English, then `de.utf8=Ein Apfel`, `pt_BR.utf8=...`, ...
 TRANSLATION = re.compile(r"([a-z]{2,3}(?:_[A-Z]{2})?(?:@\w+)?)\.utf8=(.*)")
 CaptionLines = Literal["first", "all"]
@@ -85,7 +85,7 @@ def entries_of_folder(
     images, texts = files_of_folder(folder, outcome)
     captioned = not unlabelled and any(path.with_suffix("") in texts for path in images)
     folders = {path: path.parent.relative_to(folder).parts for path in images}
-    level = find_split_level(folder, folders.values())
+    level = find_split_level(folder, folders.values(), outcome)
     entries = []
     for path in with_progress(images, len(images), "reading captions") if captioned else images:
         entry, parts = Entry(path, str(path.relative_to(folder))), folders[path]
@@ -159,19 +159,27 @@ def walk(folder: Path, outcome: Outcome) -> Iterator[tuple[Path, list[str]]]:
         yield Path(place), sorted(name for name in names if name[0] != ".")
 
 
-def find_split_level(folder: Path, places: Iterable[Sequence[str]]) -> int | None:
-    """Whether the outermost folders (0: train/cat, val/cat) or the next ones (1: cat/train, cat/val) are
-    splits; None if they are classes."""
+def find_split_level(folder: Path, places: Iterable[Sequence[str]], outcome: Outcome) -> int | None:
+    """The level of the folders that are splits: 0 for train/cat, val/cat, 1 for cat/train, cat/val, None if
+    there are none.
+
+    Raises:
+        UserError: for folders named like splits beside others.
+    """
     places = [parts for parts in places if parts]
     names = {parts[0] for parts in places}
     splits = {name for name in names if split_named(name)}
     if splits and splits == names:
         return 0
-    if len({split_named(name) for name in splits}) > 1:
-        raise UserError(
-            f"{folder} holds folders of splits ({', '.join(sorted(splits))}) beside others "
-            f"({printable(', '.join(sorted(names - splits)[:3]))}): move these, or list the images in a CSV "
-            "with the columns path, class and split"
+    if splits:
+        found, others = ", ".join(sorted(splits)), printable(", ".join(sorted(names - splits)[:3]))
+        if len({split_named(name) for name in splits}) > 1:
+            raise UserError(
+                f"{folder} holds folders of splits ({found}) beside others ({others}): move them, or list "
+                "the images in a CSV with the columns path, class and split"
+            )
+        outcome.remark(
+            f"The folder {found} is not taken for a split, as there are others beside it: {others}."
         )
     if all(len(parts) > 1 and split_named(parts[1]) for parts in places):
         return 1 if len({split_named(parts[1]) for parts in places}) > 1 else None
@@ -180,7 +188,7 @@ def find_split_level(folder: Path, places: Iterable[Sequence[str]]) -> int | Non
 
 def split_named(name: str) -> str | None:
     """`val`, `Validation`, `val2017` → `held-out`; None for a name that is not a split's."""
-    name = re.sub(AROUND_SPLIT, "", name.strip().lower()).replace("_", "-").replace(" ", "-")
+    name = re.sub(AFTER_SPLIT, "", name.strip().lower()).replace("_", "-").replace(" ", "-")
     return SPLIT_OF_NAME.get(name)
 
 
@@ -205,7 +213,7 @@ def read_caption_beside(entry: Entry, path: Path, lines: CaptionLines, outcome: 
 
 def entries_of_list(source: Path, unlabelled: bool, outcome: Outcome) -> list[Entry]:
     entries = []
-    for line, row in read_rows(source):
+    for line, row in with_progress(read_rows(source), None, "reading the list"):
         try:
             entries.append(entry_of_row(row, source.parent, unlabelled))
         except BadSample as bad:
