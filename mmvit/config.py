@@ -14,6 +14,14 @@ from mmvit.errors import UserError, did_you_mean, nearest
 
 FEW = 3  # problems shown one by one
 VALID_KEYS = ": valid keys: "
+RANGES = {  # pydantic's errors about a number's range, in words, and where the bound is
+    "greater_than": ("a number greater than", "gt"),
+    "greater_than_equal": ("a number of at least", "ge"),
+    "less_than": ("a number less than", "lt"),
+    "less_than_equal": ("a number of at most", "le"),
+    "multiple_of": ("a multiple of", "multiple_of"),
+}
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text"}
 KIND = "kind"  # the key that says which of several sections is meant
 
 # Markers, as `Field(..., json_schema_extra=...)`, by which a recipe is resolved (mmvit/recipes/resolve.py)
@@ -134,6 +142,13 @@ def describe_problem(cls: type[Config], problem: dict[str, Any]) -> str:
         return (
             f"unknown {key}.{KIND} {problem['ctx']['tag']!r}{did_you_mean(problem['ctx']['tag'], expected)}"
         )
+    if problem["type"] in RANGES:
+        words, bound = RANGES[problem["type"]]
+        reason = f"expected {words} {problem['ctx'][bound]}"
+    if problem["type"] == "literal_error":
+        reason = f"expected {problem['ctx']['expected']}"
+    if problem["type"].endswith(("_type", "_parsing")) and (kind := problem["type"].split("_")[0]) in KINDS:
+        reason = f"expected {KINDS[kind]}"
     if problem["type"] in ("tuple_type", "list_type"):
         reason = 'expected a list, such as ["one", "two"]'
     if isinstance(problem["input"], dict):  # a rule over several keys, which its reason names

@@ -354,7 +354,7 @@ def test_sharded_checkpoint_is_refused_in_another_layout(two_processes, tmp_path
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=ENVIRONMENT)
     assert ended.returncode == 2
     expected = (
-        "is cut up for {'zero_stage': 2, 'processes': 2}, and this run is {'zero_stage': 1, 'processes': 1}"
+        "was sharded for {'zero_stage': 2, 'processes': 2}; this run has {'zero_stage': 1, 'processes': 1}"
     )
     assert expected in ended.stderr
 

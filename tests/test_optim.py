@@ -111,10 +111,10 @@ def test_muon_trains_hidden_layers_and_resumes(stem):
         assert torch.equal(tensor, model.state_dict()[name]), name
     with pytest.raises(UserError, match=r"trained by muon, optimizer\.name is now adamw"):
         Optimizer(twin, OptimizerConfig(), total_steps=10).load_state_dict(optimizer.state_dict())
-    with pytest.raises(UserError, match="is for hidden layers, and Linear marks none"):
+    with pytest.raises(UserError, match="trains hidden layers, and Linear marks none"):
         Optimizer(nn.Linear(2, 2), config, total_steps=10)
     freeze(twin, ["core", "stem"])
-    with pytest.raises(UserError, match="is for hidden layers, and all of them are frozen; use --optimizer"):
+    with pytest.raises(UserError, match="trains hidden layers, and all of them are frozen; use --optimizer"):
         Optimizer(twin, config, total_steps=10)
 
 

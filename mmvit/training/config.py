@@ -9,11 +9,11 @@ from mmvit.config import IN_STEPS, Config
 
 
 class TrainConfig(Config):
-    """The run. Every count of steps is in optimizer steps, whatever the accumulation."""
+    """The run. Steps are optimizer steps, whatever the accumulation."""
 
     steps: int = Field(1000, ge=1)
     batch_size: int = Field(
-        64, ge=1, description="samples per optimizer step, over all processes and accumulation"
+        64, ge=1, description="samples per optimizer step, in all processes and passes together"
     )
     accumulation: int = Field(1, ge=1, description="forward and backward passes per optimizer step")
     seed: int = Field(0, ge=0)
@@ -22,7 +22,10 @@ class TrainConfig(Config):
     compile: bool = False
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 turns clipping off")
     ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="of the averaged weights that are evaluated and exported; 0 is off"
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of the averaged weights, which are evaluated and exported; 0 turns them off",
     )
     select: str | None = Field(
         None,
@@ -33,7 +36,7 @@ class TrainConfig(Config):
     checkpoint_every: int = Field(500, ge=1, json_schema_extra=IN_STEPS)
     keep_checkpoints: int = Field(2, ge=1)
     log_every: int = Field(20, ge=1)
-    num_workers: int = Field(1, ge=0, description="processes that read and decode, per training process")
+    num_workers: int = Field(1, ge=0, description="data workers per training process")
     tensorboard: bool = False
     wandb: bool = False
 
@@ -47,7 +50,7 @@ class TrainConfig(Config):
 
 
 class OptimizerConfig(Config):
-    """The optimizer and its rate: linear warm-up to `lr`, then `schedule` down to `final_lr_ratio` of it."""
+    """The optimizer: linear warm-up to `lr`, then `schedule` down to `final_lr_ratio` · `lr`."""
 
     name: Literal["adamw", "muon", "sgd", "lars"] = "adamw"
     lr: float = Field(1e-3, gt=0)
@@ -55,17 +58,17 @@ class OptimizerConfig(Config):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     muon_lr: float | None = Field(
-        None, gt=0, description="of the hidden layers; scaled to suit AdamW's rate, which is the default"
+        None, gt=0, description="rate of Muon for hidden layers, on AdamW's scale; `lr` by default"
     )
-    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd and lars")
+    momentum: float = Field(0.9, ge=0, lt=1, description="for sgd and lars")
     trust: float = Field(
-        1e-3, gt=0, description="of lars: the size of a matrix's gradient as a share of its norm"
+        1e-3, gt=0, description="for lars: the norm of a matrix's update relative to the matrix"
     )
     layer_decay: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="rate of each layer as a share of the one above it",
+        description="learning rate of each layer relative to the layer above it",
     )
     warmup_steps: int = Field(100, ge=0, json_schema_extra=IN_STEPS)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

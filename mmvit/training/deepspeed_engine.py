@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: ZeRO 0 to 3 from a JSON file. Only this file imports deepspeed, and only on use."""
+"""The DeepSpeed engine: ZeRO 0 to 3 from a JSON file. Only this file imports deepspeed, lazily."""
 
 import copy
 import json
@@ -45,9 +45,9 @@ OURS = {  # keys of DeepSpeed's JSON that the recipe decides
 
 
 class DeepSpeedEngine:
-    """A model under DeepSpeed with our own AdamW. Weights stay fp32, autocast to bf16 as in plain torch.
+    """A model under DeepSpeed with our own AdamW: fp32 weights, autocast to bf16 as in plain torch.
 
-    In stage 3 no process holds the whole model while it trains; evaluation and export gather it into a copy.
+    In stage 3 weights are sharded in training; evaluation and export gather them into a whole copy.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class DeepSpeedEngine:
             self.model.train()
 
     def whole_model(self) -> nn.Module:
-        """The model with all its weights in this process; every process calls it."""
+        """The model with all its weights in this process; every process must call it."""
         if self.gathered is None:
             return self.model
         with torch.no_grad():
@@ -153,7 +153,7 @@ class DeepSpeedEngine:
         layout = read_json(folder / LAYOUT)
         if layout != self.layout:
             raise UserError(
-                f"{folder} is cut up for {layout}, and this run is {self.layout}; resume with the same "
+                f"{folder} was sharded for {layout}; this run has {self.layout}. Resume with the same "
                 "stage and number of processes, or start a new run"
             )
         with settings_kept(self.engine.optimizer):
@@ -165,10 +165,10 @@ class DeepSpeedEngine:
 
 
 def loose_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters that belong to no layer of torch.nn: positions, [CLS] and the like.
+    """Parameters outside the layers of torch.nn: positions, [CLS] and the like.
 
-    A model may read them outside the forward pass of the module that owns them, where stage 3 would not
-    gather them in time; so it gathers them for the whole pass.
+    A model may read them outside the forward pass of the module that owns them, too early for stage 3 to
+    gather them, so they are gathered for the whole pass.
     """
     for module in model.modules():
         if not type(module).__module__.startswith("torch.nn."):
@@ -176,7 +176,7 @@ def loose_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """Imports deepspeed for the accelerator that `device` is, and quiets it to warnings."""
+    """Imports deepspeed for the accelerator of `device`, and silences all but its warnings."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
@@ -184,9 +184,8 @@ def import_deepspeed(device: torch.device) -> Any:
         from deepspeed.utils import logger
     except ImportError as error:
         raise UserError(
-            f"--deepspeed needs DeepSpeed, which cannot be imported ({error}); it runs on Linux: pip "
-            "install deepspeed. "
-            "Without --deepspeed the same script trains in plain torch, under torchrun in several processes"
+            f"--deepspeed needs DeepSpeed, which could not be imported ({error}). On Linux: pip install "
+            "deepspeed. Without --deepspeed the same command trains with plain torch, also under torchrun"
         ) from None
     logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
@@ -196,7 +195,7 @@ def import_deepspeed(device: torch.device) -> Any:
 
 
 def zero_stage(path: Path | None) -> int:
-    """The stage of ZeRO that DeepSpeed's JSON asks for, 0 where there is none."""
+    """The ZeRO stage in DeepSpeed's JSON settings, 0 without any."""
     return read_settings(path).get("zero_optimization", {}).get("stage", 0) if path else 0
 
 
@@ -204,20 +203,18 @@ def read_settings(path: Path) -> dict[str, Any]:
     """DeepSpeed's JSON, without the keys that the recipe decides.
 
     Raises:
-        UserError: for an unreadable file, or names the keys that belong into the recipe.
+        UserError: for an unreadable file, and for keys that belong in the recipe.
     """
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise UserError(
-            f"no DeepSpeed settings at {path}; the ready ones are configs/deepspeed/zero0.json to zero3.json"
+            f"no DeepSpeed settings at {path}; shipped ones are zero0, zero1, zero2 and zero3"
         ) from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
-        raise UserError(
-            f"{path} must be a JSON object with an object zero_optimization, see configs/deepspeed/zero2.json"
-        )
+        raise UserError(f"{path}: expected a JSON object with a section zero_optimization, as in zero2.json")
     if clashes := [f"{key} (set {OURS[key]} instead)" for key in settings if key in OURS]:
         raise UserError(f"{path} contradicts the recipe; remove {', '.join(clashes)}")
     return settings
@@ -225,18 +222,18 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def check_supported(stage: Any, train: TrainConfig, optimizer: OptimizerConfig, device: torch.device) -> None:
     if stage not in (0, 1, 2, 3):
-        raise UserError(f"zero_optimization.stage is {stage!r}; use 0, 1, 2 or 3")
+        raise UserError(f"zero_optimization.stage: expected 0, 1, 2 or 3, got {stage!r}")
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"DeepSpeed trains on cpu or cuda here, not on {device.type}; leave --deepspeed out")
+        raise UserError(f"DeepSpeed supports cpu and cuda here, not {device.type}; remove --deepspeed")
     if optimizer.name in ("muon", "lars"):
         raise UserError(
-            f"optimizer.name = {optimizer.name} works without --deepspeed only: ZeRO cuts the matrices that "
-            "it needs whole; use adamw"
+            f"optimizer.name {optimizer.name} works without --deepspeed only: it needs whole matrices, which "
+            "ZeRO shards; use adamw"
         )
     if train.compile:
         raise UserError("train.compile works without --deepspeed only; set it to false")
     if stage == 3 and train.ema_decay:
         raise UserError(
-            "train.ema_decay needs the whole weights in every step, which ZeRO stage 3 spreads; set it "
-            "to 0, or use stage 2"
+            "train.ema_decay needs whole weights in every step, which ZeRO 3 shards; set it to 0, or use "
+            "stage 2"
         )

@@ -56,8 +56,10 @@ class Display:
             self.bar.update(self.task, completed=step)
 
     def show(self, record: dict[str, Any]) -> None:
-        """Shows a record of metrics.jsonl; training records go into the bar where there is one. Time that is
-        left is told by the speed since the record before."""
+        """Shows a record of metrics.jsonl; training records go into the bar if there is one.
+
+        The time left is estimated from the speed since the last record.
+        """
         for tracker in self.trackers:
             tracker.write(record)
         if self.bar and record["kind"] == "train":

@@ -1,4 +1,4 @@
-"""Processes that train together: who this one is, and the few messages they exchange outside the gradient."""
+"""Processes that train together: this one's rank, and what they exchange besides gradients."""
 
 import gc
 import os
@@ -16,7 +16,7 @@ from mmvit.errors import UserError
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among `world_size`, as `torchrun` or `deepspeed` started it; alone otherwise."""
+    """This process among the `world_size` that `torchrun` or `deepspeed` started; otherwise alone."""
 
     rank: int
     world_size: int
@@ -28,7 +28,7 @@ class Processes:
         return self.rank == 0
 
     def mean(self, metrics: dict[str, float]) -> dict[str, float]:
-        """The metrics averaged over the processes; all must call it with the same names."""
+        """The metrics averaged over all processes, which must all call this with the same names."""
         if self.world_size == 1 or not metrics:
             return dict(metrics)
         values = torch.tensor(list(metrics.values()), dtype=torch.float32, device=self.device)
@@ -36,7 +36,7 @@ class Processes:
         return dict(zip(metrics, (values / self.world_size).tolist(), strict=True))
 
     def largest(self, *values: int) -> list[int]:
-        """Each value's maximum over the processes, so that all of them take the same decision."""
+        """The maximum of each value over all processes, so that they take the same decision."""
         if self.world_size == 1:
             return list(values)
         tensor = torch.tensor(values, device=self.device)
@@ -44,7 +44,7 @@ class Processes:
         return tensor.tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's `value`, by rank, on the main process; an empty list on the others."""
+        """All processes' values by rank, in the main process; an empty list in the others."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size if self.is_main else None
@@ -52,7 +52,7 @@ class Processes:
         return values or []
 
     def on_main(self, action: Callable[[], Any]) -> None:
-        """Runs `action` on the main process; the others wait, and leave too if it raises a `UserError`."""
+        """Runs `action` in the main process while the others wait; a `UserError` ends them all."""
         problem = None
         if self.is_main:
             try:
@@ -72,11 +72,11 @@ class Processes:
 
 @contextmanager
 def open_processes(device: str = "auto", needs_group: bool = False) -> Iterator[Processes]:
-    """Joins the process group that the launcher's environment describes, and leaves it at the end.
+    """Joins the process group described by the launcher's environment, and leaves it at the end.
 
     Args:
-        device: "auto", or a torch device; on CUDA each process takes the card of its local rank.
-        needs_group: a process without a launcher makes a group of one (DeepSpeed wants one).
+        device: "auto" or a torch device; on CUDA each process takes the GPU of its local rank.
+        needs_group: makes a group of one for a process without a launcher (DeepSpeed needs it).
     """
     rank, world_size = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
     own_device = choose_device(device, environment_number("LOCAL_RANK", 0))
@@ -102,20 +102,22 @@ def environment_number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdigit():
         raise UserError(
-            f"the environment variable {name} is {text!r}; torchrun and deepspeed set it to a number, "
-            "unset it to run alone"
+            f"the environment variable {name} must be a number, got {text!r}; torchrun and deepspeed "
+            "set it, unset it to run alone"
         )
     return int(text)
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """The torch device that `name` means; "auto" is CUDA, else Apple's MPS, else the CPU."""
+    """The torch device called `name`; "auto" is CUDA, else Apple's MPS, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"train.device = {name!r} is no torch device; use auto, cpu, cuda or mps") from None
+        raise UserError(
+            f"train.device = {name!r} is not a torch device; use auto, cpu, cuda or mps"
+        ) from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(
@@ -125,15 +127,15 @@ def choose_device(name: str, local_rank: int) -> torch.device:
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise UserError(
-                f"process {local_rank} wants cuda:{index}, but there are {torch.cuda.device_count()} "
-                "cards; start fewer processes"
+                f"process {local_rank} needs cuda:{index}, but there are only {torch.cuda.device_count()} "
+                "GPUs; start fewer processes"
             )
         return torch.device("cuda", index)
     return device
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of autocast that `train.precision` means; "auto" is bf16 where the hardware multiplies it."""
+    """The autocast dtype of `train.precision`; "auto" is bf16 where the hardware supports it."""
     if name != "auto":
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
     if device.type == "cuda":

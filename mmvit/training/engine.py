@@ -1,4 +1,4 @@
-"""Engines hold a model and its optimizer and take training steps; here is the interface, and plain torch."""
+"""Engines hold a model and its optimizer and take training steps: the interface, and plain torch."""
 
 import copy
 from collections.abc import Iterator
@@ -22,28 +22,28 @@ AVERAGE, OPTIMIZER = "average.safetensors", "optimizer.pt"
 
 
 class Engine(Protocol):
-    """What the loop asks of an engine: `train.accumulation` times `loss` and `backward`, then one `step`."""
+    """What the loop needs: `loss` and `backward` for each of `train.accumulation` passes, then one `step`."""
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The model's loss and metrics for a batch, whose tensors go to the device and the rest nowhere."""
+        """The model's loss and metrics for the tensors of a batch, which are moved to the device."""
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of `loss / accumulation`; processes exchange it in the last pass of a step."""
+        """Adds the gradient of `loss / accumulation`; processes exchange gradients in a step's last pass."""
 
     def step(self, number: int) -> float:
-        """Takes optimizer step `number`, from 1, at its rate. Returns the gradient's norm before clipping."""
+        """Takes optimizer step `number` (from 1). Returns the gradient's norm before clipping."""
 
     def rate(self) -> float:
         """The learning rate of the last step."""
 
     def evaluating(self) -> Iterator[nn.Module]:
-        """A context with the model to evaluate and export, in evaluation mode; averaged, if that is on."""
+        """A context with the model to evaluate and export: averaged if that is on, in evaluation mode."""
 
     def save(self, folder: Path) -> None:
-        """Writes weights, average and optimizer into `folder`; every process calls it."""
+        """Writes weights, average and optimizer into `folder`; every process must call it."""
 
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote; every process calls it."""
+        """Reads what `save` wrote; every process must call it."""
 
 
 class LossModule(nn.Module):
@@ -60,7 +60,8 @@ class LossModule(nn.Module):
 class WeightAverage:
     """An exponential moving average of a model's parameters and buffers.
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)) over the steps n, so that a short run keeps its end.
+    The decay warms up as min(decay, (1 + n) / (10 + n)) over the steps n, so that a short run
+    does not average over its start.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -83,7 +84,7 @@ class WeightAverage:
 
 
 class TorchEngine:
-    """Plain torch: autocast, clipping, AdamW or Muon, averaged weights; DDP where processes are several."""
+    """Plain torch: autocast, clipping, our optimizers, averaged weights; DDP with several processes."""
 
     def __init__(
         self, model: nn.Module, train: TrainConfig, optimizer: OptimizerConfig, processes: Processes
@@ -148,9 +149,7 @@ class TorchEngine:
 
     def load(self, folder: Path) -> None:
         if not (folder / OPTIMIZER).is_file():
-            raise UserError(
-                f"{folder} was written under DeepSpeed: resume with the same --deepspeed file as before"
-            )
+            raise UserError(f"{folder} was written under DeepSpeed: resume with the same --deepspeed file")
         load_weights(self.model, read_weights(folder / WEIGHTS), source=str(folder / WEIGHTS))
         if self.average is not None:
             read_average(self.average.model, folder)
@@ -164,14 +163,12 @@ def tensors_of(model: nn.Module) -> Iterator[Tensor]:
 
 def read_average(average: nn.Module, folder: Path) -> None:
     if not (folder / AVERAGE).is_file():
-        raise UserError(
-            f"{folder} has no averaged weights: the run began with train.ema_decay = 0; set it back to 0"
-        )
+        raise UserError(f"{folder} has no averaged weights, because train.ema_decay was 0: set it back to 0")
     load_weights(average, read_weights(folder / AVERAGE), source=str(folder / AVERAGE))
 
 
 def tensors_to(batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """The batch's tensors on `device`, without its bookkeeping."""
+    """The batch's tensors on `device`, without keys and captions."""
     return {
         name: value.to(device, non_blocking=True)
         for name, value in batch.items()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request: the loop sees it, saves, and leaves; a second one leaves at once."""
+"""Ctrl-C and SIGTERM as requests: the loop saves and stops; a second one stops at once."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ CAUGHT = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """While open, the first SIGINT or SIGTERM is kept in `signal` (0 before) and does not end the process."""
+    """A context in which the first SIGINT or SIGTERM is only noted in `signal` (0 before)."""
 
     def __init__(self):
         self.signal, self.since = 0, 0.0
@@ -26,7 +26,7 @@ class Interruption:
 
     def receive(self, number: int, frame: object) -> None:
         if os.getpid() != self.owner:
-            return  # a data worker that was forked just now; it leaves signals to its parent
+            return  # a data worker just forked; its parent handles signals
         if not self.signal:
             self.signal, self.since = number, time.monotonic()
         elif time.monotonic() - self.since > ECHO:

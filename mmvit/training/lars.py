@@ -7,8 +7,9 @@ from torch import Tensor
 
 
 class Lars(torch.optim.Optimizer):
-    """SGD with momentum in which the gradient of each matrix, decay included, is first scaled to `trust` of
-    the matrix's own norm. Vectors (biases, scales of norms) take their gradients as they are.
+    """SGD with momentum whose gradient of each matrix, decay included, is scaled to `trust` of its norm.
+
+    Vectors (biases, scales of norms) use their gradients unscaled.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float = 0.9, trust: float = 1e-3):
@@ -32,6 +33,6 @@ class Lars(torch.optim.Optimizer):
 
 
 def trust_ratio(parameter: Tensor, update: Tensor, trust: float) -> Tensor:
-    """`trust` · ‖parameter‖ / ‖update‖; 1 where one of the two is 0, so that zeros can grow."""
+    """`trust` · ‖parameter‖ / ‖update‖; 1 if either is 0, so that zeros can grow."""
     norm, size = parameter.norm(), update.norm()
     return torch.where((norm > 0) & (size > 0), trust * norm / size, 1.0)

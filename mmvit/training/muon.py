@@ -1,4 +1,4 @@
-"""Muon for matrices and convolution kernels, many small ones at once, shared out among processes."""
+"""Muon for matrices and convolution kernels, batched by shape and shared among processes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +11,10 @@ STACK = 2**24  # elements of one stack at most: 34 MB in bfloat16
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon (Jordan et al. 2024), which takes matrices alone, for convolution kernels too: as matrices
-    of (out channels, in channels · height · width), on the same memory. Matrices of one shape, or of its
-    transpose, are orthogonalised in one stack, which small layers do in half of the time.
+    """torch's Muon (Jordan et al. 2024), extended to convolution kernels and batched.
+
+    Kernels count as matrices of (out channels, in channels · height · width), on the same memory. Matrices of
+    one shape, or of its transpose, are orthogonalised as one stack, which halves the time for small layers.
 
     Of several processes, whose gradients must be the same, each orthogonalises its share of every stack and
     gets the others' from them; momentum is kept by all."""
@@ -51,8 +52,12 @@ class Muon(torch.optim.Muon):
     def directions(
         self, matrices: Sequence[nn.Parameter], group: dict[str, Any]
     ) -> tuple[Tensor, dist.Work | None]:
-        """Where matrices that have one shape, some of them transposed, are to go: (count, rows, columns) in
-        bfloat16, no more rows than columns; complete once the other processes' part, if any, has arrived."""
+        """The update directions of matrices of one shape, some of them transposed.
+
+        Returns:
+            (count, rows, columns) in bfloat16, no more rows than columns; complete once the other processes'
+            part has arrived.
+        """
         averages = [wide(self.momentum(matrix, group["momentum"])) for matrix in matrices]
         coefficients, steps, eps = group["ns_coefficients"], group["ns_steps"], group["eps"]
         world = dist.get_world_size() if dist.is_initialized() else 1
@@ -69,7 +74,7 @@ class Muon(torch.optim.Muon):
         return everyone[: len(matrices)], arrival
 
     def momentum(self, matrix: nn.Parameter, share: float) -> Tensor:
-        """The gradient, averaged over the steps, a step ahead (Nesterov)."""
+        """The gradient with Nesterov momentum."""
         state = self.state[matrix]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(matrix.grad)
@@ -83,7 +88,7 @@ class Muon(torch.optim.Muon):
 
 
 def move(matrices: Sequence[nn.Parameter], group: dict[str, Any], directions: Tensor) -> None:
-    """One step of matrices that have one shape, some of them transposed."""
+    """Updates matrices of one shape, some of them transposed."""
     rate = 0.2 * group["lr"] * max(matrices[0].shape) ** 0.5  # as large as AdamW's steps (2502.16982)
     for matrix, direction in zip(matrices, directions, strict=True):
         matrix.mul_(1 - group["lr"] * group["weight_decay"])

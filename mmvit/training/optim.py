@@ -1,4 +1,4 @@
-"""The optimizer: parameter groups; AdamW, Muon beside AdamW, SGD or LARS; the learning rate at each step."""
+"""The optimizer: parameter groups; AdamW, Muon with AdamW, SGD or LARS; the learning rate schedule."""
 
 import math
 import re
@@ -33,7 +33,7 @@ PART = r"(?:classifier\.|generator\.)?"  # in front of either, in a model of bot
 
 
 class Optimizer:
-    """One or two torch optimizers behind one face. The rate depends on the step alone: no scheduler."""
+    """One or two torch optimizers behind one interface, with rates that depend on the step alone."""
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, total_steps: int):
         self.config, self.total_steps = config, total_steps
@@ -63,17 +63,17 @@ class Optimizer:
         return {"name": self.config.name, "parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the moments from `state`; rates, decay and betas stay as they are configured now."""
+        """Takes the moments from `state`; rates, decay and betas stay as configured now."""
         if state["name"] != self.config.name:
             raise UserError(
-                f"the checkpoint was trained by {state['name']}, optimizer.name is now "
-                f"{self.config.name}; set it back"
+                f"the checkpoint was trained with {state['name']}, but optimizer.name is now "
+                f"{self.config.name}: set it back"
             )
         parts = [without_empty_parameters(part) for part in state["parts"]]
         sizes = [[len(group["params"]) for group in part.state_dict()["param_groups"]] for part in self.parts]
         if sizes != [[len(group["params"]) for group in part["param_groups"]] for part in parts]:
             raise UserError(
-                "the checkpoint was trained with other parameters, or with other groups of them: set "
+                "the checkpoint has other trainable parameters or parameter groups: set "
                 "start.freeze and optimizer.layer_decay back to what config.toml says, or start a new run "
                 "with --start.model"
             )
@@ -84,7 +84,7 @@ class Optimizer:
 
 @contextmanager
 def settings_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Whatever state is loaded meanwhile, rates, decay and betas stay as they are configured now."""
+    """A context in which loading a state leaves rates, decay and betas as configured now."""
     settings = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
     yield
     for group, own in zip(optimizer.param_groups, settings, strict=True):
@@ -92,7 +92,7 @@ def settings_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def without_empty_parameters(state: dict[str, Any]) -> dict[str, Any]:
-    """A torch optimizer's state without parameters of no elements, which models used to have."""
+    """A torch optimizer's state without empty parameters, which models used to have."""
     empty = {
         number
         for number, moments in state["state"].items()
@@ -109,7 +109,7 @@ def without_empty_parameters(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, SGD or LARS over everything, or Muon over the hidden layers' weights and AdamW over the rest."""
+    """AdamW, SGD or LARS for everything; or Muon for the hidden layers' weights and AdamW for the rest."""
     decayed, plain, hidden = split_parameters(model)
     if config.name != "muon":
         decayed, hidden = [*decayed, *hidden], []
@@ -117,7 +117,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
         is_frozen = not all(parameter.requires_grad for parameter in model.parameters())
         marks_none = f"{type(model).__name__} marks none (mmvit.core.hidden)"
         why = "all of them are frozen" if is_frozen else marks_none
-        raise UserError(f"optimizer.name = muon is for hidden layers, and {why}; use --optimizer.name adamw")
+        raise UserError(f"optimizer.name muon trains hidden layers, and {why}; use --optimizer.name adamw")
     scales = layer_scales(model, config.layer_decay)
     decaying = by_rate(decayed, scales, config.lr, config.weight_decay)
     others = by_rate(plain, scales, config.lr, 0.0)
@@ -142,7 +142,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
 def by_rate(
     parameters: list[nn.Parameter], scales: dict[int, float], lr: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """`parameters` in groups of one learning rate each."""
+    """`parameters` grouped by learning rate."""
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter in parameters:
         groups.setdefault(scales[id(parameter)], []).append(parameter)
@@ -153,9 +153,11 @@ def by_rate(
 
 
 def layer_scales(model: nn.Module, decay: float) -> dict[int, float]:
-    """Every parameter's learning rate as a share of the head's: `decay` once for each layer below it, of
-    which what stands in front of the core's blocks is the lowest (BEiT, 2106.08254, appendix). Positions of a
-    block's own learn as the block."""
+    """Every parameter's learning rate relative to the head's: a factor `decay` for each layer below it.
+
+    The lowest layer is everything before the core's blocks (BEiT, 2106.08254, appendix). A block's own
+    positions learn at its rate.
+    """
     if decay == 1:
         return {id(parameter): 1.0 for parameter in model.parameters()}
     names = {name: id(parameter) for name, parameter in model.named_parameters()}
@@ -180,7 +182,7 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     """The trainable parameters in three lists, each in the model's order, none twice.
 
     Returns:
-        those of no hidden layer that decay: weights of linear layers and convolutions;
+        weights of linear layers and convolutions outside the hidden layers, which decay;
         those that do not: biases, norms, embeddings, positions;
         the weights of `HiddenLayers`' linear layers and convolutions, which decay and suit Muon.
     """
