@@ -144,7 +144,7 @@ def describe_problem(cls: type[Config], problem: dict[str, Any]) -> str:
         )
     if problem["type"] in RANGES:
         words, bound = RANGES[problem["type"]]
-        reason = f"expected {words} {problem['ctx'][bound]}"
+        reason = f"expected {words} {problem['ctx'][bound]:g}"
     if problem["type"] == "literal_error":
         reason = f"expected {problem['ctx']['expected']}"
     if problem["type"].endswith(("_type", "_parsing")) and (kind := problem["type"].split("_")[0]) in KINDS:

@@ -208,10 +208,10 @@ def test_a_generator_draws_with_any_image_tokenizer(image_tokenizer, generator, 
         (
             ["a"],
             {"temperature": -1.0},
-            r"sampling settings: temperature = -1\.0: Input should be",
+            r"sampling settings: temperature = -1\.0: expected",
         ),
-        (["a"], {"top_k": -1}, "top_k = -1: Input should be greater than or equal to 0"),
-        (["a"], {"top_p": 0.0}, r"top_p = 0\.0: Input should be greater than 0"),
+        (["a"], {"top_k": -1}, "top_k = -1: expected a number of at least 0"),
+        (["a"], {"top_p": 0.0}, r"top_p = 0\.0: expected a number greater than 0"),
     ],
 )
 def test_bad_settings_are_refused(generator, captions, settings, message):
