@@ -1,72 +1,71 @@
-"""Names what pictures show, by a trained classifier.
+"""Classify images with a trained classifier.
 
-    python pipelines/classify_images.py runs/fashion-mnist photo.png another.jpg --top 3
-    python pipelines/classify_images.py runs/fashion-mnist photos/
+    mmvit classify runs/fashion-mnist photo.png another.jpg --top 3
+    mmvit classify runs/fashion-mnist photos/
 
-A line for each picture: its likeliest classes and their probabilities. Of a folder those files are read that
-end as pictures do (jpg, png, webp, gif, bmp, tif), and the others counted. Pictures that cannot be read are
-named at the end, after the lines of the others.
+Prints a line per image: its likeliest classes and their probabilities. Of a folder, files that end as images
+do (jpg, png, webp, gif, bmp, tif) are read, and the others counted. Images that cannot be read are listed at
+the end.
 """
 
-import argparse
 import sys
 from pathlib import Path
+from typing import Annotated
 
 from PIL import Image
+from typer import Argument, Option
 
+from mmvit.cli import run_script
 from mmvit.data.images import read_image
 from mmvit.data.samples import IMAGE_EXTENSIONS
-from mmvit.errors import UserError, run_script
+from mmvit.errors import UserError
 from mmvit.evaluation.image_classifier import ImageClassifier
 
-AT_ONCE = 64  # pictures in memory
+AT_ONCE = 64  # images in memory
 ENDINGS = (*IMAGE_EXTENSIONS, "gif", "bmp", "tif", "tiff")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", help="a run folder, an exported classifier or a Hub repository")
-    parser.add_argument("pictures", nargs="+", type=Path, help="files, or folders of them")
-    parser.add_argument("--top", type=int, default=3, help="classes of each (%(default)s)")
-    options = parser.parse_args()
-    paths = [path for named in options.pictures for path in pictures_in(named)]
-    classifier = ImageClassifier.from_pretrained(options.model)
+def main(
+    model: Annotated[str, Argument(help="a run, an exported classifier or a Hub repository")],
+    images: Annotated[list[Path], Argument(help="image files, or folders of them")],
+    top: Annotated[int, Option(min=1, help="classes per image")] = 3,
+) -> None:
+    paths = [path for named in images for path in images_in(named)]
+    classifier = ImageClassifier.from_pretrained(model)
     bad: list[str] = []
     for first in range(0, len(paths), AT_ONCE):
-        pictures = read_pictures(paths[first : first + AT_ONCE], bad)
-        if not pictures:
+        readable = read_images(paths[first : first + AT_ONCE], bad)
+        if not readable:
             continue
-        found = classifier.classify(list(pictures.values()), options.top)
-        for path, classes in zip(pictures, found, strict=True):
+        found = classifier.classify(list(readable.values()), top)
+        for path, classes in zip(readable, found, strict=True):
             print(f"{path}: {', '.join(f'{name} {share:.1%}' for name, share in classes)}", flush=True)
     if bad:
-        raise UserError(f"{len(bad)} of {len(paths)} pictures could not be read: {'; '.join(bad)}")
+        raise UserError(f"{len(bad)} of {len(paths)} images could not be read: {'; '.join(bad)}")
 
 
-def pictures_in(path: Path) -> list[Path]:
-    """A file itself, of a folder the pictures in it, sorted. Raises UserError where there is none."""
+def images_in(path: Path) -> list[Path]:
+    """A file itself, or the images in a folder, sorted. Raises UserError if there are none."""
     if not path.is_dir():
         return [path]
     files = sorted(each for each in path.iterdir() if each.is_file())
     found = [each for each in files if each.suffix.lower().lstrip(".") in ENDINGS]
     if not found:
-        raise UserError(f"{path} holds no pictures ({', '.join(ENDINGS)})")
+        raise UserError(f"{path} holds no images ({', '.join(ENDINGS)})")
     if others := len(files) - len(found):
-        print(f"{path}: {others} other files are left out", file=sys.stderr)
+        print(f"{path}: skipped {others} other files", file=sys.stderr)
     return found
 
 
-def read_pictures(paths: list[Path], bad: list[str]) -> dict[Path, Image.Image]:
-    """The pictures that can be read; what is wrong with the others is added to `bad`."""
-    pictures = {}
+def read_images(paths: list[Path], bad: list[str]) -> dict[Path, Image.Image]:
+    """The images that can be read; what is wrong with the others is added to `bad`."""
+    images = {}
     for path in paths:
         try:
-            pictures[path] = read_image(path)
+            images[path] = read_image(path)
         except UserError as error:
             bad.append(str(error))
-    return pictures
+    return images
 
 
 if __name__ == "__main__":

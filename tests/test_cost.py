@@ -147,5 +147,11 @@ def test_a_plan_is_printed_for_each_stage(run_script, monkeypatch):
     ]
     assert "no room" in rows[0]
     assert "no room" not in rows[3]
+    ran = run_script("pipelines/plan_memory.py", "dalle-12b", "--gpus", "8,1024", "--precision", "bf16")
+    assert [line.split("│")[2].strip() for line in ran.stdout.splitlines() if line.startswith("│")] == (
+        ["8"] * 4 + ["1,024"] * 4
+    )
+    ran = run_script("pipelines/plan_memory.py", "dalle-12b", "--gpus", "8,x")
+    assert (ran.returncode, "--gpus: expected numbers greater than 0" in ran.stderr) == (2, True)
     ran = run_script("pipelines/plan_memory.py", "vq-f8")
     assert (ran.returncode, "vq-f8 has no Transformer core" in ran.stderr) == (2, True)

@@ -141,8 +141,8 @@ optimizer = {{lr = 1e-2, warmup_steps = 5}}
         assert said.count("%") == 2
     (photos.parent / "empty").mkdir(exist_ok=True)
     for wrong, words in (
-        (photos.parent / "empty", "holds no pictures (jpg, png, webp, jpeg, gif"),
-        (config, "1 of 1 pictures could not be read: "),
+        (photos.parent / "empty", "holds no images (jpg, png, webp, jpeg, gif"),
+        (config, "1 of 1 images could not be read: "),
         (tmp_path / "none.png", "No such file"),
     ):
         ran = run_script("pipelines/classify_images.py", tmp_path / "run", wrong)
@@ -155,8 +155,8 @@ optimizer = {{lr = 1e-2, warmup_steps = 5}}
     ran = run_script("pipelines/classify_images.py", tmp_path / "run", mixed)
     assert ran.returncode == 2
     assert len(ran.stdout.splitlines()) == 8
-    assert "1 other files are left out" in ran.stderr
-    assert "1 of 9 pictures could not be read: " in ran.stderr
+    assert "skipped 1 other files" in ran.stderr
+    assert "1 of 9 images could not be read: " in ran.stderr
     other = tmp_path / "other"
     shutil.copytree(named_shards, other)
     (other / "dataset.json").write_text(json.dumps({"classes": [NAMES[1], NAMES[0], *NAMES[2:]]}))
