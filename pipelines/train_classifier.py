@@ -26,7 +26,7 @@ from mmvit.evaluation.accuracy import classification_metrics
 from mmvit.evaluation.image_classifier import ImageClassifier
 from mmvit.models.classification import FitBatch
 from mmvit.models.classifier import Classifier
-from mmvit.models.fine_tuning import fine_tuned, freeze, take_core, what_changes
+from mmvit.models.fine_tuning import describe_changes, fine_tuned, freeze, take_core
 from mmvit.models.registry import build_model
 from mmvit.recipes.classifier import ClassifierRecipe
 from mmvit.recipes.facts import class_names, describe_sizes, folders_of
@@ -69,7 +69,7 @@ def starting_model(session: Session[ClassifierRecipe]) -> nn.Module:
     if start.model:
         source = Classifier.from_pretrained(start.model)
         model = fine_tuned(source, recipe.model, start.resize)
-        session.say(f"starting from {start.model}: {what_changes(source.config, recipe.model)}")
+        session.say(f"starting from {start.model}: {describe_changes(source.config, recipe.model)}")
     elif start.core:
         take_core(model, start.core)
     return model

@@ -83,8 +83,7 @@ class Positions(nn.Module):
         super().__init__()
         self.kind, self.prefix_length, self.grid = kind, prefix_length, tuple(grid)
         rows, columns = grid
-        if problem := misfit(kind, width, head_dim):
-            raise ValueError(problem)
+        check_widths(kind, width, head_dim)
         self.length = prefix_length + rows * columns
         if kind == "learned_1d":
             self.table = nn.Parameter(torch.empty(self.length, width))
@@ -172,15 +171,14 @@ def take(positions: LayerPositions | Sequence[LayerPositions], chosen: Tensor) -
     return [layer.take(chosen) for layer in positions]
 
 
-def misfit(kind: str, width: int, head_dim: int) -> str | None:
-    """Why vectors of `width` and heads of `head_dim` cannot have positions of a kind; None if they can."""
+def check_widths(kind: str, width: int, head_dim: int) -> None:
+    """Raises ValueError if vectors of `width` and heads of `head_dim` cannot have positions of a kind."""
     if kind == "learned_2d_concat" and width % 2:
-        return f"{kind} positions need an even width, got {width}"
+        raise ValueError(f"{kind} positions need an even width, got {width}")
     if kind == "sincos_2d" and width % 4:
-        return f"{kind} positions need a width divisible by 4, got {width}"
+        raise ValueError(f"{kind} positions need a width divisible by 4, got {width}")
     if kind == "rotary_2d" and head_dim % 4:
-        return f"{kind} positions need a head size divisible by 4, got {head_dim}"
-    return None
+        raise ValueError(f"{kind} positions need a head size divisible by 4, got {head_dim}")
 
 
 def relative_logits(query: Tensor, offsets: Tensor) -> Tensor:

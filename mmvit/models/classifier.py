@@ -15,7 +15,7 @@ from mmvit.core.positions import (
     PositionKind,
     Positions,
     RelativePositions,
-    misfit,
+    check_widths,
     take,
 )
 from mmvit.core.transformer import Transformer, TransformerConfig
@@ -98,8 +98,7 @@ class ClassifierConfig(Config):
     def _check_positions(self) -> None:
         if self.positions in ("none", "rotary_2d", "relative_1d") and self.positions_at != "stem":
             raise ValueError(f"positions {self.positions!r} are not added to tokens: remove positions_at")
-        if problem := misfit(self.positions, self.core.width, self.core.head_dim):
-            raise ValueError(problem)
+        check_widths(self.positions, self.core.width, self.core.head_dim)
         if self.positions == "relative_1d" and self.patch_dropout:
             raise ValueError("relative_1d positions do not work with patch_dropout, which leaves gaps")
 

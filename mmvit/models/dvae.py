@@ -85,7 +85,7 @@ class DiscreteVAE(ImageTokenizer):
         spread = (vectors - middle).square().sum(1).mean().sqrt()
         if not spread > 0:
             raise UserError(f"all {len(vectors)} patches are alike: raise model.start_images")
-        centres = spread_out((vectors - middle) / spread, self.config.codebook_size)
+        centres = kmeans_plus_plus((vectors - middle) / spread, self.config.codebook_size)
         head, stem = self.encoder.head, self.decoder.stem
         head.weight.copy_((SHARPNESS / spread * centres)[:, :, None, None])
         head.bias.copy_(-SHARPNESS * (centres @ middle / spread + centres.square().sum(1) / 2))
@@ -173,7 +173,7 @@ def cosine(step: int, num_steps: int, start: float, end: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 
-def spread_out(vectors: Tensor, number: int) -> Tensor:
+def kmeans_plus_plus(vectors: Tensor, number: int) -> Tensor:
     """`number` of the `vectors` (patches, width), each drawn in proportion to its squared distance from the
     nearest one drawn before; with repetitions once all have been drawn."""
     distances = torch.full((len(vectors),), torch.inf, device=vectors.device)

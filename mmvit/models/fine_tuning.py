@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmvit.config import build_config
+from mmvit.config import Config, build_config
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
 from mmvit.hub import CONFIG, WEIGHTS, load_weights, read_core
@@ -17,23 +17,18 @@ from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransfo
 
 ResizeMode = Literal["official", "timm", "transformers"]
 
-# settings that may differ from those of the classifier whose weights are taken
-FREE = {
-    "image_size",
-    "num_classes",
-    "representation_width",
-    "label_smoothing",
-    "patch_dropout",
-}
-# the same for a generator
-FREE_IN_GENERATOR = {
-    "caption_dropout",
-    "code_noise",
-    "label_smoothing",
-    "image_loss_weight",
-    "text_loss_weight",
-}
-FREE_IN_CORE = {"dropout", "stochastic_depth", "attention_kernel", "activation_checkpointing", "layer_scale"}
+# settings that may differ from those of the model whose weights are taken
+MAY_DIFFER = {
+    ClassifierConfig: {
+        "image_size", "num_classes", "representation_width", "label_smoothing", "patch_dropout",
+    },
+    GeneratorConfig: {
+        "caption_dropout", "code_noise", "label_smoothing", "image_loss_weight", "text_loss_weight",
+    },
+    TransformerConfig: {
+        "dropout", "stochastic_depth", "attention_kernel", "activation_checkpointing", "layer_scale",
+    },
+}  # fmt: skip
 
 
 def fine_tuned(source: Classifier, config: ClassifierConfig, resize: ResizeMode = "official") -> Classifier:
@@ -45,7 +40,7 @@ def fine_tuned(source: Classifier, config: ClassifierConfig, resize: ResizeMode 
     """
     if config.representation_width:
         raise UserError("a fine-tuned classifier has one linear head: remove model.representation_width")
-    refuse_differences(source.config, config, FREE)
+    refuse_differences(source.config, config)
     model = Classifier(config)
     own, weights = model.state_dict(), source.state_dict()
     grids = source.config.grid, config.grid
@@ -66,7 +61,7 @@ def fine_tuned(source: Classifier, config: ClassifierConfig, resize: ResizeMode 
     return model
 
 
-def what_changes(source: ClassifierConfig, config: ClassifierConfig) -> str:
+def describe_changes(source: ClassifierConfig, config: ClassifierConfig) -> str:
     """A user-readable list of what `fine_tuned` changes in trained weights."""
     changes = ["a new head of zeros"]
     if source.num_classes != config.num_classes:
@@ -83,7 +78,7 @@ def continued(source: GeneratorTransformer, config: GeneratorConfig) -> Generato
     Raises:
         UserError: when `config` differs from that of `source` in settings that determine the weights.
     """
-    refuse_differences(source.config, config, FREE_IN_GENERATOR)
+    refuse_differences(source.config, config)
     if bool(config.text_loss_weight) != bool(source.config.text_loss_weight):
         raise UserError(
             "the trained weights are of another model: they have text_loss_weight = "
@@ -95,32 +90,24 @@ def continued(source: GeneratorTransformer, config: GeneratorConfig) -> Generato
     return model
 
 
-def refuse_differences(
-    source: ClassifierConfig | GeneratorConfig, config: ClassifierConfig | GeneratorConfig, free: set[str]
-) -> None:
-    ours, theirs = config.model_dump(exclude={"core"}), source.model_dump(exclude={"core"})
-    problems = [
-        f"they have {name} = {theirs[name]!r}, the recipe {ours[name]!r}"
-        for name in ours
-        if name not in free and ours[name] != theirs[name]
-    ]
-    problems += differences_of_cores(source.core, config.core)
-    if problems:
+def refuse_differences(source: Config, config: Config) -> None:
+    if problems := [*differences(source, config), *differences(source.core, config.core, "core.")]:
         raise UserError(
             f"the trained weights are of another model: {'; '.join(problems)}; set the same in the recipe, "
             "or remove these keys from [model]"
         )
 
 
-def differences_of_cores(source: TransformerConfig, config: TransformerConfig) -> list[str]:
-    ours, theirs = config.model_dump(), source.model_dump()
+def differences(source: Config, config: Config, prefix: str = "") -> list[str]:
+    """The settings in which `config` differs from `source` and may not, without those of its core."""
+    ours, theirs = config.model_dump(exclude={"core"}), source.model_dump(exclude={"core"})
     problems = [
-        f"they have core.{name} = {theirs[name]!r}, the recipe {ours[name]!r}"
+        f"they have {prefix}{name} = {theirs[name]!r}, the recipe {ours[name]!r}"
         for name in ours
-        if name not in FREE_IN_CORE and ours[name] != theirs[name]
+        if name not in MAY_DIFFER[type(config)] and ours[name] != theirs[name]
     ]
-    if (config.layer_scale is None) != (source.layer_scale is None):
-        problems.append("core.layer_scale on one side only")
+    if isinstance(config, TransformerConfig) and (config.layer_scale is None) != (source.layer_scale is None):
+        problems.append(f"{prefix}layer_scale on one side only")
     return problems
 
 
@@ -137,7 +124,7 @@ def take_core(model: nn.Module, source: str) -> None:
             f"a model of kind {model.config.kind!r} has no core, so it cannot take that of {folder}"
         )
     theirs = build_config(TransformerConfig, described, source=str(folder / CONFIG))
-    if problems := differences_of_cores(theirs, own):
+    if problems := differences(theirs, own, "core."):
         raise UserError(f"the core of {folder} does not fit: {'; '.join(problems)}")
     load_weights(model.core, weights, source=str(folder / WEIGHTS))
 
