@@ -1,5 +1,6 @@
 """Training: resuming, accumulation, checkpoints, signals and the messages for the user's mistakes."""
 
+import itertools
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -314,6 +316,50 @@ Checkpoints(Path(sys.argv[1]), 2, Processes(0, 1, torch.device("cpu"))).save(2, 
     assert checkpoints.latest() == tmp_path / "step-00000001"
     checkpoints.save(3, lambda folder: (folder / "weights").write_bytes(b"new") and None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
+
+
+def test_an_export_that_is_killed_at_any_point_leaves_a_whole_model(tmp_path):
+    """The old one or the new one, once the run is opened to resume."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed_at(number: int, action: Callable) -> Callable:
+        def counted(*arguments, **more):
+            if next(calls) == number:
+                raise Killed
+            return action(*arguments, **more)
+
+        return counted
+
+    def write(text: str) -> Callable[[Path], None]:
+        def write_into(folder: Path) -> None:
+            folder.mkdir()
+            (folder / "model").write_text(text)
+
+        return write_into
+
+    found = []
+    for number in itertools.count():
+        run = RunFolder(tmp_path / str(number))
+        run.open(resume=False)
+        run.export(run.last, write("old"))
+        calls = itertools.count()  # of what moves or removes folders
+        try:
+            with (
+                mock.patch.object(Path, "rename", killed_at(number, Path.rename)),
+                mock.patch.object(shutil, "rmtree", killed_at(number, shutil.rmtree)),
+            ):
+                run.export(run.last, write("new"))
+        except Killed:
+            RunFolder(run.path).open(resume=True)
+            found.append((run.last / "model").read_text())
+            run.export(run.last, write("newer"))
+            assert (run.last / "model").read_text() == "newer"
+        else:
+            break
+    assert {"old", "new"} == set(found)
+    assert [path.name for path in run.path.iterdir()] == ["last"]
 
 
 def test_damaged_checkpoint_is_named(tmp_path, tiny_shards):

@@ -41,6 +41,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"output: cannot make the folder {self.path}: {error.strerror}") from None
+        self.finish_exports()
 
     def refuse_lost_checkpoints(self) -> None:
         """Raises UserError when the run has written checkpoints; for a resume that finds none. A run that
@@ -91,11 +92,21 @@ class RunFolder:
 
     def export(self, folder: Path, write: Callable[[Path], Any]) -> None:
         """Replaces `folder`, `best` or `last`, by what `write(folder)` puts there."""
-        partial = folder.with_name(f".writing-{folder.name}")
-        shutil.rmtree(partial, ignore_errors=True)
-        write(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        new, old = beside(folder)
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        write(new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def finish_exports(self) -> None:
+        """Puts in place what an `export` had written when it was killed."""
+        for folder in (self.best, self.last):
+            new, old = beside(folder)
+            if not folder.exists() and old.exists() and new.exists():  # between its two renames
+                new.rename(folder)
 
     def draw_curves(self) -> None:
         """Draws every training and held-out metric over the steps into curves.png, losses first."""
@@ -124,6 +135,11 @@ class RunFolder:
             axes.grid(alpha=0.3)
             axes.legend(frameon=False)
         figure.savefig(self.curves, dpi=100)
+
+
+def beside(folder: Path) -> tuple[Path, Path]:
+    """Where an export of `folder` is written, and where the earlier one is until that is in place."""
+    return folder.with_name(f".writing-{folder.name}"), folder.with_name(f".replaced-{folder.name}")
 
 
 def metrics_of(record: dict[str, Any]) -> dict[str, float]:
