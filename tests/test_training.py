@@ -362,6 +362,16 @@ def test_an_export_that_is_killed_at_any_point_leaves_a_whole_model(tmp_path):
     assert [path.name for path in run.path.iterdir()] == ["last"]
 
 
+def test_nothing_left_to_train_still_completes_last(tmp_path, tiny_shards, assert_same_state):
+    """A run killed after its last checkpoint has no last/ of it."""
+    session = new_session(tmp_path / "run", steps=2)
+    train_on_shards(session, tiny_shards)
+    expected = read_weights(session.run.last / "model.safetensors")
+    shutil.rmtree(session.run.last)
+    train_on_shards(new_session(tmp_path / "run", resume=True, steps=2), tiny_shards)
+    assert_same_state(read_weights(session.run.last / "model.safetensors"), expected)
+
+
 def test_damaged_checkpoint_is_named(tmp_path, tiny_shards):
     train_on_shards(new_session(tmp_path / "run", steps=2), tiny_shards)
     folder = tmp_path / "run/checkpoints/step-00000002"

@@ -87,6 +87,8 @@ def train(
             display.say("; ".join([f"resuming at step {progress.step} of {config.steps}", *changes.values()]))
             if progress.step >= config.steps:
                 display.say("nothing is left to train, and config.toml stays as it is: raise train.steps")
+                with engine.evaluating() as trained:  # the run may have died before it could export this
+                    export_to(run.last, trained)
         if session.recipe.optimizer.warmup_steps >= config.steps:
             display.say(
                 f"optimizer.warmup_steps {session.recipe.optimizer.warmup_steps} covers all train.steps "
