@@ -109,7 +109,7 @@ def test_muon_trains_hidden_layers_and_resumes(stem):
     assert step(twin, other, 6) == step(model, optimizer, 6)
     for name, tensor in twin.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
-    with pytest.raises(UserError, match=r"trained by muon, optimizer\.name is now adamw"):
+    with pytest.raises(UserError, match=r"trained with muon, but optimizer\.name is now adamw"):
         Optimizer(twin, OptimizerConfig(), total_steps=10).load_state_dict(optimizer.state_dict())
     with pytest.raises(UserError, match="trains hidden layers, and Linear marks none"):
         Optimizer(nn.Linear(2, 2), config, total_steps=10)

@@ -160,7 +160,7 @@ def test_a_folder_says_how_it_is_sampled(generator, tmp_path):
         ("[", r"generation_config\.json is not"),
         (
             '{"temperature": "warm"}',
-            r'generation_config\.json: temperature = "warm": Input should',
+            r'generation_config\.json: temperature = "warm": expected a number',
         ),
         (
             '{"temprature": 1}',
