@@ -191,7 +191,7 @@ def test_a_run_begins_from_trained_weights_and_resumes(fine_tune, tmp_path, asse
     kept = (tmp_path / "run/config.toml").read_text()
     ran = fine_tune("--data.mixing", mixing, "--resume", "--optimizer.lr", 0.5)
     assert ran.returncode == 0, ran.stderr
-    assert "nothing is left to train, and config.toml stays as it is" in ran.stdout
+    assert "nothing left to train; raise train.steps" in ran.stdout
     assert (tmp_path / "run/config.toml").read_text() == kept
     for changed in (["--start.freeze", '["core.norm"]'], ["--optimizer.layer_decay", 1.0]):
         ran = fine_tune("--data.mixing", mixing, "--resume", "--train.steps", 6, *changed)

@@ -1,4 +1,4 @@
-"""Checkpoints: folders `step-00001000/`, written whole or not at all, of which the last few are kept."""
+"""Checkpoints: folders `step-00001000/`, written whole or not at all; the last few are kept."""
 
 import json
 import os
@@ -28,9 +28,9 @@ class Checkpoints:
         self.root, self.keep, self.processes = root, keep, processes
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Calls `write(folder)` on every process with a folder on the side, then puts it in place at once.
+        """Calls `write(folder)` in every process with a temporary folder, then moves it into place at once.
 
-        A process killed half way leaves the earlier checkpoints as they were.
+        A process killed half-way leaves earlier checkpoints untouched.
         """
         final, partial = self.root / f"step-{step:08d}", self.root / f".writing-step-{step:08d}"
         if self.processes.is_main:
@@ -51,7 +51,7 @@ class Checkpoints:
         return final
 
     def complete(self) -> list[Path]:
-        """The checkpoints that were written to the end, oldest first."""
+        """The complete checkpoints, oldest first."""
         if not self.root.is_dir():
             return []
         return sorted(folder for folder in self.root.iterdir() if re.fullmatch(r"step-\d+", folder.name))
@@ -90,7 +90,7 @@ def write_state(state: dict[str, Any], path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `write_state` wrote: tensors, numbers, texts and containers of them; nothing else is unpickled."""
+    """What `write_state` wrote: tensors, numbers, strings and containers; nothing else is unpickled."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -106,7 +106,7 @@ def damaged(folder: Path, problem: str) -> UserError:
 
 
 def sizes_of(folder: Path) -> dict[str, int]:
-    """Bytes of every file under `folder` by its relative name, but for the manifest."""
+    """The size in bytes of every file under `folder` but the manifest, by relative name."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
@@ -128,7 +128,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of every random generator that a model may draw from, in types that `read_state` accepts."""
+    """The state of every random generator that models use, in types that `read_state` accepts."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = numpy.random.get_state()
     state = {
@@ -153,7 +153,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 @contextmanager
 def undisturbed_randomness(device: torch.device) -> Iterator[None]:
-    """What happens inside, an evaluation for one, leaves the random generators as it found them."""
+    """A context after which the random generators are as before, for evaluations."""
     state = random_state(device)
     try:
         yield

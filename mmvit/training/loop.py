@@ -33,20 +33,20 @@ def train(
     export: Callable[[nn.Module, Path], Any] | None = None,
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Progress:
-    """Trains `model` for `train.steps` optimizer steps, and leaves its traces in the run folder.
+    """Trains `model` for `train.steps` optimizer steps, and writes metrics and models to the run folder.
 
     Args:
         model: has `loss(batch) -> (scalar, metrics)`, and `save_pretrained(folder)` unless `export` is given.
-        stream: batches of `session.micro_batch_size` samples for this process, without end.
-        evaluate: held-out metrics of a model; called by every process, and averaged over them.
+        stream: endless batches of `session.micro_batch_size` samples for this process.
+        evaluate: returns held-out metrics of a model; every process calls it, and the results are averaged.
             `train.select` names the one that chooses `best/`: the lowest if it is a loss, else the highest.
-        after_evaluation: called with the evaluated model and the step, by the main process; may draw samples.
+        after_evaluation: called by the main process with the evaluated model and the step; may draw images.
         export: writes a model into a folder, for `best/` and `last/`.
-        prepare: what becomes of each batch before a training pass; may draw from torch's generator.
+        prepare: transforms each batch before its training pass; may draw from torch's generator.
 
     Raises:
-        UserError: when the loss or the gradient is not finite, or the checkpoint to resume from does not fit.
-        SystemExit: with 130 after Ctrl-C and 143 after SIGTERM, when the checkpoint has been written.
+        UserError: if the loss or the gradient is not finite, or the checkpoint does not fit.
+        SystemExit: with 130 after Ctrl-C and 143 after SIGTERM, once a checkpoint is written.
     """
     config, processes, run = session.recipe.train, session.processes, session.run
     select = config.select or session.recipe.selects
@@ -86,13 +86,13 @@ def train(
         if session.resume:
             display.say("; ".join([f"resuming at step {progress.step} of {config.steps}", *changes.values()]))
             if progress.step >= config.steps:
-                display.say("nothing is left to train, and config.toml stays as it is: raise train.steps")
+                display.say("nothing left to train; raise train.steps to go on")
                 with engine.evaluating() as trained:  # the run may have died before it could export this
                     export_to(run.last, trained)
         if session.recipe.optimizer.warmup_steps >= config.steps:
             display.say(
                 f"optimizer.warmup_steps {session.recipe.optimizer.warmup_steps} covers all train.steps "
-                f"{config.steps}: the learning rate only rises"
+                f"{config.steps}, so the learning rate never reaches its peak"
             )
         if progress.step + config.log_every < config.steps:
             left = config.steps - progress.step
@@ -126,19 +126,17 @@ def train(
                     export_to(run.last, trained)
             if stop and not is_last:
                 name = signal.Signals(stop).name
-                display.say(
-                    f"{name}: saved at step {progress.step}; the same command with --resume continues"
-                )
+                display.say(f"{name}: saved at step {progress.step}; add --resume to the command to continue")
                 raise SystemExit(128 + stop)
         evaluated = sum_tallies(processes, session.evaluated)
         if evaluated.skipped or evaluated.broken_shards:
-            display.say(f"in all evaluations together: {evaluated.describe()}")
+            display.say(f"all evaluations: {evaluated.describe()}")
         display.say(f"{sum_tallies(processes, [stream]).describe()}; the run is in {run.path}")
     return progress
 
 
 def sum_tallies(processes: Processes, streams: list[Stream]) -> Tally:
-    """What became of the samples of `streams`, in all processes together."""
+    """The tallies of `streams`, summed over all processes."""
     own = reduce(Tally.plus, (stream.tally for stream in streams), Tally())
     return reduce(Tally.plus, processes.gather(own), Tally())
 
@@ -159,7 +157,8 @@ def train_step(
     progress: Progress,
     interruption: Interruption,
 ) -> tuple[float, int]:
-    """One optimizer step. Returns the gradient's norm, and the signal to stop for, or 0, alike everywhere."""
+    """One optimizer step. Returns the gradient's norm, and the signal to stop for (0 for none), agreed on by
+    all processes."""
     config, processes = session.recipe.train, session.processes
     broken = None
     for _ in range(config.accumulation):
@@ -187,16 +186,15 @@ def not_finite(problem: str, progress: Progress, batch: dict[str, Any]) -> UserE
     keys = [str(key) for key in batch.get("keys", [])]
     samples = f" in the batch of {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}" if keys else ""
     return UserError(
-        f"step {progress.step + 1}: {problem}{samples}. Look at these samples, lower optimizer.lr or set "
-        "train.precision to fp32; --resume goes on from the last checkpoint, from the start if there is none "
-        "yet"
+        f"step {progress.step + 1}: {problem}{samples}. Look at these samples, lower optimizer.lr, or set "
+        "train.precision to fp32"
     )
 
 
 def training_record(
     session: Session, engine: Engine, progress: Progress, norm: float, speed: float
 ) -> dict[str, Any]:
-    """Metrics averaged since the last record, over passes and processes; the sums start anew."""
+    """Metrics averaged over passes and processes since the last record; resets the sums."""
     means = session.processes.mean(progress.take_means())
     return {
         "kind": "train",

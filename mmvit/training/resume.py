@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides weights, and how a run continues from it exactly where it stopped."""
+"""What a checkpoint holds besides weights, and how a run continues exactly where it stopped."""
 
 import socket
 from collections.abc import Generator
@@ -46,7 +46,7 @@ class Stream(Protocol):
 
 @dataclass
 class Progress:
-    """How far a run is. It is part of every checkpoint."""
+    """How far a run has come; part of every checkpoint."""
 
     step: int = 0
     examples: int = 0
@@ -57,7 +57,7 @@ class Progress:
     summed: int = 0  # in all of them, of a checkpoint that does not have `passes`
 
     def add(self, metrics: dict[str, float | Tensor]) -> None:
-        """Adds the metrics of one pass; tensors stay where they are, so that nothing waits for the device."""
+        """Adds the metrics of one pass, without waiting for the device."""
         for name, value in metrics.items():
             value = value.detach().float() if isinstance(value, Tensor) else value
             before = self.summed if name in self.sums else 0
@@ -65,13 +65,13 @@ class Progress:
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def take_means(self) -> dict[str, float]:
-        """The metrics averaged over the passes that had them; the sums start anew."""
+        """The metrics averaged over the passes that had them; resets the sums."""
         means = {name: float(total) / self.passes.get(name, self.summed) for name, total in self.sums.items()}
         self.sums, self.passes, self.summed = {}, {}, 0
         return means
 
     def improves(self, value: float, mode: Literal["min", "max"]) -> bool:
-        """Whether `value` is the best so far; if so, it is from now on."""
+        """Whether `value` is the best so far; if so, it is remembered."""
         better = self.best is None or (value < self.best if mode == "min" else value > self.best)
         if better:
             self.best = value
@@ -81,7 +81,7 @@ class Progress:
 def save(
     session: Session, checkpoints: Checkpoints, engine: Engine, stream: Stream, progress: Progress
 ) -> None:
-    """Writes a checkpoint; every process calls it."""
+    """Writes a checkpoint; every process must call it."""
     processes = session.processes
     own = {"stream": stream.state_dict(), "random": random_state(processes.device)}
     everyone = processes.gather(own)
@@ -150,13 +150,13 @@ def check_same_checkpoint(findings: list[Finding]) -> None:
 
 
 def resume(session: Session, folder: Path, engine: Engine, stream: Stream) -> tuple[Progress, dict[str, str]]:
-    """Puts engine, stream and random generators back to where they were when `folder` was written.
+    """Restores engine, stream and random generators from the checkpoint in `folder`.
 
     Returns:
         the progress, and the `changed_settings`.
 
     Raises:
-        UserError: when the checkpoint is damaged, or of another model (names the settings that differ).
+        UserError: if the checkpoint is damaged, or of another model (naming the settings that differ).
     """
     processes = session.processes
     changes = check_same_model(folder, session.recipe)

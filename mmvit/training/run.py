@@ -12,7 +12,7 @@ from mmvit.errors import UserError
 
 
 class RunFolder:
-    """Everything that a run leaves behind. Only the main process writes."""
+    """The folder of a run's results. Only the main process writes."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -22,20 +22,18 @@ class RunFolder:
         )
 
     def open(self, resume: bool) -> None:
-        """Makes the folder, or takes the existing one to resume in.
+        """Makes the folder, or opens an existing one to resume in.
 
         Raises:
-            UserError: when a new run would overwrite something, or there is nothing to resume.
+            UserError: if a new run would overwrite something, or there is nothing to resume.
         """
         if resume and not self.path.is_dir():
-            raise UserError(
-                f"nothing to resume: there is no run folder {self.path}; leave --resume out to start one"
-            )
+            raise UserError(f"nothing to resume: no run folder {self.path}; remove --resume to start one")
         began = {self.path / "config.toml"}  # of a start that failed before it trained: nothing is lost
         if not resume and self.path.exists() and (not self.path.is_dir() or {*self.path.iterdir()} - began):
             raise UserError(
-                f"{self.path} is not empty; add --resume to continue the run in it, or choose another "
-                "place with --output"
+                f"{self.path} is not empty: add --resume to continue its run, or choose another folder with "
+                "--output"
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -59,12 +57,12 @@ class RunFolder:
             )
 
     def discard(self) -> None:
-        """Removes the folder of a start that was refused before it trained; one that holds more stays."""
+        """Removes the folder of a run that failed before it trained; one that holds more stays."""
         if self.path.is_dir() and {*self.path.iterdir()} <= {self.path / "config.toml"}:
             shutil.rmtree(self.path)
 
     def write_config(self, recipe: Config) -> None:
-        """Writes the resolved configuration, config.toml."""
+        """Writes the resolved recipe, config.toml."""
         (self.path / "config.toml").write_text(to_toml(recipe.model_dump(mode="json")), encoding="utf-8")
 
     def rewind(self, step: int) -> None:
@@ -109,7 +107,7 @@ class RunFolder:
                 new.rename(folder)
 
     def draw_curves(self) -> None:
-        """Draws every training and held-out metric over the steps into curves.png, losses first."""
+        """Plots every training and held-out metric over the steps in curves.png, losses first."""
         from matplotlib.figure import Figure  # takes half a second to import
 
         records = [record for record in self.read_metrics() if record["kind"] in ("train", "held_out")]
@@ -143,7 +141,7 @@ def beside(folder: Path) -> tuple[Path, Path]:
 
 
 def metrics_of(record: dict[str, Any]) -> dict[str, float]:
-    """What a record says of the model. A loss of one part only is shown under that part's name alone."""
+    """The metrics of a record. A total loss that has one part only is left out."""
     bookkeeping = {"kind", "step", "examples", "epoch", "seconds", "images_per_s"}
     if sum(name.endswith("_loss") for name in record) == 1:
         bookkeeping.add("loss")
