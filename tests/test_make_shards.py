@@ -284,7 +284,10 @@ def test_a_class_may_be_called_train_but_splits_beside_other_folders_are_refused
     save_image(tmp_path / "vehicles" / "test" / "1.png")
     done = run_script("pipelines/make_shards.py", tmp_path / "vehicles", tmp_path / "out")
     assert done.returncode == 2
-    assert "holds folders of splits (test, train) beside others (car): move these" in done.stderr
+    assert (
+        "holds folders of splits (test, train) beside others (car): move them, or list the images"
+        in done.stderr
+    )
 
 
 def test_a_random_held_out_share_is_taken_of_a_source_that_has_only_a_train_folder(run_script, tmp_path):
