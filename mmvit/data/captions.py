@@ -236,7 +236,7 @@ def caption_lengths(
     for number, path in enumerate(paths, start=1):
         try:
             for sample in read_shard(path, only=("txt", "json")):
-                if len(lengths) >= most:
+                if len(lengths) * len(paths) >= most * number:
                     break
                 lengths += [
                     (len(tokenizer.tokenize(caption)), sample.key)
