@@ -11,7 +11,7 @@ from typer import Argument
 
 from mmvit.cli import run_script
 from mmvit.errors import UserError, did_you_mean
-from mmvit.recipes.resolve import recipes
+from mmvit.recipes.find import recipes
 
 
 def main(

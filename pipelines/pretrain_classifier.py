@@ -23,7 +23,7 @@ from mmvit.models.classification import FitBatch
 from mmvit.models.classifier import Classifier
 from mmvit.models.masked_autoencoder import MaskedAutoencoder
 from mmvit.models.masked_patches import MaskedPatches
-from mmvit.recipes.launch import training_script
+from mmvit.recipes.command import training_script
 from mmvit.recipes.pretraining import PretrainingRecipe
 from mmvit.training import Session, one_epoch, train, training_stream
 from mmvit.training.deepspeed_engine import zero_stage

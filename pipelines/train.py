@@ -13,7 +13,7 @@ after a crash; RECIPE may then be the run folder.
 """
 
 from mmvit.cli import run_script
-from mmvit.recipes.launch import recipe_command
+from mmvit.recipes.command import recipe_command
 
 main = recipe_command(__doc__)
 

@@ -26,8 +26,8 @@ from mmvit.hub import find_model_folder
 from mmvit.models.fine_tuning import continued, take_core
 from mmvit.models.generator_transformer import GeneratorTransformer
 from mmvit.recipes.caption_codes import CaptionCodes, open_caption_codes
+from mmvit.recipes.command import training_script
 from mmvit.recipes.generator import GeneratorRecipe
-from mmvit.recipes.launch import training_script
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.preview import check_preview, draw_preview
 from mmvit.training import Session, train

@@ -29,8 +29,8 @@ from mmvit.models.classifier import Classifier
 from mmvit.models.fine_tuning import describe_changes, fine_tuned, freeze, take_core
 from mmvit.models.registry import build_model
 from mmvit.recipes.classifier import ClassifierRecipe
+from mmvit.recipes.command import training_script
 from mmvit.recipes.facts import class_names, describe_sizes, folders_of
-from mmvit.recipes.launch import training_script
 from mmvit.training import Session, one_epoch, train, training_stream
 
 

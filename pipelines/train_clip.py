@@ -14,7 +14,7 @@ from mmvit.data.samples import CaptionIdsPixelsSample
 from mmvit.evaluation.clip_report import retrieval
 from mmvit.models.clip import CLIP
 from mmvit.recipes.clip import CLIPRecipe
-from mmvit.recipes.launch import training_script
+from mmvit.recipes.command import training_script
 from mmvit.sampling.candidates import CaptionScorer
 from mmvit.training import Session, one_epoch, train, training_stream
 

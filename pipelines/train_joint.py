@@ -25,9 +25,9 @@ from mmvit.evaluation.likelihood import generator_loss
 from mmvit.hub import write_json
 from mmvit.models.joint import Joint
 from mmvit.recipes.caption_codes import open_caption_codes
+from mmvit.recipes.command import training_script
 from mmvit.recipes.facts import class_names, folders_of
 from mmvit.recipes.joint import JointRecipe
-from mmvit.recipes.launch import training_script
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.preview import check_preview, draw_preview
 from mmvit.training import Session, one_epoch, train, training_stream

@@ -1,5 +1,6 @@
 """The command: its groups, its help, and what it says to a mistake."""
 
+import os
 import subprocess
 import sys
 
@@ -54,3 +55,25 @@ def test_python_m_mmvit_is_the_command():
     assert "prepare emoji-groups" in shown.stdout
     assert "sample" not in shown.stdout.replace("mmvit sample", "")
     assert len(COMMANDS) > 15
+
+
+@pytest.mark.parametrize(
+    ("words", "completions"),
+    [("mmvit s", "sample shards subset"), ("mmvit prepare e", "emoji emoji-groups")],
+)
+def test_the_shell_completes_commands(words, completions):
+    place = str(len(words.split()) - 1)
+    environment = {"_MMVIT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": place}
+    ran = subprocess.run(
+        [sys.executable, "-m", "mmvit"], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert ran.stdout.split() == completions.split()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself_with_two_examples(mmvit_command, name):
+    shown = mmvit_command(*name.split(), "--help")
+    assert shown.returncode == 0, shown.stderr
+    first = name.split()[0]
+    examples = [line for line in shown.stdout.splitlines() if line.strip().startswith(f"mmvit {first}")]
+    assert len(examples) >= 2 or name == "demo", shown.stdout

@@ -13,7 +13,8 @@ import torch
 from mmvit.config import read_toml
 from mmvit.models.registry import build_model
 from mmvit.places import FOLDERS
-from mmvit.recipes.resolve import recipes, resolve
+from mmvit.recipes.find import recipes
+from mmvit.recipes.resolve import resolve
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {  # a room may import from rooms on lower floors, and from its own

@@ -34,8 +34,8 @@ from mmvit.models.perceptual import FeatureDistance
 from mmvit.models.registry import build_model
 from mmvit.models.tokenizer_objective import TokenizerObjective
 from mmvit.models.vq import VQModel
+from mmvit.recipes.command import training_script
 from mmvit.recipes.image_tokenizer import ImageTokenizerRecipe
-from mmvit.recipes.launch import training_script
 from mmvit.sampling.grids import labelled_grid
 from mmvit.training import Session, one_epoch, train, training_stream
 from mmvit.training.deepspeed_engine import zero_stage

@@ -18,15 +18,13 @@ from mmvit.config import (
     set_by_path,
 )
 from mmvit.data.shards import expand_shards
-from mmvit.errors import UserError, did_you_mean
+from mmvit.errors import UserError
 from mmvit.hub import find_model_folder, in_words, read_part_description
 from mmvit.models.presets import PRESETS, preset
-from mmvit.places import shipped
 from mmvit.recipes.facts import Fact
+from mmvit.recipes.find import CONFIG, find_recipe
 from mmvit.recipes.tasks import recipe_class
 from mmvit.training.config import Recipe
-
-CONFIG = "config.toml"  # a run's resolved recipe
 
 
 class Resolved(NamedTuple):
@@ -122,28 +120,6 @@ def warn_of_shared_shards(recipe: Recipe) -> list[str]:
                     f"({min(shared)}): held-out figures will be too good"
                 )
     return warnings
-
-
-def recipes() -> dict[str, Path]:
-    """The recipes that ship with mmvit, by name."""
-    return {path.stem: path for path in sorted(shipped("configs").glob("*.toml"))}
-
-
-def find_recipe(source: str | Path, resume: bool = False) -> Path:
-    """The TOML file that `source` means: itself, a shipped recipe's name, or a run folder to resume."""
-    path = Path(source)
-    if path.is_file():
-        return path
-    if (path / CONFIG).is_file():
-        if not resume:
-            raise UserError(f"{path} is a run folder: add --resume to continue it, or name a recipe")
-        return path / CONFIG
-    if path.is_dir():
-        raise UserError(f"{path} is a folder without {CONFIG}: expected a recipe or a run folder")
-    names = recipes()
-    if str(source) in names:
-        return names[str(source)]
-    raise UserError(f"no recipe {source}{did_you_mean(path.stem, names)} (mmvit train --list shows all)")
 
 
 def read_run(output: object) -> dict[str, Any]:
