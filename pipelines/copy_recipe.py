@@ -1,7 +1,9 @@
 """Copy a shipped recipe to a file of your own, to edit and train.
 
-mmvit copy emoji_demo my.toml
-mmvit copy fashion_mnist configs/mine.toml
+    mmvit copy emoji_demo my.toml
+    mmvit copy fashion_mnist recipes/mine.toml
+
+Then `mmvit train my.toml` trains it.
 """
 
 from pathlib import Path

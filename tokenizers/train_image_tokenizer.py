@@ -1,7 +1,7 @@
 """Train an image tokenizer on shards of images: VQ, or DALL·E's discrete VAE (`model.kind = "dvae"`).
 
-    mmvit train image_tokenizer_emoji
-    mmvit train image_tokenizer_emoji --train.steps 500 --output runs/short
+    mmvit tokenizer image image_tokenizer_emoji
+    mmvit tokenizer image image_tokenizer_emoji --train.steps 500 --output runs/short
     torchrun --nproc_per_node 2 tokenizers/train_image_tokenizer.py configs/image_tokenizer_emoji.toml
 
 Every evaluation reports the PSNR of held-out images, and the share of the codes that the training images
