@@ -367,7 +367,11 @@ def test_sharded_checkpoint_is_refused_in_another_layout(two_processes, tmp_path
             [],
             r"remove train_batch_size \(set train\.batch_size instead\), bf16",
         ),
-        ('{"zero_optimization": {"stage": 5}}', [], r"zero_optimization\.stage: expected 0, 1, 2 or 3, got 5"),
+        (
+            '{"zero_optimization": {"stage": 5}}',
+            [],
+            r"zero_optimization\.stage: expected 0, 1, 2 or 3, got 5",
+        ),
         (
             '{"zero_optimization": {"stage": 3}}',
             ["--train.ema_decay", "0.9"],
