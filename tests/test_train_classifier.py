@@ -33,7 +33,7 @@ def test_classifier_script_trains_resumes_and_reports_mistakes(tmp_path, tiny_sh
     assert (tmp_path / "run" / "config.toml").read_text() == before
     again = run_script(script, config)
     assert again.returncode == 2
-    assert "is not empty; add --resume" in again.stderr
+    assert "is not empty: add --resume" in again.stderr
     assert "Traceback" not in again.stderr
 
 
@@ -46,5 +46,5 @@ def test_what_evaluations_skip_is_counted_at_the_end(tmp_path, tiny_shards, run_
     ran = run_script("pipelines/train_classifier.py", recipe, *plain)
     assert ran.returncode == 0, ran.stderr
     assert "3 steps of 8 samples in float32, a line every 1\n" in ran.stdout
-    (line,) = [line for line in ran.stdout.splitlines() if line.startswith("in all evaluations together: ")]
+    (line,) = [line for line in ran.stdout.splitlines() if line.startswith("all evaluations: ")]
     assert f"0 skipped, and the rest of 1 broken shard, the first: {shard} is truncated" in line
