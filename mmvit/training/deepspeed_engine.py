@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -188,7 +187,6 @@ def import_deepspeed(device: torch.device) -> Any:
             "deepspeed. Without --deepspeed the same command trains with plain torch, also under torchrun"
         ) from None
     logger.setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     if device.type == "cpu":  # or it compiles a shared-memory all-reduce at start-up; gloo needs no compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

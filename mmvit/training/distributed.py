@@ -3,6 +3,7 @@
 import gc
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ def open_processes(device: str = "auto", needs_group: bool = False) -> Iterator[
         torch.cuda.set_device(own_device)
     grouped = world_size > 1 or needs_group
     if grouped:
+        warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
         for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
             os.environ.setdefault(name, str(value))
         os.environ.setdefault("MASTER_PORT", str(free_port()))
