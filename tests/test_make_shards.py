@@ -441,12 +441,15 @@ def test_hostile_files_and_lists_are_counted(run_script, tmp_path):
     os.mkfifo(source / "pipe.png")
     (source / "device.png").symlink_to("/dev/zero")
     (source / "gone.png").symlink_to("nowhere")
-    (source / ".hidden.png").write_bytes(b"")
+    save_image(source / "._of-a-mac.png")
+    save_image(source / ".trash" / "old.png")
+    (source / "linked").symlink_to(source / ".trash")
     save_image(source / os.fsdecode(b"caf\xe9") / "1.png")
     samples, printed = make_shards(run_script, source, tmp_path / "out", "--unlabelled")
     assert sorted(samples) == ["2", "caf_1", "good"]
     told = " ".join(printed.replace("│", " ").split())
     assert "skipped: not an ordinary file 2" in told
+    assert "skipped: link to a folder, not followed 1" in told
     assert "skipped: missing or unreadable file 1 gone.png" in told
     lines = [
         json.dumps({"path": "good.png", "caption": "a" * 200_000}),
@@ -457,8 +460,8 @@ def test_hostile_files_and_lists_are_counted(run_script, tmp_path):
         '{"path": "2.png", "caption": ' + "1" * 5000 + "}",
         "[" * 100_000,
     ]
-    (source / "list.jsonl").write_text("\n".join(lines))
-    samples, printed = make_shards(run_script, source / "list.jsonl", tmp_path / "jsonl")
+    (source / "list.JSONL").write_text("\n".join(lines))
+    samples, printed = make_shards(run_script, source / "list.JSONL", tmp_path / "jsonl")
     assert list(samples) == ["good"]
     told = " ".join(printed.replace("│", " ").split())
     assert "skipped: text with a lone surrogate 2" in told
