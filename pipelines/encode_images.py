@@ -31,7 +31,7 @@ from mmvit.cli import run_script
 from mmvit.data.augment import Augment, AugmentConfig
 from mmvit.data.captions import read_caption, read_captions
 from mmvit.data.codes import MAX_CODES, pack_codes
-from mmvit.data.images import Fit, decode_image, parse_size, to_unit_range
+from mmvit.data.images import decode_image, has_shape, measure_image, parse_size, to_unit_range
 from mmvit.data.samples import AUGMENTED, IMAGE_EXTENSIONS, image_bytes
 from mmvit.data.shards import BadSample, Sample, expand_shards, split_of
 from mmvit.data.writing import (
@@ -61,7 +61,6 @@ def main(
         "tokenizers/emoji-image"
     ),
     size: Annotated[str, Option(help="side, or HEIGHTxWIDTH, in pixels that images are resized to")] = "64",
-    fit: Annotated[Fit, Option(help="crop images of another shape to the centre, or pad them")] = "crop",
     augmented: Annotated[int, Option(min=0, help=f"augmented copies of each image of {TRAIN}")] = 0,
     shift: Annotated[int, Option(min=0, help="largest shift of augmented copies, in pixels each way")] = 2,
     flip_unless: Annotated[
@@ -89,7 +88,7 @@ def main(
         augmented, shift, tuple(re.split(r"[\s,]+", flip_unless.strip(" ,"))) if flip_unless else ()
     )
     for split, shards in splits.items():
-        samples = read_images(shards, (height, width), fit, outcome, copies if split == TRAIN else Copies())
+        samples = read_images(shards, (height, width), outcome, copies if split == TRAIN else Copies())
         with ShardWriter(out, split) as writer:
             shown = with_progress(samples, numbers.get(split), f"encoding {split}")
             for sample, codes in encode(model, shown):
@@ -105,7 +104,6 @@ def main(
     made = {
         "path": tokenizer,
         "size": [height, width],
-        "fit": fit,
         "grid": list(grid),
         "codebook_size": model.codebook_size,
         "fingerprint": fingerprint(model),
@@ -189,13 +187,16 @@ def make_room(out: Path, splits: Iterable[str]) -> None:
 
 
 def read_images(
-    shards: list[Path], size: tuple[int, int], fit: Fit, outcome: Outcome, copies: Copies
+    shards: list[Path], size: tuple[int, int], outcome: Outcome, copies: Copies
 ) -> Iterator[tuple[Sample, np.ndarray]]:
     """Samples with the pixels of their image and its copies, (1 + copies, 3, height, width) in [-1, 1]; those
     without a readable image are counted."""
     for sample in read_samples(shards, outcome):
         try:
-            images = copies.of(sample, decode_image(image_bytes(sample), size, fit=fit))
+            data = image_bytes(sample)
+            images = copies.of(sample, decode_image(data, size))
+            if not has_shape(measure_image(data).size, size):
+                outcome.note("cropped around the centre (mmvit shards --fit pad keeps all)", sample.key)
             yield sample, np.stack([to_unit_range(each) for each in images])
         except BadSample as bad:
             outcome.skip(bad.reason, sample.key)

@@ -29,7 +29,7 @@ from PIL import Image, ImageColor
 from typer import Argument, Option
 
 from mmvit.cli import run_script
-from mmvit.data.images import Fit, ImageFacts, fit_image, measure_image, open_image, parse_size
+from mmvit.data.images import Fit, ImageFacts, fit_image, has_shape, measure_image, open_image, parse_size
 from mmvit.data.shards import HELD_OUT, BadSample
 from mmvit.data.sources import STORED_AS_IS, CaptionLines, Entry, find_entries, read_file
 from mmvit.data.writing import (
@@ -290,11 +290,10 @@ def remark_on_images(seen: Counter[ImageFacts], shape: Shape, outcome: Outcome) 
         outcome.remark(f"{transparent:,} {of_all} have transparency; models see them on white.")
     if turned := sum(n for facts, n in seen.items() if facts.is_turned):
         outcome.remark(f"{turned:,} {of_all} are turned upright, as their EXIF tag says.")
-    height, width = shape.size or (1, 1)
-    changed = sum(n for facts, n in seen.items() if facts.size[0] * width != facts.size[1] * height)
+    changed = sum(n for facts, n in seen.items() if not has_shape(facts.size, shape.size or (1, 1)))
     if not changed:
         return
-    target = f"{height}x{width}" if shape.size else "a square"
+    target = "x".join(map(str, shape.size)) if shape.size else "a square"
     if shape.fit == "pad":
         outcome.remark(f"{changed:,} {of_all} were padded with {shape.pad_colour} to {target}.")
     elif shape.fit == "crop":

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -145,6 +146,7 @@ def test_a_generator_is_evaluated_on_plain_captions_and_images(encoded):
         micro_batch_size=4,
         recipe=SimpleNamespace(train=SimpleNamespace(seed=0, num_workers=0)),
         evaluated=[],
+        samples_per_epoch=0,
     )
     opened = open_caption_codes(session, data, GeneratorConfig(codebook_size=16, grid=(2, 2)))
     decode = opened.stream.readers[0].decode
@@ -184,5 +186,7 @@ def test_images_of_any_shape_are_encoded_and_the_shards_say_their_grid(
     ran = run_script("pipelines/encode_images.py", *arguments)
     assert ran.returncode == 0, ran.stderr
     assert json.loads((tmp_path / "dataset.json").read_text())["image_tokenizer"]["grid"] == [2, 5]
+    told = " ".join(re.sub("[│─┼]", " ", ran.stdout).split())
+    assert re.search(r"of these: cropped around the centre .* 56 held-out-000", told)  # all are squares
     sample = next(iter(read_shard(tmp_path / "held-out-000000.tar")))
     assert unpack_codes(sample.files["codes.npy"], (2, 5), 16).shape == (2, 5)

@@ -82,7 +82,8 @@ def test_dataset_json_counts_classes_and_measures_images(run_script, tmp_path):
         Image.new(mode, size).save(
             tmp_path / "pets" / name, **({"exif": exif} if mode == "RGB" and "jpg" in name else {})
         )
-    make_shards(run_script, tmp_path / "pets", tmp_path / "mixed")
+    _, printed = make_shards(run_script, tmp_path / "pets", tmp_path / "mixed")
+    assert "1 of 3 images are turned upright, as their EXIF tag says." in printed
     card = json.loads((tmp_path / "mixed" / "dataset.json").read_text())
     assert card["samples"] == {"train": 3}
     assert card["samples_per_class"] == {"train": {"cat": 2, "dog": 1}}
@@ -269,6 +270,7 @@ def test_folders_named_like_splits_are_splits_and_not_classes(run_script, tmp_pa
     assert [sample.files["cls"] for sample in read_split(tmp_path / "out", "test").values()] == [b"0"]
     assert "The source has splits of its own: train 2, held-out 2, test 1." in done.stdout
     assert re.search(r"2 classes *\n.*\n.*class .* train .* held-out .* test", done.stdout)
+    assert re.search(r"cat +│ +1 │ +1 │ +1 │\n│ dog +│ +1 │ +1 │ +0 │", done.stdout)
     refused = run_script(
         "pipelines/make_shards.py", tmp_path / "pets", tmp_path / "out", "--held-out-share", 0.5
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import mmvit
+from mmvit.data.writing import Outcome, write_dataset_card
 from mmvit.errors import UserError
 from mmvit.models.presets import preset
 from mmvit.models.vq import VQConfig
@@ -106,6 +107,26 @@ def test_classes_that_nobody_names_are_asked_for(tmp_path, tiny_shards):
     with pytest.raises(UserError, match=r"dataset\.json does not say num_classes: set model\.num_classes"):
         resolve("fashion_mnist", data)
     assert resolve("fashion_mnist", {**data, "model.num_classes": 4}).recipe.model.num_classes == 4
+
+
+def test_another_number_of_classes_than_a_data_set_names_is_refused(tmp_path):
+    for name in ("silent", "named"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train-0.tar").write_bytes(b"")
+    write_dataset_card(tmp_path / "named", Outcome(), classes=["x", "y"])
+    patterns = [f"{tmp_path}/silent/train-*.tar", f"{tmp_path}/named/train-*.tar"]
+
+    def num_classes(shards: list[str], number: int) -> int:
+        settings = {"data.train": shards, "data.held_out": shards, "model.num_classes": number}
+        return resolve("fashion_mnist", settings).recipe.model.num_classes
+
+    assert num_classes(patterns[:1], 3) == 3
+    assert num_classes(patterns, 2) == 2
+    with pytest.raises(UserError, match=r"model\.num_classes is 3, but .*named.dataset\.json has 2; leave"):
+        num_classes(patterns, 3)
+    write_dataset_card(tmp_path / "silent", Outcome(), classes=["y", "x"])
+    with pytest.raises(UserError, match=r"different classes in dataset\.json: y, x; x, y\."):
+        num_classes(patterns, 2)
 
 
 @pytest.mark.parametrize(

@@ -51,20 +51,6 @@ def unpack_codes(
     return codes.astype(np.int64)
 
 
-def grid_of_codes(folder: Path) -> tuple[int, int]:
-    """(rows, columns) of an image's codes in `folder`, read from its dataset.json.
-
-    Raises:
-        UserError: if the file does not say.
-    """
-    grid = read_dataset_card(folder).get("image_tokenizer", {}).get("grid")
-    if not isinstance(grid, list) or len(grid) != 2:
-        raise UserError(
-            f"{folder} holds no image codes, or its dataset.json does not say their grid; {ENCODE_AGAIN}"
-        )
-    return tuple(grid)
-
-
 def check_codes_fit(
     folder: Path,
     grid: tuple[int, int],

@@ -40,27 +40,23 @@ def parse_size(text: str, name: str = "--size") -> tuple[int, int]:
 
 
 def decode_image(
-    data: bytes, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS, fit: Fit = "crop"
+    data: bytes, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
     """Decodes an image to uint8 RGB (height, width, 3).
 
     It is turned upright by its EXIF tag, transparency is laid over white, and 16 bits are scaled to 8.
 
     Args:
-        size: (height, width) to resize to (bicubic, antialiased); None keeps the size.
+        size: (height, width) to resize (bicubic, antialiased) and centre-crop to; None keeps the size.
         max_pixels: larger images are refused before they are decompressed.
-        fit: for images of another shape: "crop" cuts off what is outside the centre, "pad" adds white
-            borders.
 
     Raises:
         BadSample: undecodable, truncated or oversize.
     """
-    return np.asarray(open_image(data, size, max_pixels, fit))
+    return np.asarray(open_image(data, size, max_pixels))
 
 
-def open_image(
-    data: bytes, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS, fit: Fit = "crop"
-) -> Image.Image:
+def open_image(data: bytes, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """As `decode_image`, but a Pillow image of mode RGB."""
     try:
         with warnings.catch_warnings():
@@ -76,17 +72,24 @@ def open_image(
         raise BadSample("oversize image", str(error)) from None
     except PILLOW_ERRORS as error:
         raise BadSample("undecodable image", f"{error} ({len(data)} bytes)") from None
-    return image if size is None else fit_image(image, size, fit)
+    return image if size is None else fit_image(image, size)
 
 
-def fit_image(image: Image.Image, size: tuple[int, int], fit: Fit, pad_colour: str = "white") -> Image.Image:
-    """Resizes to (height, width), and crops to the centre or pads what has another shape."""
+def fit_image(
+    image: Image.Image, size: tuple[int, int], fit: Fit = "crop", pad_colour: str = "white"
+) -> Image.Image:
+    """Resizes to (height, width); an image of another shape is cropped around its centre, or padded."""
     width_height = size[::-1]
     if image.size == width_height:
         return image
     if fit == "pad":
         return ImageOps.pad(image, width_height, Image.Resampling.BICUBIC, color=pad_colour)
     return ImageOps.fit(image, width_height, Image.Resampling.BICUBIC)
+
+
+def has_shape(size: tuple[int, int], target: tuple[int, int]) -> bool:
+    """Whether height and width are in the proportions of `target`, so that nothing is cropped or padded."""
+    return size[0] * target[1] == size[1] * target[0]
 
 
 def measure_image(data: bytes) -> ImageFacts:

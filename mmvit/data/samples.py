@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,8 @@ import numpy as np
 from mmvit.data.augment import Augment, AugmentConfig
 from mmvit.data.captions import TextTokenizer, read_caption
 from mmvit.data.codes import unpack_codes
-from mmvit.data.images import MAX_PIXELS, Fit, decode_image, to_unit_range
-from mmvit.data.shards import BadSample, Sample, expand_shards
-from mmvit.data.writing import read_dataset_card
-from mmvit.errors import UserError
-from mmvit.hub import shorten
+from mmvit.data.images import MAX_PIXELS, decode_image, to_unit_range
+from mmvit.data.shards import BadSample, Sample
 
 AUGMENTED = "augmented.npy"  # codes of shifted or flipped copies of the image, (copies, rows, columns)
 OLD_AUGMENTED = "views.npy"  # the same, in shards encoded before 2026-12
@@ -31,14 +27,13 @@ class PixelsSample:
         size: tuple[int, int],
         augment: AugmentConfig | None = None,
         max_pixels: int = MAX_PIXELS,
-        fit: Fit = "crop",
     ):
         self.size = size
         self.augment = Augment(augment or AugmentConfig())
-        self.max_pixels, self.fit = max_pixels, fit
+        self.max_pixels = max_pixels
 
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
-        pixels = decode_image(image_bytes(sample), self.size, self.max_pixels, self.fit)
+        pixels = decode_image(image_bytes(sample), self.size, self.max_pixels)
         return {"pixels": to_unit_range(self.augment(pixels, rng))}
 
 
@@ -53,9 +48,8 @@ class ClassifierSample(PixelsSample):
         num_classes: int,
         augment: AugmentConfig | None = None,
         max_pixels: int = MAX_PIXELS,
-        fit: Fit = "crop",
     ):
-        super().__init__(size, augment, max_pixels, fit)
+        super().__init__(size, augment, max_pixels)
         self.num_classes = num_classes
 
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
@@ -98,9 +92,8 @@ class CaptionPixelsSample(PixelsSample):
         languages: Sequence[str] = ("en",),
         augment: AugmentConfig | None = None,
         max_pixels: int = MAX_PIXELS,
-        fit: Fit = "crop",
     ):
-        super().__init__(size, augment, max_pixels, fit)
+        super().__init__(size, augment, max_pixels)
         self.languages = languages
 
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
@@ -119,9 +112,8 @@ class CaptionIdsPixelsSample(CaptionPixelsSample):
         languages: Sequence[str] = ("en",),
         dropout: float = 0.0,
         augment: AugmentConfig | None = None,
-        fit: Fit = "crop",
     ):
-        super().__init__(size, languages, augment, fit=fit)
+        super().__init__(size, languages, augment)
         self.tokenizer, self.text_length, self.dropout = tokenizer, text_length, dropout
 
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
@@ -170,31 +162,6 @@ class CaptionCodesSample:
             "captions": caption,
             "counts": {"captions": 1, "captions cut": num_cut},
         }
-
-
-def check_classes(patterns: list[str], num_classes: int, section: str = "model") -> list[str] | None:
-    """The class names in dataset.json beside the shards, None if it names none.
-
-    Raises:
-        UserError: when folders name different classes, or their number is not `section`.num_classes.
-    """
-    first: tuple[Path, list[str]] | None = None
-    for folder in sorted({shard.parent for shard in expand_shards(patterns)}):
-        classes = read_dataset_card(folder).get("classes")
-        if not classes:
-            continue
-        if first is not None and classes != first[1]:
-            raise UserError(
-                f"{first[0]} and {folder} name different classes in dataset.json: {shorten(first[1])} and "
-                f"{shorten(classes)}; make both from the same classes"
-            )
-        first = first or (folder, classes)
-        if len(classes) != num_classes:
-            raise UserError(
-                f"{folder / 'dataset.json'} names {len(classes)} classes, {section}.num_classes is "
-                f"{num_classes}: set it to {len(classes)}"
-            )
-    return first and first[1]
 
 
 def image_bytes(sample: Sample) -> bytes:

@@ -58,7 +58,8 @@ def classes_in(values: dict[str, Any], data: str, model: str, required: bool = T
     names = class_names(folders)
     if names is None and not required:
         return []
-    place = str(folders[0] / "dataset.json") if folders else "dataset.json"
+    naming = [folder for folder in folders if read_dataset_card(folder).get("classes")] or folders
+    place = str(naming[0] / "dataset.json") if naming else "dataset.json"
     return [Fact(f"{model}.num_classes", names and len(names), place)]
 
 
