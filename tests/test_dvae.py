@@ -261,7 +261,9 @@ def test_pickled_modules_load_without_running_their_classes(theirs, tmp_path):
     with pytest.raises(UserError, match=r"encoder\.\w.* is missing|do not fit|lack"):
         load_openai_dvae(tmp_path / "decoder.pkl", tmp_path / "decoder.pkl")
     torch.save(theirs[0], tmp_path / "old.pkl", _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match=r"old.pkl is no encoder.pkl .* openai/DALL-E: Only persistent_load"):
+    with pytest.raises(
+        UserError, match=r"old.pkl is not an encoder.pkl .* openai/DALL-E: Only persistent_load"
+    ):
         load_openai_dvae(tmp_path / "old.pkl", tmp_path / "decoder.pkl")
 
 
@@ -290,8 +292,8 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
     torch.save(Evil(), tmp_path / "encoder.pkl")
     (tmp_path / "decoder.pkl").write_bytes(pickle.dumps(Evil()))
     for name in ("encoder.pkl", "decoder.pkl"):
-        with pytest.raises(UserError, match=r"coder.pkl is no encoder.pkl or decoder.pkl"):
+        with pytest.raises(UserError, match=r"coder.pkl is not an encoder.pkl or decoder.pkl"):
             load_openai_dvae(tmp_path / name, tmp_path / name)
-    with pytest.raises(UserError, match="there is no file"):
+    with pytest.raises(UserError, match="no file"):
         load_openai_dvae(Path("nowhere.pkl"), Path("nowhere.pkl"))
     assert not (tmp_path / "ran").exists()

@@ -15,7 +15,7 @@ from mmvit.data.captions import TextTokenizer
 from mmvit.data.samples import CaptionSample, PixelsSample
 from mmvit.errors import UserError
 from mmvit.evaluation.evaluate import evaluate
-from mmvit.evaluation.frechet import feature_space
+from mmvit.evaluation.frechet import FeatureSpace, feature_space, frechet_distance
 from mmvit.evaluation.generator_report import draw_worst_to_best, measure_captions, report_generator
 from mmvit.evaluation.held_out import HeldOut
 from mmvit.evaluation.splits import find_split, read_split
@@ -203,6 +203,73 @@ def test_copies_of_training_images_are_counted(generator_run, tiny_shards):
     ranks = [int(label.partition("(rank ")[2].rstrip(", acopy)")) for label in labels]
     assert ranks == sorted((report.ranks + 1).tolist(), reverse=True)
     assert sum("a copy" in label for label in labels) == 5
+
+
+COLOURS = torch.tensor(
+    [[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1], [-1, 1, 1], [1, -1, 1], [1, 1, 1]]
+)
+
+
+class FirstChannels(torch.nn.Module):
+    """A classifier, and a CLIP, that see nothing but the mean colour."""
+
+    config = ClassifierConfig(image_size=4, patch_size=2, num_classes=3)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.mean((2, 3))
+
+    def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(self(pixels), dim=1)
+
+    def embed_captions(self, captions: list[str]) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.stack([COLOURS[int(each)] for each in captions]), dim=1)
+
+
+def test_figures_are_of_what_was_generated_not_of_real_images_or_reconstructions():
+    """Of three captions one is drawn right, the tokenizer loses another, and each figure knows which."""
+    everything = COLOURS[:, :, None, None].expand(-1, -1, 4, 4).contiguous()
+    held_out = HeldOut(
+        keys=["0", "1", "2"], captions=["0", "1", "2"], everything=everything, own=torch.arange(3),
+        trained=torch.arange(3, 7), trained_keys=["3", "4", "5", "6"],
+    )  # fmt: skip
+    generated, reconstructed = everything[[0, 3, 4]], everything[[0, 1, 5]]
+    # 0.018 and 0.022 from training images, and not at all
+    generated = generated + torch.tensor([0.0, 0.036, 0.044])[:, None, None, None]
+    tokenizer = mock.Mock(encode_many=lambda pixels: pixels, decode_many=lambda pixels: pixels)
+    with (
+        mock.patch("mmvit.evaluation.generator_report.draw_all", return_value=generated),
+        mock.patch("mmvit.evaluation.generator_report.held_out_loss", return_value=0.5),
+        mock.patch(
+            "mmvit.evaluation.generator_report.reconstruct",
+            side_effect=lambda _, pixels, what: (pixels, pixels if "training" in what else reconstructed),
+        ),
+    ):
+        report = report_generator(
+            mock.Mock(image_tokenizer=tokenizer), held_out,
+            FeatureSpace("mean", lambda each: each.mean((2, 3))),
+            clip=FirstChannels(), classifier=FirstChannels(), labels={"0": 0, "1": 1, "2": 2},
+        )  # fmt: skip
+    figures, real = report.figures, held_out.pixels
+    assert figures["retrieval@1"] == pytest.approx(1 / 3)
+    assert figures["reconstruction_retrieval@1"] == pytest.approx(2 / 3)
+    distances = [
+        frechet_distance(real.mean((2, 3)), each.mean((2, 3))) for each in (generated, reconstructed)
+    ]
+    assert figures["frechet_distance_mean"] == pytest.approx(distances[0])
+    assert figures["reconstruction_frechet_distance_mean"] == pytest.approx(distances[1])
+    assert distances[0] != pytest.approx(distances[1])
+    assert figures["copies"] == 1
+    assert report.copies == {"1": "3"}
+    assert figures["copies_among_reconstructions"] == 1  # the tokenizer confuses image 2 with image 5
+    cosines = (FirstChannels().embed_images(generated) * FirstChannels().embed_captions("012")).sum(1)
+    assert figures["clip_score"] == pytest.approx(cosines.mean().item())
+    assert figures["clip_score"] < 0.8
+    assert figures["clip_score_of_real"] == pytest.approx(1)
+    assert figures["clip_retrieval@1"] == pytest.approx(1 / 3)
+    assert figures["class_accuracy"] == pytest.approx(1 / 3)
+    assert figures["class_accuracy_of_real"] == 1
+    assert torch.equal(report.generated, generated)
+    assert torch.equal(report.reconstructed, reconstructed)
 
 
 def sheet_order(run_script, arguments) -> list[float]:

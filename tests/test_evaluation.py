@@ -11,7 +11,7 @@ from torch import nn
 from mmvit.errors import UserError
 from mmvit.evaluation.code_use import use_metrics
 from mmvit.evaluation.frechet import coarse_pixels, feature_space, frechet_distance
-from mmvit.evaluation.generated import diversity, nearest
+from mmvit.evaluation.generated import COPY, diversity, nearest
 from mmvit.evaluation.reconstruction import image_psnr, image_ssim
 from mmvit.evaluation.retrieval import caption_ranks, pixel_ranks
 
@@ -101,6 +101,10 @@ def test_the_nearest_image_and_its_distance():
     torch.testing.assert_close(distances, torch.tensor([0.05, 0.05, 0.0]).double(), atol=1e-7, rtol=0)
     with pytest.raises(ValueError, match="images are"):
         nearest(pictures, references[:, :, :2])
+
+
+def test_a_copy_differs_by_less_than_34_decibels():
+    assert pytest.approx(10 ** (-34 / 20), rel=0.01) == COPY
 
 
 def test_diversity_within_and_between_captions():

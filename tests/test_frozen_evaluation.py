@@ -10,7 +10,7 @@ from PIL import Image
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.shards import read_shard
 from mmvit.data.writing import ShardWriter
-from mmvit.evaluation.accuracy import shifted_and_mirrored
+from mmvit.evaluation.accuracy import classification_metrics, shifted_and_mirrored
 from mmvit.evaluation.attention_maps import attention_maps, attention_weights, rollout
 from mmvit.evaluation.calibration import calibration_error, confusion_matrix, draw_confusion
 from mmvit.evaluation.frozen import (
@@ -66,6 +66,47 @@ def test_copies_are_shifted_and_mirrored():
     assert all(torch.equal(one.flip(-1), other) for one, other in zip(copies[:5], copies[5:], strict=True))
 
 
+def test_few_shot_predictions_depend_on_the_bias_and_on_targets_of_one_and_minus_one():
+    """Of few, overlapping and uneven samples every single prediction is the closed form's."""
+    features, labels = clouds(24, 4, 3, spread=9.0)
+    labels = torch.where(torch.arange(24) < 15, 0, labels)
+    held_out, truth = clouds(200, 4, 4, spread=9.0)
+    mean, deviation = features.mean(0), features.std(0, correction=0) + 1e-5
+    known, others = (
+        torch.cat([(each - mean) / deviation, torch.full((len(each), 1), 100.0)], 1).double()
+        for each in (features, held_out)
+    )
+    targets = torch.where(labels[:, None] == torch.arange(3), 1.0, -1.0).double()
+    weights = torch.linalg.inv(known.T @ known + 1024 * torch.eye(5)) @ known.T @ targets
+    expected = ((others @ weights).argmax(1) == truth).double()
+    found = [
+        few_shot_accuracy(features, labels, held_out[i : i + 1], truth[i : i + 1]) for i in range(len(truth))
+    ]
+    assert found == expected.tolist()
+    assert 0.1 < expected.mean() < 0.9
+
+
+class Scores(torch.nn.Module):
+    """A classifier of six classes whose pixels are its logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.config = ClassifierConfig(num_classes=6)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels * self.weight
+
+
+def test_the_first_class_is_among_the_first_five():
+    logits = torch.tensor([5.0, 4, 3, 2, 1, 0]).expand(4, 6)
+    labels = torch.tensor([0, 0, 4, 5])
+    found = classification_metrics(Scores(), [{"pixels": logits, "labels": labels}])
+    assert found["accuracy"] == 0.5
+    assert found["top5_accuracy"] == 0.75
+    assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item())
+
+
 def test_shots_are_so_many_of_each_class_and_a_draw_of_its_own():
     labels = torch.tensor([0] * 10 + [1] * 3 + [5] * 10)
     drawn = draw_shots(labels, 5, seed=0)
@@ -100,6 +141,12 @@ def test_calibration_has_its_exact_value():
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
     expected = 4 / 6 * abs(0.9 - 3 / 4) + 2 / 6 * abs(0.65 - 1)
     assert calibration_error(sure, labels, bins=10) == pytest.approx(expected)
+    edge = torch.tensor(
+        [[0.45, 0.3, 0.25], [0.5, 0.3, 0.2], [0.55, 0.25, 0.2]]
+    )  # bins end at their upper edge
+    expected = abs(0.45 + 0.5 - 1) / 3 + abs(0.55 - 1) / 3
+    assert calibration_error(edge, torch.tensor([1, 0, 0]), bins=10) == pytest.approx(expected)
+    assert calibration_error(torch.tensor([[1.0, 0.0]]), torch.tensor([0])) == 0
     counts = confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 2]), 3)
     assert counts.tolist() == [[1, 1, 0], [0, 0, 0], [0, 1, 0]]
 
@@ -140,18 +187,23 @@ def test_attention_maps_are_made_of_the_attention_that_the_model_computes(poolin
 
 
 def images_with_a_patch(number: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noise of 6 x 6 patches of 4 pixels, of which one has the colour of the class, or none in class 4; the
-    classes, and the places."""
+    """Noise of 6 x 6 patches of 4 pixels, of which one has the colour of the class, or none in class 4, and
+    another one is white whatever the class; the classes, and the places of their patches."""
     rng = torch.Generator().manual_seed(seed)
     pixels = torch.rand(number, 3, 24, 24, generator=rng) - 0.5
     labels = torch.randint(5, (number,), generator=rng)
-    places = torch.randint(36, (number,), generator=rng)
+    places = torch.rand(number, 36, generator=rng).argsort(1)[:, :2]
     colours = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1]])
-    for image, label, place in zip(pixels, labels.tolist(), places.tolist(), strict=True):
+    for image, label, (own, other) in zip(pixels, labels.tolist(), places.tolist(), strict=True):
+        paint(image, other, torch.ones(3))
         if label < 4:
-            row, column = divmod(place, 6)
-            image[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = colours[label][:, None, None]
-    return pixels, labels, places
+            paint(image, own, colours[label])
+    return pixels, labels, places[:, 0]
+
+
+def paint(image: torch.Tensor, place: int, colour: torch.Tensor) -> None:
+    row, column = divmod(place, 6)
+    image[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = colour[:, None, None]
 
 
 def test_saliency_finds_the_patch_that_decides_where_attention_does_not():
@@ -182,8 +234,8 @@ def test_saliency_finds_the_patch_that_decides_where_attention_does_not():
     assert found.shape == (128, 24, 24)
     assert (found.amin((1, 2)) == 0).all()
     assert (found.amax((1, 2)) == 1).all()
-    assert hits(found) > 0.9
-    assert hits(attention_maps(model, pixels)) < 0.6  # the stem's norms have told all other patches
+    assert hits(found) > 0.7  # the deviation from the mean colour alone finds 54%
+    assert hits(attention_maps(model, pixels)) < 0.5  # the stem's norms have told all other patches
 
 
 def test_the_script_measures_and_draws(run_script, tiny_shards, tmp_path):

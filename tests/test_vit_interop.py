@@ -180,7 +180,7 @@ def test_timm_reads_the_npz_that_is_written(timm, naming, pooling, tmp_path):
 def test_a_way_through_every_project_changes_no_bit(timm, tmp_path):
     model = ours(**SHAPES["square"])
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "files of official do not tell core.mlp")
+        warnings.filterwarnings("ignore", "files of official do not say core.mlp")
         there = load_vit(save_vit(model, tmp_path / "a.npz", "official"), mlp="gelu")
     peer = timm.create_model(f"local-dir:{save_vit(there, tmp_path / 'timm', 'timm')}", pretrained=True)
     save_file(peer.state_dict(), tmp_path / "timm.safetensors")
@@ -219,7 +219,7 @@ def test_a_model_without_a_head_gets_one_of_zeros(tmp_path):
     peer = transformers_like(ours(**SHAPES["square"]).config)
     headless = randomized(ViTModel(peer.config))  # has a pooler, too
     headless.save_pretrained(tmp_path / "theirs")
-    with pytest.raises(UserError, match=r"model.safetensors has no head: give num_classes"):
+    with pytest.raises(UserError, match=r"model.safetensors has no head: set num_classes"):
         load_vit(tmp_path / "theirs")
     loaded = load_vit(tmp_path / "theirs", num_classes=5)
     assert torch.equal(loaded.head.weight, torch.zeros(5, 24))
@@ -246,7 +246,9 @@ def test_hybrids_go_to_timm_and_back(timm, tmp_path):
     expected = peer.double()(pixels)
     there = load_vit(folder)
     torch.testing.assert_close(there.double()(pixels), expected, rtol=0, atol=1e-10)
-    with pytest.warns(UserWarning, match="do not tell stem_epsilons, which is timm here and official there"):
+    with pytest.warns(
+        UserWarning, match="do not say stem_epsilons, which is timm here and official by default there"
+    ):
         path = save_vit(model, tmp_path / "R26.npz", "official")
     peer = timm.create_model(f"local-dir:{folder}").eval()
     peer.load_pretrained(str(path))
@@ -310,7 +312,7 @@ def test_every_weight_that_does_not_match_is_named(naming):
         longer = torch.cat([tensor, tensor])
         with pytest.raises(UserError):
             vit_from_weights({**weights, name: longer}, naming, {"num_heads": 4})
-        with pytest.raises(UserError, match=rf"{re.escape(name)} is \(.* (instead of|dimensions)"):
+        with pytest.raises(UserError, match=rf"{re.escape(name)}( is \(.*|:) expected "):
             vit_from_weights({**weights, name: tensor[None]}, naming, {"num_heads": 4})
     with pytest.raises(UserError, match="surplus is unexpected"):
         vit_from_weights({**weights, "surplus": torch.zeros(1)}, naming, {"num_heads": 4})
@@ -343,7 +345,7 @@ class Code:
 
 def test_files_that_cannot_be_read_are_explained(tmp_path, capsys):
     weights = vit_to_weights(ours(**SHAPES["square"]), "timm")
-    with pytest.raises(UserError, match=r"there is no file .*no\.npz"):
+    with pytest.raises(UserError, match=r"no file .*no\.npz"):
         load_vit(tmp_path / "no.npz")
     with pytest.raises(UserError, match="holds no weights"):
         load_vit(tmp_path)
@@ -355,11 +357,11 @@ def test_files_that_cannot_be_read_are_explained(tmp_path, capsys):
     with pytest.raises(UserError, match=r"code\.pth is damaged or holds more than tensors"):
         load_vit(tmp_path / "code.pth")
     np.savez(tmp_path / "objects.npz", **{"embedding/kernel": np.array([Code()], dtype=object)})
-    with pytest.raises(UserError, match=r"objects\.npz is damaged or no file of weights"):
+    with pytest.raises(UserError, match=r"objects\.npz is damaged or not a file of weights"):
         load_vit(tmp_path / "objects.npz")
     assert "never printed" not in capsys.readouterr().out
     save_file({"layer.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=r"holds no ViT whose names are known: .*begins with layer\.weight"):
+    with pytest.raises(UserError, match=r"holds no ViT with known names: .*begins with layer\.weight"):
         load_vit(tmp_path / "other.safetensors")
     torch.save({"model": weights}, tmp_path / "timm.pth")
     with pytest.raises(UserError, match="the number of heads of width 24: give num_heads"):
@@ -385,7 +387,7 @@ def test_models_that_have_no_place_elsewhere_are_refused_by_their_parts(tmp_path
         save_vit(plain, tmp_path / "x", "official")
     with pytest.raises(UserError, match="timm reads a folder"):
         save_vit(plain, tmp_path / "x.npz", "timm")
-    with pytest.warns(UserWarning, match=r"official do not tell core\.mlp, which is gelu here and gelu_tanh"):
+    with pytest.warns(UserWarning, match=r"official do not say core\.mlp, which is gelu here and gelu_tanh"):
         save_vit(plain, tmp_path / "x.npz", "official")
 
 
@@ -411,6 +413,19 @@ def test_pictures_and_names_go_with_the_weights(timm, tmp_path):
             Classifier.from_pretrained(tmp_path / folder)
 
 
+def test_norms_have_the_epsilon_of_their_project_where_no_file_says_it(tmp_path):
+    model = ours(**SHAPES["square"])
+    for naming, folder, epsilon in (("transformers5", "five", 1e-12), ("timm", "timm", 1e-6)):
+        save_vit(model, tmp_path / folder, naming)
+        config = tmp_path / folder / "config.json"
+        described = json.loads(config.read_text())
+        described.pop("layer_norm_eps", None)
+        config.write_text(json.dumps(described))
+        assert load_vit(tmp_path / folder).config.core.norm_eps == epsilon, naming
+        config.unlink()
+        assert load_vit(tmp_path / folder, num_heads=4).config.core.norm_eps == epsilon, naming
+
+
 def test_the_script_goes_there_and_back(run_script, tmp_path):
     model = ours(**SHAPES["square"])
     names = [f"kind {letter}" for letter in "abcdefg"]
@@ -428,7 +443,7 @@ def test_the_script_goes_there_and_back(run_script, tmp_path):
     (tmp_path / "five/config.json").unlink()
     ran = run_script("pipelines/convert_weights.py", tmp_path / "five", tmp_path / "x")
     assert ran.returncode == 2
-    assert "no weight tells the number of heads of width 24: give num_heads" in ran.stderr
+    assert "the number of heads is unknown for width 24: set num_heads" in ran.stderr
     assert not (tmp_path / "x").exists()
     settings = [*["--set", "num_heads=4", "--set", "norm_eps=1e-6", "--set", "num_classes=2"]]
     ran = run_script("pipelines/convert_weights.py", tmp_path / "five", tmp_path / "x", *settings)
@@ -449,9 +464,11 @@ def test_the_script_goes_there_and_back(run_script, tmp_path):
     described = json.loads((folder / "config.json").read_text())
     described["pretrained_cfg"] = {"mean": [0.485, 0.456, 0.406], "std": [0.5, 0.5, 0.5]}
     (folder / "config.json").write_text(json.dumps(described))
-    with pytest.warns(UserWarning, match=r"normalised by mean \[0\.485, 0\.456, 0\.406\], those of a"):
+    with pytest.warns(
+        UserWarning, match=r"normalised by mean \[0\.485, 0\.456, 0\.406\]; classifiers here read"
+    ):
         load_vit(folder)
     described.setdefault("model_args", {})["act_layer"] = "quick_gelu"
     (folder / "config.json").write_text(json.dumps(described))
-    with pytest.raises(UserError, match="act_layer 'quick_gelu' is none of gelu, "):
+    with pytest.raises(UserError, match="act_layer 'quick_gelu': expected one of gelu, "):
         load_vit(folder)

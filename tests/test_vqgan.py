@@ -159,7 +159,7 @@ def test_missing_unexpected_and_misshapen_weights_are_named(peer, reader, name, 
         reader(config, {key: weights[key] for key in weights if key != name}, source="here")
     with pytest.raises(UserError, match=r"do not fit: encoder\.extra\.weight is unexpected$"):
         reader(config, {**weights, "encoder.extra.weight": torch.ones(1)})
-    with pytest.raises(UserError, match=r"quantize\.embedding\.weight is \(65, 4\) instead of \(64, 4\)$"):
+    with pytest.raises(UserError, match=r"quantize\.embedding\.weight is \(65, 4\), expected \(64, 4\)$"):
         reader(config, {**weights, "quantize.embedding.weight": torch.ones(65, 4)})
     with pytest.raises(UserError, match=r"is missing; .* and \d+ more$"):
         reader(config, {})
@@ -168,7 +168,7 @@ def test_missing_unexpected_and_misshapen_weights_are_named(peer, reader, name, 
 @pytest.mark.parametrize(
     ("reader", "config", "message"),
     [
-        (vqgan_from_diffusers, {"norm_type": "spatial"}, r"norm_type = 'spatial' \(of 'group'\)"),
+        (vqgan_from_diffusers, {"norm_type": "spatial"}, r"norm_type = 'spatial' \(expected 'group'\)"),
         (vqgan_from_diffusers, {"act_fn": "gelu"}, "act_fn = 'gelu'"),
         (vqgan_from_diffusers, {"in_channels": 1}, "in_channels = 1"),
         (vqgan_from_diffusers, {"up_block_types": ["UpBlock2D"]}, r"up_block_types = \['UpBlock2D'\]"),
@@ -205,11 +205,11 @@ def test_what_is_null_in_a_config_has_the_default(diffusers_vq, chameleon_vq):
 
 
 def test_a_model_goes_only_to_formats_that_compute_the_same(vqgan):
-    with pytest.raises(UserError, match=r"VQModel does not compute .* unit_codes = True instead of False"):
+    with pytest.raises(UserError, match=r"VQModel does not compute .* unit_codes = True, expected False"):
         vqgan_to_diffusers(VQGAN(SMALL.model_copy(update={"unit_codes": True})))
-    with pytest.raises(UserError, match=r"JanusVQVAE does .* encoder_attention = \(1,\) instead of \(2,\)"):
+    with pytest.raises(UserError, match=r"JanusVQVAE does .* encoder_attention = \(1,\), expected \(2,\)"):
         vqgan_to_janus(vqgan)
-    with pytest.raises(UserError, match=r"ChameleonVQVAE does .* decoder = True instead of False"):
+    with pytest.raises(UserError, match=r"ChameleonVQVAE does .* decoder = True, expected False"):
         vqgan_to_chameleon(vqgan)
 
 

@@ -1,36 +1,37 @@
-"""Whether a classifier is as sure as it is right, and what it takes for what."""
+"""Whether a classifier's confidence matches its accuracy, and which classes it confuses."""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-MOST_NAMED = 120  # classes; of more the names would run together
-LARGEST = 20.0  # inches, of a picture of what is confused
+MOST_NAMED = 120  # classes; with more the names would overlap
+LARGEST = 20.0  # inches, a side of the confusion matrix
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Expected calibration error (1706.04599): the mean difference of confidence and accuracy over bins of
-    equal width of confidence, each with its share of the samples as its weight.
+    """Expected calibration error (1706.04599): the mean difference between confidence and accuracy over bins
+    of confidence of equal width, each weighted by its share of the samples.
 
     Args:
-        probabilities: (samples, classes), each row with sum 1; `labels` (samples,).
+        probabilities: (samples, classes), rows with sum 1.
+        labels: (samples,).
     """
     confidence, predicted = probabilities.double().max(1)
-    right = (predicted == labels).double()
+    correct = (predicted == labels).double()
     places = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    differences = torch.zeros(bins, dtype=torch.float64).index_add_(0, places, confidence - right)
+    differences = torch.zeros(bins, dtype=torch.float64).index_add_(0, places, confidence - correct)
     return (differences.abs().sum() / len(labels)).item()
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """(true class, predicted class) → how often, int64."""
+    """How often each class (row) is predicted as each (column), int64 (classes, classes)."""
     places = labels * num_classes + predicted
     return torch.bincount(places, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def draw_confusion(counts: Tensor, names: list[str], path: Path) -> None:
-    """Draws `confusion_matrix` with each true class's shares in a row."""
+    """Draws `confusion_matrix` as shares of each true class."""
     from matplotlib.figure import Figure  # takes half a second to import
 
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)

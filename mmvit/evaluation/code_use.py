@@ -1,4 +1,4 @@
-"""How much of its codebook an image tokenizer uses: counts, figures, a picture."""
+"""How much of its codebook an image tokenizer uses: counts, figures, a plot."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +16,7 @@ from mmvit.models.quantizers import perplexity
 def code_counts(model: ImageTokenizer, batches: Iterable[dict[str, Any]]) -> Tensor:
     """How often each code occurs in the `pixels` of `batches`, (codebook_size,) float64, on the CPU.
 
-    Where a process group exists, every process calls this with its part and gets the counts of the whole.
+    In a process group every process calls this with its part and gets the counts of the whole.
     """
     device = next(model.parameters()).device
     counts = torch.zeros(model.codebook_size, dtype=torch.float64, device=device)
@@ -30,14 +30,13 @@ def code_counts(model: ImageTokenizer, batches: Iterable[dict[str, Any]]) -> Ten
 
 
 def use_metrics(counts: Tensor) -> dict[str, float]:
-    """`codes_in_use`, the share of the codes that occur at all, and `perplexity`, exp(entropy) of their
-    distribution."""
+    """`codes_in_use`, the share of codes that occur, and `perplexity`, exp(entropy) of their distribution."""
     return {"codes_in_use": (counts > 0).double().mean().item(), "perplexity": perplexity(counts).item()}
 
 
 def draw_code_use(counts: Tensor, path: Path) -> None:
-    """Draws each code's share of all codes, from the most frequent to the rarest, on logarithmic axes, and
-    the share that all would have."""
+    """Plots each code's share from the most frequent to the rarest, on logarithmic axes, and the share that
+    all would have if they were used equally."""
     from matplotlib.figure import Figure  # takes half a second to import
 
     shares = (counts / counts.sum()).sort(descending=True).values
@@ -46,7 +45,7 @@ def draw_code_use(counts: Tensor, path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.loglog(range(1, len(used) + 1), used, drawstyle="steps-mid")
-    axes.axhline(1 / len(shares), color="gray", linestyle=":", label="all alike")
+    axes.axhline(1 / len(shares), color="gray", linestyle=":", label="equal use")
     axes.axvline(len(shares), color="gray", linewidth=1, label="size of the codebook")
     axes.set(
         title=f"{len(used)} of {len(shares)} codes in use, perplexity {figures['perplexity']:.0f}",

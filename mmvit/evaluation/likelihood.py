@@ -1,4 +1,4 @@
-"""Held-out loss of a model: the mean of its own `loss` over every sample once, whatever the batches."""
+"""Held-out loss of a model: the mean of its own `loss` over all samples, however they are batched."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -12,8 +12,8 @@ from mmvit.models.generator_transformer import GeneratorTransformer, counted_tok
 
 
 def generator_loss(model: GeneratorTransformer, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """`mean_loss` of a generator (loss, image_loss, and text_loss where it predicts captions), in nats for
-    each code and each token of a caption."""
+    """`mean_loss` of a generator: `loss`, `image_loss` in nats per code and, if it predicts captions,
+    `text_loss` in nats per token."""
     figures = mean_loss(
         model, batches, "codes", lambda batch: {"text_loss": int(counted_tokens(batch["caption_ids"]).sum())}
     )
@@ -33,15 +33,15 @@ def mean_loss(
 
     Args:
         model: in evaluation mode, with `loss(batch) -> (scalar, metrics)`.
-        batches: this process's part of one epoch, which may be empty. Where a process group exists, every
-            process calls this and gets the figures of the whole.
+        batches: this process's part of one epoch, which may be empty. In a process group every process calls
+            this and gets the figures of the whole.
         count: the entry of a batch whose length is its number of samples.
-        counts: of how much in a batch a metric is the mean, by its name, where it is not of samples.
+        counts: for metrics that are means over something else than samples, how many a batch has, by name.
 
     Raises:
-        ValueError: where there is no sample at all.
+        ValueError: if there are no samples.
     """
-    sums: Counter[str] = Counter()  # of a metric, and how many went into it
+    sums: Counter[str] = Counter()  # each metric's sum, and how many values went into it
     sizes: Counter[str] = Counter()
     device = next(model.parameters()).device
     for batch in batches:

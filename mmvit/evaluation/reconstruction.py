@@ -12,19 +12,19 @@ from mmvit.models.image_tokenizer import ImageTokenizer
 
 @torch.no_grad()
 def reconstruction_metrics(model: ImageTokenizer, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Peak signal-to-noise ratio in decibels, and the mean absolute error, of pixels in [0, 1].
+    """Peak signal-to-noise ratio in decibels, structural similarity and L1 error, of pixels in [0, 1].
 
     Args:
         model: in evaluation mode.
-        batches: this process's part of one epoch, with `pixels`. Where a process group exists, every process
-            calls this and gets the figures of the whole.
+        batches: this process's part of one epoch, with `pixels`. In a process group every process calls this
+            and gets the figures of the whole.
 
     Returns:
-        `psnr`, the mean of the images' own; `psnr_of_mean_error`, from the mean squared error of all, which
-        the worst images decide; `ssim`, structural similarity (Wang et al. 2004); `l1`.
+        `psnr`, the mean over images; `psnr_of_mean_error`, of the mean squared error over all images, which
+        the worst ones dominate; `ssim`, structural similarity (Wang et al. 2004); `l1`.
 
     Raises:
-        ValueError: where there is no sample at all.
+        ValueError: if there are no samples.
     """
     device = next(model.parameters()).device
     psnr, squared, similar, absolute, samples = sums = torch.zeros(5, dtype=torch.float64, device=device)
@@ -49,14 +49,13 @@ def reconstruction_metrics(model: ImageTokenizer, batches: Iterable[dict[str, An
 
 
 def image_squared_error(one: Tensor, two: Tensor) -> Tensor:
-    """Each image's mean squared error, (images,), of pixels (images, 3, height, width) in [-1, 1], on the
-    scale of [0, 1]."""
+    """Each image's mean squared error on the scale of [0, 1], (images,), for pixels (images, 3, height,
+    width) in [-1, 1]."""
     return ((one - two) / 2).square().flatten(1).mean(1)
 
 
 def image_psnr(one: Tensor, two: Tensor) -> Tensor:
-    """Each image's peak signal-to-noise ratio in decibels, (images,); 100 where nothing is left of the
-    error."""
+    """Each image's peak signal-to-noise ratio in decibels, (images,); 100 if there is no error."""
     return decibels(image_squared_error(one, two).clamp_min(1e-10))
 
 

@@ -11,20 +11,21 @@ CELLS = 14  # of a ResNet's map in each direction, as a ViT of 224 pixels has pa
 
 
 def saliency_maps(model: Classifier | ResNet, pixels: Tensor) -> Tensor:
-    """How much each place of an image matters for the class that is predicted, (batch, height, width) from 0
-    to 1: the gradient of its logit, times how far a pixel is from the image's mean colour, by absolute value,
-    averaged over patches.
+    """How much each place of an image matters for the predicted class, (batch, height, width) from 0 to 1.
+
+    It is the gradient of the class's lead over the runner-up, in logits, times the pixel's distance from the
+    image's mean colour, by absolute value, averaged over patches.
 
     Unlike attention (mmvit.evaluation.attention_maps) it follows all that the network computes: where norms
-    in the stem or earlier layers have spread what a patch says, other tokens may attract the attention.
+    in the stem or earlier layers have spread what a patch shows, other tokens may attract the attention.
 
     Args:
         pixels: (batch, channels, height, width) in [-1, 1], of the model's size.
     """
     pixels = pixels.detach().requires_grad_()
     with torch.enable_grad():
-        predicted = model(pixels).amax(1).sum()
-        (gradient,) = torch.autograd.grad(predicted, pixels)
+        first, second = model(pixels).topk(2).values.unbind(1)
+        (gradient,) = torch.autograd.grad((first - second).sum(), pixels)
     away = pixels.detach() - pixels.detach().mean((2, 3), keepdim=True)
     matters = (gradient * away).abs().sum(1, keepdim=True)
     height, width = pixels.shape[-2:]

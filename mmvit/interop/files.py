@@ -1,4 +1,5 @@
-"""Other people's files: read without running what is in them, refused by the name of what does not fit."""
+"""Other projects' weight files: read without running what is in them, refused by the name of what does not
+fit."""
 
 import json
 import pickle
@@ -20,15 +21,17 @@ UNREADABLE = (
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings of a config.json."""
+    """The settings in a config.json. Raises UserError if it is missing or not a JSON object."""
     if not path.is_file():
-        raise UserError(f"there is no file {path}")
+        raise UserError(f"no file {path}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
-        raise UserError(f"{path} holds a {type(config).__name__}, not the settings of a model")
+        raise UserError(
+            f"{path}: expected the settings of a model as a JSON object, got a {type(config).__name__}"
+        )
     return config
 
 
@@ -44,38 +47,36 @@ def find_ours(path: Path, settings: Mapping[str, Any]) -> Path | None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a .safetensors, .npz or torch's (.pth, .bin) file by name; of a training checkpoint
-    those of its `model` or `state_dict`. Nothing but tensors is unpickled."""
+    """The tensors of a .safetensors, .npz, .pth or .bin file by name; of a training checkpoint those of its
+    `model` or `state_dict`. Nothing but tensors is unpickled."""
     if path.suffix == ".safetensors":
         return read_weights(path)
     if not path.is_file():
-        raise UserError(f"there is no file {path}")
+        raise UserError(f"no file {path}")
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} is damaged or holds more than tensors, and nothing else is unpickled"
-        ) from None
+        raise UserError(f"{path} is damaged or holds more than tensors; nothing else is unpickled") from None
     except UNREADABLE as error:
-        raise UserError(f"{path} is damaged or no file of weights: {type(error).__name__}") from None
+        raise UserError(f"{path} is damaged or not a file of weights: {type(error).__name__}") from None
     for key in ("model", "state_dict"):
         if isinstance(weights, Mapping) and isinstance(weights.get(key), Mapping):
             weights = weights[key]
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{path} holds no state dict: it should map names to tensors")
+        raise UserError(f"{path} holds no state dict: expected names mapped to tensors")
     return dict(weights)
 
 
 def refuse_misfits(expected: Mapping[str, Sequence[int]], weights: Mapping[str, Tensor], whose: str) -> None:
-    """Raises UserError that names the `weights` which are missing, unexpected, or not of the shape that
-    `expected` says, `whose` they are first."""
+    """Raises UserError for `weights` that are missing, unexpected or not of the `expected` shape, by name.
+    The message begins with `whose` they are."""
     problems = [f"{name} is missing" for name in expected if name not in weights]
     problems += [f"{name} is unexpected" for name in weights if name not in expected]
     problems += [
-        f"{name} is {tuple(weights[name].shape)} instead of {tuple(shape)}"
+        f"{name} is {tuple(weights[name].shape)}, expected {tuple(shape)}"
         for name, shape in expected.items()
         if name in weights and weights[name].shape != shape
     ]

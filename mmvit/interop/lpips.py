@@ -1,10 +1,10 @@
-"""LPIPS (Zhang et al., 1801.03924), version 0.1 with VGG16: how far apart two pictures look.
+"""LPIPS (Zhang et al., 1801.03924), version 0.1 with VGG16: how different two images look.
 
     distance = load_lpips("vgg16-397923af.pth")  # torchvision's ImageNet weights, .pth or .safetensors
     distance(one, two)  # pixels in [-1, 1], (batch, 3, height, width) → (batch,)
 
-The weights of VGG16 are torchvision's file; the linear heads come with torchmetrics. The result is that of
-torchmetrics and, but for how it avoids a division by zero, of the package lpips.
+The weights of VGG16 are torchvision's file; the linear heads come with torchmetrics. The result equals
+torchmetrics', and that of the package lpips except for how it avoids a division by zero.
 """
 
 from importlib.util import find_spec
@@ -24,8 +24,7 @@ SMALLEST = 2 ** (len(STAGES) - 1)  # pixels on each side
 
 
 class LPIPS(FrozenDistance):
-    """LPIPS with VGG16. `features` are torchvision's `vgg16().features` under its names, without the last
-    pooling."""
+    """LPIPS with VGG16, whose `features` have torchvision's names and lack the last pooling."""
 
     def __init__(self):
         super().__init__()
@@ -50,13 +49,13 @@ class LPIPS(FrozenDistance):
     def check_size(self, height: int, width: int) -> None:
         if min(height, width) < SMALLEST:
             raise UserError(
-                f"images of {height}x{width} pixels are too small for LPIPS, which needs {SMALLEST} on each "
-                "side"
+                f"images of {height}x{width} pixels are too small for LPIPS, which needs at least {SMALLEST} "
+                "on each side"
             )
 
     def unit_features(self, pixels: Tensor) -> list[Tensor]:
-        """At the end of each stage, (batch, channels, rows, columns), every place's vector of length 1 or,
-        where nothing is active, 0."""
+        """The features at the end of each stage, (batch, channels, rows, columns), scaled to length 1 at
+        every place, or 0 where nothing is active."""
         x, found = (pixels - self.mean) / self.spread, []
         for begin, end in zip([0, *self.ends], self.ends, strict=False):
             x = self.features[begin:end](x)
@@ -66,12 +65,12 @@ class LPIPS(FrozenDistance):
 
 
 def load_lpips(vgg16: str | Path) -> LPIPS:
-    """LPIPS with the weights in the file `vgg16`, a state dict of torchvision's `vgg16`; its `classifier.*`
-    may be there or not.
+    """LPIPS with the weights in the file `vgg16`, a state dict of torchvision's `vgg16` with or without its
+    `classifier.*`.
 
     Raises:
         UserError: for a file that is missing, damaged or holds no state dict, and for weights that are
-        missing, unexpected or misshapen (all are named).
+            missing, unexpected or of another shape, by name.
     """
     path, model = Path(vgg16), LPIPS()
     weights = {
@@ -85,7 +84,7 @@ def load_lpips(vgg16: str | Path) -> LPIPS:
 
 
 def read_heads() -> list[Tensor]:
-    """The weights of LPIPS's linear heads, each (channels,), out of torchmetrics' package."""
+    """The weights of LPIPS's linear heads, each (channels,), from the torchmetrics package."""
     package = Path(find_spec("torchmetrics").submodule_search_locations[0])
     path = package / "functional" / "image" / "lpips_models" / "vgg.pth"
     heads = torch.load(path, map_location="cpu", weights_only=True)

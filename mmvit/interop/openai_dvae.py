@@ -3,9 +3,9 @@
     model = load_openai_dvae("encoder.pkl", "decoder.pkl")
     model.save_pretrained("openai-dvae")
 
-The files are pickled modules. They are read by torch's restricted unpickler, which runs no code of theirs:
-every class that they name becomes an `Inert` object, from which the weights are collected. (Files in the
-format from before torch 1.6 cannot be read so.)
+The files are pickled modules, read by torch's restricted unpickler, which runs none of their code: every
+class that they name becomes an `Inert` object, from which the weights are collected. (Files in the format of
+torch before 1.6 cannot be read this way.)
 """
 
 import pickle
@@ -36,23 +36,23 @@ CLASSES = (
 
 
 class Inert:
-    """Stands for an object of any class: only its attributes are kept."""
+    """A stand-in for an object of any class that keeps only its attributes."""
 
 
 def load_openai_dvae(encoder: str | Path, decoder: str | Path) -> DiscreteVAE:
-    """The model of both files, in evaluation mode; its sizes are read from the weights.
+    """The model in both files, in evaluation mode; its sizes are those of the weights.
 
     Raises:
-        UserError: for a file that is missing or no pickled module of openai/DALL-E, and for weights that are
-        missing, unexpected, or of shapes that do not fit each other (all are named).
+        UserError: for a file that is missing or not a pickled module of openai/DALL-E, and for weights that
+            are missing, unexpected, or of shapes that do not fit each other, by name.
     """
     return dvae_from_openai(read_module(Path(encoder)), read_module(Path(decoder)))
 
 
 def read_module(path: Path) -> dict[str, Tensor]:
-    """The weights of a pickled module by their dotted names."""
+    """The weights of a pickled module by dotted name."""
     if not path.is_file():
-        raise UserError(f"there is no file {path}")
+        raise UserError(f"no file {path}")
     if path.suffix == ".safetensors":  # a state dict, as `dvae_to_openai` gives it
         return read_weights(path)
     try:
@@ -61,15 +61,15 @@ def read_module(path: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError, LookupError) as error:
         said = re.search(r"WeightsUnpickler error:\s*([^\n]+)", str(error))  # not torch's advice to trust it
         reason = said[1] if said else type(error).__name__
-        raise UserError(f"{path} is no encoder.pkl or decoder.pkl of openai/DALL-E: {reason}") from None
+        raise UserError(f"{path} is not an encoder.pkl or decoder.pkl of openai/DALL-E: {reason}") from None
     weights = dict(collect(module, ""))
     if not weights:
-        raise UserError(f"{path} holds no weights, but a {type(module).__name__}")
+        raise UserError(f"{path} holds no weights: expected a module, got a {type(module).__name__}")
     return weights
 
 
 def collect(module: Any, path: str) -> list[tuple[str, Tensor]]:
-    """The parameters of an inert module and of those inside it."""
+    """The parameters of an inert module and of the modules inside it."""
     attributes = getattr(module, "__dict__", {})
     found = [
         (path + name, parameter.detach())
@@ -82,7 +82,7 @@ def collect(module: Any, path: str) -> list[tuple[str, Tensor]]:
 
 
 def dvae_from_openai(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> DiscreteVAE:
-    """A `DiscreteVAE` with the state dicts of `dall_e.Encoder` and `dall_e.Decoder`."""
+    """A `DiscreteVAE` made from state dicts of `dall_e.Encoder` and `dall_e.Decoder`."""
     weights = {
         **{f"encoder.{our_name(name)}": tensor for name, tensor in encoder.items()},
         **{f"decoder.{our_name(name)}": tensor for name, tensor in decoder.items()},
@@ -95,7 +95,7 @@ def dvae_from_openai(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> 
             blocks_per_group=len({n.split(".")[3] for n in weights if n.startswith("encoder.groups.0.")}),
         )
     except KeyError as error:
-        raise UserError(f"OpenAI's weights lack {error.args[0]}; is one file the other's copy?") from None
+        raise UserError(f"OpenAI's weights lack {error.args[0]}; is one file a copy of the other?") from None
     model = DiscreteVAE(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name != "passes"}
     refuse_misfits(expected, weights, "OpenAI's weights")
@@ -104,7 +104,7 @@ def dvae_from_openai(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> 
 
 
 def dvae_to_openai(model: DiscreteVAE) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The inverse: state dicts of `dall_e.Encoder` and `dall_e.Decoder`."""
+    """State dicts of `dall_e.Encoder` and `dall_e.Decoder`: the inverse of `dvae_from_openai`."""
     halves: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}}
     for name, tensor in model.state_dict().items():
         half, _, rest = name.partition(".")

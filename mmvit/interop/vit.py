@@ -1,13 +1,14 @@
-"""Vision Transformers of other projects become ours: Google's official .npz files and big_vision's, timm's,
-and those of transformers 4 and 5; ResNet hybrids, too, of the first and of timm. The way back is
+"""Vision Transformers of other projects as our `Classifier`: Google's official .npz files and big_vision's,
+timm's, and those of transformers 4 and 5; also ResNet hybrids of the official code and timm. The way back is
 mmvit.interop.vit_export.
 
     model = load_vit("ViT-B_16.npz")
 
-Numbers are moved, never changed. Four things are in no file of weights and differ between the projects: the
-GELU (flax's default is the tanh form), the norms' epsilon (1e-6, in transformers 1e-12), those of a hybrid's
-ResNet (in which timm is not the official code), and the number of heads (of .npz files the shapes tell it).
-They are taken from the source's config.json or its code's default, and `settings` win over both.
+Numbers are moved, never changed. Four things are not in the weights and differ between projects: the GELU
+(flax's default is the tanh form), the norms' epsilon (1e-6, in transformers 1e-12), the epsilons of a
+hybrid's ResNet (timm's are not those of the official code), and the number of heads (which .npz files show by
+their shapes). They come from the source's config.json, else from its code's defaults; `settings` override
+both.
 """
 
 import math
@@ -23,14 +24,14 @@ from torch import Tensor
 
 from mmvit.config import build_config
 from mmvit.core.transformer import TransformerConfig
-from mmvit.errors import UserError
+from mmvit.errors import UserError, did_you_mean
 from mmvit.interop.files import read_config, read_tensors, refuse_misfits
 from mmvit.interop.vit_names import Naming, entries
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.resnet import stem_stride
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of the published widths
-UNNAMED = re.compile(r"LABEL_\d+|class \d+")  # what stands for names where there are none
+UNNAMED = re.compile(r"LABEL_\d+|class \d+")  # placeholders for names
 PREFIXES = ("opt/target/", "params/img/", "params/")
 GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
 FLAT = re.compile(r"(^|/)gn_?\w*/(scale|bias)$")  # some files have them as (1, 1, 1, channels)
@@ -48,18 +49,17 @@ Weights = dict[str, Tensor]
 
 
 def load_vit(path: str | Path, **settings: Any) -> Classifier:
-    """The classifier of an .npz, .safetensors, .pth or .bin file, or of a folder with one of these and a
-    config.json; in evaluation mode.
+    """The classifier in an .npz, .safetensors, .pth or .bin file, or in a folder with one of these and a
+    config.json, in evaluation mode.
 
     Args:
-        settings: what no file tells: `num_heads`, `mlp` ("gelu" or "gelu_tanh"), `norm_eps`,
-            `stem_epsilons` ("official" or "timm"), `pooling`,
-            `image_size` where the grid is not square. With `num_classes` the head is left out, and a new one
-            of zeros takes its place.
+        settings: what the files do not say: `num_heads`, `mlp` ("gelu" or "gelu_tanh"), `norm_eps`,
+            `stem_epsilons` ("official" or "timm"), `pooling`, `image_size` if the grid is not square.
+            `num_classes` replaces the head by a new one of zeros.
 
     Raises:
-        UserError: when nothing can be read there, or it is no such ViT: weights that are missing,
-            unexpected or misshapen are named.
+        UserError: if nothing can be read there, or weights are missing, unexpected or of another shape than a
+            ViT's, by name.
     """
     path = Path(path)
     described: dict[str, Any] = {}
@@ -73,8 +73,8 @@ def load_vit(path: str | Path, **settings: Any) -> Classifier:
 
 
 def class_names(folder: str | Path) -> list[str] | None:
-    """The names of the classes that the config.json of timm or transformers in `folder` tells, None where it
-    tells none of its own."""
+    """The names of the classes in the config.json of timm or transformers in `folder`; None if there are
+    none, or only placeholders."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         return None
@@ -92,15 +92,15 @@ def find_weights(folder: Path) -> Path:
     for pattern in ("*.safetensors", "*.npz", "pytorch_model.bin", "*.pth"):
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
-            raise UserError(f"{folder} has {len(found)} files {pattern}; name the one that is meant")
+            raise UserError(f"{folder} has {len(found)} files {pattern}; pass one of them")
         if found:
             return found[0]
     raise UserError(f"{folder} holds no weights: no *.safetensors, *.npz, pytorch_model.bin or *.pth")
 
 
 def recognise(weights: Weights, source: Path | str = "the weights") -> tuple[Naming, Weights]:
-    """Whose names these are, and the weights without what stands in front of the names. Under a prefix, what
-    stands beside it (an optimizer's state, a text tower) is no part of the model."""
+    """The naming that these weights follow, and the weights with prefixes removed. Weights beside a prefix
+    (an optimizer's state, a text tower) are not part of the model."""
     for prefix in PREFIXES:
         if any(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
@@ -116,14 +116,14 @@ def recognise(weights: Weights, source: Path | str = "the weights") -> tuple[Nam
         old = any(name.startswith("vit.encoder.layer.") for name in weights)
         return ("transformers4" if old else "transformers5"), weights
     raise UserError(
-        f"{source} holds no ViT whose names are known: no embedding/kernel (official, big_vision), "
+        f"{source} holds no ViT with known names: no embedding/kernel (official, big_vision), "
         f"patch_embed.proj.weight (timm) or vit.{inner} (transformers); it begins with "
         f"{', '.join(sorted(weights)[:3])}"
     )
 
 
 def apart(weights: Weights) -> Weights:
-    """big_vision's scanned models have one array for all blocks; here each gets its own."""
+    """The weights with one array per block, which big_vision's scanned models stack into one for all."""
     stacked = "Transformer/encoderblock/"
     found = {name: tensor for name, tensor in weights.items() if not name.startswith(stacked)}
     for name in weights.keys() - found.keys():
@@ -133,7 +133,7 @@ def apart(weights: Weights) -> Weights:
 
 
 def describe(config: dict[str, Any], source: Path) -> dict[str, Any]:
-    """What a config.json of transformers or timm says, as `settings` of `load_vit`."""
+    """The facts in a config.json of transformers or timm as `settings` of `load_vit`."""
     if "architecture" in config:
         arguments = config.get("model_args") or {}
         known = {"num_heads": arguments.get("num_heads"), "image_size": arguments.get("img_size")}
@@ -141,14 +141,16 @@ def describe(config: dict[str, Any], source: Path) -> dict[str, Any]:
             known["pooling"] = "mean"
         if gelu := arguments.get("act_layer"):
             if gelu not in GELUS:
-                raise UserError(f"{source / 'config.json'}: act_layer {gelu!r} is none of {', '.join(GELUS)}")
+                raise UserError(
+                    f"{source / 'config.json'}: act_layer {gelu!r}: expected one of {', '.join(GELUS)}"
+                )
             known["mlp"] = GELUS[gelu]
         trained = config.get("pretrained_cfg") or {}
         for name in ("mean", "std"):
             if any(value != 0.5 for value in trained.get(name) or ()):
                 warnings.warn(
-                    f"{source / 'config.json'}: its pixels are normalised by {name} {list(trained[name])}, "
-                    "those of a classifier here by 0.5, to [-1, 1]: give it pixels of its own kind",
+                    f"{source / 'config.json'}: this model expects pixels normalised by {name} "
+                    f"{list(trained[name])}; classifiers here read [-1, 1], which is 0.5: convert pixels",
                     stacklevel=3,
                 )
         return {key: tuple(v) if isinstance(v, list) else v for key, v in known.items() if v is not None}
@@ -157,12 +159,16 @@ def describe(config: dict[str, Any], source: Path) -> dict[str, Any]:
     if config.get("model_type") != "vit":
         kind = config.get("model_type", "something without model_type")
         raise UserError(
-            f"{source / 'config.json'} describes {kind}, not a vit of transformers or an architecture of timm"
+            f"{source / 'config.json'}: expected a vit of transformers or an architecture of timm, got {kind}"
         )
     if (activation := config.get("hidden_act", "gelu")) not in GELUS:
-        raise UserError(f"{source / 'config.json'}: hidden_act {activation!r} is none of {', '.join(GELUS)}")
+        raise UserError(
+            f"{source / 'config.json'}: hidden_act {activation!r}: expected one of {', '.join(GELUS)}"
+        )
     if not config.get("qkv_bias", True):
-        raise UserError(f"{source / 'config.json'}: qkv_bias is false, which this classifier cannot be")
+        raise UserError(
+            f"{source / 'config.json'}: qkv_bias is false, which this classifier does not support"
+        )
     size = config.get("image_size", 224)
     return {
         "num_heads": config.get("num_attention_heads", 12),
@@ -175,7 +181,7 @@ def describe(config: dict[str, Any], source: Path) -> dict[str, Any]:
 def vit_from_weights(
     weights: Weights, naming: Naming, settings: Mapping[str, Any] | None = None, source: str = "the weights"
 ) -> Classifier:
-    """A `Classifier` of another project's weights; raises as `load_vit` does."""
+    """A `Classifier` with another project's weights; raises as `load_vit` does."""
     config, with_head = infer_config(weights, naming, dict(settings or {}), source)
     if not with_head:
         heads = {name for part in HEAD_PARTS for name in names_of(naming, part)}
@@ -202,26 +208,25 @@ def vit_from_weights(
 def infer_config(
     weights: Weights, naming: Naming, settings: dict[str, Any], source: str
 ) -> tuple[ClassifierConfig, bool]:
-    """The configuration that the weights' shapes and `settings` tell, and whether their head is kept."""
+    """The configuration that follows from the weights' shapes and `settings`, and whether the head is
+    kept."""
     if unknown := settings.keys() - SETTINGS:
-        raise UserError(
-            f"unknown setting {min(unknown)!r} for a ViT's weights; there are {', '.join(SETTINGS)}"
-        )
+        raise UserError(f"unknown setting {min(unknown)}{did_you_mean(min(unknown), SETTINGS)}")
 
     def shape(part: str, dimensions: int) -> tuple[int, ...]:
         (name, *_) = names_of(naming, part)
         if name not in weights:
-            raise UserError(f"{source}: {name} is missing, so this is no ViT with learnt positions")
+            raise UserError(f"{source}: {name} is missing, so this is not a ViT with learnt positions")
         if weights[name].ndim != dimensions:
             raise UserError(
-                f"{source}: {name} is {tuple(weights[name].shape)}, of a ViT it has {dimensions} dimensions"
+                f"{source}: {name}: expected {dimensions} dimensions, got {tuple(weights[name].shape)}"
             )
         return tuple(weights[name].shape)
 
     has_head = names_of(naming, "head.weight")[0] in weights
     with_head = "num_classes" not in settings
     if with_head and not has_head:
-        raise UserError(f"{source} has no head: give num_classes, and a new one of zeros takes its place")
+        raise UserError(f"{source} has no head: set num_classes for a new one of zeros")
     is_flax = naming in ("official", "big_vision")
     kernel = shape("stem.proj.weight", 4)
     side, channels, width = (
@@ -239,7 +244,7 @@ def infer_config(
     places = shape("positions.table", 3)[1] - (token and naming != "big_vision")
     if not token and naming != "big_vision" and fits(places - 1, patch, settings.get("image_size")):
         name = names_of(naming, "cls_token")[0]
-        raise UserError(f"{source}: {name} is missing, and positions have a place for it")
+        raise UserError(f"{source}: {name} is missing, but positions have a place for it")
     core = {
         "width": width,
         "depth": count_blocks(weights, naming),
@@ -263,15 +268,14 @@ def infer_config(
 
 
 def infer_resnet(weights: Weights, naming: Naming, side: int, source: str) -> dict[str, Any]:
-    """What the weights tell of a hybrid's stem, whose patches are squares of `side` places; nothing where it
-    is a plain ViT."""
+    """The stem of a hybrid whose patches are squares of `side` places, as settings; empty for a plain ViT."""
     root, block = RESNETS.get(naming, ("", ""))
     if root not in weights:
         return {}
     blocks = {(int(m[1]), int(m[2])) for m in (re.match(block, name) for name in weights) if m}
     stages = Counter(stage for stage, _ in blocks)
     if not stages:
-        raise UserError(f"{source} has a ResNet's root without stages, which no stem of ours is")
+        raise UserError(f"{source} has a ResNet's root without stages, which is not supported")
     depths = tuple(stages[stage] for stage in sorted(stages))
     kernel = weights[root].shape
     channels, width = (kernel[2], kernel[3]) if naming == "official" else (kernel[1], kernel[0])
@@ -285,7 +289,7 @@ def infer_resnet(weights: Weights, naming: Naming, side: int, source: str) -> di
 
 
 def names_of(naming: Naming, part: str) -> tuple[str, ...]:
-    """What `naming` calls a weight of ours, in a model that has all parts and one block."""
+    """The names that `naming` gives one of our weights, in a model with all parts and one block."""
     config = ClassifierConfig(representation_width=1, core=TransformerConfig(depth=1))
     return next(entry.theirs for entry in entries(naming, config) if entry.ours == part)
 
@@ -302,11 +306,11 @@ def count_heads(weights: Weights, naming: Naming, width: int, settings: dict[str
         return weights[query].shape[1]
     if heads := settings.get("num_heads") or HEADS.get(width):
         return heads
-    raise UserError(f"{source}: no weight tells the number of heads of width {width}: give num_heads")
+    raise UserError(f"{source}: the number of heads is unknown for width {width}: set num_heads")
 
 
 def fits(places: int, patch: int, given: int | tuple[int, int] | None) -> bool:
-    """Whether so many patches make the picture that is given, or a square where none is."""
+    """Whether so many patches make an image of the size `given`, or a square one if it is None."""
     if given is None:
         return places > 0 and math.isqrt(places) ** 2 == places
     height, width = (given, given) if isinstance(given, int) else given
@@ -316,7 +320,7 @@ def fits(places: int, patch: int, given: int | tuple[int, int] | None) -> bool:
 def image_size(
     places: int, patch: int, given: int | tuple[int, int] | None, source: str
 ) -> int | tuple[int, int]:
-    """Of pictures that are cut into `places` patches."""
+    """The size of images that have `places` patches."""
     if given is not None:
         if not fits(places, patch, given):
             height, width = (given, given) if isinstance(given, int) else given
@@ -326,5 +330,5 @@ def image_size(
             )
         return given
     if not fits(places, patch, None):
-        raise UserError(f"{source} has positions for {places} patches, which is no square: give image_size")
+        raise UserError(f"{source} has positions for {places} patches, which is not a square: set image_size")
     return math.isqrt(places) * patch

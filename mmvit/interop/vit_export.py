@@ -1,4 +1,4 @@
-"""Our plain ViT classifiers, and hybrids, for other projects: the way back of mmvit.interop.vit.
+"""Our plain ViT classifiers and hybrids in the formats of other projects: the way back of mmvit.interop.vit.
 
 save_vit(model, "ViT-B_16.npz", "official")
 save_vit(model, "vit-b16", "transformers5", ["cat", "dog"])
@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from mmvit.errors import UserError
-from mmvit.hub import write_json, write_weights
+from mmvit.hub import whole_file, write_json, write_weights
 from mmvit.interop.vit_names import Naming, entries
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.resnet import stem_places
@@ -25,20 +25,20 @@ POOLINGS = {
     "transformers4": ("cls",),
     "transformers5": ("cls",),
 }
-TIMM = "vit_base_patch16_224"  # whose every size timm lets one change
-TIMM_HYBRIDS = {  # of which timm lets one change all but the ResNet
+TIMM = "vit_base_patch16_224"  # all of whose sizes can be changed in timm
+TIMM_HYBRIDS = {  # whose sizes can be changed in timm, except the ResNet's
     (3, 4, 9): "vit_base_r50_s16_224",
     (3, 4, 6, 3): "vit_large_r50_s32_224",
     (2, 2, 2, 2): "vit_small_r26_s32_224",
 }
-HYBRID_WIDTH = 64  # of timm's, where the ResNet begins
+HYBRID_WIDTH = 64  # of the first stage of timm's ResNets
 
 
 def vit_to_weights(model: Classifier, naming: Naming) -> dict[str, Tensor]:
     """The weights of `model` under another project's names and in its layout.
 
     Raises:
-        UserError: for a model with parts that the other project's ViT lacks.
+        UserError: for a model with parts that the other project's ViT does not have.
     """
     config = model.config
     refuse_parts(config, naming)
@@ -74,7 +74,9 @@ def refuse_parts(config: ClassifierConfig, naming: Naming) -> None:
     if foreign := [name for name, is_foreign in found.items() if is_foreign]:
         values = {**config.model_dump(), **{f"core.{key}": v for key, v in core.model_dump().items()}}
         said = ", ".join(f"{name} = {values[name]!r}" for name in foreign)
-        raise UserError(f"the ViT of {naming} has nothing like {said}: this classifier cannot go there")
+        raise UserError(
+            f"the ViT of {naming} has nothing like {said}: this classifier cannot be exported to it"
+        )
     if naming not in ("transformers4", "transformers5"):
         wants = {"core.norm_eps": (core.norm_eps, 1e-6)}
         if config.stem == "resnet":
@@ -84,8 +86,8 @@ def refuse_parts(config: ClassifierConfig, naming: Naming) -> None:
         for name, (value, default) in wants.items():
             if value != default:
                 warnings.warn(
-                    f"files of {naming} do not tell {name}, which is {value} here and {default} there: tell "
-                    f"it to whoever loads them (mmvit convert --set {name.split('.')[-1]}={value})",
+                    f"files of {naming} do not say {name}, which is {value} here and {default} by default "
+                    f"there: set it when loading them (mmvit convert --set {name.split('.')[-1]}={value})",
                     stacklevel=3,
                 )
 
@@ -107,20 +109,19 @@ def save_vit(
     latter also preprocessor_config.json (`AutoImageProcessor.from_pretrained`).
 
     Args:
-        classes: their names by number, which timm's and transformers' files tell, too.
+        classes: their names by number, which timm's and transformers' files keep.
 
     Raises:
-        UserError: as `vit_to_weights` does, and for a path of the wrong kind.
+        UserError: as `vit_to_weights` does, and for a file instead of a folder or the reverse.
     """
     path, weights = Path(path), vit_to_weights(model, naming)
     if naming in ("official", "big_vision"):
         if path.suffix != ".npz":
-            raise UserError(f"{naming} reads an .npz file; {path} is named otherwise")
+            raise UserError(f"{naming} reads an .npz file, got {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
         prefix = "params/" if naming == "big_vision" else ""
-        partial = path.with_name(path.stem + ".partial.npz")
-        np.savez(partial, **{prefix + name: tensor.numpy() for name, tensor in weights.items()})
-        partial.replace(path)
+        with whole_file(path) as partial, partial.open("wb") as file:
+            np.savez(file, **{prefix + name: tensor.numpy() for name, tensor in weights.items()})
         return path
     if path.suffix in (".npz", ".safetensors", ".pth"):
         raise UserError(f"{naming} reads a folder; {path} is named like a file")
@@ -169,7 +170,7 @@ def timm_config(config: ClassifierConfig) -> dict[str, Any]:
 
 
 def image_processor(config: ClassifierConfig) -> dict[str, Any]:
-    """What transformers' ViTImageProcessor does to a picture: the size and values that we train with."""
+    """Settings of transformers' ViTImageProcessor that give the pixels we train with."""
     rows, columns = config.height_width
     return {
         "image_processor_type": "ViTImageProcessor",

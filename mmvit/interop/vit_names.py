@@ -1,8 +1,8 @@
-"""Where each weight of a ViT or a ResNet hybrid is in the files of other projects: one table for each naming.
+"""The names and layouts of a ViT's or hybrid's weights in the files of other projects: one table per naming.
 
-A table says for every weight of our `Classifier` which weights of theirs hold the same numbers, and how they
-are laid out there. It is read in both directions, and only moves numbers: what goes out and comes back is
-equal bit for bit (for big_vision, whose [CLS] has no position, it is added to the token first).
+A table lists for every weight of our `Classifier` which of their weights hold the same numbers, and how they
+are laid out there. It works in both directions and only moves numbers: a round trip is equal bit for bit
+(big_vision's [CLS] has no position, so it is added to the token first).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ Naming = Literal["official", "big_vision", "timm", "transformers4", "transformer
 
 
 class Layout(NamedTuple):
-    """`read` makes one weight of ours of theirs, `write` theirs of ours."""
+    """`read` turns their weights into one of ours, `write` one of ours into theirs."""
 
     read: Callable[[Sequence[Tensor], ClassifierConfig], Tensor]
     write: Callable[[Tensor, ClassifierConfig], Sequence[Tensor]]
@@ -36,7 +36,7 @@ def heads(config: ClassifierConfig) -> tuple[int, int]:
 
 
 def patch(config: ClassifierConfig) -> tuple[int, int, int]:
-    """Channels, rows and columns of what becomes a token."""
+    """The channels, rows and columns that become one token."""
     if config.stem == "resnet":
         return stem_places(config.patch_size, config.stem_width, config.stem_blocks)
     return config.channels, config.patch_size, config.patch_size
@@ -50,18 +50,18 @@ def write_patch_table(ours: Tensor, config: ClassifierConfig) -> list[Tensor]:
     if not config.has_class_token:
         return [ours[None]]
     if ours[0].any():
-        raise ValueError("the class token's position has to be added to the token first")
+        raise ValueError("add the class token's position to the token first")
     return [ours[None, 1:]]
 
 
 AS_IS = Layout(lambda theirs, _: theirs[0], lambda ours, _: [ours])
-# ours (places, width); theirs has a batch dimension in front, or lacks the class token, too
+# ours (places, width); theirs has a batch dimension in front, and PATCH_TABLE lacks the class token
 TABLE = Layout(lambda theirs, _: theirs[0][0], lambda ours, _: [ours[None]])
 PATCH_TABLE = Layout(read_patch_table, write_patch_table)
 # ours (width, channels · rows · columns); theirs (width, channels, rows, columns)
 PATCHES = Layout(lambda theirs, _: theirs[0].flatten(1), lambda ours, c: [ours.unflatten(1, patch(c))])
 THREE = Layout(lambda theirs, _: torch.cat(tuple(theirs)), lambda ours, _: ours.chunk(3))
-# Of flax: dense kernels are (in, out), those of convolutions (rows, columns, in, out); heads are apart.
+# In flax dense kernels are (in, out), convolutions (rows, columns, in, out), and heads a separate axis.
 KERNEL = Layout(lambda theirs, _: theirs[0].T, lambda ours, _: [ours.T])
 CONV_KERNEL = Layout(
     lambda theirs, _: theirs[0].permute(3, 2, 0, 1), lambda ours, _: [ours.permute(2, 3, 1, 0)]
@@ -84,7 +84,7 @@ OUT_KERNEL = Layout(
 
 
 def entries(naming: Naming, config: ClassifierConfig, with_head: bool = True) -> list[Entry]:
-    """The whole table of a model; without its head where `with_head` is False."""
+    """The table of a model, without its head if `with_head` is False."""
     table = {
         "official": official,
         "big_vision": big_vision,
@@ -104,7 +104,7 @@ def official(config: ClassifierConfig) -> Iterator[Entry]:
 
 
 def big_vision(config: ClassifierConfig) -> Iterator[Entry]:
-    """google-research/big_vision's .npz: patches alone have positions."""
+    """google-research/big_vision's .npz: only patches have positions."""
     if config.has_class_token:
         yield Entry("cls_token", ("cls",), AS_IS)
     yield Entry("positions.table", ("pos_embedding",), PATCH_TABLE)

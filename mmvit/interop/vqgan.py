@@ -1,12 +1,12 @@
-"""Other people's VQ tokenizers, in and out: diffusers' `VQModel`, transformers' `JanusVQVAE` (LlamaGen's
-architecture) and `ChameleonVQVAE`.
+"""VQ tokenizers of other projects as our `VQGAN`: diffusers' `VQModel`, transformers' `JanusVQVAE`
+(LlamaGen's architecture) and `ChameleonVQVAE`. The way back is mmvit.interop.vqgan_export.
 
     model = load_vqgan("amused-256/vqvae", black=0)  # a folder with config.json and *.safetensors
     model.save_pretrained("amused-vqgan")
 
-What a source's config.json does not tell is given as fields of `VQGANConfig`: `black=0` for weights whose
-pixels lie in [0, 1], as aMUSEd's do, and `cosine=True` to choose Janus's codes as its and LlamaGen's authors
-do; transformers chooses them by Euclidean distance, although it, too, decodes codes of length 1.
+Pass what a source's config.json does not say as fields of `VQGANConfig`: `black=0` for weights that expect
+pixels in [0, 1], as aMUSEd's do, and `cosine=True` to choose Janus's codes as its and LlamaGen's authors do
+(transformers chooses them by Euclidean distance, although it decodes codes of length 1, too).
 """
 
 import re
@@ -63,23 +63,22 @@ DIFFUSERS = (
     (r"\.([qkv])(uery|ey|alue)\.", r".to_\1."),
     (r"\.out\.", ".to_out.0."),
 )
-# diffusers' own names have changed, and files with the old ones are about.
+# diffusers has renamed these; files with the old names are still common
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def load_vqgan(folder: str | Path, **settings: Any) -> VQGAN:
-    """The VQ tokenizer of a folder of diffusers or transformers, in evaluation mode.
+    """The VQ tokenizer in a folder of diffusers or transformers, in evaluation mode.
 
-    Of a whole Janus or Chameleon, in however many files, the tokenizer alone is read. Pickled weights never
-    are.
+    Only the tokenizer of a whole Janus or Chameleon is read, from however many files. Pickled weights are
+    never read.
 
     Args:
-        settings: fields of `VQGANConfig` that win over what config.json says.
+        settings: fields of `VQGANConfig` that override config.json.
 
     Raises:
-        UserError: when the folder lacks config.json or safetensors, holds something else or a model with
-        settings that `VQGAN` does not have, or when weights are missing, unexpected or misshapen (all are
-        named).
+        UserError: if the folder lacks config.json or safetensors, or holds another model or settings that
+            `VQGAN` does not have; and for weights that are missing, unexpected or of another shape, by name.
     """
     folder = Path(folder)
     config = read_config(folder / "config.json")
@@ -106,7 +105,7 @@ def holds_vqgan(path: Path) -> bool:
 def vqgan_from_diffusers(
     config: dict[str, Any], weights: dict[str, Tensor], source: str = "diffusers' VQModel", **settings: Any
 ) -> VQGAN:
-    """A `VQGAN` of the config.json and the state dict of a `VQModel`; raises as `load_vqgan` does."""
+    """A `VQGAN` made from the config.json and state dict of a `VQModel`; raises as `load_vqgan` does."""
     config = without_nulls(config)
     widths = config.get("block_out_channels", (64,))
     down = config.get("down_block_types", ("DownEncoderBlock2D",))
@@ -153,8 +152,8 @@ def vqgan_from_diffusers(
 def vqgan_from_janus(
     config: dict[str, Any], weights: dict[str, Tensor], source: str = "Janus's VQ model", **settings: Any
 ) -> VQGAN:
-    """A `VQGAN` of the config.json (of Janus or its VQ model) and the state dict of a `JanusVQVAE`; raises as
-    `load_vqgan` does."""
+    """A `VQGAN` made from the config.json (of Janus or its VQ model) and state dict of a `JanusVQVAE`; raises
+    as `load_vqgan` does."""
     config = without_nulls(without_nulls(config).get("vq_config", config))
     refuse_others(config, {"in_channels": (3,), "out_channels": (3,), "double_latent": (False,)}, source)
     values = read_transformers(config, num_codes=16384, code_width=8)
@@ -166,8 +165,8 @@ def vqgan_from_janus(
 def vqgan_from_chameleon(
     config: dict[str, Any], weights: dict[str, Tensor], source: str = "Chameleon's VQ model", **settings: Any
 ) -> VQGAN:
-    """A `VQGAN` of the config.json (of Chameleon or its VQ model) and the state dict of a `ChameleonVQVAE`,
-    which has no decoder; raises as `load_vqgan` does."""
+    """A `VQGAN` made from the config.json (of Chameleon or its VQ model) and state dict of a
+    `ChameleonVQVAE`, which has no decoder; raises as `load_vqgan` does."""
     config = without_nulls(without_nulls(config).get("vq_config", config))
     refuse_others(config, {"in_channels": (3,), "double_latent": (False,)}, source)
     values = read_transformers(config, num_codes=8192, code_width=256)
@@ -184,10 +183,10 @@ def vqgan_from_chameleon(
 
 
 def vqgan_to_diffusers(model: VQGAN) -> dict[str, Tensor]:
-    """The state dict of a `VQModel` with `model`'s weights; `black` has no place in it.
+    """The weights of `model` as the state dict of a `VQModel`, which has no place for `black`.
 
     Raises:
-        UserError: when `model` computes what no `VQModel` does.
+        UserError: if no `VQModel` computes what `model` does.
     """
     config = model.config
     expected = {"stem_width": config.widths[0], "decoder": True, "cosine": False, "unit_codes": False}
@@ -196,10 +195,10 @@ def vqgan_to_diffusers(model: VQGAN) -> dict[str, Tensor]:
 
 
 def vqgan_to_janus(model: VQGAN) -> dict[str, Tensor]:
-    """The state dict of a `JanusVQVAE` with `model`'s weights; `cosine` has no place in it.
+    """The weights of `model` as the state dict of a `JanusVQVAE`, which has no place for `cosine`.
 
     Raises:
-        UserError: when `model` computes what no `JanusVQVAE` does.
+        UserError: if no `JanusVQVAE` computes what `model` does.
     """
     lowest = (len(model.config.widths) - 1,)
     expected = {
@@ -215,10 +214,10 @@ def vqgan_to_janus(model: VQGAN) -> dict[str, Tensor]:
 
 
 def vqgan_to_chameleon(model: VQGAN) -> dict[str, Tensor]:
-    """The state dict of a `ChameleonVQVAE` with `model`'s weights.
+    """The weights of `model` as the state dict of a `ChameleonVQVAE`.
 
     Raises:
-        UserError: when `model` computes what no `ChameleonVQVAE` does.
+        UserError: if no `ChameleonVQVAE` computes what `model` does.
     """
     refuse_unlike(
         model.config, {"num_groups": 32, "decoder": False, "cosine": False}, "transformers' ChameleonVQVAE"
@@ -227,7 +226,7 @@ def vqgan_to_chameleon(model: VQGAN) -> dict[str, Tensor]:
 
 
 def read_transformers(config: dict[str, Any], num_codes: int, code_width: int) -> dict[str, Any]:
-    """What Janus's and Chameleon's settings share; a config.json may leave out what equals the default."""
+    """The settings that Janus and Chameleon share; a config.json may omit what equals the default."""
     width = config.get("base_channels", 128)
     return {
         "codebook_size": config.get("num_embeddings", num_codes),
@@ -240,14 +239,14 @@ def read_transformers(config: dict[str, Any], num_codes: int, code_width: int) -
 
 
 def without_nulls(config: dict[str, Any]) -> dict[str, Any]:
-    """What is null in a config.json has the default, but for what null turns off."""
+    """The settings of a config.json without its nulls, which mean the default, or turn some things off."""
     off = {"mid_block_add_attention": False, "attn_type": "none"}
     filled = {key: off.get(key) if value is None else value for key, value in config.items()}
     return {key: value for key, value in filled.items() if value is not None}
 
 
 def rename_to_transformers(model: VQGAN) -> dict[str, Tensor]:
-    """Theirs projects with 1x1 convolutions in attention."""
+    """Weights under transformers' names; its attention projects with 1x1 convolutions."""
     weights = {rename(name, TRANSFORMERS): tensor for name, tensor in model.state_dict().items()}
     convolution = re.compile(r"\.attn.*\.(q|k|v|proj_out)\.weight$")
     return {name: t[:, :, None, None] if convolution.search(name) else t for name, t in weights.items()}
@@ -265,8 +264,8 @@ def build(
     to_theirs: Callable[[VQGAN], dict[str, Tensor]],
     source: str,
 ) -> VQGAN:
-    """The model of `values`, in float32, with weights whose names and shapes must be those that `to_theirs`
-    would give them."""
+    """The model that `values` configure, in float32, with weights of the names and shapes that `to_theirs`
+    gives."""
     model = VQGAN(build_config(VQGANConfig, values, source))
     expected = {name: tensor.shape for name, tensor in to_theirs(model).items()}
     refuse_misfits(expected, weights, f"{source}: the weights")
@@ -276,20 +275,20 @@ def build(
 
 
 def refuse_others(config: dict[str, Any], allowed: dict[str, Sequence[Any]], source: str) -> None:
-    """Raises UserError for settings of a source that `VQGAN` does not have; one that is left out is right."""
+    """Raises UserError for settings of a source that `VQGAN` does not have; omitted ones are fine."""
     problems = [
-        f"{key} = {config[key]!r} (of {', '.join(map(repr, values))})"
+        f"{key} = {config[key]!r} (expected {' or '.join(map(repr, values))})"
         for key, values in allowed.items()
         if key in config and config[key] not in values
     ]
     if problems:
-        raise UserError(f"{source} is of an architecture that VQGAN does not have: {'; '.join(problems)}")
+        raise UserError(f"{source} has an architecture that VQGAN does not support: {'; '.join(problems)}")
 
 
 def refuse_unlike(config: VQGANConfig, expected: dict[str, Any], target: str) -> None:
-    """Raises UserError when settings of ours are not those that `target` always has."""
+    """Raises UserError for settings of ours that differ from what `target` always has."""
     problems = [
-        f"{key} = {getattr(config, key)} instead of {value}"
+        f"{key} = {getattr(config, key)}, expected {value}"
         for key, value in expected.items()
         if getattr(config, key) != value
     ]
@@ -302,9 +301,10 @@ def subsets(first: str, second: str) -> list[list[str]]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a folder's safetensors by name; of a larger model, those under `vqmodel.`, without it.
+    """The weights in a folder's safetensors by name; of a larger model those under `vqmodel.`, without that
+    prefix.
 
-    Where the file that a library reads by default is there, variants of it beside it (fp16) are not read.
+    If the file that a library reads by default is there, its variants (fp16) are ignored.
     """
     names = ("diffusion_pytorch_model.safetensors", "model.safetensors")
     files = [folder / name for name in names if (folder / name).is_file()][:1]
@@ -315,7 +315,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for path in files:
         for name in read_names(path):
             if name in places:
-                raise UserError(f"{path} and {places[name]} both hold {name}: keep the one that is meant")
+                raise UserError(f"{path} and {places[name]} both hold {name}: remove one of them")
             places[name] = path
     inner = {name: name.partition("vqmodel.")[2] for name in places if "vqmodel." in name}
     inner = inner or {name: name for name in places}

@@ -1,4 +1,4 @@
-"""Our VQ tokenizers for other projects, as the folders that they load: the way back of mmvit.interop.vqgan.
+"""Our VQ tokenizers as folders that other projects load: the way back of mmvit.interop.vqgan.
 
 save_vqgan(model, "for-diffusers", "diffusers")  # VQModel.from_pretrained("for-diffusers")
 """
@@ -13,15 +13,15 @@ from mmvit.interop.vqgan import vqgan_to_chameleon, vqgan_to_diffusers, vqgan_to
 from mmvit.models.vqgan import VQGAN, VQGANConfig
 
 VQGANFormat = Literal["diffusers", "janus", "chameleon"]
-RESOLUTION = 512  # of images, by which Chameleon's config names the levels with attention
+RESOLUTION = 512  # of images; Chameleon's config names the levels with attention by theirs
 
 
 def save_vqgan(model: VQGAN, folder: str | Path, format: VQGANFormat) -> Path:
-    """Writes config.json and safetensors to `folder`, for `from_pretrained` of diffusers' `VQModel`, or of
+    """Writes config.json and safetensors to `folder`, for `from_pretrained` of diffusers' `VQModel` or
     transformers' `JanusVQVAE` or `ChameleonVQVAE`.
 
     Raises:
-        UserError: when `model` computes what the other project's class does not.
+        UserError: if the other project's class does not compute what `model` does.
     """
     folder = Path(folder)
     if format == "diffusers":
@@ -33,8 +33,8 @@ def save_vqgan(model: VQGAN, folder: str | Path, format: VQGANFormat) -> Path:
     for name, value, theirs in (("black", model.config.black, -1), ("cosine", model.config.cosine, False)):
         if value != theirs:
             warnings.warn(
-                f"a folder of {format} does not tell {name}, which is {value} here and {theirs} there: tell "
-                "it to whoever loads it",
+                f"a folder of {format} does not say {name}, which is {value} here and {theirs} there: set it "
+                "when loading",
                 stacklevel=2,
             )
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,9 @@ def diffusers_config(config: VQGANConfig) -> dict[str, Any]:
 
 def transformers_config(config: VQGANConfig) -> dict[str, Any]:
     if uneven := [width for width in config.widths if width % config.stem_width]:
-        raise UserError(f"transformers' widths are multiples of stem_width {config.stem_width}, not {uneven}")
+        raise UserError(
+            f"transformers' widths must be multiples of stem_width {config.stem_width}, got {uneven}"
+        )
     return {
         "embed_dim": config.code_width,
         "num_embeddings": config.codebook_size,
@@ -88,7 +90,9 @@ def janus_config(config: VQGANConfig) -> dict[str, Any]:
 
 def chameleon_config(config: VQGANConfig) -> dict[str, Any]:
     if config.encoder_attention and not config.middle_attention:
-        raise UserError("Chameleon has attention at levels only beside that in the middle (middle_attention)")
+        raise UserError(
+            "Chameleon has attention at levels only together with that in the middle (middle_attention)"
+        )
     return {
         "model_type": "chameleon_vqgan",
         "architectures": ["ChameleonVQVAE"],
