@@ -364,15 +364,15 @@ def test_files_that_cannot_be_read_are_explained(tmp_path, capsys):
     with pytest.raises(UserError, match=r"holds no ViT with known names: .*begins with layer\.weight"):
         load_vit(tmp_path / "other.safetensors")
     torch.save({"model": weights}, tmp_path / "timm.pth")
-    with pytest.raises(UserError, match="the number of heads of width 24: give num_heads"):
+    with pytest.raises(UserError, match="the number of heads is unknown for width 24: set num_heads"):
         load_vit(tmp_path / "timm.pth")
-    with pytest.raises(UserError, match="unknown setting 'heads'"):
+    with pytest.raises(UserError, match="unknown setting heads: did you mean num_heads"):
         load_vit(tmp_path / "timm.pth", heads=4)
     assert load_vit(tmp_path / "timm.pth", num_heads=4).config.core.num_heads == 4
     with pytest.raises(UserError, match="for 16 patches of 8 pixels; image_size 40x40 has 25"):
         load_vit(tmp_path / "timm.pth", num_heads=4, image_size=40)
     wide = vit_to_weights(ours(**SHAPES["wide"]), "timm")
-    with pytest.raises(UserError, match="positions for 12 patches, which is no square: give image_size"):
+    with pytest.raises(UserError, match="positions for 12 patches, which is not a square: set image_size"):
         vit_from_weights(wide, "timm", {"num_heads": 4})
 
 
