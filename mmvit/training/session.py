@@ -28,6 +28,7 @@ class Session(Generic[OwnRecipe]):
     run: RunFolder
     resume: bool = False
     deepspeed: Path | None = None
+    continues: bool = False  # a checkpoint, of whatever process, will give this run its weights
     evaluated: list[ShardStream] = field(default_factory=list)  # what evaluations have read
     samples_per_epoch: int | None = None  # of the training data, if their dataset.json says
 
@@ -36,11 +37,6 @@ class Session(Generic[OwnRecipe]):
         """Samples of one forward pass in one process: the batch size of its stream."""
         train = self.recipe.train
         return train.batch_size // (train.accumulation * self.processes.world_size)
-
-    @property
-    def continues(self) -> bool:
-        """Whether a checkpoint will give this run its weights."""
-        return self.resume and any(self.run.checkpoints.glob("step-*"))
 
     def say(self, text: str) -> None:
         """A line for the user, from the main process alone."""
@@ -68,7 +64,10 @@ def open_session(
         processes.on_main(lambda: run.open(resume))
         seed_everything(recipe.train.seed)
         try:
-            yield Session(recipe, processes, run, resume, deepspeed)
+            [has_checkpoint] = processes.largest(any(run.checkpoints.glob("step-*")))
+            yield Session(
+                recipe, processes, run, resume, deepspeed, continues=resume and bool(has_checkpoint)
+            )
         except UserError:
             if processes.is_main:
                 run.discard()
