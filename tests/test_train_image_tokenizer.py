@@ -201,7 +201,7 @@ def test_by_default_the_plain_tokenizer_is_trained(tmp_path, train_tokenizer):
         (["--data.image_size", "[20, 16]"], "20x16"),
         (["--loss.perceptual", "/no/folder"], "no model at /no/folder"),
         (["--loss.perceptual", "TOKENIZER"], "holds an image tokenizer (vq), not a classifier"),
-        (["--loss.lpips", "no.pth"], "there is no file no.pth"),
+        (["--loss.lpips", "no.pth"], "no file no.pth"),
         (
             ["--loss.adversarial_weight", 1],
             "loss.adversarial_start 1000 is beyond the 6 training passes, so the discriminator",
