@@ -56,7 +56,7 @@ def main(
     out: Annotated[Path, Option(help="the image to draw")] = Path("evaluation.png"),
     rows: Annotated[int | None, Option(help="rows of the image, two samples each (default: 8)")] = None,
     limit: Annotated[
-        int | None, Option(help="measure so many samples, evenly spread over the split (default: all)")
+        int | None, Option(help="measure this many samples, evenly spread over the split (default: all)")
     ] = None,
     features: Annotated[
         Path | None,
@@ -80,7 +80,7 @@ def main(
     shift: Annotated[
         int | None,
         Option(
-            help="average a classifier over copies shifted by so many pixels: 5 times slower (default: 0)"
+            help="average a classifier over copies shifted by this many pixels: 5 times slower (default: 0)"
         ),
     ] = None,
     mirror: Annotated[
@@ -99,13 +99,13 @@ def main(
     seeds: Annotated[
         int | None,
         Option(
-            help="measure the diversity of so many images per caption, generated in addition (default: 1)"
+            help="measure the diversity of this many images per caption, generated in addition (default: 1)"
         ),
     ] = None,
     captioned: Annotated[
         int | None,
         Option(
-            help="search the caption of so many real images among all captions: 10 to 30 s for each with "
+            help="search the caption of this many real images among all captions: 10 to 30 s for each with "
             "4,000 captions on 2 cores (default: 0)"
         ),
     ] = None,
@@ -127,7 +127,7 @@ def main(
     ] = None,
     candidates: Annotated[
         int | None,
-        Option(help="draw so many images for each that is measured, which takes as many times longer"),
+        Option(help="draw this many candidates for each image, which takes this many times as long"),
     ] = None,
     scorer: ScorerOption = None,
 ) -> None:

@@ -296,3 +296,19 @@ def test_grid_has_a_row_for_each_caption():
     sheet = labelled_grid([[image, image], [image]], ["one", "two " * 50], ["caption", "a", "b"], cell=32)
     assert sheet.width == 200 + 2 * 36 + 4
     assert sheet.getpixel((200 + 16, sheet.height - 20)) == (255, 0, 0)
+
+
+def test_every_filter_reaches_the_codes(monkeypatch):
+    """A setting that is checked and saved, but not passed on, would be ignored in silence."""
+    seen = {}
+
+    def spy(transformer, ids, seeds, scale, base, given, **filters):
+        seen.update(filters)
+        return torch.zeros(len(ids), 64, dtype=torch.long)
+
+    monkeypatch.setattr("mmvit.sampling.generator.sample_codes", spy)
+    settings = {"temperature": 0.5, "top_k": 7, "top_p": 0.25}
+    Generator.from_pretrained(device="cpu").draw("red apple", **settings)
+    assert seen == settings
+    left = {*SamplingSettings.model_fields} - {*settings} - {"guidance_scale", "seed", "batch_size"}
+    assert not left, f"does {left} change how codes are drawn? Then it belongs into SamplingSettings.filters"

@@ -1,4 +1,4 @@
-"""Every kind of model: building one from its configuration, loading one from a folder whose kind is open."""
+"""Every kind of model: building one from its configuration, loading one of any kind from a folder."""
 
 from pathlib import Path
 

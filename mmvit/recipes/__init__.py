@@ -1,1 +1,1 @@
-"""Recipes: what a TOML file holds for each task, how its settings are resolved, and how its script is run."""
+"""Recipes: the schema of each task (the TOML files are in configs/), how they are resolved and run."""

@@ -21,7 +21,7 @@ class ClassifierData(ImagesConfig):
 
 
 class ClassifierStart(StartConfig):
-    """How trained weights are taken over."""
+    """How trained weights are loaded."""
 
     resize: ResizeMode = Field("official", description="whose way of resizing learnt positions")
     freeze: list[str] = Field([], description="parts to freeze, such as stem or core.blocks.0")

@@ -42,19 +42,20 @@ def resolve(
     read_data: bool = True,
     task: str | None = None,
 ) -> Resolved:
-    """Resolves a recipe. Later sources win over earlier ones:
+    """Resolves a recipe. From weakest to strongest, `[model]` comes from
 
-    1. the file: a TOML file, the name of a shipped recipe, or a run folder to resume;
-    2. the preset that `[model]` names, under the file's own `[model]`;
-    3. the model that `start.model` names, under both;
-    4. `settings`, from the command line. A preset, a start or a kind of model named there replaces the file's
-       architecture; what is of the data or of training in `[model]` (image size, dropout) stays;
-    5. what shards and tokenizers say: classes, vocabulary, grid. A setting that contradicts them is an error.
+    1. the model that `start.model` names;
+    2. the preset that the file names;
+    3. the file: a TOML file, the name of a shipped recipe, or a run folder to resume;
+    4. `settings`, from the command line. A preset, start or kind of model named there replaces the file's
+       architecture, but keeps its settings of data and training (image size, dropout).
+
+    Shards and tokenizers then say the classes, the vocabulary and the grid; contradicting them is an error.
 
     Args:
         settings: {"section.key": value}.
         resume: take the model and the start from the run folder, where the run has begun.
-        read_data: False skips 5, so that nothing but the recipe needs to exist; presets fill in.
+        read_data: False does without the data, so that nothing but the recipe needs to exist.
         task: the only task that will do; a recipe need not name it then.
 
     Raises:
@@ -219,10 +220,10 @@ def without_architecture(values: dict[str, Any], section: type[Config]) -> dict[
 
 
 def set_fact(values: dict[str, Any], fact: Fact, start: dict[str, Any]) -> None:
-    """Sets what the data say, or else what the start has.
+    """Sets what the data specify, or else what the start has.
 
     Raises:
-        UserError: if the recipe says otherwise, or nobody says.
+        UserError: if the recipe contradicts them, or nothing specifies it.
     """
     own, begun = value_at(values, fact.key), value_at(start, fact.key)
     if fact.value is None:

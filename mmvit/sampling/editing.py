@@ -1,4 +1,4 @@
-"""Editing: draw an image again but for the part that is kept."""
+"""Editing: redraw an image except for the part to keep."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -190,8 +190,7 @@ class Generator:
         )
         scale = how.guidance_scale * weights if prompts.is_weighted else how.guidance_scale
         seeds = [how.seed + j for _ in prompts.mixtures for j in range(each)]
-        filters = {"temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p}
-        sample = partial(sample_codes, self.transformer, **filters)
+        sample = partial(sample_codes, self.transformer, **how.filters)
         codes = in_parts(sample, ids, seeds, scale, base, given, size=how.batch_size)
         drawn = Drawn(codes.unflatten(1, config.grid), seeds)
         return drawn if score is None else choose(drawn, prompts, num_images, score)

@@ -62,6 +62,11 @@ class SamplingSettings(Config):
             return value
         return int(value) if isinstance(value, numbers.Integral) else float(value)
 
+    @property
+    def filters(self) -> dict[str, Any]:
+        """The settings that shape the distribution of each code: the arguments of `filter_logits`."""
+        return self.model_dump(include={"temperature", "top_k", "top_p"})
+
     def replace(self, settings: Mapping[str, Any]) -> Self:
         """These settings with some replaced. Raises UserError for an unknown name or a bad value."""
         return build_config(type(self), {**self.model_dump(), **settings}, source="sampling settings")
