@@ -1,1 +1,1 @@
-"""Evaluation: what a trained model is worth, on data that it has not seen."""
+"""Evaluation: how good a trained model is, on held-out data."""

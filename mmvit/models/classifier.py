@@ -117,7 +117,7 @@ class ClassifierConfig(Config):
 
     @property
     def has_class_token(self) -> bool:
-        return self.pooling != "mean"
+        return self.pooling in ("cls", "mean_beside_cls")
 
     @property
     def height_width(self) -> tuple[int, int]:
