@@ -236,13 +236,16 @@ def write_json(value: Any, path: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path` to write to, which then takes its place.
+    """Gives a temporary name beside `path`, with the same suffix, to write to; the file then takes its place.
+    Makes the folder.
 
     Raises:
-        UserError: if that fails, on a full disk for one; `path` is then as before and nothing is left behind.
+        UserError: if that fails, for instance on a full disk; `path` is then as before and nothing is left
+            behind.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f".partial-{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
@@ -274,10 +277,10 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str
     model.load_state_dict(weights)
 
 
-def shorten(names: list[str], most: int = 5) -> str:
+def shorten(names: list[str], most: int = 5, separator: str = ", ") -> str:
     """The first few names and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return separator.join(names[:most]) + more
 
 
 def fingerprint(model: nn.Module) -> str:

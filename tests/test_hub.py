@@ -62,6 +62,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
     with pytest.raises(UserError, match=r"figures\.json cannot be written: No space left on device"):
         break_off()
+    with whole_file(tmp_path / "figures.json") as partial:
+        assert partial.suffix == ".json"  # from which libraries infer the format
+        partial.write_bytes(before)
     assert path.read_bytes() == before
     assert [*tmp_path.iterdir()] == [path]
 

@@ -234,7 +234,7 @@ def with_progress(
     for item in items:
         yield item
         number += count(item)
-        if time.monotonic() - shown >= EVERY:
+        if number != total and time.monotonic() - shown >= EVERY:
             shown = time.monotonic()
             print(progress_line(what, number, total, shown - start), flush=True)
     if time.monotonic() - start >= EVERY:

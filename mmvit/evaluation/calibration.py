@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmvit.hub import whole_file
+
 MOST_NAMED = 120  # classes; with more the names would overlap
 LARGEST = 20.0  # inches, a side of the confusion matrix
 
@@ -51,4 +53,5 @@ def draw_confusion(counts: Tensor, names: list[str], path: Path) -> None:
             axes.text(column, row, f"{100 * share:.0f}", **text)
     axes.set(xlabel="predicted", ylabel="true", title="percent of each true class")
     figure.colorbar(image, shrink=0.8)
-    figure.savefig(path, dpi=110)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=110)

@@ -22,7 +22,7 @@ from mmvit.evaluation.held_out import evenly_spread
 from mmvit.evaluation.image_classifier import UNTRAINED, ImageClassifier
 from mmvit.evaluation.saliency import saliency_maps
 from mmvit.evaluation.splits import batches_of
-from mmvit.hub import write_json
+from mmvit.hub import whole_file, write_json
 from mmvit.models.classification import fit_pixels
 from mmvit.models.classifier import Classifier
 from mmvit.models.resnet import ResNet
@@ -90,10 +90,10 @@ def evaluate_classifier(
             known["features"], known["labels"], held_out["features"], held_out["labels"]
         )
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(figures, out.with_suffix(".json"))
         draw_confusion(counts, names, out)
-        draw_saliency(network, held_out, names).save(out.with_name(f"{out.stem}-saliency.png"))
+        with whole_file(out.with_name(f"{out.stem}-saliency.png")) as file:
+            draw_saliency(network, held_out, names).save(file)
     return figures
 
 

@@ -51,7 +51,6 @@ def evaluate_clip(
     if len(found) > 1:
         figures["languages"] = found
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(figures, out.with_suffix(".json"))
     return figures
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmvit.hub import whole_file
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.quantizers import perplexity
 
@@ -54,4 +55,5 @@ def draw_code_use(counts: Tensor, path: Path) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=100)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=100)

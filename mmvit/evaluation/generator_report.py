@@ -25,7 +25,7 @@ from mmvit.evaluation.likelihood import generator_loss
 from mmvit.evaluation.retrieval import caption_ranks, pixel_ranks, recalls
 from mmvit.evaluation.splits import check_memory, find_split, read_split, split_sizes
 from mmvit.evaluation.tokenizer_report import reconstruct
-from mmvit.hub import write_json
+from mmvit.hub import whole_file, write_json
 from mmvit.models.classification import fit_pixels
 from mmvit.models.classifier import Classifier
 from mmvit.models.resnet import ResNet
@@ -149,8 +149,8 @@ def evaluate_generator(
         kept = {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
         write_json(kept, folder / f"evaluation-{split}{part}.json")
         heading = "caption" if split == train else "held-out caption"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        draw_worst_to_best(report, held_out, rows, heading).save(out)
+        with whole_file(out) as partial:
+            draw_worst_to_best(report, held_out, rows, heading).save(partial)
     return figures
 
 

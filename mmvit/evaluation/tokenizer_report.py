@@ -17,7 +17,7 @@ from mmvit.evaluation.frechet import FeatureSpace, feature_space
 from mmvit.evaluation.held_out import evenly_spread
 from mmvit.evaluation.reconstruction import image_psnr, image_ssim
 from mmvit.evaluation.splits import check_memory, read_split, split_sizes
-from mmvit.hub import write_json
+from mmvit.hub import whole_file, write_json
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.registry import load_image_tokenizer
 from mmvit.sampling.grids import two_halves
@@ -69,10 +69,10 @@ def evaluate_image_tokenizer(
     report = report_tokenizer(tokenizer, held_out["pixels"], space)
     figures = {"split": split, **report.figures}
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(figures, out.with_suffix(".json"))
         draw_code_use(report.counts, out.with_name(f"{out.stem}-codes.png"))
-        draw_tokens_worst_to_best(report, held_out["keys"], rows).save(out)
+        with whole_file(out) as partial:
+            draw_tokens_worst_to_best(report, held_out["keys"], rows).save(partial)
     return figures
 
 

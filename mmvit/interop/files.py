@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmvit.errors import UserError
-from mmvit.hub import CONFIG, read_weights, run_exports
+from mmvit.hub import CONFIG, read_weights, run_exports, shorten
 
 UNREADABLE = (
     zipfile.BadZipFile, RuntimeError, EOFError, AttributeError, ValueError, LookupError, TypeError, OSError
@@ -81,5 +81,4 @@ def refuse_misfits(expected: Mapping[str, Sequence[int]], weights: Mapping[str, 
         if name in weights and weights[name].shape != shape
     ]
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"{whose} do not fit: {'; '.join(problems[:5])}{more}")
+        raise UserError(f"{whose} do not fit: {shorten(problems, separator='; ')}")

@@ -118,10 +118,9 @@ def save_vit(
     if naming in ("official", "big_vision"):
         if path.suffix != ".npz":
             raise UserError(f"{naming} reads an .npz file, got {path}")
-        path.parent.mkdir(parents=True, exist_ok=True)
         prefix = "params/" if naming == "big_vision" else ""
-        with whole_file(path) as partial, partial.open("wb") as file:
-            np.savez(file, **{prefix + name: tensor.numpy() for name, tensor in weights.items()})
+        with whole_file(path) as partial:
+            np.savez(partial, **{prefix + name: tensor.numpy() for name, tensor in weights.items()})
         return path
     if path.suffix in (".npz", ".safetensors", ".pth"):
         raise UserError(f"{naming} reads a folder; {path} is named like a file")
