@@ -99,7 +99,7 @@ def test_a_collapse_is_told_while_it_happens(run_script, recipe):
         assert run_script(*command, "--train.steps", 3).returncode == 0
         ran = run_script(*command, "--train.steps", 6, "--resume")  # what was before is not forgotten
     assert ran.returncode == 0, ran.stderr
-    told = "only 20% of the codes are in use over the training pictures, after 90% at the evaluation before"
+    told = "only 20% of the codes are in use over the training images, after 90% at the last evaluation"
     assert told in " ".join((ran.stdout + ran.stderr).split())
 
 
@@ -212,7 +212,7 @@ def test_by_default_the_plain_tokenizer_is_trained(tmp_path, train_tokenizer):
         ),
         (
             ["--loss.adversarial_weight", 1, "--loss.adversarial_start", 5, "--deepspeed", "ZERO3"],
-            "loss.adversarial_weight needs the discriminator's whole weights, which stage 3 of ZeRO cuts up",
+            "loss.adversarial_weight needs the discriminator's whole weights, which ZeRO 3 shards",
         ),
     ],
 )

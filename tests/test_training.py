@@ -1,6 +1,5 @@
 """Training: resuming, accumulation, checkpoints, signals and the messages for the user's mistakes."""
 
-import itertools
 import json
 import os
 import shutil
@@ -10,14 +9,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-from pydantic import Field
 from torch import nn
 
-from mmvit.config import Config, build_config, read_toml
+from mmvit.config import build_config, read_toml
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.samples import ClassifierSample
 from mmvit.data.stream import ShardStream
@@ -36,7 +33,7 @@ from mmvit.training import (
     open_session,
     train,
 )
-from mmvit.training.checkpoint import Checkpoints, read_state
+from mmvit.training.checkpoint import read_state
 from mmvit.training.distributed import choose_device
 from mmvit.training.interruption import Interruption
 from mmvit.training.resume import Progress, changed_settings, check_same_model
@@ -297,71 +294,6 @@ def test_run_folder_is_complete_and_its_models_load(tmp_path, tiny_shards):
     assert found["accuracy"] == max(record["accuracy"] for record in held_out)
 
 
-def test_process_killed_while_writing_leaves_the_old_checkpoint(tmp_path):
-    checkpoints = Checkpoints(tmp_path, 2, ALONE)
-    checkpoints.save(1, lambda folder: (folder / "weights").write_bytes(b"good") and None)
-    killed = """
-import os, sys, torch
-from pathlib import Path
-from mmvit.training.checkpoint import Checkpoints
-from mmvit.training.distributed import Processes
-def write(folder):
-    (folder / "weights").write_bytes(b"ha")
-    os.kill(os.getpid(), 9)
-Checkpoints(Path(sys.argv[1]), 2, Processes(0, 1, torch.device("cpu"))).save(2, write)
-"""
-    ended = subprocess.run([sys.executable, "-c", killed, str(tmp_path)], cwd=Path(__file__).parent.parent)
-    assert ended.returncode == -9
-    assert (tmp_path / ".writing-step-00000002" / "weights").is_file()
-    assert checkpoints.latest() == tmp_path / "step-00000001"
-    checkpoints.save(3, lambda folder: (folder / "weights").write_bytes(b"new") and None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
-
-
-def test_an_export_that_is_killed_at_any_point_leaves_a_whole_model(tmp_path):
-    """The old one or the new one, once the run is opened to resume."""
-
-    class Killed(BaseException):
-        pass
-
-    def killed_at(number: int, action: Callable) -> Callable:
-        def counted(*arguments, **more):
-            if next(calls) == number:
-                raise Killed
-            return action(*arguments, **more)
-
-        return counted
-
-    def write(text: str) -> Callable[[Path], None]:
-        def write_into(folder: Path) -> None:
-            folder.mkdir()
-            (folder / "model").write_text(text)
-
-        return write_into
-
-    found = []
-    for number in itertools.count():
-        run = RunFolder(tmp_path / str(number))
-        run.open(resume=False)
-        run.export(run.last, write("old"))
-        calls = itertools.count()  # of what moves or removes folders
-        try:
-            with (
-                mock.patch.object(Path, "rename", killed_at(number, Path.rename)),
-                mock.patch.object(shutil, "rmtree", killed_at(number, shutil.rmtree)),
-            ):
-                run.export(run.last, write("new"))
-        except Killed:
-            RunFolder(run.path).open(resume=True)
-            found.append((run.last / "model").read_text())
-            run.export(run.last, write("newer"))
-            assert (run.last / "model").read_text() == "newer"
-        else:
-            break
-    assert {"old", "new"} == set(found)
-    assert [path.name for path in run.path.iterdir()] == ["last"]
-
-
 def test_nothing_left_to_train_still_completes_last(tmp_path, tiny_shards, assert_same_state):
     """A run killed after its last checkpoint has no last/ of it."""
     session = new_session(tmp_path / "run", steps=2)
@@ -387,12 +319,6 @@ def test_damaged_checkpoint_is_named(tmp_path, tiny_shards):
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"manifest\.json is missing"):
         train_on_shards(new_session(tmp_path / "run", resume=True), tiny_shards)
-
-
-def test_state_files_cannot_run_code(tmp_path):
-    torch.save({"optimizer": subprocess.Popen}, tmp_path / "optimizer.pt")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_state(tmp_path / "optimizer.pt")
 
 
 def test_held_out_data_that_cannot_be_read_costs_no_training(tmp_path, tiny_shards):
@@ -519,22 +445,3 @@ def test_cuda_without_a_card_is_refused():
         pytest.skip("this machine has a card")
     with pytest.raises(UserError, match="finds no CUDA device"):
         choose_device("cuda", local_rank=0)
-
-
-def test_config_toml_holds_every_kind_of_value(tmp_path):
-    class Inner(Config):
-        names: dict[str, int] = Field({"plain": 1, "not plain": 2})
-        pairs: tuple[tuple[int, int], ...] = ((1, 2), (3, 4))
-        text: str = 'a "quoted" \\ line\nand é'
-        nothing: int | None = None
-        small: float = 1e-30
-
-    class Outer(Recipe):
-        task: str = "outer"
-        inner: Inner = Inner()
-
-    recipe = Outer(output=tmp_path / "run")
-    run = RunFolder(recipe.output)
-    run.open(resume=False)
-    run.write_config(recipe)
-    assert build_config(Outer, read_toml(recipe.output / "config.toml"), "run") == recipe

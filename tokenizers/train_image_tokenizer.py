@@ -49,7 +49,7 @@ def train_session(session: Session[ImageTokenizerRecipe]) -> None:
     if session.deepspeed and getattr(session.recipe.model, "codebook_update", "") == "gradient":
         raise UserError(
             "model.codebook_update = 'gradient' revives dead codes in place, which DeepSpeed's copies "
-            "undo; use 'ema', or leave --deepspeed out"
+            "undo: use 'ema', or remove --deepspeed"
         )
     model = build_model(session.recipe.model)
     model.grid(*data.image_size)
@@ -73,9 +73,9 @@ def train_session(session: Session[ImageTokenizerRecipe]) -> None:
             in_use = [record["codes_in_use"] for record in before] + [metrics["codes_in_use"]]
             if is_collapsing(in_use):
                 warnings.warn(
-                    f"only {in_use[-1]:.0%} of the codes are in use over the training pictures, after "
-                    f"{in_use[-2]:.0%} at the evaluation before: the codebook is collapsing. Begin again "
-                    "with a lower optimizer.lr or fewer codes",
+                    f"only {in_use[-1]:.0%} of the codes are in use over the training images, after "
+                    f"{in_use[-2]:.0%} at the last evaluation: the codebook is collapsing. Start again with "
+                    "a lower optimizer.lr or fewer codes",
                     stacklevel=2,
                 )
         return metrics
@@ -84,7 +84,7 @@ def train_session(session: Session[ImageTokenizerRecipe]) -> None:
     if session.processes.is_main:
         first = next(iter(one_epoch(session, data.held_out, plain)), None)
         if first is None:
-            raise UserError(f"there is no picture in {', '.join(data.held_out)} to evaluate on")
+            raise UserError(f"{', '.join(data.held_out)} has no images to evaluate on")
         drawn = first["pixels"][:DRAWN]
 
     def draw(model: nn.Module, step: int) -> None:
@@ -113,23 +113,23 @@ def is_collapsing(in_use: list[float]) -> bool:
 
 
 def draw_reconstructions(model: ImageTokenizer, pixels: Tensor) -> Image.Image:
-    """`pixels` (pictures, 3, height, width) in a row, and under each what the tokenizer makes of it."""
+    """`pixels` (images, 3, height, width) in a row, each above its reconstruction."""
     device = next(model.parameters()).device
     made = model.decode(model.encode(pixels.to(device))).cpu()
-    return labelled_grid([images_from_pixels(each) for each in (pixels, made)], ["held out", "tokenizer"])
+    return labelled_grid([images_from_pixels(each) for each in (pixels, made)], ["held-out", "tokenizer"])
 
 
 def build_objective(session: Session[ImageTokenizerRecipe], model: VQModel) -> TokenizerObjective:
-    """What `[loss]` asks for.
+    """The objective of `[loss]`.
 
     Raises:
-        UserError: when weights cannot be read, pictures are too small, or DeepSpeed cannot do it.
+        UserError: if weights cannot be read, images are too small, or DeepSpeed does not support it.
     """
     config, size = session.recipe.loss, session.recipe.data.image_size
     if zero_stage(session.deepspeed) == 3 and config.adversarial_weight:
         raise UserError(
-            "loss.adversarial_weight needs the discriminator's whole weights, which stage 3 of ZeRO cuts up: "
-            "use stage 0, 1 or 2, or leave --deepspeed out"
+            "loss.adversarial_weight needs the discriminator's whole weights, which ZeRO 3 shards: use "
+            "stage 0, 1 or 2, or remove --deepspeed"
         )
     distances = {}
     if config.perceptual:
