@@ -133,7 +133,7 @@ def main(
 ) -> None:
     options = explicit_options(
         rows=rows, limit=limit, features=features, train=train,
-        language=language.split(",") if language else None,
+        language=language,
         size=parse_size(size) if size else None, shift=shift, mirror=mirror or None, precision=precision,
         probe=probe or None, keys=keys, seeds=seeds, captioned=captioned, clip=clip, classifier=classifier,
         classes=classes, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p,

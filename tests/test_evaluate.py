@@ -273,7 +273,7 @@ def test_figures_are_of_what_was_generated_not_of_real_images_or_reconstructions
 
 
 def sheet_order(run_script, arguments) -> list[float]:
-    """The PSNR that stands beside each picture of the sheet, in its order."""
+    """The PSNR beside each image of the sheet, in order."""
     labels = []
     with (
         mock.patch(
@@ -350,6 +350,17 @@ def test_from_python_it_returns_figures_and_writes_nothing(generator_run, tiny_s
     assert first == f"evaluating {run / 'last'} (a generator) on held-out of {tiny_shards}"
 
 
+def test_options_from_python_are_plain_values(encoded, tiny_shards, tmp_path):
+    tokenizer = str(encoded / "tokenizer")
+    core = TransformerConfig(width=16, depth=1, num_heads=1)
+    space = Classifier(ClassifierConfig(image_size=8, patch_size=4, core=core)).save_pretrained(
+        tmp_path / "space"
+    )
+    figures = evaluate(tokenizer, str(tiny_shards), size=16, features=str(space))
+    assert figures["frechet_distance_space"] > 0
+    assert figures["psnr"] == evaluate(tokenizer, tiny_shards, "held-out", size=(16, 16))["psnr"]
+
+
 def test_options_of_another_kind_of_model_are_refused(
     generator_run, encoded, tiny_shards, run_script, tmp_path
 ):
@@ -372,7 +383,7 @@ def test_options_of_another_kind_of_model_are_refused(
 def test_what_takes_long_shows_how_far_it_is(generator_run, tiny_shards, capsys):
     ticks = itertools.count(step=6)
     with mock.patch("mmvit.data.writing.time.monotonic", side_effect=lambda: next(ticks)):
-        evaluate(generator_run, tiny_shards, captioned=2, seeds=2, language=["en", "de"])
+        evaluate(generator_run, tiny_shards, captioned=2, seeds=2, language="en,de")
     shown = capsys.readouterr().out
     for what in (
         "reading all splits: 56", "reading held-out: 8", "reading train: 48", "reconstructing images: 8 of 8",

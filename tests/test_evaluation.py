@@ -47,9 +47,9 @@ def test_frechet_distance_where_covariances_do_not_commute():
 
 
 def test_what_is_not_finite_has_no_rank():
-    pictures = torch.zeros(2, 3)
+    images = torch.zeros(2, 3)
     with pytest.raises(UserError, match="generated images contain NaN or infinity"):
-        pixel_ranks(torch.full((2, 3), float("nan")), pictures, torch.tensor([0, 1]))
+        pixel_ranks(torch.full((2, 3), float("nan")), images, torch.tensor([0, 1]))
     with pytest.raises(UserError, match="scores contain NaN or infinity"):
         caption_ranks(torch.full((1, 2), float("nan")), torch.tensor([[True, False]]))
 
@@ -95,12 +95,12 @@ def test_use_of_a_codebook_is_that_of_its_counts():
 
 def test_the_nearest_image_and_its_distance():
     references = torch.stack([torch.full((3, 4, 4), level) for level in (-1.0, 0.0, 1.0)])
-    pictures = torch.stack([torch.full((3, 4, 4), level) for level in (0.1, -0.9, 0.0)])
-    distances, places = nearest(pictures, references, chunk=2)
+    images = torch.stack([torch.full((3, 4, 4), level) for level in (0.1, -0.9, 0.0)])
+    distances, places = nearest(images, references, chunk=2)
     assert places.tolist() == [1, 0, 1]
     torch.testing.assert_close(distances, torch.tensor([0.05, 0.05, 0.0]).double(), atol=1e-7, rtol=0)
     with pytest.raises(ValueError, match="images are"):
-        nearest(pictures, references[:, :, :2])
+        nearest(images, references[:, :, :2])
 
 
 def test_a_copy_differs_by_less_than_34_decibels():
@@ -108,13 +108,13 @@ def test_a_copy_differs_by_less_than_34_decibels():
 
 
 def test_diversity_within_and_between_captions():
-    levels = torch.tensor([[0.0, 0.2], [1.0, 0.8]])  # of two captions, two pictures each
-    pictures = levels[:, :, None, None, None].expand(-1, -1, 3, 2, 2)
-    within, between = diversity(pictures)
+    levels = torch.tensor([[0.0, 0.2], [1.0, 0.8]])  # of two captions, two images each
+    images = levels[:, :, None, None, None].expand(-1, -1, 3, 2, 2)
+    within, between = diversity(images)
     assert within == pytest.approx(0.1)  # 0.2 of [-1, 1]
     assert between == pytest.approx((1 + 0.8 + 0.8 + 0.6) / 4 / 2)
     with pytest.raises(ValueError, match="no pairs"):
-        diversity(pictures[:, :1])
+        diversity(images[:, :1])
 
 
 class Inception(nn.Module):

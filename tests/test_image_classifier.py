@@ -1,4 +1,4 @@
-"""A trained classifier names pictures, from Python and by the script, with the names that its data gave."""
+"""A trained classifier names images, from Python and by the command, with the class names of its data."""
 
 import json
 import shutil
@@ -46,36 +46,36 @@ def new_model(config: ClassifierConfig = MODEL) -> Classifier:
     return model
 
 
-def test_pictures_get_the_classes_of_the_logits(photos):
+def test_images_get_the_classes_of_the_logits(photos):
     classifier = ImageClassifier(new_model(), NAMES)
-    pictures = [Image.open(path) for path in sorted(photos.iterdir())]
-    expected = classifier.model(pixels_from_images(pictures, 16, 16)).softmax(-1)
+    images = [Image.open(path) for path in sorted(photos.iterdir())]
+    expected = classifier.model(pixels_from_images(images, 16, 16)).softmax(-1)
     for batch_size in (64, 3):
-        found = classifier.classify(pictures, top=2, batch_size=batch_size)
+        found = classifier.classify(images, top=2, batch_size=batch_size)
         for row, shares in zip(found, expected, strict=True):
             best = shares.topk(2)
             assert [name for name, _ in row] == [NAMES[place] for place in best.indices]
             assert [share for _, share in row] == pytest.approx(best.values.tolist(), rel=1e-4)
-    assert len(classifier.classify(pictures[:1], top=9)[0]) == 4
-    assert classifier.features(pictures).shape == (8, 16)
+    assert len(classifier.classify(images[:1], top=9)[0]) == 4
+    assert classifier.features(images).shape == (8, 16)
     grey = ImageClassifier(new_model(MODEL.model_copy(update={"channels": 1})))
     assert grey.classes == ["0", "1", "2", "3"]
     assert grey.logits([Image.new("L", (40, 20))]).shape == (1, 4)
 
 
-def test_pictures_of_every_mode_are_read_as_those_of_files(tmp_path):
+def test_images_of_every_mode_are_read_as_those_of_files(tmp_path):
     draw = torch.Generator().manual_seed(0)
     levels = torch.randint(65536, (24, 20), generator=draw, dtype=torch.int32).numpy().astype(np.uint16)
     alpha = torch.randint(256, (24, 20, 4), generator=draw, dtype=torch.uint8).numpy()
     turned = Image.Exif()
     turned[0x0112] = 6  # the camera was held upright
-    for name, picture in (
+    for name, image in (
         ("deep", Image.fromarray(levels)),
         ("through", Image.fromarray(alpha)),
         ("turned", Image.fromarray(alpha[..., :3])),
     ):
         path = tmp_path / f"{name}.png"
-        picture.save(path, exif=turned if name == "turned" else None)
+        image.save(path, exif=turned if name == "turned" else None)
         expected = to_unit_range(decode_image(path.read_bytes(), (16, 16)))
         found = pixels_from_images([Image.open(path)], 16, 16)[0]
         assert np.array_equal(found.numpy(), expected), name
@@ -150,8 +150,8 @@ optimizer = {{lr = 1e-2, warmup_steps = 5}}
         assert words in ran.stderr
     mixed = tmp_path / "mixed"
     shutil.copytree(photos, mixed)
-    (mixed / "broken.png").write_bytes(b"no picture")
-    (mixed / "notes.txt").write_text("no picture")
+    (mixed / "broken.png").write_bytes(b"no image")
+    (mixed / "notes.txt").write_text("no image")
     ran = run_script("pipelines/classify_images.py", tmp_path / "run", mixed)
     assert ran.returncode == 2
     assert len(ran.stdout.splitlines()) == 8

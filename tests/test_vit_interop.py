@@ -87,7 +87,7 @@ def transformers_like(config: ClassifierConfig) -> nn.Module:
     )
 
 
-def pictures(config: ClassifierConfig) -> Tensor:
+def images(config: ClassifierConfig) -> Tensor:
     return noise(3, config.channels, *config.height_width)
 
 
@@ -117,7 +117,7 @@ def test_timm_gives_the_same_logits_both_ways(timm, shape, head):
         settings["pooling"] = "mean"
     loaded = vit_from_weights(peer.state_dict(), "timm", settings)
     assert loaded.config == model.config
-    pixels = pictures(model.config)
+    pixels = images(model.config)
     torch.testing.assert_close(loaded(pixels), peer(pixels), rtol=0, atol=1e-5)
     assert_equal(vit_to_weights(loaded, "timm"), peer.state_dict())
     peer.load_state_dict(vit_to_weights(model, "timm"))
@@ -130,8 +130,8 @@ def test_timm_builds_the_folder_that_is_written(timm, tmp_path):
         model = ours(**SHAPES["wide"], **settings)
         folder = save_vit(model, tmp_path / head, "timm")
         peer = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        expected = peer(pictures(model.config))
-        torch.testing.assert_close(model(pictures(model.config)), expected, rtol=0, atol=1e-5)
+        expected = peer(images(model.config))
+        torch.testing.assert_close(model(images(model.config)), expected, rtol=0, atol=1e-5)
         again = load_vit(folder)
         assert again.config == model.config
         assert_equal(again.state_dict(), model.state_dict())
@@ -146,13 +146,13 @@ def test_transformers_gives_the_same_logits_both_ways(shape, core, tmp_path):
     peer.save_pretrained(tmp_path / "theirs")
     loaded = load_vit(tmp_path / "theirs")
     assert loaded.config == model.config
-    expected = peer(pictures(model.config)).logits
-    torch.testing.assert_close(loaded(pictures(model.config)), expected, rtol=0, atol=1e-5)
+    expected = peer(images(model.config)).logits
+    torch.testing.assert_close(loaded(images(model.config)), expected, rtol=0, atol=1e-5)
     assert_equal(vit_to_weights(loaded, "transformers5"), peer.state_dict())
     for naming in ("transformers4", "transformers5"):
         folder = save_vit(model, tmp_path / naming, naming)
-        found = type(peer).from_pretrained(folder).eval()(pictures(model.config)).logits
-        torch.testing.assert_close(model(pictures(model.config)), found, rtol=0, atol=1e-5)
+        found = type(peer).from_pretrained(folder).eval()(images(model.config)).logits
+        torch.testing.assert_close(model(images(model.config)), found, rtol=0, atol=1e-5)
         again = load_vit(folder)
         assert again.config == model.config
         assert_equal(again.state_dict(), model.state_dict())
@@ -168,11 +168,11 @@ def test_timm_reads_the_npz_that_is_written(timm, naming, pooling, tmp_path):
     patches_alone = naming == "big_vision" and pooling == "cls"
     peer = timm_like(timm, model.config, no_embed_class=patches_alone)
     peer.load_pretrained(str(path), prefix="params/" if naming == "big_vision" else "")
-    expected = peer.eval()(pictures(model.config))
-    torch.testing.assert_close(model(pictures(model.config)), expected, rtol=0, atol=1e-5)
+    expected = peer.eval()(images(model.config))
+    torch.testing.assert_close(model(images(model.config)), expected, rtol=0, atol=1e-5)
     again = load_vit(path)
     assert again.config == model.config
-    torch.testing.assert_close(again(pictures(model.config)), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(again(images(model.config)), expected, rtol=0, atol=1e-5)
     if not patches_alone:  # where the token's position was added to the token
         assert_equal(again.state_dict(), model.state_dict())
 
@@ -239,7 +239,7 @@ HYBRID = {
 def test_hybrids_go_to_timm_and_back(timm, tmp_path):
     """In float64: of float32 the rounding in 13 random bottlenecks comes to some 1e-5."""
     model = ours(**HYBRID, core={"mlp": "gelu_tanh"})
-    pixels = pictures(model.config).double()
+    pixels = images(model.config).double()
     folder = save_vit(model, tmp_path / "timm", "timm")
     peer = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert_equal(vit_to_weights(model, "timm"), peer.state_dict())
@@ -391,7 +391,7 @@ def test_models_that_have_no_place_elsewhere_are_refused_by_their_parts(tmp_path
         save_vit(plain, tmp_path / "x.npz", "official")
 
 
-def test_pictures_and_names_go_with_the_weights(timm, tmp_path):
+def test_images_and_names_go_with_the_weights(timm, tmp_path):
     from transformers import ViTForImageClassification, ViTImageProcessor
 
     model = ours(**SHAPES["square"])
@@ -400,9 +400,9 @@ def test_pictures_and_names_go_with_the_weights(timm, tmp_path):
     assert class_names(folder) == names
     assert ViTForImageClassification.from_pretrained(folder).config.id2label[2] == "kind c"
     values = torch.randint(256, (32, 32, 3), dtype=torch.uint8, generator=torch.manual_seed(0)).numpy()
-    picture = Image.fromarray(values)
-    theirs = ViTImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"]
-    own = pixels_from_images([picture], 32, 32)
+    image = Image.fromarray(values)
+    theirs = ViTImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
+    own = pixels_from_images([image], 32, 32)
     torch.testing.assert_close(theirs, own, rtol=0, atol=1e-5)
     assert class_names(save_vit(model, tmp_path / "timm", "timm", names)) == names
     peer = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)

@@ -13,26 +13,27 @@ from mmvit.data.shards import Sample
 from mmvit.data.writing import with_progress
 from mmvit.errors import UserError
 from mmvit.evaluation.retrieval import caption_ranks, recalls
-from mmvit.evaluation.splits import batches_of
+from mmvit.evaluation.splits import batches_of, listed
 from mmvit.hub import write_json
 from mmvit.models.clip import CLIP
 from mmvit.sampling.candidates import CaptionScorer
 
 
 def evaluate_clip(
-    model: Path, data: Path, split: str, out: Path | None = None, *, language: Sequence[str] = ()
+    model: Path, data: Path, split: str, out: Path | None = None, *, language: str | Sequence[str] = ()
 ) -> dict[str, Any]:
     """`retrieval` among the images and captions of a split, and how many there are.
 
     Args:
         out: writes the figures to OUT.json.
-        language: of the captions, English by default; each further one is measured, too.
+        language: of the captions, English by default; each further one is measured, too, as "en,de" or a
+            list.
     """
     scorer = CaptionScorer.from_pretrained(model)
     config = scorer.clip.config
     pixels = PixelsSample(config.image.height_width)
     found: dict[str, dict[str, Any]] = {}
-    for code in language or ["en"]:
+    for code in listed(language) or ["en"]:
         captions = CaptionSample([code], falls_back=not language)
 
         def decode(sample: Sample, rng: random.Random, captions: Decode = captions) -> dict[str, Any]:

@@ -57,12 +57,13 @@ class FeatureSpace:
         return frechet_distance(self.features(one), self.features(two))
 
 
-def feature_space(source: Path | None) -> FeatureSpace:
+def feature_space(source: str | Path | None) -> FeatureSpace:
     """The space that `source` names: mean colours of 8x8 cells for None; the features of a classifier of
     ours, named after its folder; or those of Inception v3 for torch-fidelity's `.pth` file, in which the
     distance is called FID."""
     if source is None:
         return FeatureSpace("pixels-8x8", coarse_pixels)
+    source = Path(source)
     return inception_space(source) if source.suffix == ".pth" else classifier_space(source)
 
 

@@ -23,7 +23,7 @@ from mmvit.evaluation.held_out import HeldOut, evenly_spread
 from mmvit.evaluation.image_classifier import ImageClassifier
 from mmvit.evaluation.likelihood import generator_loss
 from mmvit.evaluation.retrieval import caption_ranks, pixel_ranks, recalls
-from mmvit.evaluation.splits import check_memory, find_split, read_split, split_sizes
+from mmvit.evaluation.splits import check_memory, find_split, listed, read_split, split_sizes
 from mmvit.evaluation.tokenizer_report import reconstruct
 from mmvit.hub import whole_file, write_json
 from mmvit.models.classification import fit_pixels
@@ -49,14 +49,14 @@ def evaluate_generator(
     rows: int = 8,
     limit: int | None = None,
     keys: str = "",
-    language: Sequence[str] = (),
+    language: str | Sequence[str] = (),
     train: str = TRAIN,
-    features: Path | None = None,
+    features: str | Path | None = None,
     seeds: int = 1,
     captioned: int = 0,
     clip: str | Path | None = None,
     classifier: str | Path | None = None,
-    classes: Path | None = None,
+    classes: str | Path | None = None,
     guidance_scale: float | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
@@ -72,7 +72,8 @@ def evaluate_generator(
             MODEL/evaluation-SPLIT.json.
         limit: measures so many captions, evenly spread over the split.
         keys: measures only the samples in whose key this regular expression is found.
-        language: of the captions, English by default; loss and retrieval are also measured in further ones.
+        language: of the captions, English by default; loss and retrieval are also measured in further ones,
+            as "en,de" or a list.
         train: the split that the generator was trained on, searched for copies.
         classes: shards with the classes of the same images, for `classifier`; `data` by default.
         guidance_scale, temperature, top_k, top_p: by default those that the model's folder names.
@@ -105,7 +106,7 @@ def evaluate_generator(
         whole = whole.matching(keys) if keys else whole
         return whole.spread(limit) if limit else whole
 
-    languages = list(language)
+    languages = listed(language)
     first, *others = languages or ["en"]
     held_out = held_out_in(first)
     how = generator.defaults.replace(
@@ -119,7 +120,9 @@ def evaluate_generator(
         "candidates": candidates,
         "scorer": CaptionScorer.from_pretrained(scorer) if scorer else None,
     }
-    network, labels = read_labels(classifier, classes or data, held_out.keys) if classifier else (None, None)
+    network, labels = (
+        read_labels(classifier, Path(classes or data), held_out.keys) if classifier else (None, None)
+    )
     report = report_generator(
         generator,
         held_out,

@@ -1,7 +1,7 @@
 """Splits of a data set: which of them is held out, and reading one into memory."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,11 @@ def find_split(folder: Path, split: str | None = None) -> str:
         f"{folder} has no held-out split ({', '.join(HELD_OUT)}), only {', '.join(there)}: choose one with "
         "--split"
     )
+
+
+def listed(names: str | Sequence[str]) -> list[str]:
+    """`"en,de"`, or a list of such names, as a list."""
+    return names.split(",") if isinstance(names, str) else list(names)
 
 
 def split_sizes(folder: Path) -> dict[str, int]:

@@ -31,17 +31,17 @@ def evaluate_image_tokenizer(
     split: str,
     out: Path | None = None,
     *,
-    size: tuple[int, int] = (64, 64),
+    size: int | tuple[int, int] = 64,
     rows: int = 8,
     limit: int | None = None,
-    features: Path | None = None,
+    features: str | Path | None = None,
 ) -> dict[str, Any]:
     """PSNR, SSIM, L1, use of the codes and Fréchet distance of the reconstructions of a split.
 
     Args:
         out: draws the images there from worst to best, `rows` on either side, and the use of the codes into
             OUT-codes.png, and writes the figures to OUT.json.
-        size: height and width that images are resized to, multiples of the tokenizer's factor.
+        size: of the images, a side or (height, width), multiples of the tokenizer's factor.
         limit: measures so many images, evenly spread over the split.
         features: as in `feature_space`.
 
@@ -52,6 +52,7 @@ def evaluate_image_tokenizer(
         if number is not None and number < 1:
             raise UserError(f"--{name} must be at least 1, got {number}")
     tokenizer = load_image_tokenizer(model, "cuda" if torch.cuda.is_available() else "cpu")
+    size = (size, size) if isinstance(size, int) else size
     height, width = size
     if height % tokenizer.factor or width % tokenizer.factor:
         raise UserError(
