@@ -23,7 +23,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmvit.cli import COMMANDS
 from mmvit.config import read_toml
+from mmvit.core.transformer import TransformerConfig
+from mmvit.interop.vit_export import save_vit
+from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.presets import PRESETS
 from mmvit.places import FOLDERS, load_script
 from mmvit.recipes.resolve import find_recipe
@@ -41,14 +45,18 @@ LAUNCHERS = {
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 TRAIN = ["mmvit", "train"]
 SHORT = "--train.steps 2 --train.batch_size 8 --train.num_workers 0 --train.precision fp32"
+EVALUATED_ONCE = "--train.evaluate_every 2"
+ONE_IMAGE = "--preview.num_images 1"
 SMALL_CORE = "--model.core.width 32 --model.core.depth 1 --model.core.num_heads 2"
-SMALL = {
+SMALL = {  # by kind of model, or else by task
     "classifier": SMALL_CORE,
     "pretraining": SMALL_CORE,
     "generator": SMALL_CORE,
     "joint": SMALL_CORE,
     "clip": f"{SMALL_CORE.replace('core', 'image.core')} {SMALL_CORE.replace('core', 'text')}",
     "image-tokenizer": "--model.encoder_width 32 --model.decoder_widths [32,16]",
+    "resnet": "--model.width 32 --model.depths [1]",
+    "dvae": "--model.width 8 --model.start_images 8",
 }
 TONED = ("1f44d", "1f44b", "1f466", "1f469-200d-1f680", "1f468-200d-1f680", "1f469-200d-1f52c")  # and 5 tones
 
@@ -70,13 +78,18 @@ def shrunk(words: list[str]) -> list[str]:
     if words[:3] == ["mmvit", "prepare", "fashion-mnist"]:
         return [*words, "--source", "idx"]
     at = next((i for i in range(len(words) - 2) if words[i : i + 2] == TRAIN), None)
-    if at is None or {"--dry-run", "--settings", "--list", "--resume"} & {*words}:
+    if at is None or {"--dry-run", "--settings", "--list"} & {*words}:
         return words
+    if "--resume" in words:
+        return [*words, "--train.steps", "4"]
     recipe = read_toml(find_recipe(words[at + 2]))
-    start = "--start.model" in words or "model" in recipe.get("start", {})  # its size is taken over
-    is_core = "--model.kind" not in words
-    more = SMALL[recipe["task"]] if is_core and not start else ""
-    return [*words, *SHORT.split(), *more.split()]
+    more = [SHORT, EVALUATED_ONCE, ONE_IMAGE if "preview" in recipe else ""]
+    if words[at + 2] == "finetune_emoji":
+        more.append("--optimizer.name adamw")  # for a model of full size, Muon takes a minute
+    elif "--start.model" not in words and "model" not in recipe.get("start", {}):  # its size is taken over
+        kind = words[words.index("--model.kind") + 1] if "--model.kind" in words else None
+        more.append(SMALL.get(kind or recipe.get("model", {}).get("kind"), SMALL[recipe["task"]]))
+    return [*words, *" ".join(more).split()]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -105,6 +118,13 @@ def after_readme(tmp_path_factory, mmvit_command) -> Path:
     for i in range(40):
         Image.new("RGB", (20 + i, 30), (6 * i, 100, 0)).save(photos / f"photo{i}.jpg")
         (photos / f"photo{i}.txt").write_text(f"a green picture number {i}")
+    Image.new("RGB", (20, 30)).save(folder / "photo.png")
+    for i, name in enumerate(("cat", "dog") * 10):
+        (folder / "pets" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 30), (0, 10 * i, 100)).save(folder / "pets" / name / f"{i}.png")
+    (folder / "captions.txt").write_text("red apple\nrocket\n")
+    core = TransformerConfig(width=64, depth=1, num_heads=1, mlp="gelu_tanh")
+    save_vit(Classifier(ClassifierConfig(image_size=32, core=core)), folder / "ViT-B_16.npz", "official")
     follow(README, folder, mmvit_command)
     return folder
 
@@ -181,6 +201,18 @@ def test_the_file_tree_is_true():
     }
     modules = {path.name for path in (ROOT / "mmvit").glob("*.py")} - {"__init__.py"}
     assert named == top | rooms | modules
+
+
+def test_commands_that_prose_names_exist():
+    for page in (README, *PAGES):
+        named = re.findall(r"(?<!from )\bmmvit ([a-z]+)", "\n".join(code_of(page)))
+        assert {*named} <= {name.split()[0] for name in COMMANDS}, page.name
+
+
+def code_of(page: Path) -> list[str]:
+    """What a page shows as code, in blocks and within lines."""
+    prose, *fenced = re.split(r"^ *```", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return [*fenced[::2], *re.findall(r"`([^`]+)`", "\n".join([prose, *fenced[1::2]]))]
 
 
 def test_presets_that_are_named_exist():
