@@ -221,7 +221,11 @@ def test_presets_that_are_named_exist():
 
 
 def test_links_lead_to_files_and_headings():
-    for page in (README, *PAGES, ROOT / "benchmarks" / "README.md", ROOT / "CONTRIBUTING.md"):
+    cards = [
+        path / "README.md"
+        for path in (ROOT / "benchmarks", *ROOT.glob("generators/*"), *ROOT.glob("tokenizers/*/"))
+    ]
+    for page in (README, *PAGES, *ROOT.glob("*.md"), *cards):
         for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
             path, _, heading = target.partition("#")
             file = page.parent / path if path else page

@@ -44,7 +44,7 @@ TINY, SMALL, BASE = core(192, 12, 3), core(384, 12, 6), core(768, 12, 12)
 LARGE, HUGE = core(1024, 24, 16), core(1280, 32, 16)
 
 CLASSIFIERS = {
-    # for small data and CPUs: the parts that were best at equal FLOPs (benchmarks/README.md), for 28 pixels
+    # for small data and CPUs: the parts that were best at equal FLOPs (docs/results.md), for 28 pixels
     "vit-modern": ClassifierConfig(
         image_size=28,
         patch_size=4,
@@ -73,7 +73,7 @@ CLASSIFIERS = {
     "bit-r101": ResNetConfig(depths=(3, 4, 23, 3)),
 }
 
-# best at equal FLOPs (benchmarks/README.md)
+# best at equal FLOPs (docs/results.md)
 RECOMMENDED = {"mlp": "swiglu", "qk_norm": True, "dropout": 0.1}
 
 GENERATORS = {

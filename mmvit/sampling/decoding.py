@@ -100,7 +100,7 @@ class GuidedBatch:
 
 @contextmanager
 def few_threads(rows: int, device: torch.device) -> Iterator[None]:
-    """Uses a single CPU thread for a few rows: a second one gains nothing (benchmarks/README.md), and on a
+    """Uses a single CPU thread for a few rows: a second one gains nothing (docs/speed.md), and on a
     busy machine, where threads wait for each other in every layer, takes up to 100 times as long."""
     before = torch.get_num_threads()
     if device.type == "cpu" and rows <= ONE_THREAD_UP_TO:
