@@ -21,7 +21,10 @@ RANGES = {  # pydantic's errors about a number's range, in words, and where the 
     "less_than_equal": ("a number of at most", "le"),
     "multiple_of": ("a multiple of", "multiple_of"),
 }
-KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text"}
+KINDS = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text",
+    "path": "a path", "model": "a section",
+}  # fmt: skip
 KIND = "kind"  # the key that says which of several sections is meant
 
 # Markers, as `Field(..., json_schema_extra=...)`, by which a recipe is resolved (mmvit/recipes/resolve.py)
@@ -50,7 +53,7 @@ def build_config(
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        problems: dict[str, list[str]] = {}
+        problems: dict[str, dict[str, str]] = {}
         for problem in error.errors():
             key = ".".join(find_setting(cls, problem["loc"])[0])
             if problem["type"] == "union_tag_invalid":
@@ -59,8 +62,9 @@ def build_config(
             given = any(".".join(parts[:end]) in overridden for end in range(1, len(parts) + 1))
             given = given or any(name.startswith(f"{key}.") for name in overridden)  # a section's own check
             origin = "the command line" if given else source
-            problems.setdefault(origin, []).append(describe_problem(cls, problem))
-        lines = [f"{origin}: {'; '.join(first_few(texts))}" for origin, texts in problems.items()]
+            described = problems.setdefault(origin, {})
+            described.setdefault(key, describe_problem(cls, problem))  # one problem a key, the first type's
+        lines = [f"{origin}: {'; '.join(first_few([*texts.values()]))}" for origin, texts in problems.items()]
         raise UserError("; ".join(lines)) from None
 
 
@@ -79,7 +83,7 @@ def first_few(problems: list[str]) -> list[str]:
 
 def read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
 
@@ -101,7 +105,9 @@ def split_settings(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]
             if not rest:
                 raise UserError(f"--{key} needs a value: --{key} VALUE")
             text = rest.pop(0)
-        settings[key] = parse_value(text)
+        for name, value in flatten({key: parse_value(text)}).items():
+            settings.pop(name, None)  # so that the last one is set last, too
+            settings[name] = value
     return names, settings
 
 
@@ -149,6 +155,8 @@ def describe_problem(cls: type[Config], problem: dict[str, Any]) -> str:
         reason = f"expected {problem['ctx']['expected']}"
     if problem["type"].endswith(("_type", "_parsing")) and (kind := problem["type"].split("_")[0]) in KINDS:
         reason = f"expected {KINDS[kind]}"
+    if problem["type"] == "too_short":
+        reason = f"expected at least {problem['ctx']['min_length']}"
     if problem["type"] in ("tuple_type", "list_type"):
         reason = 'expected a list, such as ["one", "two"]'
     if isinstance(problem["input"], dict):  # a rule over several keys, which its reason names
@@ -169,6 +177,8 @@ def find_setting(cls: type[Config], place: Sequence[str | int]) -> tuple[list[st
         keys.append(part)
         field = section.model_fields.get(part)
         sections = sections_of(field) if field else []
+        if field and not sections:
+            break  # what follows says which of the types that the setting may have
         if len(sections) == 1 and number < len(place):
             section = sections[0]
         kinds = {kind_of(inner): inner for inner in sections} if len(sections) > 1 else {}
@@ -207,6 +217,16 @@ def describe_settings(cls: type[Config], path: str = "") -> list[str]:
         note = f"; {field.description}" if field.description else ""
         lines.append(f"  {path}{name} {default}    {kind}{note}")
     return lines
+
+
+def setting_names(cls: type[Config], path: str = "") -> list[str]:
+    """Every setting of `cls` by its dotted key."""
+    names = []
+    for name, field in cls.model_fields.items():
+        sections = sections_of(field)
+        inner = [key for section in sections for key in setting_names(section, f"{path}{name}.")]
+        names += inner if sections else [path + name]
+    return names
 
 
 def merged(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 import mmvit
+from mmvit.config import split_settings
 from mmvit.data.writing import Outcome, write_dataset_card
 from mmvit.errors import UserError
+from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.presets import preset
 from mmvit.models.vq import VQConfig
 from mmvit.recipes.resolve import resolve
@@ -268,3 +270,90 @@ def test_python_trains_and_evaluates_as_the_command_does(encoded, tiny_shards, t
     assert 0 <= figures["retrieval@1"] <= 1
     with pytest.raises(UserError, match="is not empty"):
         mmvit.train(encoded / "config.toml", settings)
+
+
+def test_a_copied_run_folder_is_resumed_where_it_is(mmvit_command, encoded, tmp_path):
+    settings = ("--train.steps=2", "--train.batch_size=8", "--train.num_workers=0")
+    first = mmvit_command("train", encoded / "config.toml", *settings, "--output", tmp_path / "run")
+    assert first.returncode == 0, first.stderr
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    more = mmvit_command("train", tmp_path / "copy", "--resume", "--train.steps", 3)
+    assert more.returncode == 0, more.stderr
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert '"step": 3' in (tmp_path / "copy" / "metrics.jsonl").read_text()
+
+
+def test_a_section_of_the_command_line_is_resolved_as_its_keys_are(recipe, generator_run, encoded):
+    more = "[train]\nsteps = 400\nevaluate_every = 100\nbatch_size = 8\n"
+    short = recipe("", {"train": {"steps": 40}}, more=more).train
+    assert (short.steps, short.evaluate_every, short.batch_size) == (40, 10, 8)
+    assert recipe("", {"model": {"preset": "vit-b16"}}).model == preset("vit-b16")
+    start = resolve(encoded / "config.toml", {"start": {"model": str(generator_run)}}).recipe
+    assert start == resolve(encoded / "config.toml", {"start.model": str(generator_run)}).recipe
+    words = [
+        "--model.core.width",
+        "32",
+        "--model.core",
+        "{width = 64, depth = 1}",
+        "--model.core.width",
+        "16",
+    ]
+    assert split_settings(words)[1] == {"model.core.depth": 1, "model.core.width": 16}
+
+
+@pytest.mark.parametrize("steps", [4e1, "40", 40])
+def test_however_steps_are_written_schedules_shrink(recipe, steps):
+    more = "[train]\nsteps = 400\nevaluate_every = 100\n"
+    assert recipe("", {"train.steps": steps}, more=more).train.evaluate_every == 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train": 5}, "the command line: train is a section with settings of its own, got 5"),
+        ({"model.preset": "vit-b16", "start.model": "x"}, "each name a model: give one of them"),
+        ({"model.preset": "bit-r50", "model.kind": "vit"}, "remove --model.kind"),
+        ({"model.image_size": "big"}, r'model\.image_size = "big": expected a whole number$'),
+        ({"output": 2024}, "output = 2024: expected a path"),
+    ],
+)
+def test_contradictions_are_refused(recipe, settings, message):
+    with pytest.raises(UserError, match=message):
+        recipe("", settings)
+
+
+def test_a_value_for_a_section_is_refused(recipe, tmp_path):
+    with pytest.raises(UserError, match="train is a section with settings of its own"):
+        recipe("", more="[[train]]\nsteps = 4\n")
+
+
+def test_a_start_of_another_kind_is_refused(tiny_shards, tmp_path):
+    folder = tmp_path / "start"
+    Classifier(
+        ClassifierConfig(image_size=16, patch_size=8, core={"width": 16, "num_heads": 2})
+    ).save_pretrained(folder)
+    data = {"data.train": f"{tiny_shards}/train-*.tar", "data.held_out": f"{tiny_shards}/held-out-*.tar"}
+    with pytest.raises(UserError, match=r"is of kind vit, not resnet: remove model\.kind"):
+        resolve("fashion_mnist", {**data, "start.model": str(folder), "model.kind": "resnet"})
+
+
+@pytest.mark.parametrize(
+    ("option", "advice"),
+    [
+        ("--lr", "did you mean --optimizer.lr?"),
+        ("--batch-size", "did you mean --train.batch_size?"),
+        ("--steps", "did you mean --train.steps?"),
+        ("--epochs", "set --train.steps"),
+    ],
+)
+def test_an_option_without_its_section_is_found(mmvit_command, option, advice):
+    refused = mmvit_command("train", "emoji_demo", option, "4")
+    assert refused.returncode == 2
+    assert advice in refused.stderr
+
+
+def test_dry_run_refuses_what_the_run_would(mmvit_command, encoded, tmp_path):
+    refused = mmvit_command("train", encoded / "config.toml", "--model.grid", "[4, 4]", "--dry-run")
+    assert refused.returncode == 2
+    assert "dataset.json has (2, 2); leave it out" in refused.stderr

@@ -5,7 +5,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from mmvit.config import describe_settings, read_toml, split_settings
+from mmvit.config import describe_settings, read_toml, setting_names, split_settings
 from mmvit.errors import UserError, did_you_mean
 from mmvit.recipes.find import find_recipe, table_of_recipes
 
@@ -80,7 +80,7 @@ class CommandLine(NamedTuple):
         for argument in self.arguments or []:
             option = argument.partition("=")[0]
             if option.startswith("--") and "." not in option and option[2:] not in top_level_keys():
-                raise UserError(f"unknown option {option}{did_you_mean(option, OPTIONS)}")
+                raise UserError(f"unknown option {option}{nearest_setting(option)}")
         names, settings = split_settings(self.arguments or [])
         if len(names) != 1:
             found = " and ".join(names) or "none"
@@ -99,6 +99,18 @@ class CommandLine(NamedTuple):
         else:
             recipe, notes = resolve(source, settings, resume=self.resume, task=task)
             run_recipe(recipe, notes, self.resume, self.deepspeed, train_session)
+
+
+def nearest_setting(option: str) -> str:
+    """The advice for an option without a section: `--lr` was meant as `--optimizer.lr`."""
+    from mmvit.recipes.tasks import TASKS, recipe_class
+
+    last = option.removeprefix("--").replace("-", "_")
+    names = [name for task in TASKS for name in setting_names(recipe_class(task, ""))]
+    exact = [f"--{name}" for name in dict.fromkeys(names) if name.rpartition(".")[2] == last]
+    if last == "epochs":
+        return ": set --train.steps, the number of optimizer steps"
+    return f": did you mean {' or '.join(exact[:3])}?" if exact else did_you_mean(option, OPTIONS)
 
 
 def top_level_keys() -> set[str]:

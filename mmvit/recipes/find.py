@@ -25,6 +25,8 @@ def find_recipe(source: str | Path, resume: bool = False) -> Path:
         return path / CONFIG
     if path.is_dir():
         raise UserError(f"{path} is a folder without {CONFIG}: expected a recipe or a run folder")
+    if len(path.parts) > 1 or path.suffix:
+        raise UserError(f"no recipe or run folder {path}; mmvit train --list shows the shipped recipes")
     names = recipes()
     if str(source) in names:
         return names[str(source)]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mmvit.config import to_toml
+from mmvit.data.shards import expand_shards
 from mmvit.errors import UserError
 from mmvit.places import find, load_script, shipped
 from mmvit.recipes.command import Train
@@ -58,6 +59,15 @@ def run_recipe(
     return session.run
 
 
+def has_data(recipe: Recipe) -> bool:
+    """Whether the shards that a recipe names are there."""
+    sections = [getattr(recipe, name) for name in type(recipe).model_fields]
+    try:
+        return all(expand_shards(section.train) for section in sections if hasattr(section, "held_out"))
+    except UserError:
+        return False
+
+
 def find_deepspeed(path: str | Path) -> Path:
     """The JSON settings that `path` means: a file, or the name of shipped ones such as `zero2`."""
     named = shipped(f"configs/deepspeed/{path}.json")
@@ -70,6 +80,8 @@ def print_plan(source: str, settings: Mapping[str, Any], resume: bool) -> None:
         recipe, notes = resolve(source, settings, resume=resume)
     except UserError as error:
         recipe, notes = resolve(source, settings, resume=resume, read_data=False)
+        if has_data(recipe):  # then something else is wrong
+            raise
         notes.append(f"classes, vocabulary and grid are defaults, because the data cannot be read: {error}")
     print(to_toml(recipe.model_dump(mode="json")))
     with torch.device("meta"):

@@ -1,6 +1,7 @@
 """How a recipe becomes settings: file, preset, start, command line, what the data say, one validation."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from mmvit.config import (
     OF_TRAINING,
     Config,
     build_config,
+    flatten,
     kind_of,
     merged,
     read_toml,
@@ -61,12 +63,17 @@ def resolve(
     Raises:
         UserError: for anything missing, unknown or contradictory, naming the file and the key.
     """
-    given = dict(settings or {})
+    given = flatten(settings or {})
     path = find_recipe(source, resume)
     values = read_toml(path)
+    is_run = Path(source).is_dir()
+    if is_run:
+        given = {"output": str(source), **given}  # where the run is now, wherever it was written
     recipe = recipe_class(values.get("task", task), str(path))
     if task and values.get("task", task) != task:
         raise UserError(f'{source} has task "{values["task"]}", not "{task}": run mmvit train {source}')
+    check_sections(recipe, values, given, str(path))
+    check_one_architecture(given)
     run = read_run(given.get("output", values.get("output"))) if resume else {}
     notes = []
 
@@ -80,6 +87,10 @@ def resolve(
     if start := given.get("start.model", dict_at(values, "start").get("model")):
         begun = run.get("model") or start_values(recipe, start)
         section = model_section(recipe, begun)
+        if (kind := given.get("model.kind", kind_of(section))) != kind_of(section):
+            raise UserError(
+                f"start.model {start} is of kind {kind_of(section)}, not {kind}: remove model.kind"
+            )
         if "start.model" in given:
             model = without_architecture(model, section)
         model = merged(without_facts(begun, section), model)
@@ -90,7 +101,7 @@ def resolve(
         model = {KIND: default, **model}
     if model:
         values["model"] = model
-    if path.name != CONFIG:
+    if not is_run:
         notes += shrink_schedules(recipe, values, given)
     for key, value in given.items():
         set_by_path(values, key, value)
@@ -132,6 +143,27 @@ def read_run(output: object) -> dict[str, Any]:
 def dict_at(values: dict[str, Any], section: str) -> dict[str, Any]:
     """A copy of a section, empty where it is missing; validation refuses one that is not a section."""
     return dict(found) if isinstance(found := values.get(section), dict) else {}
+
+
+def check_sections(
+    recipe: type[Recipe], values: dict[str, Any], given: Mapping[str, Any], source: str
+) -> None:
+    """Raises UserError if a value stands where a section belongs, such as `train = 5`."""
+    for origin, found in ((source, values), ("the command line", given)):
+        for name, field in recipe.model_fields.items():
+            if sections_of(field) and name in found and not isinstance(found[name], dict):
+                raise UserError(
+                    f"{origin}: {name} is a section with settings of its own, got {found[name]!r}"
+                )
+
+
+def check_one_architecture(given: Mapping[str, Any]) -> None:
+    """Raises UserError if the command line names two models."""
+    named = [key for key in ("model.preset", "start.model") if key in given]
+    if len(named) == 2:
+        raise UserError("--model.preset and --start.model each name a model: give one of them")
+    if "model.preset" in given and "model.kind" in given:
+        raise UserError("--model.preset says the kind of model: remove --model.kind")
 
 
 def model_sections(recipe: type[Recipe]) -> list[type[Config]]:
@@ -250,7 +282,9 @@ def shrink_schedules(recipe: type[Recipe], values: dict[str, Any], given: Mappin
     """
     default = sections_of(recipe.model_fields["train"])[0].model_fields["steps"].default
     before, now = dict_at(values, "train").get("steps", default), given.get("train.steps")
-    if not (isinstance(now, int) and isinstance(before, int) and 0 < now < before):
+    with suppress(TypeError, ValueError, OverflowError):  # which validation explains
+        before, now = int(before), int(float(now))
+    if not (type(now) is type(before) is int and 0 < now < before):
         return []
     shrunk = []
     for key, value in counted_in_steps(recipe, values):
