@@ -1,7 +1,15 @@
-"""mmvit: one Transformer core that reads image patches, text tokens and image codes."""
+"""mmvit: one Transformer core that reads image patches, text tokens and image codes.
 
-import importlib
-from typing import Any
+    generator = mmvit.Generator.from_pretrained()                       # the generator that ships
+    images = generator.generate("red apple", num_images=4)
+    run = mmvit.train("emoji_demo", {"train.steps": 100})                # what `mmvit train` does
+    figures = mmvit.evaluate(run.path, "data/emoji")
+
+Mistakes raise `mmvit.UserError`.
+"""
+
+import importlib as _importlib
+from typing import Any as _Any
 
 __version__ = "0.1.0"
 
@@ -16,6 +24,7 @@ MODULES = {
     "GeneratorConfig": "mmvit.models.generator_transformer",
     "GeneratorTransformer": "mmvit.models.generator_transformer",
     "ImageClassifier": "mmvit.evaluation.image_classifier",
+    "UserError": "mmvit.errors",
     "VQConfig": "mmvit.models.vq",
     "VQModel": "mmvit.models.vq",
     "evaluate": "mmvit.evaluation.evaluate",
@@ -25,10 +34,10 @@ MODULES = {
 __all__ = [*MODULES]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _Any:
     if name not in MODULES:
         raise AttributeError(f"module 'mmvit' has no attribute {name!r}")
-    value = getattr(importlib.import_module(MODULES[name]), name)
+    value = getattr(_importlib.import_module(MODULES[name]), name)
     globals()[name] = value
     return value
 

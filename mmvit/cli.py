@@ -9,13 +9,15 @@ so `mmvit sample ...` and `python pipelines/sample_images.py ...` are the same t
 only when they run or print their help, which keeps `mmvit --help` fast.
 """
 
+import re
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
 
+from mmvit import __version__
 from mmvit.errors import UserError, did_you_mean, reported_errors
 from mmvit.places import load_script
 
@@ -60,9 +62,24 @@ COMMANDS = {name: command for group in GROUPS.values() for name, command in grou
 TOP_HELP = """mmvit: train image classifiers and caption-to-image generators on one Transformer core.
 
     mmvit sample "red apple" --num 4      draws with the generator that is shipped
-    mmvit train emoji_demo                trains a generator; mmvit train --list shows all recipes
+    mmvit demo                            prepares data, trains a generator and draws with it, in minutes
+    mmvit train --list                    shows what can be trained
 """
 SETTINGS = {"help_option_names": ["--help", "-h"], "max_content_width": 110}
+PLAIN = {  # what typer says of a wrong value, in our words
+    r"Input should be a valid integer.*": "expected a whole number",
+    r"Input should be a valid number.*": "expected a number",
+    r"Input should be (greater|less) than or equal to (\S+)": r"expected a number \1 than or equal to \2",
+}
+ELSEWHERE = {  # what is sought as a command of its own
+    "recipes": "mmvit train --list shows them",
+    "recipe": "mmvit train --list shows them",
+    "list": "mmvit train --list shows recipes, mmvit presets models",
+    "completion": "mmvit --install-completion sets up your shell",
+    "resume": "add --resume to mmvit train",
+    "generate": "did you mean sample?",
+    "draw": "did you mean sample?",
+}
 UsageError = typer.BadParameter.__bases__[0]  # what typer raises for every mistake in a command line
 
 
@@ -100,7 +117,9 @@ def describe(error: Any) -> str:
     context = getattr(error, "ctx", None)
     if (option := getattr(error, "option_name", None)) and context:
         known = [name for parameter in context.command.params for name in parameter.opts if name[:2] == "--"]
-        message = f"unknown option {option}{did_you_mean(option, known)}"
+        message = f"unknown option {option}" + (did_you_mean(option, known) if known else "")
+    for pydantic, plain in PLAIN.items():
+        message = re.sub(pydantic, plain, message)
     more = f"; see {context.command_path} --help" if context else ""
     return f"{message[:1].lower()}{message[1:]}{more}"
 
@@ -139,6 +158,8 @@ class Scripts(TyperGroup):
 
     def resolve_command(self, context: Any, arguments: list[str]) -> Any:
         name = arguments[0]
+        if advice := ELSEWHERE.get(self.prefix + name):
+            raise UserError(f"unknown command {self.prefix}{name}: {advice}")
         if not name.startswith("-") and self.get_command(context, name) is None:
             known = self.list_commands(context)
             raise UserError(f"unknown command {self.prefix}{name}{did_you_mean(name, known)}")
@@ -170,6 +191,12 @@ def top_command() -> Any:
     return group_of("", completion=True)
 
 
-def show_help(context: typer.Context) -> None:
+def show_help(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="show the version and exit")] = False,
+) -> None:
+    if version:
+        typer.echo(f"mmvit {__version__}")
+        raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

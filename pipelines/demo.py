@@ -1,6 +1,6 @@
 """The whole way in about 12 minutes on 2 cores: from images to a generator that draws captions it never saw.
 
-    mmvit demo        (or: make demo, which makes the environment first)
+    mmvit demo
 
 Each step is a command of its own, printed as you would type it: emoji become shards, the shipped image
 tokenizer turns them into codes, a generator learns codes from captions, and held-out combinations are drawn

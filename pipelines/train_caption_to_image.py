@@ -3,7 +3,7 @@
     mmvit train emoji_demo
     mmvit train emoji_demo --train.steps 100 --output runs/short
     mmvit train finetune_emoji --output runs/mine
-    torchrun --nproc_per_node 2 pipelines/train_caption_to_image.py configs/emoji_demo.toml
+    torchrun --nproc_per_node 2 -m mmvit train emoji_demo
 
 With `start.model`, training continues from a trained generator, with its architecture and its tokenizers.
 `start.translate_from = "en"` takes an English generator to the languages of data.languages: captions of the

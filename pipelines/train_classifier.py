@@ -4,7 +4,7 @@
     mmvit train fashion_mnist --train.steps 100 --output runs/short
     mmvit train fashion_mnist --resume
     mmvit train fashion_mnist_vit --start.model runs/fashion-mnist-masked
-    torchrun --nproc_per_node 2 pipelines/train_classifier.py configs/fashion_mnist.toml
+    torchrun --nproc_per_node 2 -m mmvit train fashion_mnist
 
 With `start.model`, training starts from trained weights (a run folder, or what `mmvit convert` wrote).
 `[model]` then needs only what differs, positions are resized to its grid, and the head is new.

@@ -1,7 +1,7 @@
 """Train CLIP on shards of images with captions: which image belongs to which caption.
 
     mmvit train emoji_clip
-    torchrun --nproc_per_node 2 pipelines/train_clip.py configs/emoji_clip.toml
+    torchrun --nproc_per_node 2 -m mmvit train emoji_clip
 
 The run folder holds the model with its text tokenizer (best/, by the share of held-out images whose own
 caption is the nearest of all held-out ones, and last/), for `mmvit sample --candidates 16 --scorer RUN` and

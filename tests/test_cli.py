@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import mmvit
 from mmvit.cli import COMMANDS, GROUPS
 
 
@@ -77,3 +78,29 @@ def test_every_command_explains_itself_with_two_examples(mmvit_command, name):
     first = name.split()[0]
     examples = [line for line in shown.stdout.splitlines() if line.strip().startswith(f"mmvit {first}")]
     assert len(examples) >= 2 or name == "demo", shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("recipes", "unknown command recipes: mmvit train --list shows them"),
+        ("copy --list", "unknown option --list; see mmvit copy --help"),
+        ("presets --batch x", "expected a whole number; see mmvit presets --help"),
+        ("train emoji_demo --lr 1", "did you mean --optimizer.lr?"),
+    ],
+)
+def test_what_newcomers_type_is_understood(mmvit_command, line, words):
+    refused = mmvit_command(*line.split())
+    assert refused.returncode == 2
+    assert words in refused.stderr
+
+
+def test_the_version_is_told(mmvit_command):
+    assert mmvit_command("--version").stdout == f"mmvit {mmvit.__version__}\n"
+
+
+def test_a_shipped_recipe_without_its_data_says_how_to_make_them(mmvit_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused = mmvit_command("train", "emoji_demo")
+    assert refused.returncode == 2
+    assert "mmvit prepare emoji data/emoji; mmvit encode data/emoji data/emoji-codes" in refused.stderr

@@ -17,7 +17,7 @@ from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransfo
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.sampling.candidates import CaptionScorer, caption_evidence, log_likelihood, rank_captions
 from mmvit.sampling.decoding import draw, filter_logits, sample_codes, uniforms
-from mmvit.sampling.editing import complete, variations
+from mmvit.sampling.editing import complete, edit, variations
 from mmvit.sampling.generator import Generator
 
 CORE = TransformerConfig(width=32, depth=2, num_heads=2)
@@ -478,3 +478,10 @@ def test_what_needs_caption_dropout_says_so(generator, arguments, settings, mess
     unguided = Generator(GeneratorTransformer(config), generator.text_tokenizer, generator.image_tokenizer)
     with pytest.raises(UserError, match=message):
         unguided.generate(*arguments, **settings)
+
+
+def test_a_file_is_no_image_to_edit():
+    with pytest.raises(
+        UserError, match=r"expected a Pillow image, got str: open files with PIL\.Image\.open"
+    ):
+        edit(None, "apple.png", "pear")

@@ -2,7 +2,7 @@
 
     mmvit tokenizer image image_tokenizer_emoji
     mmvit tokenizer image image_tokenizer_emoji --train.steps 500 --output runs/short
-    torchrun --nproc_per_node 2 tokenizers/train_image_tokenizer.py configs/image_tokenizer_emoji.toml
+    torchrun --nproc_per_node 2 -m mmvit tokenizer image image_tokenizer_emoji
 
 Every evaluation reports the PSNR of held-out images, and the share of the codes that the training images
 use. The run folder (`output` in the recipe) gets config.toml, metrics.jsonl, curves.png, codes.png (how

@@ -1,5 +1,6 @@
 """Where recipes are: the shipped ones, TOML files, and run folders. Imports nothing heavy."""
 
+import re
 from pathlib import Path
 
 from mmvit.config import read_toml
@@ -31,6 +32,15 @@ def find_recipe(source: str | Path, resume: bool = False) -> Path:
     if str(source) in names:
         return names[str(source)]
     raise UserError(f"no recipe {source}{did_you_mean(path.stem, names)} (mmvit train --list shows all)")
+
+
+def preparation(path: Path) -> str:
+    """The commands in a shipped recipe's header that come before its training, joined; empty for others."""
+    if path not in recipes().values():
+        return ""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    commands = [line.removeprefix("#").strip() for line in lines if line.startswith("#   ")]
+    return "; ".join(each for each in commands if re.search(r"mmvit (prepare|encode|shards|convert)", each))
 
 
 def table_of_recipes() -> str:

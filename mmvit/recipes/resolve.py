@@ -24,7 +24,7 @@ from mmvit.errors import UserError
 from mmvit.hub import find_model_folder, in_words, read_part_description
 from mmvit.models.presets import PRESETS, preset
 from mmvit.recipes.facts import Fact
-from mmvit.recipes.find import CONFIG, find_recipe
+from mmvit.recipes.find import CONFIG, find_recipe, preparation
 from mmvit.recipes.tasks import recipe_class
 from mmvit.training.config import Recipe
 
@@ -109,8 +109,10 @@ def resolve(
         try:
             for fact in recipe.facts(values):
                 set_fact(values, fact, {"model": begun})
-        except UserError:
+        except UserError as error:
             build_config(recipe, values, str(path), overridden=given)  # the recipe's own mistakes come first
+            if steps := preparation(path):
+                raise UserError(f"{error}. The recipe's data are made by: {steps}") from None
             raise
     values = {**values, "train": {"select": recipe.selects, **dict_at(values, "train")}}
     resolved = build_config(recipe, values, str(path), overridden=given)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mmvit.data.images import read_image
+from mmvit.data.images import check_images, read_image
 from mmvit.errors import UserError
 from mmvit.sampling.prompts import Prompt
 
@@ -43,6 +43,7 @@ def edit(
     Raises:
         UserError: for a `keep` that is none of these, or keeps everything.
     """
+    check_images([image])
     if (share := as_share(keep)) is not None:
         if share == 1:
             raise UserError("keep 1 keeps every code, so nothing would change: 0.5 keeps half of them")

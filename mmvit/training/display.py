@@ -69,6 +69,11 @@ class Display:
         else:
             self.say(describe(record, self.total, self.batch_size))
 
+    def say_pace(self, seconds: float, left: int) -> None:
+        """Says after the first steps how long the rest will take, where that is minutes."""
+        if not self.bar and seconds * left > 120:
+            self.say(f"about {seconds:.1f} s a step: {seconds * left / 60:.0f} minutes left")
+
     def say(self, text: str) -> None:
         if self.bar:
             self.bar.console.print(text, markup=False, highlight=False)

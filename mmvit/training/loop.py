@@ -101,11 +101,14 @@ def train(
                 f"{left} steps of {config.batch_size} samples in {precision}, a line every {config.log_every}"
             )
         shown = (progress.examples, progress.seconds)  # at the last log line
+        first_step = progress.step
         while progress.step < config.steps:
             started = time.perf_counter()
             norm, stop = train_step(session, engine, batches, progress, interruption)
             progress.seconds += time.perf_counter() - started
             display.advance(progress.step)
+            if progress.step == first_step + 2:
+                display.say_pace((progress.seconds - shown[1]) / 2, config.steps - progress.step)
             is_last = progress.step == config.steps
 
             if progress.step % config.log_every == 0 or is_last:
