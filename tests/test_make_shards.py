@@ -149,6 +149,46 @@ def test_csv_and_json_lines(run_script, tmp_path):
     assert "line is not a JSON object" in printed
 
 
+def test_headers_may_have_capitals_and_spaces_and_other_columns_are_named(run_script, tmp_path):
+    for number in range(3):
+        save_image(tmp_path / f"{number}.png")
+    (tmp_path / "list.csv").write_text(
+        "Path, CLASS , Split,Width,\n0.png, cafe\u0301 ,train,8,\n1.png,caf\u00e9,train,8,\n"
+        '2.png, "dog, small",Test,8,\n'
+    )
+    done = run_script("pipelines/make_shards.py", tmp_path / "list.csv", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    card = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert card["classes"] == ["caf\u00e9", "dog, small"]
+    assert card["samples"] == {"train": 2, "test": 1}
+    assert "Ignored columns: width." in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"caption": "x", "groups": "a"}, "list.jsonl:1: unknown column groups: did you mean group?"),
+        ({"caption": "x", "fold": "a"}, "list.jsonl:1: unknown column fold: did you mean split?"),
+        ({"label": "cat"}, "list.jsonl:1: unknown column label: did you mean class?"),
+        ({"class": ["cat"]}, "list.jsonl:1: expected text or a number as class, got ['cat']"),
+        ({"class": True}, "list.jsonl:1: expected text or a number as class, got True"),
+    ],
+)
+def test_misspelt_columns_and_classes_of_another_kind_are_refused(run_script, tmp_path, row, message):
+    save_image(tmp_path / "a.png")
+    (tmp_path / "list.jsonl").write_text(json.dumps({"path": "a.png", **row}))
+    done = run_script("pipelines/make_shards.py", tmp_path / "list.jsonl", tmp_path / "out")
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_folder_names_in_two_unicode_forms_are_one_class(run_script, tmp_path):
+    for name in ("caf\u00e9/1.png", "cafe\u0301/2.png", "dog/1.png"):
+        save_image(tmp_path / "pets" / name)
+    make_shards(run_script, tmp_path / "pets", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["classes"] == ["caf\u00e9", "dog"]
+
+
 def test_held_out_share_is_a_rule_of_the_key(run_script, tmp_path):
     for number in range(200):
         save_image(tmp_path / "source" / "all" / f"{number}.png", (1, 1))

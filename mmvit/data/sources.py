@@ -1,12 +1,14 @@
 """Your own images, found in a folder or a list, with the caption, class, split and group of each."""
 
 import csv
+import difflib
 import json
 import os
 import re
 import stat
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +28,12 @@ NOT_READ = {
     **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf"), CONVERT),
 }
 LISTS = (".csv", ".tsv", ".jsonl")
+COLUMNS = ("path", "caption", "captions", "class", "split", "group")
+OTHER_NAMES = {  # of these columns in other people's lists
+    **dict.fromkeys(("label", "labels", "category", "target"), "class"),
+    **dict.fromkeys(("text", "description", "prompt"), "caption"),
+    **dict.fromkeys(("fold", "subset", "partition"), "split"),
+}
 SPLITS = {
     "train": ("train", "training"),
     HELD_OUT: ("val", "valid", "validation", "dev", "development", "eval", HELD_OUT, "heldout"),
@@ -106,7 +114,7 @@ def entries_of_folder(
             if not parts:
                 outcome.skip("neither .txt nor class folder", entry.name)
                 continue
-            entry.label = printable(parts[0])
+            entry.label = unicodedata.normalize("NFC", printable(parts[0]))
         entries.append(entry)
     return entries
 
@@ -212,13 +220,41 @@ def read_caption_beside(entry: Entry, path: Path, lines: CaptionLines, outcome: 
 
 
 def entries_of_list(source: Path, unlabelled: bool, outcome: Outcome) -> list[Entry]:
-    entries = []
+    entries: list[Entry] = []
+    ignored: dict[str, None] = {}
     for line, row in with_progress(read_rows(source), None, "reading the list"):
+        where = f"{source.name}:{line}"
+        if isinstance(row, dict):
+            if unknown := row.keys() - {*COLUMNS, *ignored}:
+                ignored |= dict.fromkeys(sorted(unknown))
+                refuse_misspelt_columns(where, sorted(unknown), row.keys(), unlabelled)
+            if not unlabelled and not (is_name(row.get("class")) or row.get("class") is None):
+                raise UserError(f"{where}: expected text or a number as class, got {row['class']!r}")
         try:
             entries.append(entry_of_row(row, source.parent, unlabelled))
         except BadSample as bad:
-            outcome.skip(bad.reason, f"{source.name}:{line}")
+            outcome.skip(bad.reason, where)
+    if ignored:
+        outcome.remark(f"Ignored columns: {printable(', '.join(ignored))}.")
     return entries
+
+
+def refuse_misspelt_columns(
+    where: str, unknown: Iterable[str], there: Collection[str], unlabelled: bool
+) -> None:
+    """Raises UserError for an unknown column that seems to be a known one, if that one is not there."""
+    known = ("path", "split", "group") if unlabelled else COLUMNS
+    for name in unknown:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        meant = OTHER_NAMES.get(name) or next(iter(near), None)
+        if meant in known and meant not in there:
+            raise UserError(
+                f"{where}: unknown column {printable(name)}: did you mean {meant}? Rename or remove it"
+            )
+
+
+def is_name(value: Any) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
 def entry_of_row(row: Any, folder: Path, unlabelled: bool) -> Entry:
@@ -226,8 +262,10 @@ def entry_of_row(row: Any, folder: Path, unlabelled: bool) -> Entry:
         raise BadSample("line is not a JSON object", "")
     path, caption, captions = (row.get(name) for name in ("path", "caption", "captions"))
     label, split, group = (
-        None if row.get(name) in (None, "") else str(row[name]) for name in ("class", "split", "group")
+        None if row.get(name) is None else str(row[name]).strip() or None
+        for name in ("class", "split", "group")
     )
+    label = label and unicodedata.normalize("NFC", label)
     if not isinstance(path, str) or not Path(path).name:
         raise BadSample("no path", "")
     if split is not None:
@@ -261,22 +299,34 @@ def check_text(*texts: str | None) -> None:
 
 
 def read_rows(source: Path) -> Iterator[tuple[int, Any]]:
-    """Yields (line number, row) of a CSV with a header, or of JSON lines (None if a line is not JSON)."""
+    """Yields (line number, row) of a CSV with a header, or of JSON lines (None if a line is not JSON).
+
+    The names of columns are in lower case and without spaces around them.
+    """
     try:
         with source.open(encoding="utf-8-sig", newline="") as lines:
-            yield from read_csv(source, lines) if source.suffix.lower() != ".jsonl" else read_json(lines)
+            rows = read_csv(source, lines) if source.suffix.lower() != ".jsonl" else read_json(lines)
+            for number, row in rows:
+                if isinstance(row, dict):
+                    row = {tidy(name): value for name, value in row.items() if name is not None}
+                    row.pop("", None)  # a comma at the end of the header
+                yield number, row
     except UnicodeDecodeError as error:
         raise UserError(f"{source} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except csv.Error as error:
         raise UserError(f"{source} is not a CSV file: {error}") from None
 
 
+def tidy(column: str) -> str:
+    return column.strip().lower()
+
+
 def read_csv(source: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(2**31 - 1)  # a caption may well have more than the default of 131,072 characters
     header = lines.readline()
     lines.seek(0)
-    reader = csv.DictReader(lines, delimiter=max(",;\t", key=header.count))
-    if "path" not in (reader.fieldnames or []):
+    reader = csv.DictReader(lines, delimiter=max(",;\t", key=header.count), skipinitialspace=True)
+    if "path" not in map(tidy, reader.fieldnames or []):
         found = ", ".join(reader.fieldnames or []) or "nothing"
         raise UserError(
             f"{source}: expected the columns path and caption or class (and maybe split, group), got {found}"
