@@ -137,9 +137,12 @@ def name_classes(entries: list[Entry], source: Path) -> list[str]:
     names = {entry.label for entry in entries if entry.label is not None}
     captioned = any(entry.caption is not None or entry.captions for entry in entries)
     if len(names) == 1 and not captioned:
+        inner = source / min(names)
+        within = source.is_dir() and inner.is_dir() and any(path.is_dir() for path in inner.iterdir())
         raise UserError(
             f"{source} has only one class, {min(names)!r}; a classifier needs two or more: give each its own "
             "folder or name, or leave classes out (--unlabelled)"
+            + (f"; if the classes are the folders in {inner}, use mmvit shards {inner}" if within else "")
         )
     numbers = {int(name) for name in names if name.isdecimal()}
     if len(numbers) < len(names) or not names:

@@ -11,6 +11,8 @@ from PIL import Image
 
 from mmvit.data.images import decode_image
 from mmvit.data.shards import Sample, expand_shards, read_shard
+from mmvit.data.sources import find_entries
+from mmvit.data.writing import Outcome
 
 
 def read_split(folder: Path, split: str) -> dict[str, Sample]:
@@ -330,6 +332,43 @@ def test_a_class_may_be_called_train_but_splits_beside_other_folders_are_refused
         "holds folders of splits (test, train) beside others (car): move them, or list the images"
         in done.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "split"),
+    [
+        ("train", "holdout", "held-out"),
+        ("training", "Hold_Out", "held-out"),
+        ("trainval", "evaluation", "held-out"),
+        ("train1", "val1", "held-out"),
+        ("seg_train", "seg_test", "test"),
+        ("training set", "tests", "test"),
+    ],
+)
+def test_common_names_of_splits_are_no_classes(tmp_path, train, other, split):
+    for name in (f"{train}/cat/1.png", f"{train}/dog/1.png", f"{other}/cat/2.png"):
+        save_image(tmp_path / name)
+    entries = find_entries(tmp_path, Outcome())
+    assert {(entry.label, entry.split) for entry in entries} == {
+        ("cat", "train"), ("dog", "train"), ("cat", split),
+    }  # fmt: skip
+
+
+def test_a_folder_around_the_splits_is_no_class(tmp_path):
+    for name in ("train/cat/1.png", "train/dog/1.png", "val/cat/2.png"):
+        save_image(tmp_path / "source" / "photos" / "all" / name)
+    entries = find_entries(tmp_path / "source", Outcome())
+    assert {(entry.label, entry.split) for entry in entries} == {
+        ("cat", "train"), ("dog", "train"), ("cat", "held-out"),
+    }  # fmt: skip
+
+
+def test_a_folder_around_the_classes_is_named(run_script, tmp_path):
+    for name in ("cat/1.png", "dog/1.png"):
+        save_image(tmp_path / "source" / "photos" / name)
+    done = run_script("pipelines/make_shards.py", tmp_path / "source", tmp_path / "out")
+    assert done.returncode == 2
+    assert f"use mmvit shards {tmp_path / 'source' / 'photos'}" in done.stderr
 
 
 def test_a_random_held_out_share_is_taken_of_a_source_that_has_only_a_train_folder(run_script, tmp_path):

@@ -35,12 +35,16 @@ OTHER_NAMES = {  # of these columns in other people's lists
     **dict.fromkeys(("fold", "subset", "partition"), "split"),
 }
 SPLITS = {
-    "train": ("train", "training"),
-    HELD_OUT: ("val", "valid", "validation", "dev", "development", "eval", HELD_OUT, "heldout"),
-    "test": ("test", "testing"),
+    "train": ("train", "training", "trainval"),
+    HELD_OUT: (
+        *("val", "valid", "validation", "dev", "development", "eval", "evaluation"),
+        *(HELD_OUT, "heldout", "hold-out", "holdout"),
+    ),
+    "test": ("test", "tests", "testing"),
 }
 SPLIT_OF_NAME = {name: split for split, names in SPLITS.items() for name in names}
-AFTER_SPLIT = r"[-_ ]?(set|dataset|images|imgs|data|split|\d{4})$"  # train_images, val2017
+BEFORE_SPLIT = r"^(seg|images?|imgs?|data|dataset)[-_ ]"  # seg_train
+AFTER_SPLIT = r"[-_ ]?(set|dataset|images|imgs|data|split|\d{1,4})$"  # train_images, val2017, test1
 # Tux Paint's stamps: a line in English, then `de.utf8=Ein Apfel`, `pt_BR.utf8=...`, ...
 TRANSLATION = re.compile(r"([a-z]{2,3}(?:_[A-Z]{2})?(?:@\w+)?)\.utf8=(.*)")
 CaptionLines = Literal["first", "all"]
@@ -93,6 +97,8 @@ def entries_of_folder(
     images, texts = files_of_folder(folder, outcome)
     captioned = not unlabelled and any(path.with_suffix("") in texts for path in images)
     folders = {path: path.parent.relative_to(folder).parts for path in images}
+    if wrapper := find_wrapper(folders.values(), 1 if captioned or unlabelled else 2):
+        folders = {path: parts[wrapper:] for path, parts in folders.items()}
     level = find_split_level(folder, folders.values(), outcome)
     entries = []
     for path in with_progress(images, len(images), "reading captions") if captioned else images:
@@ -167,6 +173,17 @@ def walk(folder: Path, outcome: Outcome) -> Iterator[tuple[Path, list[str]]]:
         yield Path(place), sorted(name for name in names if name[0] != ".")
 
 
+def find_wrapper(places: Iterable[Sequence[str]], deeper: int) -> int:
+    """How many folders lie one in another, with nothing beside them, around folders of splits: 1 for
+    photos/train/cat, photos/val/cat. Below them `deeper` levels of folders are needed. 0 if there are none.
+    """
+    places = list(places)
+    shared = len(os.path.commonprefix(places))  # noqa: RUF071 (of tuples, not of strings)
+    top = places[0][:shared]
+    is_around = all(len(parts) >= shared + deeper and split_named(parts[shared]) for parts in places)
+    return shared if is_around and not any(map(split_named, top)) else 0
+
+
 def find_split_level(folder: Path, places: Iterable[Sequence[str]], outcome: Outcome) -> int | None:
     """The level of the folders that are splits: 0 for train/cat, val/cat, 1 for cat/train, cat/val, None if
     there are none.
@@ -196,8 +213,8 @@ def find_split_level(folder: Path, places: Iterable[Sequence[str]], outcome: Out
 
 def split_named(name: str) -> str | None:
     """`val`, `Validation`, `val2017` → `held-out`; None for a name that is not a split's."""
-    name = re.sub(AFTER_SPLIT, "", name.strip().lower()).replace("_", "-").replace(" ", "-")
-    return SPLIT_OF_NAME.get(name)
+    name = re.sub(AFTER_SPLIT, "", re.sub(BEFORE_SPLIT, "", name.strip().lower()))
+    return SPLIT_OF_NAME.get(name.replace("_", "-").replace(" ", "-"))
 
 
 def read_caption_beside(entry: Entry, path: Path, lines: CaptionLines, outcome: Outcome) -> None:
