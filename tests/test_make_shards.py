@@ -13,6 +13,7 @@ from mmvit.data.images import decode_image
 from mmvit.data.shards import Sample, expand_shards, read_shard
 from mmvit.data.sources import find_entries
 from mmvit.data.writing import Outcome
+from mmvit.errors import UserError
 
 
 def read_split(folder: Path, split: str) -> dict[str, Sample]:
@@ -352,6 +353,14 @@ def test_common_names_of_splits_are_no_classes(tmp_path, train, other, split):
     assert {(entry.label, entry.split) for entry in entries} == {
         ("cat", "train"), ("dog", "train"), ("cat", split),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("stray", ["bear/x.png", "bear/old/x.png"])
+def test_an_image_beside_the_splits_of_a_class_is_named(tmp_path, stray):
+    for name in ("apple/train/1.png", "apple/val/2.png", "bear/train/1.png", stray):
+        save_image(tmp_path / name)
+    with pytest.raises(UserError, match=f"splits in those of classes, but also images in {stray[:-6]}: move"):
+        find_entries(tmp_path, Outcome())
 
 
 def test_a_folder_around_the_splits_is_no_class(tmp_path):

@@ -206,9 +206,18 @@ def find_split_level(folder: Path, places: Iterable[Sequence[str]], outcome: Out
         outcome.remark(
             f"The folder {found} is not taken for a split, as there are others beside it: {others}."
         )
-    if all(len(parts) > 1 and split_named(parts[1]) for parts in places):
-        return 1 if len({split_named(parts[1]) for parts in places}) > 1 else None
-    return None
+    inner = [split_named(parts[1]) if len(parts) > 1 else None for parts in places]
+    if len({*inner} - {None}) < 2:
+        return None
+    if strays := sorted(
+        {"/".join(parts[:2]) for parts, split in zip(places, inner, strict=True) if not split}
+    ):
+        raise UserError(
+            f"{folder} holds folders of splits in those of classes, but also images in "
+            f"{printable(', '.join(strays[:3]))}: move them, or list the images in a CSV with the columns "
+            "path, class and split"
+        )
+    return 1
 
 
 def split_named(name: str) -> str | None:
