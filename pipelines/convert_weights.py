@@ -25,7 +25,7 @@ from mmvit.config import parse_value
 from mmvit.data.images import parse_size
 from mmvit.errors import UserError, refuse_source
 from mmvit.evaluation.image_classifier import CLASSES, ImageClassifier, read_classes
-from mmvit.hub import check_writable, download, in_words, read_description, write_weights
+from mmvit.hub import check_writable, download, in_words, read_part_description, write_weights
 from mmvit.interop.files import find_ours
 from mmvit.interop.openai_dvae import dvae_to_openai, load_openai_dvae
 from mmvit.interop.vit import class_names, load_vit
@@ -121,8 +121,13 @@ def read(sources: list[Path], settings: dict[str, Any]) -> ImageClassifier | Ima
     if all(part.is_file() for part in parts):
         return load_openai_dvae(*parts)
     if (folder := find_ours(source, settings)) is not None:
-        if read_description(folder)["kind"] in IMAGE_TOKENIZERS:
+        kind = read_part_description(folder, Classifier.kind)["kind"]
+        if kind in IMAGE_TOKENIZERS:
             return load_image_tokenizer(folder)
+        if kind != Classifier.kind:
+            raise UserError(
+                f"{folder} holds {in_words(kind)}; expected a ViT classifier or an image tokenizer"
+            )
         return ImageClassifier(Classifier.from_pretrained(folder), read_classes(folder / CLASSES))
     if holds_vqgan(source):
         return load_vqgan(source, **settings)

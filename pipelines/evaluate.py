@@ -148,7 +148,7 @@ def main(
             f"{drawn['candidates']}, {drawn['retrieval@5']:.1%} among the five nearest; reconstructions "
             f"{drawn['reconstruction_retrieval@1']:.1%}"
         )
-    print(f"written beside {out.resolve()}")
+    print(f"images: {out.resolve()} and beside it")
 
 
 def show(figures: dict[str, Any], indent: str = "") -> None:

@@ -18,6 +18,7 @@ from vqgan_models import (
 )
 
 from mmvit.errors import UserError
+from mmvit.hub import SHIPPED
 from mmvit.interop.vqgan import (
     load_vqgan,
     vqgan_from_chameleon,
@@ -105,6 +106,7 @@ def test_the_script_converts_a_folder(diffusers_vq, tmp_path, run_script):
         ((tmp_path / "ours", tmp_path / "x", "--to", "tim"), "'tim' is not one of"),
         ((tmp_path / "ours", tmp_path / "ours" / "config.json" / "x"), "cannot be written: Not a directory"),
         ((tmp_path / "ours",), "expected SOURCE OUT"),
+        ((SHIPPED, tmp_path / "x"), "holds a generator; expected a ViT classifier or an image tokenizer"),
         ((tmp_path / "nowhere", tmp_path / "x"), "nowhere"),
         ((tmp_path / "theirs", tmp_path / "x", "--set", "blak=0"), "blak"),
         ((tmp_path / "a.pkl", tmp_path / "b.pkl", tmp_path / "x"), "no file"),
