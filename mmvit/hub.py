@@ -148,7 +148,10 @@ def read_description(folder: Path) -> dict:
     description: Any = None
     try:
         description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return {"kind": description["kind"], "config": description["config"]}
+        kind, config = description["kind"], description["config"]
+        if not (isinstance(kind, str) and isinstance(config, dict)):
+            raise TypeError
+        return {"kind": kind, "config": config}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         whose = {"architecture": "timm", "model_type": "transformers"}
         for key in whose.keys() & (description if isinstance(description, dict) else {}):
@@ -164,7 +167,8 @@ def read_part_description(folder: Path, *kinds: str) -> dict:
     """As `read_description`, but for several models on one core (mmvit.models.joint) the description of the
     first one that is of one of `kinds`."""
     description = read_description(folder)
-    if description["kind"] == JOINT and isinstance(config := description["config"], dict):
+    config = description["config"]
+    if description["kind"] == JOINT:
         for kind in kinds:
             if isinstance(config.get(kind), dict):
                 return {"kind": kind, "config": {**config[kind], "core": config.get("core", {})}}
@@ -182,7 +186,7 @@ def read_core(path: str | Path) -> tuple[Path, dict, dict[str, torch.Tensor]]:
     """A model's folder, and the configuration and weights of its core. Raises UserError if it has none."""
     folder = find_model_folder(path)
     description = read_description(folder)
-    config = description["config"].get("core") if isinstance(description["config"], dict) else None
+    config = description["config"].get("core")
     if not isinstance(config, dict):
         raise UserError(
             f"{folder} holds {in_words(description['kind'])}, which has no core; expected a classifier or a "

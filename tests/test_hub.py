@@ -7,8 +7,10 @@ from unittest import mock
 
 import pytest
 
+from mmvit import ImageClassifier
 from mmvit.errors import UserError
 from mmvit.hub import SHIPPED, check_writable, find_model_folder, whole_file, write_json
+from mmvit.models.registry import load_image_tokenizer
 
 
 @pytest.fixture
@@ -48,6 +50,16 @@ def test_what_ships_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_model_folder("generators/emoji") == SHIPPED
     assert (find_model_folder("tokenizers/emoji-image") / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "text", ['{"kind": 3, "config": {}}', '{"kind": {}, "config": {}}', '{"kind": "vq"}', "[]"]
+)
+def test_a_description_that_is_none_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    for load in (ImageClassifier, load_image_tokenizer):
+        with pytest.raises(UserError, match=r"config\.json does not describe an mmvit model"):
+            getattr(load, "from_pretrained", load)(tmp_path)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
