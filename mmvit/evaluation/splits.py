@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from mmvit.data.reader import Batch, Decode
-from mmvit.data.shards import HELD_OUT as HELD_OUT_SPLIT
-from mmvit.data.shards import OLD_HELD_OUT, expand_shards, read_shard, shards_of, split_of
+from mmvit.data.shards import HELD_OUT, OLD_HELD_OUT, expand_shards, read_shard, shards_of, split_of
 from mmvit.data.stream import ShardStream
 from mmvit.data.writing import read_dataset_card, with_progress
 from mmvit.errors import UserError, did_you_mean
 
 # names that held-out splits go by; the first one that a data set has is measured by default
-HELD_OUT = ("combinations", HELD_OUT_SPLIT, OLD_HELD_OUT, "test", "val", "validation")
+HELD_OUT_SPLITS = ("combinations", HELD_OUT, OLD_HELD_OUT, "test", "val", "validation")
 READ_AT_ONCE = 256  # samples
 MOST_MEMORY, BYTES_PER_PIXEL = 16, 4 * 3  # GiB; three floats
 
@@ -29,15 +28,15 @@ def find_split(folder: Path, split: str | None = None) -> str:
     """
     there = list(dict.fromkeys(split_of(shard) for shard in expand_shards(folder)))
     if split is not None:
-        if split not in there and not (split == HELD_OUT_SPLIT and OLD_HELD_OUT in there):
+        if split not in there and not (split == HELD_OUT and OLD_HELD_OUT in there):
             raise UserError(f"{folder} has no split {split!r}{did_you_mean(split, there)}")
         return split
-    for name in HELD_OUT:
+    for name in HELD_OUT_SPLITS:
         if name in there:
             return name
     raise UserError(
-        f"{folder} has no held-out split ({', '.join(HELD_OUT)}), only {', '.join(there)}: choose one with "
-        "--split"
+        f"{folder} has no held-out split ({', '.join(HELD_OUT_SPLITS)}), only {', '.join(there)}: choose one "
+        "with --split"
     )
 
 
