@@ -158,7 +158,7 @@ def test_without_more_losses_the_objective_is_the_tokenizers_own():
 
 
 def test_images_that_are_too_small_are_refused_before_training():
-    with pytest.raises(UserError, match="images of 8x32 pixels are too small for LPIPS, which needs 16"):
+    with pytest.raises(UserError, match="8x32 pixels are too small for LPIPS, which needs at least 16"):
         small_objective(distances={"lpips": LPIPS()}).check_size(8, 32)
     with pytest.raises(UserError, match=r"8x32 pixels is too small for a discriminator .* needs 12 on"):
         small_objective().check_size(8, 32)
