@@ -1,6 +1,7 @@
 """Run folders and checkpoints: written whole or not at all, and read without running code."""
 
 import itertools
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pydantic import Field
 
 from mmvit.config import Config, build_config, read_toml
 from mmvit.errors import UserError
-from mmvit.training import Processes, Recipe, RunFolder
+from mmvit.training import Processes, Recipe, RunFolder, open_session
 from mmvit.training.checkpoint import Checkpoints, read_state
 
 ALONE = Processes(rank=0, world_size=1, device=torch.device("cpu"))
@@ -82,7 +83,39 @@ def test_an_export_that_is_killed_at_any_point_leaves_a_whole_model(tmp_path):
         else:
             break
     assert {"old", "new"} == set(found)
+    run.close()
     assert [path.name for path in run.path.iterdir()] == ["last"]
+
+
+def test_a_run_folder_in_use_is_refused_with_the_process_that_holds_it(tmp_path):
+    """New and resumed runs alike; a lock ends with its process, however that dies."""
+    holding = """
+import sys, time
+from pathlib import Path
+from mmvit.training import RunFolder
+RunFolder(Path(sys.argv[1])).open(resume=False)
+print("open", flush=True)
+time.sleep(60)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", holding, tmp_path / "run"], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"open\n"
+    try:
+        for resume in (False, True):
+            with pytest.raises(UserError, match=rf"run is in use: process {holder.pid} is training in it"):
+                RunFolder(tmp_path / "run").open(resume)
+    finally:
+        holder.kill()
+        holder.communicate()
+    run = RunFolder(tmp_path / "run")
+    run.open(resume=False)  # the lock that is left does not count as content
+    run.discard()
+    assert not run.path.exists()
+
+
+def test_a_session_leaves_no_lock(tmp_path):
+    with open_session(Recipe(task="any", output=tmp_path / "run")) as session:
+        assert (session.run.path / ".lock").read_text() == f"{os.getpid()}\n"
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 def test_state_files_cannot_run_code(tmp_path):

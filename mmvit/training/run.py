@@ -1,6 +1,8 @@
 """The run folder: config.toml, metrics.jsonl, curves.png, checkpoints/, previews/, best/ and last/ models."""
 
+import errno
 import json
+import os
 import shutil
 import tomllib
 from collections.abc import Callable
@@ -9,6 +11,13 @@ from typing import Any
 
 from mmvit.config import Config, to_toml
 from mmvit.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a run is not locked
+    fcntl = None
+
+CONFIG, LOCK = "config.toml", ".lock"
 
 
 class RunFolder:
@@ -20,17 +29,21 @@ class RunFolder:
         self.checkpoints, self.best, self.last, self.previews = (
             path / name for name in ("checkpoints", "best", "last", "previews")
         )
+        self.lock_file: int | None = None  # its descriptor, while this process holds the folder
 
     def open(self, resume: bool) -> None:
-        """Makes the folder, or opens an existing one to resume in.
+        """Makes the folder, or opens an existing one to resume in, and keeps other processes out of it until
+        `close` or the end of this one.
 
         Raises:
-            UserError: if a new run would overwrite something, or there is nothing to resume.
+            UserError: if a new run would overwrite something, there is nothing to resume, or another process
+                trains in the folder.
         """
         if resume and not self.path.is_dir():
             raise UserError(f"nothing to resume: no run folder {self.path}; remove --resume to start one")
-        began = {self.path / "config.toml"}  # of a start that failed before it trained: nothing is lost
-        if not resume and self.path.exists() and (not self.path.is_dir() or {*self.path.iterdir()} - began):
+        if (self.path / LOCK).exists():
+            self.lock()  # first: that the run goes on is a better reason to refuse than that it has files
+        if not resume and self.path.exists() and (not self.path.is_dir() or self.holds_results()):
             raise UserError(
                 f"{self.path} is not empty: add --resume to continue its run, or choose another folder with "
                 "--output"
@@ -39,13 +52,56 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"output: cannot make the folder {self.path}: {error.strerror}") from None
+        self.lock()
         self.finish_exports()
+
+    def close(self) -> None:
+        """Lets other processes open the folder."""
+        if self.lock_file is not None:
+            (self.path / LOCK).unlink(missing_ok=True)
+            os.close(self.lock_file)
+            self.lock_file = None
+
+    def lock(self) -> None:
+        """Holds the folder for this process. Its lock ends with it however it dies, and data workers do not
+        inherit it, as they would one of `flock`.
+
+        Raises:
+            UserError: if another process holds the folder, or nothing can be written in it.
+        """
+        path = self.path / LOCK
+        while fcntl and self.lock_file is None:
+            try:
+                file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                raise UserError(f"output: cannot write in the folder {self.path}: {error.strerror}") from None
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = os.read(file, 20).decode(errors="replace").strip()
+                os.close(file)
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise UserError(
+                        f"{self.path} is in use: process {holder or 'of unknown id'} is training in it; wait "
+                        "for it to end, or choose another folder with --output"
+                    ) from None
+                return  # a file system without locks
+            if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file))):
+                os.close(file)  # its earlier holder removed it in between
+                continue
+            os.ftruncate(file, 0)
+            os.write(file, f"{os.getpid()}\n".encode())
+            self.lock_file = file
+
+    def holds_results(self) -> bool:
+        """Whether there is more in the folder than what a start that failed before it trained leaves."""
+        return any(path.name not in (CONFIG, LOCK) for path in self.path.iterdir())
 
     def refuse_lost_checkpoints(self) -> None:
         """Raises UserError when the run has written checkpoints; for a resume that finds none. A run that
         died before its first may start over."""
         try:
-            settings = tomllib.loads((self.path / "config.toml").read_text(encoding="utf-8"))
+            settings = tomllib.loads((self.path / CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             settings = {}
         trained_to = max((record["step"] for record in self.read_metrics()), default=0)
@@ -58,12 +114,12 @@ class RunFolder:
 
     def discard(self) -> None:
         """Removes the folder of a run that failed before it trained; one that holds more stays."""
-        if self.path.is_dir() and {*self.path.iterdir()} <= {self.path / "config.toml"}:
+        if self.path.is_dir() and not self.holds_results():
             shutil.rmtree(self.path)
 
     def write_config(self, recipe: Config) -> None:
         """Writes the resolved recipe, config.toml."""
-        (self.path / "config.toml").write_text(to_toml(recipe.model_dump(mode="json")), encoding="utf-8")
+        (self.path / CONFIG).write_text(to_toml(recipe.model_dump(mode="json")), encoding="utf-8")
 
     def rewind(self, step: int) -> None:
         """Drops the lines of metrics.jsonl that were written after `step`, and a last line that was cut."""

@@ -56,22 +56,33 @@ def open_session(
         deepspeed: DeepSpeed's JSON settings; None trains with plain torch.
 
     Raises:
-        UserError: if the run folder cannot be used, or the batch does not divide over the processes.
+        UserError: if the run folder cannot be used, or another process uses it, or the batch does not divide
+            over the processes.
     """
     with open_processes(recipe.train.device, needs_group=deepspeed is not None) as processes:
         check_batch_divides(recipe.train, processes.world_size)
         run = RunFolder(recipe.output)
-        processes.on_main(lambda: run.open(resume))
-        seed_everything(recipe.train.seed)
         try:
-            [has_checkpoint] = processes.largest(any(run.checkpoints.glob("step-*")))
-            yield Session(
-                recipe, processes, run, resume, deepspeed, continues=resume and bool(has_checkpoint)
-            )
-        except UserError:
-            if processes.is_main:
-                run.discard()
-            raise
+            processes.on_main(lambda: run.open(resume))
+            seed_everything(recipe.train.seed)
+            with discarded_on_mistakes(run, processes):
+                [has_checkpoint] = processes.largest(any(run.checkpoints.glob("step-*")))
+                yield Session(
+                    recipe, processes, run, resume, deepspeed, continues=resume and bool(has_checkpoint)
+                )
+        finally:
+            run.close()
+
+
+@contextmanager
+def discarded_on_mistakes(run: RunFolder, processes: Processes) -> Iterator[None]:
+    """Removes the folder of a run that a `UserError` ends before it has trained."""
+    try:
+        yield
+    except UserError:
+        if processes.is_main:
+            run.discard()
+        raise
 
 
 def check_batch_divides(train: TrainConfig, world_size: int) -> None:
