@@ -333,6 +333,24 @@ def test_held_out_data_that_cannot_be_read_costs_no_training(tmp_path, tiny_shar
     assert [path.name for path in session.run.checkpoints.iterdir()] == ["step-00000002"]
 
 
+def test_best_starts_anew_when_another_metric_chooses_it(tmp_path):
+    def run(**settings) -> RunFolder:
+        session = new_session(tmp_path / "run", **settings)
+        train(session, Classifier(MODEL), Repeat(), lambda model: {"accuracy": 0.9, "loss": 1.5})
+        return session.run
+
+    first = run(steps=1, select="accuracy")
+    before = (first.best / "model.safetensors").read_bytes()
+    again = run(steps=2, select="loss", resume=True)  # 1.5 is no better than 0.9 of another metric
+    assert (again.best / "model.safetensors").read_bytes() != before
+
+
+def test_best_of_a_checkpoint_without_the_name_of_its_metric_is_kept():
+    progress = Progress(best=0.5)
+    assert not progress.improves("accuracy", 0.4, "max")
+    assert progress.improves("accuracy", 0.6, "max")
+
+
 def test_changed_architecture_is_refused_by_key(tmp_path, tiny_shards):
     train_on_shards(new_session(tmp_path / "run", steps=2), tiny_shards)
     deeper = MODEL.model_copy(update={"core": MODEL.core.model_copy(update={"depth": 3})})
@@ -400,6 +418,9 @@ class Repeat:
 
     def state_dict(self):
         return {}
+
+    def load_state_dict(self, state):
+        pass
 
 
 def test_missing_metric_of_choice_is_named(tmp_path):

@@ -72,7 +72,8 @@ def train(
         if select not in (*metrics, LAST):
             raise UserError(f"train.select: unknown metric {select}{did_you_mean(select, [*metrics, LAST])}")
         report(session, display, {"kind": "held_out", **counts(progress), **metrics})
-        if select != LAST and progress.improves(metrics[select], "min" if "loss" in select else "max"):
+        mode = "min" if "loss" in select else "max"
+        if select != LAST and progress.improves(select, metrics[select], mode):
             export_to(run.best, trained)
         if after_evaluation and processes.is_main:
             after_evaluation(trained, progress.step)

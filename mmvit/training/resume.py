@@ -52,6 +52,7 @@ class Progress:
     examples: int = 0
     seconds: float = 0.0
     best: float | None = None  # value of the metric that chooses best/
+    best_metric: str | None = None  # its name; checkpoints of earlier versions have none
     sums: dict[str, float | Tensor] = field(default_factory=dict)  # of the metrics since the last log line
     passes: dict[str, int] = field(default_factory=dict)  # in each of `sums`; some metrics begin later
     summed: int = 0  # in all of them, of a checkpoint that does not have `passes`
@@ -70,8 +71,12 @@ class Progress:
         self.sums, self.passes, self.summed = {}, {}, 0
         return means
 
-    def improves(self, value: float, mode: Literal["min", "max"]) -> bool:
-        """Whether `value` is the best so far; if so, it is remembered."""
+    def improves(self, metric: str, value: float, mode: Literal["min", "max"]) -> bool:
+        """Whether `value` is the best so far of `metric`; if so, it is remembered. Another metric than before
+        starts anew."""
+        if self.best_metric not in (metric, None):
+            self.best = None
+        self.best_metric = metric
         better = self.best is None or (value < self.best if mode == "min" else value > self.best)
         if better:
             self.best = value
