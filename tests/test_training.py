@@ -304,6 +304,23 @@ def test_nothing_left_to_train_still_completes_last(tmp_path, tiny_shards, asser
     assert_same_state(read_weights(session.run.last / "model.safetensors"), expected)
 
 
+def test_a_finished_run_takes_other_settings_but_no_fewer_steps(tmp_path, tiny_shards, capsys):
+    session = new_session(tmp_path / "run", steps=2)
+    train_on_shards(session, tiny_shards)
+
+    def resumed(**settings) -> dict:
+        train_on_shards(new_session(tmp_path / "run", resume=True, **settings), tiny_shards)
+        return read_toml(session.run.path / "config.toml")["train"]
+
+    assert resumed(steps=2, select="last")["select"] == "last"
+    capsys.readouterr()
+    assert resumed(steps=1, select="accuracy")["steps"] == 2
+    said = capsys.readouterr().out
+    assert "the run is already at step 2 of 1; " in said
+    assert "nothing left to train" in said
+    assert "config.toml keeps the settings of its training" in said
+
+
 def test_damaged_checkpoint_is_named(tmp_path, tiny_shards):
     train_on_shards(new_session(tmp_path / "run", steps=2), tiny_shards)
     folder = tmp_path / "run/checkpoints/step-00000002"

@@ -21,6 +21,7 @@ from mmvit.training.interruption import Interruption
 from mmvit.training.resume import Progress, Stream, find_checkpoint, resume, save
 from mmvit.training.session import Session, seed_everything
 
+AFTER_TRAINING = {"output", "train.select"}  # settings that a run without a step left can still take
 LAST = "last"  # of train.select: best/ is not written, and last/ is the run's model
 
 
@@ -60,7 +61,8 @@ def train(
         else:
             processes.on_main(run.refuse_lost_checkpoints)
         processes.on_main(lambda: run.rewind(progress.step))
-    if progress.step < config.steps:
+    done = progress.step >= config.steps
+    if recorded := not done or (progress.step == config.steps and changes.keys() <= AFTER_TRAINING):
         processes.on_main(lambda: run.write_config(session.recipe))
 
     def export_to(folder: Path, trained: nn.Module) -> None:
@@ -85,9 +87,12 @@ def train(
     ):
         batches = raw if prepare is None else map(prepare, raw)
         if session.resume:
-            display.say("; ".join([f"resuming at step {progress.step} of {config.steps}", *changes.values()]))
-            if progress.step >= config.steps:
+            where = "the run is already" if done else "resuming"
+            display.say("; ".join([f"{where} at step {progress.step} of {config.steps}", *changes.values()]))
+            if done:
                 display.say("nothing left to train; raise train.steps to go on")
+                if not recorded:
+                    display.say(f"{run.path / 'config.toml'} keeps the settings of its training")
                 with engine.evaluating() as trained:  # the run may have died before it could export this
                     export_to(run.last, trained)
         if session.recipe.optimizer.warmup_steps >= config.steps:
