@@ -68,6 +68,16 @@ def test_shards_named_heldout_by_an_earlier_version_are_found_and_replaced(tmp_p
     assert list(tmp_path.iterdir()) == [new]
 
 
+def test_a_glob_of_a_split_leaves_out_splits_whose_names_begin_with_it(tmp_path):
+    shards = {split: write(tmp_path, [{"txt": b"x"}], split) for split in ("train", "train-dev", "train-b")}
+    assert expand_shards(tmp_path / "train-*.tar") == [shards["train"]]
+    assert expand_shards(tmp_path / "train-dev-*.tar") == [shards["train-dev"]]
+    assert expand_shards(tmp_path / "t*n-*.tar") == sorted(shards.values())
+    assert expand_shards(tmp_path / "train*.tar") == sorted(shards.values())
+    shards["train"].unlink()
+    assert expand_shards(tmp_path / "train-*.tar") == [shards["train-b"], shards["train-dev"]]
+
+
 @pytest.mark.parametrize("pattern", ["pipe:cat x.tar", "https://example.org/x.tar", "", []])
 def test_pipes_and_urls_are_refused(pattern):
     with pytest.raises(UserError, match=r"from files only|is empty"):

@@ -59,8 +59,9 @@ def expand_shards(pattern: str | Path | list[str | Path]) -> list[Path]:
     """The shards that `pattern` names, sorted.
 
     Args:
-        pattern: `dir/train-{000000..000003}.tar`, a glob `dir/train-*.tar`, a tar file, a folder (all of its
-            shards), or a list of these, which may name a shard several times.
+        pattern: `dir/train-{000000..000003}.tar`, a glob `dir/train-*.tar` (not the shards of a split
+            train-dev), a tar file, a folder (all of its shards), or a list of these, which may name a shard
+            several times.
 
     Raises:
         UserError: if nothing matches, a file of a brace range is missing, or the pattern is a URL or a
@@ -88,13 +89,23 @@ def expand_shards(pattern: str | Path | list[str | Path]) -> list[Path]:
             found = f"{len(missing)} of {len(shards)} shards do not exist, the first is {missing[0]}"
             raise UserError(f"{text}: {found}; {what_exists(path)}")
     else:
-        shards = sorted(Path(name) for name in ([text] if path.is_file() else glob.glob(text)))
+        shards = [path] if path.is_file() else matches(path)
         if not shards and path.name.startswith(f"{HELD_OUT}-"):
-            old = path.with_name(path.name.replace(HELD_OUT, OLD_HELD_OUT, 1))
-            shards = sorted(Path(name) for name in glob.glob(str(old)))
+            shards = matches(path.with_name(path.name.replace(HELD_OUT, OLD_HELD_OUT, 1)))
     if not shards:
         raise UserError(f"no shards match {text}; {what_exists(path)}")
     return shards
+
+
+def matches(path: Path) -> list[Path]:
+    """The files that a glob matches, sorted. `train-*.tar` means train-NUMBER.tar if there are any such:
+    those of a split train-dev are others."""
+    found = sorted(Path(name) for name in glob.glob(str(path)))
+    split = path.name.removesuffix("-*.tar")
+    if split == path.name or glob.has_magic(split):
+        return found
+    number = re.compile(rf"{re.escape(split)}-\d+\.tar")
+    return [shard for shard in found if number.fullmatch(shard.name)] or found
 
 
 def shards_of(folder: Path, split: str) -> list[Path]:
