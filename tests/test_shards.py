@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import os
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,17 @@ def test_a_glob_of_a_split_leaves_out_splits_whose_names_begin_with_it(tmp_path)
     assert expand_shards(tmp_path / "train*.tar") == sorted(shards.values())
     shards["train"].unlink()
     assert expand_shards(tmp_path / "train-*.tar") == [shards["train-b"], shards["train-dev"]]
+
+
+def test_a_named_pipe_is_refused(tmp_path):
+    write(tmp_path, [{"txt": b"x"}])
+    pipe = tmp_path / "train-000001.tar"
+    os.mkfifo(pipe)
+    for pattern in (tmp_path, pipe, tmp_path / "train-*.tar"):
+        with pytest.raises(UserError, match=r"train-000001.tar is not an ordinary file; move it away"):
+            expand_shards(pattern)
+    with pytest.raises(UserError, match="is not an ordinary file"):
+        next(read_shard(pipe))
 
 
 @pytest.mark.parametrize("pattern", ["pipe:cat x.tar", "https://example.org/x.tar", "", []])

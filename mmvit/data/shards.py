@@ -94,6 +94,8 @@ def expand_shards(pattern: str | Path | list[str | Path]) -> list[Path]:
             shards = matches(path.with_name(path.name.replace(HELD_OUT, OLD_HELD_OUT, 1)))
     if not shards:
         raise UserError(f"no shards match {text}; {what_exists(path)}")
+    for shard in shards:
+        refuse_special_file(shard)
     return shards
 
 
@@ -106,6 +108,12 @@ def matches(path: Path) -> list[Path]:
         return found
     number = re.compile(rf"{re.escape(split)}-\d+\.tar")
     return [shard for shard in found if number.fullmatch(shard.name)] or found
+
+
+def refuse_special_file(shard: Path) -> None:
+    """Raises UserError for a named pipe, which would wait for ever, a device or a folder."""
+    if shard.exists() and not shard.is_file():
+        raise UserError(f"{shard} is not an ordinary file; move it away, or name the shards without it")
 
 
 def shards_of(folder: Path, split: str) -> list[Path]:
@@ -192,8 +200,9 @@ def read_shard(path: Path, only: Collection[str] | None = None) -> Iterator[Samp
 
     Raises:
         BadShard: after the last whole sample, if the archive is truncated or damaged.
-        UserError: if the file cannot be opened.
+        UserError: if the file cannot be opened, or is no ordinary file.
     """
+    refuse_special_file(path)
     try:
         stream = open(path, "rb", buffering=1 << 20)  # noqa: SIM115 (closed below)
     except OSError as error:
