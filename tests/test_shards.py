@@ -9,7 +9,7 @@ import pytest
 from webdataset.writer import TarWriter
 
 from mmvit.data.shards import expand_shards, read_shard, shards_of
-from mmvit.data.writing import ShardWriter, progress_line
+from mmvit.data.writing import ShardWriter, progress_line, read_dataset_card
 from mmvit.errors import UserError
 
 TRAIN = "train-{000000..000004}.tar"
@@ -88,6 +88,28 @@ def test_a_named_pipe_is_refused(tmp_path):
             expand_shards(pattern)
     with pytest.raises(UserError, match="is not an ordinary file"):
         next(read_shard(pipe))
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ("[]", r"expected a JSON object, got \[\]"),
+        ("null", "expected a JSON object, got None"),
+        ("[" * 100_000, "is not valid JSON"),
+        ('{"classes": 3}', "expected a list of names as classes, got 3"),
+        ('{"classes": "abc"}', "expected a list of names as classes, got 'abc'"),
+        ('{"classes": [1, 2, 3]}', r"expected a list of names as classes, got \[1, 2, 3\]"),
+        ('{"samples": 5}', r"expected \{split: number of samples\} as samples, got 5"),
+        ('{"samples": {"train": "5"}}', r"expected \{split: number of samples\} as samples, got \{"),
+        ('{"image_size": 5}', r"expected \[height, width\] as image_size, got 5"),
+        ('{"image_size_median": [5, 0]}', r"expected \[height, width\] as image_size_median"),
+        ('{"image_tokenizer": "x"}', "expected an object as image_tokenizer, got 'x'"),
+    ],
+)
+def test_a_dataset_json_of_another_form_is_refused(tmp_path, card, message):
+    (tmp_path / "dataset.json").write_text(card)
+    with pytest.raises(UserError, match=f"dataset.json.* {message}"):
+        read_dataset_card(tmp_path)
 
 
 @pytest.mark.parametrize("pattern", ["pipe:cat x.tar", "https://example.org/x.tar", "", []])

@@ -310,11 +310,53 @@ def inherited_facts(folder: Path) -> dict[str, Any]:
 
 
 def read_dataset_card(folder: Path) -> dict[str, Any]:
-    """The `dataset.json` of a folder of shards; {} if there is none."""
+    """The `dataset.json` of a folder of shards; {} if there is none.
+
+    Raises:
+        UserError: if it is not JSON, or what this library reads of it has another form.
+    """
     path = Path(folder) / "dataset.json"
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); prepare the data again or delete it") from None
+    if not isinstance(card, dict):
+        raise UserError(
+            f"{path}: expected a JSON object, got {card!r:.60}; prepare the data again or delete it"
+        )
+    for name, (expected, fits) in CARD_FACTS.items():
+        if card.get(name) is not None and not fits(card[name]):
+            raise UserError(
+                f"{path}: expected {expected} as {name}, got {card[name]!r:.60}; prepare the data again or "
+                "correct it"
+            )
+    return card
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_size(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(is_count(side) and side for side in value)
+
+
+def is_list_of_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def counts_samples(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(is_count, value.values()))
+
+
+# What is read of a dataset.json: in words, and the check of its form.
+CARD_FACTS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "classes": ("a list of names", is_list_of_names),
+    "samples": ("{split: number of samples}", counts_samples),
+    "image_size": ("[height, width]", is_size),
+    "image_size_median": ("[height, width]", is_size),
+    "image_tokenizer": ("an object", lambda value: isinstance(value, dict)),
+    "source": ("text", lambda value: isinstance(value, str)),
+}
