@@ -52,7 +52,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "zero-initialised head, random codes": ("--start.codebook", "false"),
     "no dropout": ("--model.core.dropout", "0"),
     "dropout 0.2": ("--model.core.dropout", "0.2"),
-    UNGUIDED: ("--model.caption_dropout", "0", "--samples.guidance_scale", "1"),
+    UNGUIDED: ("--model.caption_dropout", "0", "--preview.guidance_scale", "1"),
     "code noise 0.1": ("--model.code_noise", "0.1"),
     "label smoothing 0.1": ("--model.label_smoothing", "0.1"),
     "BPE dropout 0.1": ("--data.bpe_dropout", "0.1", "--model.text_length", "24"),  # captions get longer
@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace) -> None:
         settings = (*PLAIN, *VARIANTS[name])
         steps = round(total / flops_of(*RECIPE, settings) / BATCH)
         out = options.runs / f"{options.images}" / f"{name.replace(' ', '-')}-{seed}"
-        found = train(*RECIPE, out, steps, "--train.seed", seed, "--samples.captions", "[]", *settings)
+        found = train(*RECIPE, out, steps, "--train.seed", seed, "--preview.captions", "[]", *settings)
         minutes = (time.monotonic() - began) / 60
         guidance = 1 if name == UNGUIDED else 2
         record = {

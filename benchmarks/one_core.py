@@ -71,7 +71,7 @@ def train_stages(
         share = "" if len(stages) == 1 else "-half"
         out = options.runs / f"{options.images}" / f"{'-then-'.join(stages[: number + 1])}{share}-{seed}"
         if stages[number] != "classifier":
-            settings = (*settings, "--samples.captions", "[]")
+            settings = (*settings, "--preview.captions", "[]")
         same = ("--train.seed", seed, "--train.batch_size", BATCH)
         found = train(*recipe, out, steps, *same, *settings, *start)
         start = ("--start.core", str(out / "last"))

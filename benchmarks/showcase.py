@@ -34,7 +34,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("generator")
-    parser.add_argument("data", type=Path, help="a folder of pipelines/prepare_emoji.py")
+    parser.add_argument("data", type=Path, help="a folder of mmvit prepare emoji")
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
     check_grid_file(options.out)
