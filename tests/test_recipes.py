@@ -160,6 +160,9 @@ def test_a_recipe_says_its_task(tmp_path):
     path.write_text('task = "clasifier"\n')
     with pytest.raises(UserError, match=r"unknown task 'clasifier': did you mean classifier\?"):
         resolve(path)
+    path.write_text('task = ["classifier"]\n')
+    with pytest.raises(UserError, match=r"unknown task \['classifier'\]: did you mean classifier\?"):
+        resolve(path)
     with pytest.raises(UserError, match=r"no recipe emoji_dmeo: did you mean emoji_demo\?"):
         resolve("emoji_dmeo")
 

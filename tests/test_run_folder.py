@@ -118,10 +118,19 @@ def test_a_session_leaves_no_lock(tmp_path):
     assert not (tmp_path / "run" / ".lock").exists()
 
 
+def test_lines_of_metrics_that_are_no_records_are_left_out(tmp_path):
+    run = RunFolder(tmp_path)
+    run.metrics.write_bytes(
+        b'{"kind": "train", "step": 1}\n5\n{"step"\n\xff\n{"kind": "train"}\n{"kind": "train", "step": 2}\n'
+    )
+    assert [record["step"] for record in run.read_metrics()] == [1, 2]
+
+
 def test_state_files_cannot_run_code(tmp_path):
     torch.save({"optimizer": subprocess.Popen}, tmp_path / "optimizer.pt")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read") as refused:
         read_state(tmp_path / "optimizer.pt")
+    assert "Weights only" not in str(refused.value)
 
 
 def test_config_toml_holds_every_kind_of_value(tmp_path):

@@ -33,7 +33,7 @@ from mmvit.training import (
     open_session,
     train,
 )
-from mmvit.training.checkpoint import read_state
+from mmvit.training.checkpoint import Checkpoints, read_state
 from mmvit.training.distributed import choose_device
 from mmvit.training.interruption import Interruption
 from mmvit.training.resume import Progress, changed_settings, check_same_model
@@ -336,6 +336,26 @@ def test_damaged_checkpoint_is_named(tmp_path, tiny_shards):
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"manifest\.json is missing"):
         train_on_shards(new_session(tmp_path / "run", resume=True), tiny_shards)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"bytes": 5}'])
+def test_a_manifest_without_sizes_is_a_damaged_checkpoint(tmp_path, text):
+    (tmp_path / "step-00000002").mkdir()
+    (tmp_path / "step-00000002/manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"step-00000002 is damaged: manifest\.json lists no files"):
+        Checkpoints(tmp_path, 2, ALONE).latest()
+
+
+@pytest.mark.parametrize("state", [{}, [1], {"progress": {"gone": 1}, "processes": [{}]}])
+def test_a_training_state_without_its_parts_is_a_damaged_checkpoint(tmp_path, tiny_shards, state):
+    train_on_shards(new_session(tmp_path / "run", steps=2), tiny_shards)
+    folder = tmp_path / "run/checkpoints/step-00000002"
+    torch.save(state, folder / "training.pt")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["bytes"]["training.pt"] = (folder / "training.pt").stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"is damaged: training\.pt does not hold the state of a run"):
+        train_on_shards(new_session(tmp_path / "run", resume=True, steps=4), tiny_shards)
 
 
 def test_held_out_data_that_cannot_be_read_costs_no_training(tmp_path, tiny_shards):

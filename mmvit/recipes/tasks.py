@@ -29,7 +29,7 @@ def recipe_class(task: object, source: str) -> type[Recipe]:
             f'{source} does not say what it trains: put task = "..." on its first line, with one of '
             f"{', '.join(TASKS)}"
         )
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise UserError(f"{source}: unknown task {task!r}{did_you_mean(str(task), TASKS)}")
     module, _, name = TASKS[task].recipe.partition(":")
     return getattr(importlib.import_module(f"mmvit.recipes.{module}"), name)

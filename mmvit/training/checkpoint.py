@@ -65,7 +65,10 @@ class Checkpoints:
         folders = self.complete()
         if not folders:
             return None
-        expected = read_json(folders[-1] / MANIFEST)["bytes"]
+        manifest = read_json(folders[-1] / MANIFEST)
+        expected = manifest.get("bytes") if isinstance(manifest, dict) else None
+        if not isinstance(expected, dict):
+            raise damaged(folders[-1], f"{MANIFEST} lists no files")
         found = sizes_of(folders[-1])
         for name, size in expected.items():
             if found.get(name) != size:
@@ -95,7 +98,9 @@ def read_state(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise damaged(path.parent, f"{path.name} is missing") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:  # its text advises to load the file unsafely
+        raise damaged(path.parent, f"{path.name} cannot be read (not what mmvit writes)") from None
+    except (RuntimeError, EOFError) as error:
         raise damaged(path.parent, f"{path.name} cannot be read ({str(error).splitlines()[0]})") from None
 
 

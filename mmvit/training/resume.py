@@ -166,14 +166,18 @@ def resume(session: Session, folder: Path, engine: Engine, stream: Stream) -> tu
     processes = session.processes
     changes = check_same_model(folder, session.recipe)
     state = read_state(folder / STATE)
+    try:
+        progress, saved = Progress(**state["progress"]), state["processes"]
+        same_world = len(saved) == processes.world_size
+        own = saved[processes.rank if same_world else 0]
+        place, randomness = own["stream"], own["random"]
+    except (LookupError, TypeError):
+        raise damaged(folder, f"{STATE} does not hold the state of a run") from None
     engine.load(folder)
-    saved = state["processes"]
-    if len(saved) == processes.world_size:
-        stream.load_state_dict(saved[processes.rank]["stream"])
-        set_random_state(saved[processes.rank]["random"], processes.device)
-    else:  # no process has a place of its own: the stream warns, and all go on with the same next epoch
-        stream.load_state_dict(saved[0]["stream"])
-    return Progress(**state["progress"]), changes
+    stream.load_state_dict(place)  # in another world no process has a place of its own: it warns, and all go
+    if same_world:  # on with the same next epoch
+        set_random_state(randomness, processes.device)
+    return progress, changes
 
 
 def check_same_model(folder: Path, recipe: Recipe) -> dict[str, str]:

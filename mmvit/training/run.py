@@ -122,7 +122,7 @@ class RunFolder:
         (self.path / CONFIG).write_text(to_toml(recipe.model_dump(mode="json")), encoding="utf-8")
 
     def rewind(self, step: int) -> None:
-        """Drops the lines of metrics.jsonl that were written after `step`, and a last line that was cut."""
+        """Drops the lines of metrics.jsonl that were written after `step`, and those that are no records."""
         records = [record for record in self.read_metrics() if record["step"] <= step]
         partial = self.metrics.with_suffix(".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
@@ -133,15 +133,18 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl: `kind` is "train" or "held_out", `step` the optimizer step."""
+        """The records of metrics.jsonl: `kind` is "train" or "held_out", `step` the optimizer step. Damaged
+        lines are left out."""
         if not self.metrics.is_file():
             return []
         records = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except json.JSONDecodeError:
-                break
+                continue
+            if isinstance(record, dict) and "kind" in record and isinstance(record.get("step"), int):
+                records.append(record)
         return records
 
     def export(self, folder: Path, write: Callable[[Path], Any]) -> None:
