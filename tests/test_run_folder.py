@@ -126,6 +126,14 @@ def test_lines_of_metrics_that_are_no_records_are_left_out(tmp_path):
     assert [record["step"] for record in run.read_metrics()] == [1, 2]
 
 
+def test_an_output_that_cannot_be_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is not a folder"):
+        RunFolder(tmp_path / "file").open(resume=False)
+    with pytest.raises(UserError, match="not valid UTF-8"):
+        RunFolder(Path(os.fsdecode(bytes(tmp_path) + b"/\xff"))).open(resume=False)
+
+
 def test_state_files_cannot_run_code(tmp_path):
     torch.save({"optimizer": subprocess.Popen}, tmp_path / "optimizer.pt")
     with pytest.raises(UserError, match="cannot be read") as refused:

@@ -503,3 +503,22 @@ def test_cuda_without_a_card_is_refused():
         pytest.skip("this machine has a card")
     with pytest.raises(UserError, match="finds no CUDA device"):
         choose_device("cuda", local_rank=0)
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "meta"])
+def test_a_device_that_this_machine_lacks_is_refused(name):
+    if name == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(UserError, match=rf"train\.device = '{name}', but .*use auto"):
+        choose_device(name, local_rank=0)
+
+
+@pytest.mark.parametrize("betas", [(1.0, 0.9), (-0.1, 0.9), (0.9, 1.5)])
+def test_betas_outside_their_range_are_refused(betas):
+    with pytest.raises(UserError, match=r"betas.*less than 1|betas.*at least 0"):
+        build_config(OptimizerConfig, {"betas": list(betas)}, "recipe")
+
+
+def test_a_seed_beyond_64_bits_is_refused():
+    with pytest.raises(UserError, match=r"seed = .*expected a number less than"):
+        build_config(TrainConfig, {"seed": 2**64}, "recipe")

@@ -1,7 +1,7 @@
 """Settings that every recipe shares: the run, its optimizer, and where its results go."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,7 +16,7 @@ class TrainConfig(Config):
         64, ge=1, description="samples per optimizer step, in all processes and passes together"
     )
     accumulation: int = Field(1, ge=1, description="forward and backward passes per optimizer step")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)  # torch takes 64 bits; processes add their rank
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = False
@@ -49,12 +49,15 @@ class TrainConfig(Config):
         return self
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Config):
     """The optimizer: linear warm-up to `lr`, then `schedule` down to `final_lr_ratio` · `lr`."""
 
     name: Literal["adamw", "muon", "sgd", "lars"] = "adamw"
     lr: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     muon_lr: float | None = Field(

@@ -133,6 +133,12 @@ def choose_device(name: str, local_rank: int) -> torch.device:
                 "GPUs; start fewer processes"
             )
         return torch.device("cuda", index)
+    try:
+        torch.empty(1, device=device).tolist()  # "meta" has no values
+    except (RuntimeError, AssertionError, ImportError):
+        raise UserError(
+            f"train.device = {name!r}, but torch {torch.__version__} cannot use it here; use auto or cpu"
+        ) from None
     return device
 
 

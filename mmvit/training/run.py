@@ -39,11 +39,17 @@ class RunFolder:
             UserError: if a new run would overwrite something, there is nothing to resume, or another process
                 trains in the folder.
         """
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"output: {str(self.path)!r} is not valid UTF-8; choose another folder") from None
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"output: {self.path} is not a folder; choose another with --output")
         if resume and not self.path.is_dir():
             raise UserError(f"nothing to resume: no run folder {self.path}; remove --resume to start one")
         if (self.path / LOCK).exists():
             self.lock()  # first: that the run goes on is a better reason to refuse than that it has files
-        if not resume and self.path.exists() and (not self.path.is_dir() or self.holds_results()):
+        if not resume and self.path.is_dir() and self.holds_results():
             raise UserError(
                 f"{self.path} is not empty: add --resume to continue its run, or choose another folder with "
                 "--output"
