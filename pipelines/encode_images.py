@@ -41,6 +41,7 @@ from mmvit.data.writing import (
     read_dataset_card,
     read_samples,
     refuse_other_data,
+    sole_writer,
     with_progress,
     write_dataset_card,
 )
@@ -81,35 +82,38 @@ def main(
     numbers = read_dataset_card(source).get("samples", {})
     if any(out.glob("*.tar")):
         refuse_damaged(splits, sum(numbers.values()) or None)
-    make_room(out, splits)
-    facts = inherited_facts(source)
-    outcome = Outcome(numbers)
-    copies = Copies(
-        augmented, shift, tuple(re.split(r"[\s,]+", flip_unless.strip(" ,"))) if flip_unless else ()
-    )
-    for split, shards in splits.items():
-        samples = read_images(shards, (height, width), outcome, copies if split == TRAIN else Copies())
-        with ShardWriter(out, split) as writer:
-            shown = with_progress(samples, numbers.get(split), f"encoding {split}")
-            for sample, codes in encode(model, shown):
-                files = {name: data for name, data in sample.files.items() if name not in IMAGE_EXTENSIONS}
-                files["codes.npy"] = pack_codes(codes[0])
-                if len(codes) > 1:
-                    files[AUGMENTED] = pack_codes(codes[1:])
-                writer.write(sample.key, files)
-                outcome.wrote(split)
-    if not outcome.written:
-        outcome.print(out)
-        raise UserError(f"no image in {source} could be encoded")
-    made = {
-        "path": tokenizer,
-        "size": [height, width],
-        "grid": list(grid),
-        "codebook_size": model.codebook_size,
-        "fingerprint": fingerprint(model),
-    }
-    own = {name: fact for name, fact in facts.items() if not name.startswith("image_")}  # sizes, modes
-    write_dataset_card(out, outcome, **own, image_tokenizer=made)
+    with sole_writer(out):
+        make_room(out, splits)
+        facts = inherited_facts(source)
+        outcome = Outcome(numbers)
+        copies = Copies(
+            augmented, shift, tuple(re.split(r"[\s,]+", flip_unless.strip(" ,"))) if flip_unless else ()
+        )
+        for split, shards in splits.items():
+            samples = read_images(shards, (height, width), outcome, copies if split == TRAIN else Copies())
+            with ShardWriter(out, split) as writer:
+                shown = with_progress(samples, numbers.get(split), f"encoding {split}")
+                for sample, codes in encode(model, shown):
+                    files = {
+                        name: data for name, data in sample.files.items() if name not in IMAGE_EXTENSIONS
+                    }
+                    files["codes.npy"] = pack_codes(codes[0])
+                    if len(codes) > 1:
+                        files[AUGMENTED] = pack_codes(codes[1:])
+                    writer.write(sample.key, files)
+                    outcome.wrote(split)
+        if not outcome.written:
+            outcome.print(out)
+            raise UserError(f"no image in {source} could be encoded")
+        made = {
+            "path": tokenizer,
+            "size": [height, width],
+            "grid": list(grid),
+            "codebook_size": model.codebook_size,
+            "fingerprint": fingerprint(model),
+        }
+        own = {name: fact for name, fact in facts.items() if not name.startswith("image_")}  # sizes, modes
+        write_dataset_card(out, outcome, **own, image_tokenizer=made)
     outcome.print(out)
 
 

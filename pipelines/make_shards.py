@@ -38,6 +38,7 @@ from mmvit.data.writing import (
     in_order,
     read_dataset_card,
     refuse_other_data,
+    sole_writer,
     with_progress,
     write_dataset_card,
 )
@@ -86,11 +87,12 @@ def main(
     entries = in_mixed_order(entries)
     images = {entry.key: partial(image_files, entry.path, shape) for entry in entries}
     choose_splits(entries, held_out_share, lambda entry: is_usable(images[entry.key]), outcome)
-    seen = write(entries, images, classes, source, out, samples_per_shard, outcome)
     facts = {"classes": classes} if classes else {}
     if shape.fit:
         facts["image_fit"] = shape.fit
-    write_dataset_card(out, outcome, source=str(source), **facts)
+    with sole_writer(out):
+        seen = write(entries, images, classes, source, out, samples_per_shard, outcome)
+        write_dataset_card(out, outcome, source=str(source), **facts)
     remark_on_images(seen, shape, outcome)
     remark_on_captions(entries, outcome)
     if not outcome.written.get(HELD_OUT) and not outcome.written.get("test") and held_out_share != 0:
@@ -250,6 +252,8 @@ def write(
                 f"no image of the class{'es' if len(empty) > 1 else ''} {shorten(empty)} could be used: "
                 f"{outcome.reasons()}; repair them, or leave these classes out"
             )
+        for writer in writers.values():
+            writer.finish()
     return seen
 
 

@@ -3,6 +3,8 @@
 import errno
 import gzip
 import os
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,49 @@ def test_a_full_disk_names_the_shards_and_leaves_nothing(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=r"cannot write .*out/train-\*\.tar: No space left on device"):
             fill(disk)
         assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_second_process_does_not_write_to_the_same_folder(tmp_path):
+    lock = tmp_path / ".writing.lock"
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        lock.write_text(f"{child.pid} {socket.gethostname()}")
+        with pytest.raises(UserError, match=f"is being written to by process {child.pid} on"):
+            write(tmp_path, [{"txt": b"x"}])
+        assert list(tmp_path.iterdir()) == [lock]
+    finally:
+        child.kill()
+        child.wait()
+    (tmp_path / ".train-000000.tar.7.partial").write_bytes(b"left by a process that was killed")
+    with ShardWriter(tmp_path, "train") as writer, ShardWriter(tmp_path, "test") as other:
+        writer.write("0", {"txt": b"x"})
+        other.write("0", {"txt": b"x"})
+        assert lock.read_text().split()[0] == str(os.getpid())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["test-000000.tar", "train-000000.tar"]
+
+
+def test_no_split_is_replaced_when_another_cannot_be_finished(tmp_path, monkeypatch):
+    before = {split: write(tmp_path, [{"txt": b"old"}], split).read_bytes() for split in ("test", "train")}
+    close = TarWriter.close
+
+    def fail(tar: TarWriter) -> None:
+        name = tar.stream.name
+        close(tar)
+        if "test-" in name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TarWriter, "close", fail)
+
+    def write_both() -> None:
+        with ShardWriter(tmp_path, "test") as test, ShardWriter(tmp_path, "train") as train:
+            for writer in (test, train):
+                writer.write("0", {"txt": b"new"})
+            for writer in (test, train):
+                writer.finish()
+
+    with pytest.raises(UserError, match="No space left"):
+        write_both()
+    assert {path.name[:-11]: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_progress_tells_the_time_left():

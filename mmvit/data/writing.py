@@ -1,10 +1,13 @@
 """Writing shards, whole or not at all, the same bytes for the same input; progress and a closing table."""
 
 import json
+import os
+import socket
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +29,73 @@ EVERY = 5  # seconds between lines of progress
 MOST_CLASSES = 40  # in the closing table
 
 
+LOCK = ".writing.lock"  # in a folder that shards are being written to: process id and host
+locks_held: Counter[Path] = Counter()  # by this process
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Makes `folder` and keeps other processes from writing shards there; may be nested.
+
+    Raises:
+        UserError: if another process writes there, or the folder cannot be written.
+    """
+    folder = Path(folder).resolve()
+    if not locks_held[folder]:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot create the folder {folder}: {error.strerror}") from None
+        take_lock(folder)
+        for left in folder.glob(".*.tar*.partial"):  # by a process that was killed
+            left.unlink(missing_ok=True)
+    locks_held[folder] += 1
+    try:
+        yield
+    finally:
+        locks_held[folder] -= 1
+        if not locks_held[folder]:
+            (folder / LOCK).unlink(missing_ok=True)
+
+
+def take_lock(folder: Path) -> None:
+    path = folder / LOCK
+    if path.exists():
+        refuse_running(folder)
+        path.unlink(missing_ok=True)
+    try:
+        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:  # another process was faster
+        refuse_running(folder)
+        raise UserError(f"{folder} is being written to; wait, or name another folder") from None
+    except OSError as error:
+        raise UserError(f"cannot write in the folder {folder}: {error.strerror}") from None
+    with os.fdopen(file, "w") as stream:
+        stream.write(f"{os.getpid()} {socket.gethostname()}")
+
+
+def refuse_running(folder: Path) -> None:
+    """Raises UserError if the process that holds the lock of `folder` is still running, as far as known."""
+    path = folder / LOCK
+    try:
+        process, _, host = path.read_text(errors="replace").partition(" ")
+    except OSError:
+        return
+    if host == socket.gethostname() and os.name == "posix" and process.isdecimal():
+        try:
+            os.kill(int(process), 0)
+        except (ProcessLookupError, OverflowError):
+            return
+        except PermissionError:  # of another user
+            pass
+        if int(process) == os.getpid():  # a container counts from 1 each time
+            return
+    raise UserError(
+        f"{folder} is being written to by process {process or 'of unknown id'}{host and f' on {host}'}; wait "
+        f"until it ends, or name another folder (if it is not running, remove {path})"
+    )
+
+
 class ShardWriter:
     """A context manager that writes one split as `folder/split-000000.tar`, ...
 
@@ -43,12 +113,10 @@ class ShardWriter:
         self.keys: set[str] = set()
         self.partial: list[Path] = []
         self.tar: TarWriter | None = None
+        self.lock = ExitStack()
 
     def __enter__(self) -> "ShardWriter":
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot create the folder {self.folder}: {error.strerror}") from None
+        self.lock.enter_context(sole_writer(self.folder))
         return self
 
     def write(self, key: str, files: dict[str, bytes]) -> None:
@@ -77,27 +145,40 @@ class ShardWriter:
     def next_shard(self) -> None:
         if self.tar is not None:
             self.tar.close()
-        path = self.folder / f".{self.split}-{len(self.partial):06d}.tar.partial"
+        path = self.folder / f".{self.split}-{len(self.partial):06d}.tar.{os.getpid()}.partial"
         self.partial.append(path)
         # A fixed time and owner, and no encoder: bytes in, the same bytes out.
         self.tar = TarWriter(str(path), encoder=False, mtime=0, user="", group="", compress=False)
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+    def finish(self) -> None:
+        """Writes what is still in memory, so that several writers can fail before the first replaces shards.
+        Raises UserError when the disk is full."""
         try:
             if self.tar is not None:
                 self.tar.close()
-        except OSError as failure:  # what the last buffer holds does not fit either
-            self.remove_partial()
-            if kind is None:
-                raise self.failed(failure) from None
-        if kind is not None:
-            self.remove_partial()
-            return
-        for name in (self.split, OLD_HELD_OUT) if self.split == HELD_OUT else (self.split,):
-            for old in self.folder.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"):
-                old.unlink()
-        for path in self.partial:
-            path.rename(path.with_name(path.name.removeprefix(".").removesuffix(".partial")))
+        except OSError as error:
+            raise self.failed(error) from None
+        finally:
+            self.tar = None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        with self.lock:
+            try:
+                self.finish()
+            except UserError:  # what the last buffer holds does not fit either
+                self.remove_partial()
+                if kind is None:
+                    raise
+                return
+            if kind is not None:
+                self.remove_partial()
+                return
+            new = [self.folder / f"{self.split}-{number:06d}.tar" for number in range(len(self.partial))]
+            for path, name in zip(self.partial, new, strict=True):
+                path.replace(name)
+            for split in (self.split, OLD_HELD_OUT) if self.split == HELD_OUT else (self.split,):
+                for old in {*self.folder.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9][0-9].tar")} - {*new}:
+                    old.unlink()
 
     def remove_partial(self) -> None:
         for path in self.partial:
