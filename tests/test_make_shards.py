@@ -464,6 +464,17 @@ def test_lines_of_a_text_file_are_languages_or_only_the_first_is_used(run_script
     assert "only the first line" not in printed
 
 
+def test_the_first_line_of_a_text_file_may_name_its_language_too(run_script, tmp_path):
+    for name, text in (("egg", "en.utf8=An egg\nde.utf8=Ein Ei\n"), ("nut", "de.utf8=Eine Nuss\n")):
+        save_image(tmp_path / "stamps" / f"{name}.png")
+        (tmp_path / "stamps" / f"{name}.txt").write_text(text)
+    samples, _ = make_shards(run_script, tmp_path / "stamps", tmp_path / "out")
+    assert samples["egg"].files["txt"] == b"An egg"
+    assert json.loads(samples["egg"].files["json"])["captions"] == {"en": "An egg", "de": "Ein Ei"}
+    assert samples["nut"].files["txt"] == b"Eine Nuss"
+    assert json.loads(samples["nut"].files["json"])["captions"] == {"de": "Eine Nuss"}
+
+
 def test_long_captions_are_counted_and_the_longest_is_named(run_script, tmp_path):
     for name, length in (("a", 128), ("b", 129), ("c", 999), ("d", 5)):
         save_image(tmp_path / "photos" / f"{name}.png")

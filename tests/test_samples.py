@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from mmvit.data.augment import Augment, AugmentConfig
 from mmvit.data.captions import TextTokenizer, caption_lengths, read_caption, read_caption_file
 from mmvit.data.codes import check_codes_fit, pack_codes, unpack_codes
-from mmvit.data.images import open_image, pixels_from_images
+from mmvit.data.images import measure_image, open_image, pixels_from_images
 from mmvit.data.samples import CaptionCodesSample, CaptionPixelsSample, PixelsSample
 from mmvit.data.shards import BadSample, Sample, read_shard
 from mmvit.data.stream import ShardStream
@@ -58,6 +58,14 @@ def test_exif_orientation_turns_the_image_upright():
     pixels = decode(saved(image, "JPEG", exif=exif, quality=95))
     assert pixels[:7].min() > 200
     assert pixels[9:].max() < 50
+
+
+def test_an_exif_orientation_that_is_no_number_is_ignored():
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0" + struct.pack("<HHI4s", 0x0112, 7, 4, b"\x06abc") + bytes(4)
+    data = saved(Image.new("RGB", (32, 16)), "JPEG", exif=exif)
+    assert isinstance(Image.open(io.BytesIO(data)).getexif()[0x0112], bytes)
+    assert measure_image(data).size == open_image(data).size[::-1] == (16, 32)
+    assert not measure_image(data).is_turned
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ import gzip
 import os
 import socket
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
 from webdataset.writer import TarWriter
 
-from mmvit.data.shards import expand_shards, read_shard, shards_of
+from mmvit.data.shards import BadShard, expand_shards, read_shard, shards_of
 from mmvit.data.writing import ShardWriter, progress_line, read_dataset_card
 from mmvit.errors import UserError
 
@@ -206,6 +207,16 @@ def test_no_split_is_replaced_when_another_cannot_be_finished(tmp_path, monkeypa
     with pytest.raises(UserError, match="No space left"):
         write_both()
     assert {path.name[:-11]: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_header_with_a_number_out_of_range_is_damage(tmp_path):
+    path = tmp_path / "train-000000.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("0.txt")
+        member.pax_headers = {"size": "9" * 30}
+        tar.addfile(member)
+    with pytest.raises(BadShard, match="is truncated or damaged"):
+        list(read_shard(path))
 
 
 def test_progress_tells_the_time_left():

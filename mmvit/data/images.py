@@ -97,6 +97,8 @@ def measure_image(data: bytes) -> ImageFacts:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     exif = image.getexif() if "exif" in image.info else {}  # for a PNG without, it would decode the pixels
     orientation = exif.get(EXIF_ORIENTATION, 1)
+    if orientation not in range(1, 9):  # Pillow ignores it, too
+        orientation = 1
     size = image.size if orientation >= 5 else image.size[::-1]
     return ImageFacts(size, image.mode, image.has_transparency_data, orientation != 1)
 

@@ -229,7 +229,7 @@ def read_shard(path: Path, only: Collection[str] | None = None) -> Iterator[Samp
                             yield current
                         current = Sample(key, path, {})
                     current.files[extension] = data
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except (tarfile.TarError, EOFError, OSError, OverflowError) as error:
             # The last sample may lack files, so it is dropped with the rest.
             raise BadShard(path, error) from None
     if current is not None:

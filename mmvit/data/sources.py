@@ -232,10 +232,12 @@ def read_caption_beside(entry: Entry, path: Path, lines: CaptionLines, outcome: 
     found = [line.strip() for line in text.splitlines() if line.strip()]
     if not found:
         outcome.note("the caption is empty, which stands for any image", entry.name)
-    translations = [TRANSLATION.fullmatch(line) for line in found[1:]]
+    translations = [TRANSLATION.fullmatch(line) for line in found]
     if any(translations):
         by_language = {match[1]: match[2].strip() for match in translations if match and match[2].strip()}
-        entry.captions = {"en": found[0], **by_language}
+        entry.captions = by_language if translations[0] else {"en": found[0], **by_language}
+        if translations[0]:
+            found = [by_language.get("en") or next(iter(by_language.values()), "")]
         outcome.note("captions in several languages", f"{entry.name} ({len(entry.captions)})")
     elif len(found) > 1 and lines == "first":
         outcome.note("only the first line of the .txt is used (--caption-lines all joins them)", entry.name)
