@@ -14,6 +14,7 @@ from mmvit.evaluation.frechet import coarse_pixels, feature_space, frechet_dista
 from mmvit.evaluation.generated import COPY, diversity, nearest
 from mmvit.evaluation.reconstruction import image_psnr, image_ssim
 from mmvit.evaluation.retrieval import caption_ranks, pixel_ranks
+from mmvit.evaluation.splits import listed
 
 
 def gaussian(mean: torch.Tensor, root: torch.Tensor, number: int = 4000) -> torch.Tensor:
@@ -149,3 +150,7 @@ def test_fid_is_the_distance_in_inceptions_features(tmp_path, monkeypatch):
     for file in ("other.pth", "code.pth", "missing.pth"):
         with pytest.raises(UserError, match="does not hold torch-fidelity's Inception"):
             feature_space(tmp_path / file)
+
+
+def test_names_in_a_list_may_have_spaces():
+    assert listed("en, de ") == listed(["en", "de"]) == ["en", "de"]

@@ -245,6 +245,15 @@ def test_how_many_captions_will_be_cut_is_known_beforehand(tokenizer, tmp_path):
     assert caption_lengths(tmp_path, tokenizer, 32, most=3).captions == 2  # one a shard; the third has none
 
 
+def test_languages_that_no_caption_has_are_refused(tokenizer, tiny_shards, tmp_path):
+    with pytest.raises(UserError, match=r"languages: none of the first captions of .* is in ge; .* in .*de"):
+        caption_lengths(tiny_shards, tokenizer, 32, ("ge",))
+    caption_lengths(tiny_shards, tokenizer, 32, ("ge", "de"))
+    with ShardWriter(tmp_path, "train") as writer:
+        writer.write("egg", {"txt": b"ein Ei"})
+    assert caption_lengths(tmp_path, tokenizer, 32, ("de",)).captions == 1  # of no known language
+
+
 def test_dropout_close_to_zero_equals_the_library(tokenizer):
     captions = [
         *CAPTIONS,

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -230,23 +231,40 @@ def caption_lengths(
 
     Reads captions alone, no images, and tokenizes `most` of them: well under a second. Samples without a
     readable caption, and the rest of a damaged shard, are left to the training to count.
+
+    Raises:
+        UserError: if captions name their languages, but none is in `languages`. In English a `txt` will do.
     """
     paths = list(dict.fromkeys(expand_shards(shards)))
+    there: Counter[str] = Counter()
     lengths: list[tuple[int, str]] = []
     for number, path in enumerate(paths, start=1):
         try:
             for sample in read_shard(path, only=("txt", "json")):
                 if len(lengths) * len(paths) >= most * number:
                     break
+                there.update(languages_of(sample))
                 lengths += [
                     (len(tokenizer.tokenize(caption)), sample.key)
                     for caption in all_captions(sample, languages)
                 ]
         except BadShard:
             continue
+    if there and not {"en", *there} & {*languages}:
+        raise UserError(
+            f"languages: none of the first captions of {paths[0].parent} is in {', '.join(languages)}; there "
+            f"are captions in {', '.join(language for language, _ in there.most_common(20))}"
+        )
     longest, key = max(lengths, default=(0, ""))
     num_cut = sum(length > text_length for length, _ in lengths)
     return CaptionLengths(len(lengths), num_cut, longest, key, text_length)
+
+
+def languages_of(sample: Sample) -> list[str]:
+    try:
+        return list(read_captions(sample)) if "json" in sample.files else []
+    except BadSample:
+        return []
 
 
 def all_captions(sample: Sample, languages: Sequence[str]) -> list[str]:

@@ -42,7 +42,7 @@ def find_split(folder: Path, split: str | None = None) -> str:
 
 def listed(names: str | Sequence[str]) -> list[str]:
     """`"en,de"`, or a list of such names, as a list."""
-    return names.split(",") if isinstance(names, str) else list(names)
+    return [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
 
 
 def split_sizes(folder: Path) -> dict[str, int]:
