@@ -95,9 +95,11 @@ def main(
         write_dataset_card(out, outcome, source=str(source), **facts)
     remark_on_images(seen, shape, outcome)
     remark_on_captions(entries, outcome)
+    remark_on_classes(classes, outcome)
     if not outcome.written.get(HELD_OUT) and not outcome.written.get("test") and held_out_share != 0:
         outcome.remark(
-            "Nothing is held out, as there is only one image; data.held_out of a recipe needs some."
+            "Nothing is held out, as there is only one image, or one of each class; data.held_out of a "
+            "recipe needs some."
         )
     outcome.print(out)
 
@@ -208,7 +210,22 @@ def choose_held_out(entries: list[Entry], share: float, is_usable: Callable[[Ent
             is_usable(entry) for name in ranked[:number] for entry in members[name]
         ):
             number += 1
-    return [entry for name in ranked[:number] for entry in members[name]]
+    chosen = keep_classes(ranked[:number], members)
+    if share > 0 and not chosen:  # the next that may go
+        chosen = next(filter(None, (keep_classes([name], members) for name in ranked[number:])), [])
+    return [entry for name in chosen for entry in members[name]]
+
+
+def keep_classes(ranked: list[str], members: dict[str, list[Entry]]) -> list[str]:
+    """Those of `ranked` that can be held out so that each class keeps an image to train on."""
+    left = Counter(entry.label for group in members.values() for entry in group)
+    chosen = []
+    for name in ranked:
+        own = Counter(entry.label for entry in members[name] if entry.label is not None)
+        if all(left[label] > count for label, count in own.items()):
+            left -= own
+            chosen.append(name)
+    return chosen
 
 
 def splits_of_groups(entries: Iterable[Entry]) -> dict[str, set[str]]:
@@ -310,6 +327,17 @@ def remark_on_images(seen: Counter[ImageFacts], shape: Shape, outcome: Outcome) 
             f"{changed:,} {of_all} are not square; training crops them to the recipe's image size around the "
             "centre. --fit pad keeps all of them."
         )
+
+
+def remark_on_classes(classes: list[str], outcome: Outcome) -> None:
+    if untrained := [name for name in classes if not outcome.of_class.get(TRAIN, {}).get(name)]:
+        outcome.remark(f"Warning: no training image of {shorten(untrained)}.")
+    others = [split for split in outcome.of_class if split != TRAIN]
+    if only := [
+        name for name in classes
+        if others and name not in untrained and not any(outcome.of_class[split].get(name) for split in others)
+    ]:  # fmt: skip
+        outcome.remark(f"Warning: no image outside {TRAIN} of {shorten(only)}.")
 
 
 def remark_on_captions(entries: list[Entry], outcome: Outcome) -> None:

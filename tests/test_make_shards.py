@@ -221,6 +221,27 @@ def test_where_the_one_to_hold_out_cannot_be_read_the_next_one_is_held_out(run_s
     assert len(read_split(tmp_path / "out", "train")) == 2
 
 
+def test_each_class_keeps_an_image_to_train_on(run_script, tmp_path):
+    for name in range(12):
+        for number in range(1 + name % 2):
+            save_image(tmp_path / "source" / f"class{name}" / f"{number}.png", (1, 1))
+    options = ("--held-out-share", 0.9)
+    done = run_script("pipelines/make_shards.py", tmp_path / "source", tmp_path / "out", *options)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads((tmp_path / "out" / "dataset.json").read_text())["samples_per_class"]
+    assert len(counts["train"]) == 12
+    assert counts["held-out"]
+
+
+def test_classes_of_only_one_split_are_named(run_script, tmp_path):
+    for name in ("train/cat/1.png", "train/dog/1.png", "val/cat/2.png", "val/owl/1.png"):
+        save_image(tmp_path / "pets" / name)
+    done = run_script("pipelines/make_shards.py", tmp_path / "pets", tmp_path / "out")
+    told = " ".join(done.stdout.split())
+    assert "Warning: no training image of owl." in told
+    assert "Warning: no image outside train of dog." in told
+
+
 def test_of_few_images_one_is_held_out_and_empty_captions_are_told(run_script, tmp_path):
     for number in range(3):
         save_image(tmp_path / "source" / f"{number}.png", (1, 1))
