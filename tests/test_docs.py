@@ -17,6 +17,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -39,9 +40,12 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 GENERATED = {"data", "runs", "samples", "build", "dist", "mmvit.egg-info"}
 NOT_RUN = {"make", "pip", "source", "apt-get", "dpkg"}  # they install
 LAUNCHERS = {
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
-    "deepspeed": [sys.executable, "-m", "deepspeed.launcher.runner"],
-}
+    "torchrun": lambda: [sys.executable, "-m", "torch.distributed.run", "--standalone"],
+    "deepspeed": lambda: [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())
+    ],
+}  # fmt: skip
+RUNS_OF_SEVERAL = ("two-processes", "zero2")  # of the README
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 TRAIN = ["mmvit", "train"]
 SHORT = "--train.steps 2 --train.batch_size 8 --train.num_workers 0 --train.precision fp32"
@@ -107,8 +111,8 @@ def _few_emoji(tmp_path_factory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def after_readme(tmp_path_factory, mmvit_command) -> Path:
-    """A folder in which the README has been followed."""
+def readme(tmp_path_factory, mmvit_command) -> Iterator["Followed"]:
+    """The README followed, but for runs of several processes, which still train beside the first pages."""
     folder = tmp_path_factory.mktemp("readme")
     for name in FOLDERS:
         (folder / name).symlink_to(ROOT / name)
@@ -125,8 +129,13 @@ def after_readme(tmp_path_factory, mmvit_command) -> Path:
     (folder / "captions.txt").write_text("red apple\nrocket\n")
     core = TransformerConfig(width=64, depth=1, num_heads=1, mlp="gelu_tanh")
     save_vit(Classifier(ClassifierConfig(image_size=32, core=core)), folder / "ViT-B_16.npz", "official")
-    follow(README, folder, mmvit_command)
-    return folder
+    followed = follow(README, folder, mmvit_command)
+    try:
+        yield followed
+    finally:
+        for process in followed.launched:
+            process.terminate()
+            process.wait()
 
 
 def write_tiny_idx(folder: Path) -> None:
@@ -141,34 +150,40 @@ def write_tiny_idx(folder: Path) -> None:
             file.write(struct.pack(">II", 2049, count) + labels.tobytes())
 
 
-def follow(page: Path, folder: Path, mmvit_command: Callable) -> dict:
-    """Runs a page's commands, then its Python, in `folder`; gives the names that the Python set."""
+class Followed(NamedTuple):
+    """Where a page was followed, and what its launchers still run."""
+
+    folder: Path
+    launched: list[subprocess.Popen]
+
+    def wait(self) -> None:
+        for number, process in enumerate(self.launched):
+            code = process.wait(timeout=300)
+            log = (self.folder / f"launched-{number}.log").read_text(encoding="utf-8")
+            assert code == 0, f"{shlex.join(process.args)}\n{log[-8000:]}"
+
+
+def follow(page: Path, folder: Path, mmvit_command: Callable) -> Followed:
+    """Runs a page's commands and then its Python in `folder`; what launches several processes is started."""
+    launched = []
     with contextlib.chdir(folder):
-        for block in blocks(page, "bash"):
-            launched = [run(shrunk(words), mmvit_command) for words in commands(block)]
-            for process in filter(None, launched):  # several processes each, and two cores: all at once
-                printed, _ = process.communicate(timeout=300)
-                assert process.returncode == 0, f"{shlex.join(process.args)}\n{printed[-8000:]}"
+        for words in [words for block in blocks(page, "bash") for words in commands(block)]:
+            program, *arguments = shrunk(words)
+            if program in LAUNCHERS:
+                with open(f"launched-{len(launched)}.log", "w") as log:
+                    command = [*LAUNCHERS[program](), *arguments]
+                    outputs = {"stdout": log, "stderr": subprocess.STDOUT}
+                    launched.append(subprocess.Popen(command, env=ENVIRONMENT, **outputs))
+            elif program == "mmvit":
+                ran = mmvit_command(*arguments)
+                printed = f"{ran.stdout[-4000:]}\n{ran.stderr[-4000:]}"
+                assert ran.returncode == 0, f"{shlex.join(words)}\n{printed}"
+            else:
+                assert program in NOT_RUN, f"{program} cannot be run here: put it into a ```text block"
         names: dict = {}
         for block in blocks(page, "python"):
             exec(compile(block, page.name, "exec"), names)
-    return names
-
-
-def run(words: list[str], mmvit_command: Callable) -> subprocess.Popen | None:
-    """Runs a command in this process; gives a process that runs where the command launches several."""
-    program, *arguments = words
-    if program in LAUNCHERS:
-        if program == "deepspeed" and "--master_port" not in arguments:
-            arguments = ["--master_port", str(free_port()), *arguments]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen([*LAUNCHERS[program], *arguments], env=ENVIRONMENT, **pipes)
-    if program == "mmvit":
-        ran = mmvit_command(*arguments)
-        assert ran.returncode == 0, f"{shlex.join(words)}\n{ran.stdout[-4000:]}\n{ran.stderr[-4000:]}"
-        return None
-    assert program in NOT_RUN, f"{program} cannot be run here: put it into a ```text block"
-    return None
+    return Followed(folder, launched)
 
 
 def free_port() -> int:
@@ -177,16 +192,18 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def test_the_readme_leads_to_what_it_says(after_readme):
-    runs = [f"runs/{name}/best/model.safetensors" for name in ("narrow", "photos", "two-processes", "zero2")]
-    for name in ("samples.png", "apple.png", "demo.png", "confusion.png", *runs):
-        assert (after_readme / name).is_file(), name
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_commands_of_a_page_run_in_its_order(page, after_readme, tmp_path, mmvit_command):
-    shutil.copytree(after_readme, tmp_path, symlinks=True, dirs_exist_ok=True)
-    follow(page, tmp_path, mmvit_command)
+def test_the_commands_of_a_page_run_in_its_order(page, readme, tmp_path, mmvit_command):
+    still_written = shutil.ignore_patterns(*RUNS_OF_SEVERAL)
+    shutil.copytree(readme.folder, tmp_path, symlinks=True, dirs_exist_ok=True, ignore=still_written)
+    follow(page, tmp_path, mmvit_command).wait()
+
+
+def test_the_readme_leads_to_what_it_says(readme):
+    readme.wait()
+    runs = [f"runs/{name}/best/model.safetensors" for name in ("narrow", "photos", *RUNS_OF_SEVERAL)]
+    for name in ("samples.png", "apple.png", "demo.png", "confusion.png", *runs):
+        assert (readme.folder / name).is_file(), name
 
 
 def test_the_file_tree_is_true():
