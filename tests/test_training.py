@@ -1,6 +1,7 @@
 """Training: resuming, accumulation, checkpoints, signals and the messages for the user's mistakes."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -386,6 +387,19 @@ def test_best_of_a_checkpoint_without_the_name_of_its_metric_is_kept():
     progress = Progress(best=0.5)
     assert not progress.improves("accuracy", 0.4, "max")
     assert progress.improves("accuracy", 0.6, "max")
+
+
+def test_a_killed_data_worker_costs_no_training(tmp_path, tiny_shards):
+    def kill(number: int, batch: dict) -> None:
+        if number == 3:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+
+    session = new_session(tmp_path / "run", steps=1000, evaluate_every=1000, checkpoint_every=1000)
+    with pytest.raises(UserError, match="a data worker was killed, often for lack of memory: lower train"):
+        train_on_shards(session, tiny_shards, kill)
+    [folder] = session.run.checkpoints.iterdir()
+    assert int(folder.name[5:]) >= 3
 
 
 def test_changed_architecture_is_refused_by_key(tmp_path, tiny_shards):

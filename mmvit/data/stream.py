@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Generator, Iterator
@@ -24,6 +25,10 @@ from mmvit.data.tally import Tally
 from mmvit.errors import UserError
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent is gone
+
+
+class WorkerKilled(UserError):
+    """A process of the stream has died, and with it the samples that it held."""
 
 
 class ShardStream:
@@ -131,9 +136,23 @@ class ShardStream:
             ending.value = True
 
         atexit.register(end_workers)  # a stream may still be open then; multiprocessing waits for its workers
+        handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
         deliveries = iter(loader)
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)  # torch's raises anywhere, even within an optimizer step
         try:
             yield from deliveries
+        except (
+            RuntimeError,
+            OSError,
+            EOFError,
+        ) as error:  # the last two: it died while it handed a batch over
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            raise WorkerKilled(
+                "a data worker was killed, often for lack of memory: lower train.num_workers or "
+                "data.shuffle_buffer"
+            ) from None
         finally:
             end_workers()  # before the loader's iterator goes, with this frame, and waits for them
             atexit.unregister(end_workers)

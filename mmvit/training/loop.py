@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from mmvit.data.stream import WorkerKilled
 from mmvit.data.tally import Tally
 from mmvit.errors import UserError, did_you_mean
 from mmvit.training.checkpoint import Checkpoints, undisturbed_randomness
@@ -110,7 +111,12 @@ def train(
         first_step = progress.step
         while progress.step < config.steps:
             started = time.perf_counter()
-            norm, stop = train_step(session, engine, batches, progress, interruption)
+            try:
+                norm, stop = train_step(session, engine, batches, progress, interruption)
+            except WorkerKilled:  # of one process perhaps, while the others wait for it in the step
+                if processes.world_size == 1:
+                    save(session, checkpoints, engine, stream, progress)
+                raise
             progress.seconds += time.perf_counter() - started
             display.advance(progress.step)
             if progress.step == first_step + 2:
