@@ -2,8 +2,8 @@
 
     python benchmarks/attention.py
 
-`mmvit.core.attention.PLAIN_UP_TO` comes from it. Kernels alternate within each repetition; medians of forward
-and backward.
+`mmvit.core.attention.PLAIN_UP_TO` comes from it. Kernels alternate within each repetition; medians of
+forward and backward.
 """
 
 import argparse

@@ -1,11 +1,12 @@
-"""What it costs to share the cores: steps of a small model alone, and beside another such program and one
-with a single thread (as a training with its data worker), by how long threads spin (GOMP_SPINCOUNT) before
-they sleep where they wait for each other.
+"""What it costs to share the cores: steps of a small model, alone and beside other programs.
 
     python benchmarks/busy_cores.py
 
-PyTorch's threads (GNU OpenMP) spin for long by default. While another program holds one of the cores, that is
-lost time at every operation. Median milliseconds of a step; settings alternate. Three minutes on 2 cores.
+PyTorch's threads (GNU OpenMP) spin while they wait for each other, by default for long. When another
+program holds one of the cores, that time is lost at every operation. Compares settings of GOMP_SPINCOUNT
+(turns before they sleep) and others, alone and beside two such programs, one with a single thread, as a
+training run with its data worker would be. Median milliseconds per step; settings alternate. Three minutes
+on 2 cores.
 """
 
 import argparse

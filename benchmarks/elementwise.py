@@ -2,8 +2,7 @@
 
     python benchmarks/elementwise.py
 
-Alternatives alternate in each repetition; medians of forward and backward. They decided how mmvit.core is
-written.
+Alternatives alternate in each repetition; medians of forward and backward. mmvit.core is written by them.
 """
 
 import statistics

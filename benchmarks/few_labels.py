@@ -1,15 +1,13 @@
-"""How far a few labels go: a plain ViT from scratch against one that was pre-trained without labels, both for
-the same FLOPs in all.
+"""How far a few labels go: a plain ViT from scratch against pre-trained ones, at equal FLOPs.
 
     python benchmarks/few_labels.py run fashion-mnist --images 120000 --log few-labels.jsonl
     python benchmarks/few_labels.py table few-labels.jsonl --plot few-labels.png
 
-`run` calls the scripts of pipelines/ for each seed: scratch trains on 1%, 10% and 100% of the labels for the
-FLOPs of `--images` supervised pictures; each pre-training takes half of these FLOPs on the pictures of the
-whole train split, and fine-tuning on the same labels the other half. FLOPs are counted from the real
-objectives, views, targets and decoders included; `examples` (in pre-training, in training) and `minutes` of
-both stand in the log. A figure that the log has already is not measured again, so a run that was stopped
-goes on.
+`run` trains for each seed: from scratch on 1%, 10% and 100% of the labels, for the FLOPs of `--images`
+supervised images; or half of these FLOPs on pre-training with the images of the whole train split, and the
+other half on fine-tuning with the same labels. FLOPs are counted from the real objectives, including views,
+targets and decoders. The log has the `examples` (in pre-training, in training) and `minutes` of both.
+Figures that the log has already are not measured again, so a stopped run continues.
 
 `table` prints the mean of the seeds and its 95% interval (Student's t), and draws them.
 """
@@ -45,7 +43,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
     run.add_argument("data", choices=DATA)
-    run.add_argument("--images", type=int, default=120_000, help="supervised pictures that the FLOPs are of")
+    run.add_argument(
+        "--images", type=int, default=120_000, help="supervised images whose FLOPs are the budget"
+    )
     run.add_argument("--seeds", type=int, default=3)
     run.add_argument("--log", type=Path, default=Path("few-labels.jsonl"))
     run.add_argument("--runs", type=Path, default=Path("runs/few-labels"), help="where runs and shares go")
@@ -88,7 +88,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def recipe_of(method: str) -> tuple[str, Path]:
-    """Script and config of a pre-training, or of training from labels."""
+    """Script and recipe of pre-training, or of training from labels."""
     if method == SCRATCH:
         return "pipelines/train_classifier.py", ROOT / "configs/fashion_mnist_vit.toml"
     return "pipelines/pretrain_classifier.py", ROOT / f"configs/fashion_mnist_{method}.toml"
@@ -122,10 +122,10 @@ def take_share(options: argparse.Namespace, share: float, seed: int) -> Path:
 
 def show(records: list[dict[str, Any]], plot: Path | None) -> None:
     if not records:
-        raise UserError("the log holds no figures yet")
+        raise UserError("the log holds no figures yet; measure some with run")
     for data, images in dict.fromkeys((record["data"], record["images"]) for record in records):
         own = [record for record in records if (record["data"], record["images"]) == (data, images)]
-        print(f"\n{data}, {own[0]['flops'] / 1e12:.3g} TFLOP a figure (of {images:,} pictures)\n")
+        print(f"\n{data}, {own[0]['flops'] / 1e12:.3g} TFLOP a figure (of {images:,} images)\n")
         print("| | " + " | ".join(f"{share:.0%} of the labels" for share in SHARES) + " |")
         print("|---|" + "---|" * len(SHARES))
         for method, groups in by_share(own):

@@ -1,13 +1,13 @@
-"""What guidance and reranking buy: retrieval of held-out captions by pictures that are drawn with each
-guidance scale, and by the best of 1, 4, 16 and 32 candidates.
+"""What guidance and candidates buy: retrieval of held-out captions by generated images.
 
     python benchmarks/guidance_and_candidates.py generators/emoji data/emoji
     python benchmarks/guidance_and_candidates.py generators/emoji data/emoji --scorer runs/emoji-clip
 
-Retrieval@1 and @5: whether the true picture is the nearest, or among the five nearest, of all pictures of the
-data set, in pixels. Candidate j of a caption has seed + j, so those of 4 are among those of 16. They are
-chosen by the generator's own likelihood of the caption, and by a CLIP where --scorer names one. The best of
-all candidates, chosen by retrieval itself, is the most that any choice can reach. Ten minutes on 2 cores.
+Retrieval@1 and @5 say how often the real image is the nearest, or among the five nearest, of all images of
+the data set, in pixels: for each guidance scale, and for the best of 1, 4, 16 and 32 candidates. Candidate
+j of a caption has seed + j, so the first 4 are among the 16. They are chosen by the generator's own
+likelihood of the caption, and by a CLIP if --scorer names one; the best of all candidates, chosen by
+retrieval itself, is the most that any choice can reach. Ten minutes on 2 cores.
 """
 
 import argparse
@@ -32,16 +32,16 @@ def main() -> None:
     options = parse_arguments()
     generator = Generator.from_pretrained(options.generator)
     real = read_split(options.data, "*", PixelsSample(generator.size))
-    unseen = HeldOut.of(read_split(options.data, options.split, CaptionSample()), real, [])
+    held_out = HeldOut.of(read_split(options.data, options.split, CaptionSample()), real, [])
     settings = {"temperature": options.temperature, "seed": options.seed}
-    print(f"{len(unseen.own)} captions among {len(unseen.everything)} pictures, {settings}\n")
+    print(f"{len(held_out.own)} captions among {len(held_out.everything)} images, {settings}\n")
     print("| guidance | retrieval@1 | @5 |\n|---|---|---|")
     for scale in SCALES:
-        codes = generator.generate_codes(unseen.captions, guidance_scale=scale, **settings)
-        ranks = pixel_ranks(generator.decode(codes).cpu(), unseen.everything, unseen.own)
+        codes = generator.generate_codes(held_out.captions, guidance_scale=scale, **settings)
+        ranks = pixel_ranks(generator.decode(codes).cpu(), held_out.everything, held_out.own)
         print(f"| {scale:g} | {recall(ranks, 1):.1%} | {recall(ranks, 5):.1%} |", flush=True)
     scorer = CaptionScorer.from_pretrained(options.scorer) if options.scorer else None
-    ranks, scores = candidates(generator, unseen, scorer, guidance_scale=options.guidance_scale, **settings)
+    ranks, scores = candidates(generator, held_out, scorer, guidance_scale=options.guidance_scale, **settings)
     how = f"guidance {options.guidance_scale:g}, temperature {options.temperature:g}"
     print(f"\n| best of ({how}), chosen by | {' | '.join(map(str, NUMBERS))} |")
     print("|---" * (1 + len(NUMBERS)) + "|")
@@ -54,17 +54,17 @@ def main() -> None:
 
 
 def candidates(
-    generator: Generator, unseen: HeldOut, scorer: CaptionScorer | None, **settings: float
+    generator: Generator, held_out: HeldOut, scorer: CaptionScorer | None, **settings: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of every candidate the rank of the true picture and its scores, by who gives them, (captions,
+    """The rank of the real image for every candidate, and the candidate's scores by scorer, (captions,
     candidates)."""
     most, ranks, own, clip = max(NUMBERS), [], [], []
-    for first in range(0, len(unseen.captions), AT_ONCE):
+    for first in range(0, len(held_out.captions), AT_ONCE):
         part = slice(first, first + AT_ONCE)
-        codes = generator.generate_codes(unseen.captions[part], most, **settings)
-        repeated = [caption for caption in unseen.captions[part] for _ in range(most)]
+        codes = generator.generate_codes(held_out.captions[part], most, **settings)
+        repeated = [caption for caption in held_out.captions[part] for _ in range(most)]
         pixels = generator.decode(codes).cpu()
-        ranks.append(pixel_ranks(pixels, unseen.everything, unseen.own[part].repeat_interleave(most)))
+        ranks.append(pixel_ranks(pixels, held_out.everything, held_out.own[part].repeat_interleave(most)))
         own.append(generator.evidence(repeated, codes).cpu())
         if scorer is not None:
             clip.append(scorer.scores(pixels, repeated).cpu())
@@ -79,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("generator", help="a run or a generator's folder")
-    parser.add_argument("data", type=Path, help="a folder of shards with pictures and captions")
+    parser.add_argument("data", type=Path, help="a folder of shards with images and captions")
     parser.add_argument("--split", default="combinations", help="(%(default)s)")
     parser.add_argument("--scorer", help="a CLIP's folder")
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="of candidates (%(default)s)")

@@ -1,18 +1,17 @@
-"""How good our quantisers are beside those of vector-quantize-pytorch, and how fast our image tokenizer
-trains beside a plain one.
+"""How our quantizers compare with vector-quantize-pytorch's, and how fast our image tokenizer trains.
 
     python benchmarks/image_tokenizers.py quantizers --steps 1500 --out quantizers.jsonl
     python benchmarks/image_tokenizers.py quantizers --only vq peer-vq-readme --steps 300
     python benchmarks/image_tokenizers.py throughput --threads 1 --profile
 
-`quantizers` wants `pip install -e ".[bench]" -c constraints.txt` and data/emoji. It trains the encoder and
-decoder of `VQModel` once with each quantiser: same first weights, same batches, the optimizer of
-configs/image_tokenizer_emoji.toml with its cosine stretched over `--steps`. A line is printed, and appended
-to `--out`, as each ends. PSNR and SSIM are over the held-out pictures of both splits, codes in use and
-perplexity over the train pictures; images/s is of the median training step.
+`quantizers` needs `pip install -e ".[bench]" -c constraints.txt` and data/emoji. It trains the encoder and
+decoder of `VQModel` once with each quantizer: same first weights, same batches, the optimizer of the recipe
+image_tokenizer_emoji with its cosine stretched over `--steps`. It prints a line as each one ends, and
+appends it to `--out`. PSNR and SSIM are over the held-out images of both splits, codes in use and
+perplexity over the train images; images/s is of the median training step.
 
 `throughput` alternates whole training steps of both models in one process: loss and backward in bfloat16,
-clipping, fused AdamW; no data loading. The share of the ceiling counts the FLOPs of products and
+clipping, fused AdamW, no data loading. The share of the ceiling counts the FLOPs of products and
 convolutions.
 """
 
@@ -69,7 +68,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
         "VectorQuantize",
         {"use_cosine_sim": True, "kmeans_init": True, "threshold_ema_dead_code": 2, "codebook_dim": 8},
     ),
-    # A batch of 32 pictures brings a code 2 vectors on average: the README's threshold expires all below the
+    # A batch of 32 images has 2 vectors per code on average: the README's threshold expires all below the
     # average. 0.5 and 0.9 had the best held-out PSNR of five pairs tried, after 150 steps with one seed.
     "peer-vq-tuned": (
         "VectorQuantize",
@@ -98,7 +97,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    quantizers = commands.add_parser("quantizers", help="train the tokenizer with each quantiser")
+    quantizers = commands.add_parser("quantizers", help="train the tokenizer with each quantizer")
     quantizers.add_argument("--data", type=Path, default=Path("data/emoji"))
     quantizers.add_argument("--steps", type=int, default=1500)
     quantizers.add_argument("--batch", type=int, default=32)
@@ -107,9 +106,9 @@ def main() -> None:
     quantizers.add_argument("--out", type=Path, help="a JSON lines file to append to")
     throughput = commands.add_parser("throughput", help="time training steps beside a plain prototype")
     throughput.add_argument("--batch", type=int, default=32)
-    throughput.add_argument("--rounds", type=int, default=6, help="each has both models")
-    throughput.add_argument("--steps", type=int, default=5, help="of a model in a round")
-    throughput.add_argument("--profile", action="store_true", help="the operations that our step spends on")
+    throughput.add_argument("--rounds", type=int, default=6, help="of both models")
+    throughput.add_argument("--steps", type=int, default=5, help="per model and round")
+    throughput.add_argument("--profile", action="store_true", help="print where our step spends its time")
     for command in (quantizers, throughput):
         command.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
@@ -120,14 +119,14 @@ def main() -> None:
 def compare_quantizers(options: argparse.Namespace) -> None:
     names = options.only or [*OURS, *PEERS]
     if any(name in PEERS for name in names):
-        peer_package()  # is missed before the first training
-    train = read_pictures(options.data, TRAIN)
-    held_out = read_pictures(options.data, HELD_OUT)
+        peer_package()  # fail before the first training if it is missing
+    train = read_images(options.data, TRAIN)
+    held_out = read_images(options.data, HELD_OUT)
     print(
-        f"{len(train)} train and {len(held_out)} held-out pictures, {options.steps} steps of "
+        f"{len(train)} train and {len(held_out)} held-out images, {options.steps} steps of "
         f"{options.batch}, seed {options.seed}, {options.threads} threads, torch {torch.__version__}"
     )
-    print(f"{'quantiser':18}", *(f"{title:>11}" for _, title, _ in COLUMNS), flush=True)
+    print(f"{'quantizer':18}", *(f"{title:>11}" for _, title, _ in COLUMNS), flush=True)
     for name in names:
         result = train_with(name, train, held_out, options)
         print(f"{name:18}", *(f"{form.format(result[key]):>11}" for key, _, form in COLUMNS), flush=True)
@@ -137,7 +136,7 @@ def compare_quantizers(options: argparse.Namespace) -> None:
 
 
 def train_with(name: str, train: Tensor, held_out: Tensor, options: argparse.Namespace) -> dict[str, Any]:
-    """Trains and evaluates one quantiser; `train` and `held_out` are uint8 (pictures, 3, height, width)."""
+    """Trains and evaluates one quantizer; `train` and `held_out` are uint8 (images, 3, height, width)."""
     recipe = tomllib.loads(RECIPE.read_text())["optimizer"]
     model = build_model(name, options.seed)
     engine = engine_of(model, OptimizerConfig(**recipe), options.steps, options.batch, "auto")
@@ -152,7 +151,7 @@ def train_with(name: str, train: Tensor, held_out: Tensor, options: argparse.Nam
     with engine.evaluating() as trained:
         metrics = reconstruction_metrics(trained, in_order(held_out))
         metrics |= use_metrics(code_counts(trained, in_order(train)))
-    check_face(model.eval(), unit_range(train[: options.batch]))
+    check_interface(model.eval(), unit_range(train[: options.batch]))
     return {
         "quantizer": name,
         **metrics,
@@ -168,7 +167,7 @@ def train_with(name: str, train: Tensor, held_out: Tensor, options: argparse.Nam
 
 
 def build_model(name: str, seed: int) -> VQModel:
-    """A `VQModel` whose encoder and decoder do not depend on the quantiser, but for the width between."""
+    """A `VQModel` whose encoder and decoder do not depend on the quantizer, except for the width between."""
     ours = OURS.get(name, {})
     peer, settings = PEERS.get(name, (None, {}))
     config = VQConfig(**(ours or {"quantizer": "fsq" if peer == "FSQ" else "vq"}))
@@ -183,10 +182,10 @@ def build_model(name: str, seed: int) -> VQModel:
 
 
 class Peer(nn.Module):
-    """A quantiser of vector-quantize-pytorch with the face of `mmvit.models.quantizers`.
+    """A quantizer of vector-quantize-pytorch with the interface of `mmvit.models.quantizers`.
 
-    Computed in float32: of itself the package leaves autocast on CUDA only. Its loss comes weighted, by 1, as
-    its README and its defaults have it.
+    Computed in float32: the package itself leaves autocast on CUDA only. Its loss has weight 1, as in its
+    README and defaults.
     """
 
     def __init__(self, kind: str, config: VQConfig, settings: dict[str, Any]):
@@ -210,7 +209,7 @@ class Peer(nn.Module):
         return self.quantize(encoded)[1]
 
     def vectors(self) -> Tensor:
-        """The codes, (codebook_size, code_width), as the decoder gets them."""
+        """The codes as the decoder gets them, (codebook_size, code_width)."""
         codes = torch.arange(self.codebook_size)
         if hasattr(self.quantizer, "get_output_from_indices"):
             return self.quantizer.get_output_from_indices(codes)
@@ -230,14 +229,14 @@ def peer_package() -> Any:
     except ImportError:
         raise UserError(
             'vector-quantize-pytorch is missing: pip install -e ".[bench]" -c constraints.txt, or name '
-            "quantisers of ours after --only"
+            "our quantizers after --only"
         ) from None
     return vector_quantize_pytorch
 
 
 @torch.no_grad()
-def check_face(model: VQModel, pixels: Tensor) -> None:
-    """What the decoder is trained on is what it gets of the codes."""
+def check_interface(model: VQModel, pixels: Tensor) -> None:
+    """Asserts that the decoder is trained on what it gets from codes."""
     encoded = model.encoder(pixels)
     quantized, _, _ = model.codebook(encoded)
     by_codes = model.codebook.vectors()[model.codebook.encode(encoded)]
@@ -246,8 +245,8 @@ def check_face(model: VQModel, pixels: Tensor) -> None:
     torch.testing.assert_close(decoded, model.decode(model.encode(pixels)), rtol=1e-2, atol=1e-2)
 
 
-def read_pictures(folder: Path, patterns: tuple[str, ...]) -> Tensor:
-    """All pictures of the shards in order, uint8 (pictures, 3, height, width)."""
+def read_images(folder: Path, patterns: tuple[str, ...]) -> Tensor:
+    """All images of the shards in order, uint8 (images, 3, height, width)."""
     stream = ShardStream(
         [folder / pattern for pattern in patterns], decode_bytes, 256, shuffle_buffer=0, repeat=False
     )
@@ -266,16 +265,16 @@ def unit_range(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def in_order(pictures: Tensor, size: int = 64) -> list[dict[str, Tensor]]:
-    return [{"pixels": unit_range(part)} for part in pictures.split(size)]
+def in_order(images: Tensor, size: int = 64) -> list[dict[str, Tensor]]:
+    return [{"pixels": unit_range(part)} for part in images.split(size)]
 
 
-def shuffled_batches(num_pictures: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Indices without end; each epoch in an order of its own, its last short batch left out."""
+def shuffled_batches(num_images: int, size: int, seed: int) -> Iterator[Tensor]:
+    """Endless indices; each epoch has an order of its own and drops its last short batch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(num_pictures, generator=generator)
-        yield from order[: num_pictures - num_pictures % size].split(size)
+        order = torch.randperm(num_images, generator=generator)
+        yield from order[: num_images - num_images % size].split(size)
 
 
 def engine_of(
@@ -353,7 +352,7 @@ def alternate(
 
 
 def profile(step: Callable[[int], float], repetitions: int = 5) -> None:
-    """Prints the operations that take most time themselves."""
+    """Prints the operations that take the most time themselves."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         for number in range(repetitions):
             step(number + 1)

@@ -1,18 +1,17 @@
-"""What each part of a generator buys: a recipe with one part exchanged at a time, all for the same training
-FLOPs.
+"""What each part of a generator buys: a recipe with one part changed at a time, at equal training FLOPs.
 
-    python pipelines/encode_images.py data/emoji data/emoji-augmented --augmented 8 --shift 2
-    python pipelines/encode_images.py data/emoji data/emoji-augmented-flipped --augmented 8 --shift 2 \\
+    mmvit encode data/emoji data/emoji-augmented --augmented 8 --shift 2
+    mmvit encode data/emoji data/emoji-augmented-flipped --augmented 8 --shift 2 \\
         --flip-unless "left right clockwise counterclockwise links rechts"
     python benchmarks/modern_generator.py run --images 24000 --log modern-generator.jsonl
     python benchmarks/modern_generator.py table modern-generator.jsonl
 
-The base is configs/emoji_demo.toml with a plain MLP (GELU) and without QK-norm, as it was before these came
-out of this: emoji, 64 codes. Held-out loss is in nats per code on the 405 held-out combinations, retrieval@1
-among all pictures at guidance 2 (1 where captions are never left out) and temperature 0.3; mean and 95%
-interval of the seeds (Student's t). A part that makes a step dearer gets fewer steps, one that makes it
-cheaper more; Muon's own products are not counted, minutes stand beside. The whole recipe is 48,000 pictures:
-at half of them what learns fast looks better than it ends.
+The base is the recipe emoji_demo with a plain MLP (GELU) and without QK-norm, as it was before this study.
+Held-out loss is in nats per code on the 405 held-out combinations, retrieval@1 among all images at guidance
+2 (1 if captions are never dropped) and temperature 0.3; mean and 95% interval of the seeds (Student's t). A
+part that makes a step more expensive gets fewer steps, a cheaper one more; Muon's own products are not
+counted, but minutes are shown. The full recipe is 48,000 images: at half of them, what learns quickly looks
+better than it ends.
 """
 
 import argparse
@@ -56,8 +55,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "code noise 0.1": ("--model.code_noise", "0.1"),
     "label smoothing 0.1": ("--model.label_smoothing", "0.1"),
     "BPE dropout 0.1": ("--data.bpe_dropout", "0.1", "--model.text_length", "24"),  # captions get longer
-    "half of the pictures shifted": ("--data.augmented", "0.5", "--data.train", f"{AUGMENTED}/train-*.tar"),
-    "half of the pictures shifted or flipped": (
+    "half of the images shifted": ("--data.augmented", "0.5", "--data.train", f"{AUGMENTED}/train-*.tar"),
+    "half of the images shifted or flipped": (
         "--data.augmented", "0.5", "--data.train", f"{FLIPPED}/train-*.tar",
     ),
     "causal captions, 1 : 7": CAUSAL,

@@ -1,13 +1,13 @@
-"""What each part of a modern small ViT buys: the plain ViT with one part exchanged at a time, all for the
-same FLOPs, and those that help together.
+"""What each part of a small modern ViT buys: the plain ViT with one part changed at a time, at equal FLOPs.
 
     python benchmarks/modern_vit.py run --images 60000 --log modern-vit.jsonl
     python benchmarks/modern_vit.py run --images 60000 --log modern-vit.jsonl --together SwiGLU "mean pooling"
     python benchmarks/modern_vit.py table modern-vit.jsonl
 
-A part that makes a step dearer gets fewer steps, one that makes it cheaper more. Muon's own products are not
-counted; minutes stand beside. The plain ViT is configs/fashion_mnist_vit.toml, on Fashion-MNIST, 10,000
-test pictures; mean and 95% interval of the seeds (Student's t).
+A part that makes a step more expensive gets fewer steps, a cheaper one more. Muon's own products are not
+counted, but minutes are shown. The plain ViT is the recipe fashion_mnist_vit, on the 10,000 test images of
+Fashion-MNIST; mean and 95% interval of the seeds (Student's t). --together measures several parts in one
+model.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def train_for(
 
 
 def show(records: list[dict[str, Any]]) -> None:
-    print("| | accuracy | against the plain ViT | pictures | minutes |\n|---|---|---|---|---|")
+    print("| | accuracy | against the plain ViT | images | minutes |\n|---|---|---|---|---|")
     plain = {r["seed"]: r["accuracy"] for r in records if r["variant"] == PLAIN}
     for name in dict.fromkeys(record["variant"] for record in records):
         own = [record for record in records if record["variant"] == name]

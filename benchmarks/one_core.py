@@ -1,14 +1,14 @@
-"""What a core gains or loses by a second task: a classifier and a generator of emoji, each alone, both on one
-core, and each begun with the other's core, all for the same training FLOPs.
+"""What a core gains or loses by a second task, at equal training FLOPs.
 
     python benchmarks/one_core.py run --images 24000 --log one-core.jsonl
     python benchmarks/one_core.py table one-core.jsonl
 
-The FLOPs are those of `--images` pictures for the generator. On one core every step trains on as many
-pictures with classes as with captions. With the other's core, half of the FLOPs go to the first task and half
-to the second. Accuracy is of the nine groups of emoji, held out by whole emoji, most of which a generator has
-seen with their captions; loss in nats per code and retrieval@1 are of the held-out combinations, most of
-which a classifier has seen as pictures, at guidance 2 and temperature 0.3. Mean and 95% interval of the seeds
+A classifier and a generator of emoji: each alone, both on one core, and each started from the other's core.
+The FLOPs are those of `--images` images for the generator. On one core, every step trains on as many images
+with classes as with captions. With the other's core, half of the FLOPs go to the first task and half to the
+second. Accuracy is over the nine groups of emoji, held out by whole emoji, most of which a generator has
+seen with their captions. Loss in nats per code and retrieval@1 are of the held-out combinations, most of
+which a classifier has seen, at guidance 2 and temperature 0.3. Mean and 95% interval of the seeds
 (Student's t).
 """
 

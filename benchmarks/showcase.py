@@ -1,11 +1,10 @@
-"""The picture that the README opens with: emoji drawn from captions, marked where a caption's combination was
-held out of training.
+"""The image at the top of the README: emoji drawn from captions, marked if the combination was held out.
 
     python benchmarks/showcase.py generators/emoji data/emoji assets/emoji.png
 
-Every row is four pictures of one caption, by seeds 0 to 3 and the generator's own settings; the first
-column is the real emoji. Nothing is chosen but the captions. Japanese letters need a font of the system that
-has them (matplotlib-fontja brings one).
+Each row has four images of one caption, with seeds 0 to 3 and the generator's own settings; the first column
+is the real emoji. Only the captions are chosen. Japanese letters need a system font that has them
+(matplotlib-fontja brings one).
 """
 
 import argparse
@@ -26,7 +25,7 @@ SHOWN = (
     "office worker medium skin tone",
 )  # fmt: skip
 NUM_IMAGES = 4
-UNSEEN = "combinations"
+HELD_OUT = "combinations"
 
 
 def main() -> None:
@@ -40,19 +39,19 @@ def main() -> None:
     check_grid_file(options.out)
     generator = Generator.from_pretrained(options.generator)
     found = {}
-    for split in ("train", UNSEEN):
-        pictures = read_split(options.data, split, PixelsSample(generator.size))["pixels"]
+    for split in ("train", HELD_OUT):
+        images = read_split(options.data, split, PixelsSample(generator.size))["pixels"]
         for language in LANGUAGES:
             captions = read_split(options.data, split, CaptionSample([language]))["captions"]
-            for caption, pixels in zip(captions, pictures, strict=True):
-                found[caption] = (pixels, split == UNSEEN)
+            for caption, pixels in zip(captions, images, strict=True):
+                found[caption] = (pixels, split == HELD_OUT)
     rows, labels = [], []
     for caption in SHOWN:
         if caption not in found:
             raise UserError(f"{options.data} has no {caption!r}")
-        pixels, is_unseen = found[caption]
+        pixels, is_held_out = found[caption]
         rows.append([*images_from_pixels(pixels.unsqueeze(0)), *generator.generate([caption], NUM_IMAGES)])
-        labels.append(caption + (" · NEVER SEEN" if is_unseen else ""))
+        labels.append(caption + (" · NEVER SEEN" if is_held_out else ""))
     half = (len(rows) + 1) // 2
     headings = ["caption", "real", "drawn"]
     sheets = [labelled_grid(rows[part], labels[part], headings) for part in (slice(half), slice(half, None))]

@@ -1,11 +1,10 @@
-"""How fast training and sampling are: images a second, and the share of this machine's matrix-product
-ceiling.
+"""How fast training and drawing are, in images per second and as a share of this machine's ceiling.
 
     python benchmarks/speed.py
 
-Training: a whole optimizer step (loss, backward, clipping, AdamW) in bfloat16 on random batches. The share
-counts the FLOPs of products and convolutions. Sampling: one image after another, and 64 at once, from the
-demo's generator with cached decoding.
+Training: a whole optimizer step (loss, backward, clipping, AdamW) in bfloat16 on random batches. The
+ceiling is what large matrix products reach; the share counts the FLOPs of products and convolutions.
+Drawing: one image after another, and 64 at once, with the demo's generator and cached decoding.
 """
 
 import statistics

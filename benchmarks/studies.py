@@ -1,4 +1,4 @@
-"""What studies share: runs of the pipelines' scripts, their FLOPs, logs and intervals."""
+"""What the studies share: running recipes, counting their FLOPs, logs and intervals."""
 
 import argparse
 import functools
@@ -27,11 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # 97.5% quantile of Student's t by the number of figures
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 PLAIN_KERNEL = ("--model.core.attention_kernel", "plain")  # whose products are seen by the counter
-PICTURES = 8  # of a batch whose FLOPs are counted
+IMAGES = 8  # in a batch whose FLOPs are counted
 
 
 def call(script: str, *arguments: Any) -> None:
-    """Runs a script of the checkout to its end; raises UserError with what it said if it fails."""
+    """Runs a script of the checkout to its end. Raises UserError with its output if it fails."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     environment = {"GOMP_SPINCOUNT": "10000", **os.environ}  # benchmarks/busy_cores.py
     done = subprocess.run(
@@ -42,8 +42,8 @@ def call(script: str, *arguments: Any) -> None:
 
 
 def train(script: str, config: Path, out: Path, steps: int, *settings: Any) -> dict[str, Any]:
-    """Trains `out`, or goes on with it, evaluated at its end alone; returns what metrics.jsonl says then.
-    Raises UserError where `out` has been trained by other settings."""
+    """Trains the run `out`, or continues it, and evaluates it at its end only; returns the held-out figures.
+    Raises UserError if `out` was trained with other settings."""
     settings = (
         "--output", out, "--train.steps", steps, "--train.evaluate_every", steps,
         "--train.checkpoint_every", steps, "--optimizer.warmup_steps", max(1, steps // 20), *settings,
@@ -54,7 +54,7 @@ def train(script: str, config: Path, out: Path, steps: int, *settings: Any) -> d
         call(script, config, *settings, *(("--resume",) if out.is_dir() else ()))
         found = last_figures(out, steps)
     if found is None:
-        raise UserError(f"{out} was not evaluated at step {steps}; it may be of another length: remove it")
+        raise UserError(f"{out} was not evaluated at step {steps}; it may have another length: remove it")
     return found
 
 
@@ -72,20 +72,20 @@ def check_settings(config: Path, out: Path, settings: Sequence[Any]) -> None:
 
 
 def last_figures(run: Path, steps: int) -> dict[str, Any] | None:
-    """The held-out figures of a run at its last step; None where it is not there yet."""
+    """The held-out figures of a run at its last step; None if it has not got there."""
     records = [r for r in read_log(run / "metrics.jsonl") if r["kind"] == "held_out" and r["step"] == steps]
     return records[-1] if records else None
 
 
 @functools.cache
 def flops_of(script: str, config: Path, settings: tuple[str, ...] = ()) -> float:
-    """FLOPs of training on one picture, forward and backward, by the objective of a recipe."""
+    """FLOPs of training on one image, forward and backward, by the objective of a recipe."""
     _, given = split_settings([*settings, *PLAIN_KERNEL])
     recipe = resolve(config, given).recipe
     build = getattr(load_script(script), "build_objective", lambda recipe: build_model(recipe.model))
     objective = build(recipe)
     batch = random_batch(recipe.model)
-    return count_flops(lambda: objective.loss(batch)[0].backward()) / PICTURES
+    return count_flops(lambda: objective.loss(batch)[0].backward()) / IMAGES
 
 
 def random_batch(config: ClassifierConfig | GeneratorConfig | JointConfig) -> dict[str, torch.Tensor]:
@@ -93,11 +93,11 @@ def random_batch(config: ClassifierConfig | GeneratorConfig | JointConfig) -> di
         return {**random_batch(config.classifier), **random_batch(config.generator)}
     if isinstance(config, GeneratorConfig):
         return {
-            "caption_ids": torch.ones(PICTURES, config.text_length, dtype=torch.long),
-            "codes": torch.zeros(PICTURES, config.num_codes, dtype=torch.long),
+            "caption_ids": torch.ones(IMAGES, config.text_length, dtype=torch.long),
+            "codes": torch.zeros(IMAGES, config.num_codes, dtype=torch.long),
         }
-    pixels = torch.randn(PICTURES, config.channels, *config.height_width)
-    return {"pixels": pixels, "other_pixels": pixels, "labels": torch.zeros(PICTURES, dtype=torch.long)}
+    pixels = torch.randn(IMAGES, config.channels, *config.height_width)
+    return {"pixels": pixels, "other_pixels": pixels, "labels": torch.zeros(IMAGES, dtype=torch.long)}
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -120,7 +120,7 @@ def write_log(path: Path, record: dict[str, Any]) -> None:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half of its 95% interval; NaN where there are too few values for it."""
+    """Mean and half of its 95% interval; NaN for too few values."""
     if not values:
         return float("nan"), float("nan")
     if len(values) == 1:
@@ -130,7 +130,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def cell(values: Sequence[float], digits: int, sign: str = "") -> str:
-    """`79.6 ± 0.4` for a table, with the `sign` "+" for gains; the mean alone where there is no interval."""
+    """`79.6 ± 0.4` for a table, with the `sign` "+" for gains; the mean alone without an interval."""
     mean, half = interval(values)
     if mean != mean:
         return ""
@@ -148,19 +148,19 @@ def run_study(
     variants: Collection[str] = (),
     extend: Callable[[argparse.ArgumentParser], None] = lambda run: None,
 ) -> None:
-    """The command line `run`, which measures, and `table LOG`, which shows the figures of each budget.
+    """The command line `run`, which measures, and `table LOG`, which prints the figures of each budget.
 
     Args:
         usage: the script's docstring.
-        name: of the log and of the folder of runs, where none are given.
-        images, of: how many pictures a budget is of by default, and of what.
-        variants: the names among which `run --only` chooses, if there are such.
+        name: of the log and of the folder of runs, by default.
+        images, of: the default budget in images, and of which model.
+        variants: the names that `run --only` chooses from.
         extend: adds further options to `run`.
     """
     parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
-    run.add_argument("--images", type=int, default=images, help=f"pictures that {of} trains on")
+    run.add_argument("--images", type=int, default=images, help=f"images that {of} trains on")
     run.add_argument("--seeds", type=int, default=seeds)
     if variants:
         run.add_argument("--only", nargs="+", choices=variants, default=[*variants], metavar="VARIANT")
@@ -173,10 +173,10 @@ def run_study(
         measure(options)
         return
     if not (records := read_log(options.log)):
-        raise UserError("the log holds no figures yet")
+        raise UserError(f"{options.log} holds no figures yet")
     for budget in dict.fromkeys(record["images"] for record in records):
         own = [record for record in records if record["images"] == budget]
-        print(f"\n{own[0]['flops'] / 1e12:.3g} TFLOP a figure (of {budget:,} pictures)\n")
+        print(f"\n{own[0]['flops'] / 1e12:.3g} TFLOP a figure (of {budget:,} images)\n")
         show(own)
 
 
