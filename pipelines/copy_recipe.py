@@ -26,7 +26,11 @@ def main(
     if file.exists():
         raise UserError(f"{file} already exists: choose another name")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(shipped[name].read_text(encoding="utf-8"), encoding="utf-8")
+    try:
+        file.write_text(shipped[name].read_text(encoding="utf-8"), encoding="utf-8")
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise UserError(f"{file} cannot be written: {error.strerror}") from None
     print(f"{file} written; train it with: mmvit train {file}")
 
 

@@ -158,3 +158,22 @@ def test_config_toml_holds_every_kind_of_value(tmp_path):
     run.open(resume=False)
     run.write_config(recipe)
     assert build_config(Outer, read_toml(recipe.output / "config.toml"), "run") == recipe
+
+
+def test_a_full_disk_names_the_file_and_leaves_none_half_written(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "run")
+    run.open(resume=False)
+
+    def full(*arguments, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"config\.toml cannot be written: No space left"):
+        run.write_config(Recipe(task="any", output=run.path))
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: No space left"):
+        run.rewind(0)
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: No space left"):
+        run.write_metrics({"step": 1})
+    monkeypatch.undo()
+    assert not {path.name for path in run.path.iterdir()} - {".lock"}

@@ -11,6 +11,7 @@ from typing import Any
 
 from mmvit.config import Config, to_toml
 from mmvit.errors import UserError
+from mmvit.hub import whole_file
 
 try:
     import fcntl
@@ -125,18 +126,21 @@ class RunFolder:
 
     def write_config(self, recipe: Config) -> None:
         """Writes the resolved recipe, config.toml."""
-        (self.path / CONFIG).write_text(to_toml(recipe.model_dump(mode="json")), encoding="utf-8")
+        with whole_file(self.path / CONFIG) as partial:
+            partial.write_text(to_toml(recipe.model_dump(mode="json")), encoding="utf-8")
 
     def rewind(self, step: int) -> None:
         """Drops the lines of metrics.jsonl that were written after `step`, and those that are no records."""
         records = [record for record in self.read_metrics() if record["step"] <= step]
-        partial = self.metrics.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        partial.replace(self.metrics)
+        with whole_file(self.metrics) as partial:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
     def write_metrics(self, record: dict[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # which names no file where the disk is full
+            raise UserError(f"{self.metrics} cannot be written: {error.strerror}") from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl: `kind` is "train" or "held_out", `step` the optimizer step. Damaged
