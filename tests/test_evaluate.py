@@ -178,7 +178,7 @@ def test_a_damaged_shard_is_counted_and_not_measured(
     assert {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()} == before
     within = damaged / "codes"
     ran = run_script("pipelines/encode_images.py", tiny_shards, within, *settings)
-    refused(ran, f"error: {within}", "Not a directory")
+    refused(ran, f"the folder {within}: ", "Not a directory")
 
 
 def test_copies_of_training_images_are_counted(generator_run, tiny_shards):
