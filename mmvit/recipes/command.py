@@ -95,7 +95,7 @@ class CommandLine(NamedTuple):
             kind = recipe_class(read_toml(path).get("task", task), str(path))
             print("\n".join(describe_settings(kind)))
         elif self.dry_run:
-            print_plan(source, settings, self.resume)
+            print_plan(source, settings, self.resume, task)
         else:
             recipe, notes = resolve(source, settings, resume=self.resume, task=task)
             run_recipe(recipe, notes, self.resume, self.deepspeed, train_session)

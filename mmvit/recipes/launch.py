@@ -74,12 +74,12 @@ def find_deepspeed(path: str | Path) -> Path:
     return named if named.is_file() else find(path)
 
 
-def print_plan(source: str, settings: Mapping[str, Any], resume: bool) -> None:
+def print_plan(source: str, settings: Mapping[str, Any], resume: bool, task: str | None) -> None:
     """Prints the resolved recipe, and what training would cost."""
     try:
-        recipe, notes = resolve(source, settings, resume=resume)
+        recipe, notes = resolve(source, settings, resume=resume, task=task)
     except UserError as error:
-        recipe, notes = resolve(source, settings, resume=resume, read_data=False)
+        recipe, notes = resolve(source, settings, resume=resume, read_data=False, task=task)
         if has_data(recipe):  # then something else is wrong
             raise
         notes.append(f"classes, vocabulary and grid are defaults, because the data cannot be read: {error}")
