@@ -1,0 +1,270 @@
+"""Stopping and going on: signals, checkpoints, an uninterrupted run's equal, and what is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from training_runs import ALONE, MODEL, Repeat, comparable_metrics, new_session, terminate_at, train_on_shards
+
+from mmvit.config import read_toml
+from mmvit.errors import UserError
+from mmvit.hub import read_weights
+from mmvit.models.classifier import Classifier
+from mmvit.training import RunFolder, train
+from mmvit.training.checkpoint import Checkpoints, read_state
+from mmvit.training.interruption import Interruption
+from mmvit.training.resume import Progress, changed_settings, check_same_model
+
+
+def test_terminated_and_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny_shards, assert_same_state):
+    whole = new_session(tmp_path / "whole")
+    train_on_shards(whole, tiny_shards)
+
+    first = new_session(tmp_path / "cut")
+    with pytest.raises(SystemExit) as stopped:
+        train_on_shards(first, tiny_shards, terminate_at(7))
+    assert stopped.value.code == 143
+    assert [folder.name for folder in first.run.checkpoints.iterdir()] == ["step-00000007"]
+    again = new_session(tmp_path / "cut", resume=True)
+    train_on_shards(again, tiny_shards)
+
+    final = "checkpoints/step-00000012"
+    for name in ("model.safetensors", "average.safetensors"):
+        assert_same_state(
+            read_weights(whole.run.path / final / name), read_weights(again.run.path / final / name)
+        )
+    for name in ("optimizer.pt", "training.pt"):
+        assert_same_state(
+            read_state(whole.run.path / final / name), read_state(again.run.path / final / name)
+        )
+    assert comparable_metrics(whole.run) == comparable_metrics(again.run)
+    for name in ("best/model.safetensors", "last/model.safetensors"):
+        assert_same_state(read_weights(whole.run.path / name), read_weights(again.run.path / name))
+
+
+def test_an_older_checkpoint_with_an_empty_parameter_goes_on(tmp_path, tiny_shards, assert_same_state):
+    """Positions without prefix tokens used to have a `prefix_table` of no rows, in weights and optimizer."""
+    config = MODEL.model_copy(update={"pooling": "mean", "positions": "learned_2d"})
+
+    def run(folder: str, steps: int, older: bool = False, **settings) -> Path:
+        model = Classifier(config)
+        if older:
+            model.positions.prefix_table = nn.Parameter(torch.empty(0, 16))
+        session = new_session(tmp_path / folder, model=config, steps=steps, **settings)
+        train_on_shards(session, tiny_shards, model=model)
+        return session.run.checkpoints / f"step-{steps:08d}"
+
+    schedule = {"evaluate_every": 100, "log_every": 100, "clip_norm": 0}  # a norm sums in other places
+    torch.manual_seed(0)
+    older = run("cut", 4, older=True, **schedule)
+    assert read_weights(older / "model.safetensors")["positions.prefix_table"].shape == (0, 16)
+    Classifier.from_pretrained(tmp_path / "cut" / "last")
+    Classifier(config).load_state_dict(read_weights(older / "model.safetensors"))
+    again = run("cut", 8, resume=True, **schedule)
+    torch.manual_seed(0)
+    run("whole", 4, **schedule)
+    whole = run("whole", 8, resume=True, **schedule)
+    for name in ("model.safetensors", "average.safetensors"):
+        assert "positions.prefix_table" not in read_weights(again / name)
+        assert_same_state(read_weights(again / name), read_weights(whole / name))
+    assert_same_state(read_state(again / "optimizer.pt"), read_state(whole / "optimizer.pt"))
+
+
+def test_a_dropped_tail_of_metrics_is_not_logged_twice(tmp_path, tiny_shards):
+    session = new_session(tmp_path / "run", checkpoint_every=6, log_every=1)
+    with pytest.raises(ZeroDivisionError):  # dies two steps after the checkpoint
+        train_on_shards(session, tiny_shards, lambda n, batch: 1 // (n - 9))
+    with session.run.metrics.open("a") as file:
+        file.write('{"kind": "train", "step": 8, "lo')  # killed while it wrote a line
+    train_on_shards(new_session(tmp_path / "run", resume=True, checkpoint_every=6, log_every=1), tiny_shards)
+    steps = [record["step"] for record in session.run.read_metrics() if record["kind"] == "train"]
+    assert steps == list(range(1, 13))
+
+
+def test_run_that_died_before_its_first_checkpoint_starts_over(tmp_path, tiny_shards):
+    session = new_session(tmp_path / "run", log_every=1)
+    with pytest.raises(ZeroDivisionError):
+        train_on_shards(session, tiny_shards, lambda n, batch: 1 // (n - 3))
+    train_on_shards(new_session(tmp_path / "run", resume=True, log_every=1), tiny_shards)
+    steps = [record["step"] for record in session.run.read_metrics() if record["kind"] == "train"]
+    assert steps == list(range(1, 13))
+
+
+@pytest.mark.parametrize("left", ["last", "metrics.jsonl"])
+def test_a_run_whose_checkpoints_are_gone_is_not_started_over(tmp_path, tiny_shards, left):
+    session = new_session(tmp_path / "run", steps=4, checkpoint_every=2, log_every=1)
+    train_on_shards(session, tiny_shards)
+    before = session.run.metrics.read_text()
+    shutil.rmtree(session.run.checkpoints)
+    if left == "metrics.jsonl":
+        shutil.rmtree(session.run.last)
+    expected = (
+        r"nothing to resume: .*/run was trained to step 4, but there are no checkpoints in .*/checkpoints;"
+    )
+    with pytest.raises(UserError, match=expected):
+        train_on_shards(new_session(tmp_path / "run", resume=True), tiny_shards)
+    assert session.run.metrics.read_text() == before
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, tiny_shards, capsys):
+    session, before = new_session(tmp_path / "run"), signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stopped:
+        train_on_shards(session, tiny_shards, terminate_at(3, signal.SIGINT))
+    assert stopped.value.code == 130
+    assert "SIGINT: saved at step 3; add --resume to the command to continue" in capsys.readouterr().out
+    assert (session.run.last / "model.safetensors").is_file()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_second_ctrl_c_leaves_at_once_but_a_launchers_echo_does_not(monkeypatch):
+    seconds = iter([100.0, 100.1, 104.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.signal == signal.SIGINT
+        with pytest.raises(SystemExit, match="130"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_the_whole_process_group_saves(tmp_path, tiny_shards, number):
+    """As a scheduler ends a job, or a terminal: the data workers get the signal, too."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys; from pathlib import Path\n"
+        "sys.path.insert(0, sys.argv[1]); import training_runs as tests\n"
+        "session = tests.new_session(Path(sys.argv[2]), steps=100_000, num_workers=2)\n"
+        "tests.train_on_shards(session, Path(sys.argv[3]), lambda n, batch: print(n, flush=True))\n"
+    )
+    folder = Path(__file__).parent
+    process = subprocess.Popen(
+        [sys.executable, script, folder, tmp_path / "run", tiny_shards],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    for line in process.stdout:
+        if line.strip() == "20":
+            os.killpg(process.pid, number)
+    assert process.wait(60) == 128 + number
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+    assert RunFolder(tmp_path / "run").read_metrics()[-1]["step"] >= 15
+
+
+def test_nothing_left_to_train_still_completes_last(tmp_path, tiny_shards, assert_same_state):
+    """A run killed after its last checkpoint has no last/ of it."""
+    session = new_session(tmp_path / "run", steps=2)
+    train_on_shards(session, tiny_shards)
+    expected = read_weights(session.run.last / "model.safetensors")
+    shutil.rmtree(session.run.last)
+    train_on_shards(new_session(tmp_path / "run", resume=True, steps=2), tiny_shards)
+    assert_same_state(read_weights(session.run.last / "model.safetensors"), expected)
+
+
+def test_a_finished_run_takes_other_settings_but_no_fewer_steps(tmp_path, tiny_shards, capsys):
+    session = new_session(tmp_path / "run", steps=2)
+    train_on_shards(session, tiny_shards)
+
+    def resumed(**settings) -> dict:
+        train_on_shards(new_session(tmp_path / "run", resume=True, **settings), tiny_shards)
+        return read_toml(session.run.path / "config.toml")["train"]
+
+    assert resumed(steps=2, select="last")["select"] == "last"
+    capsys.readouterr()
+    assert resumed(steps=1, select="accuracy")["steps"] == 2
+    said = capsys.readouterr().out
+    assert "the run is already at step 2 of 1; " in said
+    assert "nothing left to train" in said
+    assert "config.toml keeps the settings of its training" in said
+
+
+def test_damaged_checkpoint_is_named(tmp_path, tiny_shards):
+    train_on_shards(new_session(tmp_path / "run", steps=2), tiny_shards)
+    folder = tmp_path / "run/checkpoints/step-00000002"
+    whole = (folder / "optimizer.pt").read_bytes()
+    (folder / "optimizer.pt").write_bytes(whole[:-100])
+    with pytest.raises(
+        UserError, match=r"step-00000002 is damaged: optimizer\.pt has \d+ bytes, not \d+; delete that folder"
+    ):
+        train_on_shards(new_session(tmp_path / "run", resume=True), tiny_shards)
+    (folder / "optimizer.pt").write_bytes(b"\0" * len(whole))
+    with pytest.raises(UserError, match=r"optimizer\.pt cannot be read"):
+        train_on_shards(new_session(tmp_path / "run", resume=True), tiny_shards)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"manifest\.json is missing"):
+        train_on_shards(new_session(tmp_path / "run", resume=True), tiny_shards)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"bytes": 5}'])
+def test_a_manifest_without_sizes_is_a_damaged_checkpoint(tmp_path, text):
+    (tmp_path / "step-00000002").mkdir()
+    (tmp_path / "step-00000002/manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"step-00000002 is damaged: manifest\.json lists no files"):
+        Checkpoints(tmp_path, 2, ALONE).latest()
+
+
+@pytest.mark.parametrize("state", [{}, [1], {"progress": {"gone": 1}, "processes": [{}]}])
+def test_a_training_state_without_its_parts_is_a_damaged_checkpoint(tmp_path, tiny_shards, state):
+    train_on_shards(new_session(tmp_path / "run", steps=2), tiny_shards)
+    folder = tmp_path / "run/checkpoints/step-00000002"
+    torch.save(state, folder / "training.pt")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["bytes"]["training.pt"] = (folder / "training.pt").stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"is damaged: training\.pt does not hold the state of a run"):
+        train_on_shards(new_session(tmp_path / "run", resume=True, steps=4), tiny_shards)
+
+
+def test_best_starts_anew_when_another_metric_chooses_it(tmp_path):
+    def run(**settings) -> RunFolder:
+        session = new_session(tmp_path / "run", **settings)
+        train(session, Classifier(MODEL), Repeat(), lambda model: {"accuracy": 0.9, "loss": 1.5})
+        return session.run
+
+    first = run(steps=1, select="accuracy")
+    before = (first.best / "model.safetensors").read_bytes()
+    again = run(steps=2, select="loss", resume=True)  # 1.5 is no better than 0.9 of another metric
+    assert (again.best / "model.safetensors").read_bytes() != before
+
+
+def test_best_of_a_checkpoint_without_the_name_of_its_metric_is_kept():
+    progress = Progress(best=0.5)
+    assert not progress.improves("accuracy", 0.4, "max")
+    assert progress.improves("accuracy", 0.6, "max")
+
+
+def test_changed_architecture_is_refused_by_key(tmp_path, tiny_shards):
+    train_on_shards(new_session(tmp_path / "run", steps=2), tiny_shards)
+    deeper = MODEL.model_copy(update={"core": MODEL.core.model_copy(update={"depth": 3})})
+    with pytest.raises(UserError, match=r"holds another model: model\.core\.depth was 2 and is now 3"):
+        train_on_shards(new_session(tmp_path / "run", resume=True, model=deeper), tiny_shards)
+
+
+def test_a_setting_that_is_newer_than_the_checkpoint_had_its_default(tmp_path, tiny_shards):
+    session = new_session(tmp_path / "run", steps=2)
+    train_on_shards(session, tiny_shards)
+    path = session.run.checkpoints / "step-00000002" / "recipe.json"
+    recipe = json.loads(path.read_text())
+    del recipe["model"]["pooling"], recipe["train"]["compile"]
+    path.write_text(json.dumps(recipe))
+    assert changed_settings(path.parent, session.recipe) == {}
+    recipe["model"]["gone"] = 1
+    path.write_text(json.dumps(recipe))
+    with pytest.raises(UserError, match=r"holds another model: .*model\.gone was 1 and is now None"):
+        check_same_model(path.parent, session.recipe)
+
+
+def test_average_cannot_be_added_on_resume(tmp_path, tiny_shards):
+    train_on_shards(new_session(tmp_path / "run", steps=2, ema_decay=0), tiny_shards)
+    with pytest.raises(UserError, match=r"no averaged weights, because train\.ema_decay was 0"):
+        train_on_shards(new_session(tmp_path / "run", resume=True), tiny_shards)
