@@ -33,12 +33,17 @@ from mmvit.places import load_script
 from mmvit.training import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST = ("test_docs.py", "test_distributed.py", "test_wheel.py")  # first, or one process would end alone
 COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads():
-    torch.set_num_threads(1)  # the shared test machine has two cores
+    torch.set_num_threads(1)  # the tests run in two processes on two cores (Makefile)
 
 
 @pytest.fixture(scope="session", autouse=True)
