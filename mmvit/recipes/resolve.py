@@ -21,8 +21,9 @@ from mmvit.config import (
 )
 from mmvit.data.shards import expand_shards
 from mmvit.errors import UserError
-from mmvit.hub import find_model_folder, in_words, read_part_description
+from mmvit.hub import find_model_folder, in_words, read_part_description, run_exports
 from mmvit.models.presets import PRESETS, preset
+from mmvit.places import find
 from mmvit.recipes.facts import Fact
 from mmvit.recipes.find import CONFIG, find_recipe, preparation
 from mmvit.recipes.tasks import recipe_class
@@ -74,7 +75,8 @@ def resolve(
         raise UserError(f'{source} has task "{values["task"]}", not "{task}": run mmvit train {source}')
     check_sections(recipe, values, given, str(path))
     check_one_architecture(given)
-    run = read_run(given.get("output", values.get("output"))) if resume else {}
+    output = given.get("output", values.get("output"))
+    run = read_run(output) if resume else {}
     notes = []
 
     begun: dict[str, Any] = {}
@@ -105,6 +107,8 @@ def resolve(
         notes += shrink_schedules(recipe, values, given)
     for key, value in given.items():
         set_by_path(values, key, value)
+    if run:
+        notes += use_tokenizers_of_run(Path(str(output)), values)
     if read_data:
         try:
             for fact in recipe.facts(values):
@@ -227,6 +231,22 @@ def use_tokenizers_of(start: str, recipe: type[Recipe], values: dict[str, Any], 
         if name not in data:
             place = dict_at(run, "data").get(name) or str(find_model_folder(str(start)) / name)
             values.setdefault("data", {})[name] = place
+
+
+def use_tokenizers_of_run(run: Path, values: dict[str, Any]) -> list[str]:
+    """Makes a run's own copies of tokenizers take the place of those that are gone from where they were;
+    returns a line about each."""
+    notes = []
+    for key, value in flatten(values).items():
+        name = key.rpartition(".")[2]
+        if name not in ("text_tokenizer", "image_tokenizer") or find(str(value)).exists():
+            continue
+        for export in run_exports(run):
+            if (own := export / name).is_dir():
+                set_by_path(values, key, str(own))
+                notes.append(f"{key}: {value} is not on this disk, so the run's own copy is used, {own}")
+                break
+    return notes
 
 
 def origin(section: type[Config], name: str) -> Any:
