@@ -34,6 +34,7 @@ from mmvit.sampling.settings import (
     GuidanceScaleOption,
     ModelOption,
     NegativeOption,
+    NumStepsOption,
     ScorerOption,
     SeedOption,
     TemperatureOption,
@@ -55,6 +56,7 @@ def main(
     temperature: TemperatureOption = None,
     top_k: TopKOption = None,
     top_p: TopPOption = None,
+    num_steps: NumStepsOption = None,
     negative: NegativeOption = "",
     candidates: CandidatesOption = 1,
     scorer: ScorerOption = None,
@@ -64,8 +66,9 @@ def main(
     original = read_image(image)
     generator = Generator.from_pretrained(model)
     settings = explicit_options(
-        guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
-    )
+        guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p,
+        num_steps=num_steps,
+    )  # fmt: skip
     settings |= {"negative": negative, "candidates": candidates}
     settings["scorer"] = CaptionScorer.from_pretrained(scorer) if scorer else None
     edited = (

@@ -36,6 +36,7 @@ from mmvit.data.images import parse_size
 from mmvit.evaluation.evaluate import Part, evaluate
 from mmvit.sampling.settings import (
     GuidanceScaleOption,
+    NumStepsOption,
     ScorerOption,
     TemperatureOption,
     TopKOption,
@@ -122,6 +123,7 @@ def main(
     temperature: TemperatureOption = None,
     top_k: TopKOption = None,
     top_p: TopPOption = None,
+    num_steps: NumStepsOption = None,
     seed: Annotated[
         int | None, Option(help="image j of a caption is drawn with seed + j (default: 0)")
     ] = None,
@@ -137,7 +139,7 @@ def main(
         size=parse_size(size) if size else None, shift=shift, mirror=mirror or None, precision=precision,
         probe=probe or None, keys=keys, seeds=seeds, captioned=captioned, clip=clip, classifier=classifier,
         classes=classes, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p,
-        seed=seed, candidates=candidates, scorer=scorer,
+        num_steps=num_steps, seed=seed, candidates=candidates, scorer=scorer,
     )  # fmt: skip
     figures = evaluate(model, data, split, part=part, out=out, **options)
     show(figures)

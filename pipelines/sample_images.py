@@ -27,6 +27,7 @@ from mmvit.sampling.settings import (
     GuidanceScaleOption,
     ModelOption,
     NegativeOption,
+    NumStepsOption,
     ScorerOption,
     SeedOption,
     TemperatureOption,
@@ -49,6 +50,7 @@ def main(
     temperature: TemperatureOption = None,
     top_k: TopKOption = None,
     top_p: TopPOption = None,
+    num_steps: NumStepsOption = None,
     negative: NegativeOption = "",
     candidates: CandidatesOption = 1,
     scorer: ScorerOption = None,
@@ -63,7 +65,7 @@ def main(
     generator = Generator.from_pretrained(model)
     settings = explicit_options(
         guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p,
-        batch_size=batch_size,
+        num_steps=num_steps, batch_size=batch_size,
     )  # fmt: skip
     how = generator.defaults.replace(settings)
     if "" in captions and 0 < how.temperature < 1:

@@ -17,7 +17,7 @@ from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
 from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.models.vqgan import VQGAN, VQGANConfig
-from mmvit.sampling.decoding import GuidedBatch, draw, filter_logits, sample_codes, uniforms
+from mmvit.sampling.decoding import GuidedBatch, decode, draw, filter_logits, sample_codes, uniforms
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import font, labelled_grid, readable, wrapped
 from mmvit.sampling.settings import SamplingSettings
@@ -114,10 +114,11 @@ def test_each_step_reads_one_token_whatever_came_before(transformer):
 
 
 def test_codes_are_reported_as_they_are_drawn(transformer):
-    reported = []
-    codes = sample_codes(transformer, CAPTIONS, [0, 1], on_step=lambda drawn: reported.append(drawn.clone()))
-    assert all(torch.equal(drawn, codes[:, :place]) for place, drawn in enumerate(reported, start=1))
-    assert len(reported) == 6
+    codes, places = sample_codes(transformer, CAPTIONS, [0, 1]), torch.arange(6)
+    for place, (drawn, known) in enumerate(decode(transformer, CAPTIONS, [0, 1]), start=1):
+        assert torch.equal(drawn[:, :place], codes[:, :place])
+        assert torch.equal(known, (places < place).expand(2, 6))
+    assert place == 6
 
 
 @pytest.fixture
@@ -307,8 +308,10 @@ def test_every_filter_reaches_the_codes(monkeypatch):
         return torch.zeros(len(ids), 64, dtype=torch.long)
 
     monkeypatch.setattr("mmvit.sampling.generator.sample_codes", spy)
-    settings = {"temperature": 0.5, "top_k": 7, "top_p": 0.25}
-    Generator.from_pretrained(device="cpu").draw("red apple", **settings)
+    settings = {"temperature": 0.5, "top_k": 7, "top_p": 0.25, "num_steps": 3}
+    generator = Generator.from_pretrained(device="cpu")
+    generator.transformer.config = generator.transformer.config.model_copy(update={"order": "any"})
+    generator.draw("red apple", **settings)
     assert seen == settings
     left = {*SamplingSettings.model_fields} - {*settings} - {"guidance_scale", "seed", "batch_size"}
-    assert not left, f"does {left} change how codes are drawn? Then it belongs into SamplingSettings.filters"
+    assert not left, f"does {left} change how codes are drawn? Then it belongs into SamplingSettings.decoding"

@@ -64,6 +64,42 @@ def test_a_run_leaves_captions_out_before_and_after_evaluations(encoded, run_scr
         shutil.rmtree(tmp_path / "run")
 
 
+@pytest.mark.parametrize("attention", ["full", "prefix"])
+def test_a_generator_of_any_order_is_trained_drawn_edited_and_measured(
+    encoded, tiny_shards, run_script, tmp_path, attention
+):
+    settings = ("--model.order", "any", "--model.attention", attention, "--preview.num_steps", 3)
+    run = tmp_path / "run"
+    trained = run_script(
+        "pipelines/train_caption_to_image.py", encoded / "config.toml", *SMALL, *settings, "--output", run
+    )
+    assert trained.returncode == 0, trained.stderr
+    generator = Generator.from_pretrained(run)
+    assert generator.transformer.config.order == "any"
+    assert generator.defaults.num_steps == 3
+    drawn, captions = tmp_path / "drawn.png", tmp_path / "captions.txt"
+    captions.write_text("red square\nblue square\n")
+    with mock.patch.object(
+        GeneratorTransformer, "read_codes", autospec=True, side_effect=GeneratorTransformer.read_codes
+    ) as forwards:
+        ran = run_script(
+            "pipelines/sample_images.py", "red square", "--model", run, "--num-steps", 2, "--out", drawn
+        )
+    assert ran.returncode == 0, ran.stderr
+    assert forwards.call_count == 2
+    for arguments in (
+        ("edit_images.py", drawn, "blue square", "--model", run, "--keep", "left", "--candidates", 2,
+         "--num-steps", 2, "--out", tmp_path / "edited.png"),
+        ("evaluate.py", run, tiny_shards, "--split", "held-out", "--captioned", 2, "--num-steps", 2,
+         "--out", tmp_path / "sheet.png"),
+        ("caption_images.py", drawn, "--captions-file", captions, "--model", run),
+    ):  # fmt: skip
+        ran = run_script(f"pipelines/{arguments[0]}", *arguments[1:])
+        assert ran.returncode == 0, ran.stderr
+    assert json.loads((run / "evaluation-held-out.json").read_text())["num_steps"] == 2
+    refused(run_script("pipelines/sample_images.py", "a", "--num-steps", 3), "raster order: leave it out")
+
+
 def test_a_changed_architecture_cannot_resume(generator_run, encoded, run_script):
     ran = run_script(
         "pipelines/train_caption_to_image.py",

@@ -17,13 +17,18 @@ def causal(length: int, device: torch.device | None = None) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
-def prefix(length: int, prefix_length: int, device: torch.device | None = None) -> Tensor:
-    """The first `prefix_length` tokens see each other in both directions, the others are causal (T5's
-    prefix LM, 1910.10683)."""
+def prefix(
+    length: int, prefix_length: int, device: torch.device | None = None, is_causal: bool = True
+) -> Tensor:
+    """The first `prefix_length` tokens see each other in both directions, and nothing after them. The others
+    see the prefix and those before them (T5's prefix LM, 1910.10683), or each other, too, if not
+    `is_causal`."""
     if not 0 <= prefix_length <= length:
         raise ValueError(f"expected a prefix_length of 0 to {length}, got {prefix_length}")
     mask = causal(length, device)
     mask[:prefix_length, :prefix_length] = True
+    if not is_causal:
+        mask[prefix_length:, prefix_length:] = True
     return mask
 
 

@@ -62,6 +62,7 @@ def evaluate_generator(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    num_steps: int | None = None,
     seed: int = 0,
     candidates: int = 1,
     scorer: str | Path | None = None,
@@ -77,7 +78,7 @@ def evaluate_generator(
             as "en,de" or a list.
         train: the split that the generator was trained on, searched for copies.
         classes: shards with the classes of the same images, for `classifier`; `data` by default.
-        guidance_scale, temperature, top_k, top_p: by default those that the model's folder names.
+        guidance_scale, temperature, top_k, top_p, num_steps: by default those that the model's folder names.
 
     Raises:
         UserError: for figures that the data do not allow.
@@ -112,7 +113,12 @@ def evaluate_generator(
     held_out = held_out_in(first)
     how = generator.defaults.replace(
         explicit_options(
-            guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            num_steps=num_steps,
+            seed=seed,
         )
     )
     settings = how.model_dump(include={*SAVED_FIELDS, "seed"})

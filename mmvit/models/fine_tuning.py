@@ -73,12 +73,16 @@ def describe_changes(source: ClassifierConfig, config: ClassifierConfig) -> str:
 
 
 def continued(source: GeneratorTransformer, config: GeneratorConfig) -> GeneratorTransformer:
-    """A generator of `config` with all the weights of `source`.
+    """A generator of `config` with all the weights of `source`. One of raster order may go on in any order,
+    with a new mask token.
 
     Raises:
         UserError: when `config` differs from that of `source` in settings that determine the weights.
     """
-    refuse_differences(source.config, config)
+    before = source.config
+    if (before.order, config.order) == ("raster", "any"):
+        before = before.model_copy(update={"order": "any", "attention": config.attention})
+    refuse_differences(before, config)
     if bool(config.text_loss_weight) != bool(source.config.text_loss_weight):
         raise UserError(
             "the trained weights are of another model: they have text_loss_weight = "
@@ -86,7 +90,7 @@ def continued(source: GeneratorTransformer, config: GeneratorConfig) -> Generato
             "whose weight is not 0 has a head for captions"
         )
     model = GeneratorTransformer(config)
-    model.load_state_dict(source.state_dict())
+    model.load_state_dict({**model.state_dict(), **source.state_dict()})
     return model
 
 

@@ -1,5 +1,6 @@
-"""A DALL·E-style generator: caption tokens and image codes in one sequence, each predicted from those before
-it (2102.12092)."""
+"""A generator of image codes from captions, both in one sequence: in raster order, each code predicted from
+those before it (DALL·E, 2102.12092), or in any order, hidden codes predicted from all others (MaskGIT,
+2202.04200)."""
 
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from mmvit.core.masks import Sparse, prefix, sparse_causal
 from mmvit.core.positions import PositionKind, Positions
 from mmvit.core.transformer import Transformer, TransformerConfig
 from mmvit.hub import Pretrained
+from mmvit.models.hidden_codes import hidden_loss, hide_by_codes, hide_for_training
 
 PAD = 0  # the text tokenizer's padding id; a caption of padding alone is the unconditional one
 
@@ -22,13 +24,21 @@ PAD = 0  # the text tokenizer's padding id; a caption of padding alone is the un
 class GeneratorConfig(Config):
     """A generator of `grid` = (rows, columns) image codes from captions of up to `text_length` tokens.
 
-    `attention` has three kinds:
+    `order` is how codes are predicted:
+
+    - `raster`: each from the caption and the codes before it.
+    - `any`: any set of codes from the caption and any set of others, so that an image takes a few forwards
+      instead of one per code. Training hides random codes behind a mask token.
+
+    `attention` has four kinds:
 
     - `prefix`: caption tokens see each other in both directions. They cannot be predicted then, so
-      `text_loss_weight` must be 0.
-    - `causal` over the whole sequence.
-    - `dalle`: codes see the caption, and each other as in DALL·E's layers: by row, by column, and by
-      convolution in the last layer.
+      `text_loss_weight` must be 0. Codes see the caption and, in raster order, the codes before them; in any
+      order all codes. Captions do not see codes, so that they are read once per image.
+    - `full`, for any order: every token sees every other, as in a classifier.
+    - `causal` over the whole sequence, for raster order.
+    - `dalle`, for raster order: codes see the caption, and each other as in DALL·E's layers: by row, by
+      column, and by convolution in the last layer.
 
     The defaults, with SwiGLU and some dropout, were chosen by benchmarks/modern_generator.py. DALL·E weights
     the losses of caption and codes 1 : 7.
@@ -38,7 +48,8 @@ class GeneratorConfig(Config):
     text_length: int = Field(32, gt=0, json_schema_extra=OF_TRAINING)
     codebook_size: int = Field(1024, gt=1, json_schema_extra=FROM_DATA)
     grid: tuple[int, int] = Field((8, 8), json_schema_extra=FROM_DATA)
-    attention: Literal["causal", "prefix", "dalle"] = "prefix"
+    order: Literal["raster", "any"] = "raster"
+    attention: Literal["causal", "prefix", "dalle", "full"] = "prefix"
     convolution: int = Field(
         11, gt=0, description="side of the square of codes seen in the last layer of `dalle`"
     )
@@ -56,11 +67,22 @@ class GeneratorConfig(Config):
         return (self.text_loss_weight * text_loss + self.image_loss_weight * image_loss) / total
 
     @model_validator(mode="after")
-    def _prefix_captions_are_not_predicted(self):
-        if self.attention == "prefix" and self.text_loss_weight > 0:
+    def _attention_fits_the_order(self):
+        fitting = ("full", "prefix") if self.order == "any" else ("prefix", "causal", "dalle")
+        if self.attention not in fitting:
+            choices = " or ".join(repr(kind) for kind in fitting)
             raise ValueError(
-                "with attention = 'prefix' the caption sees itself and cannot be predicted: set "
-                "text_loss_weight = 0, or attention = 'causal'"
+                f"order = {self.order!r} needs attention = {choices}, got attention = {self.attention!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prefix_captions_are_not_predicted(self):
+        if self.attention in ("prefix", "full") and self.text_loss_weight > 0:
+            advice = ", or attention = 'causal'" if self.order == "raster" else ""
+            raise ValueError(
+                f"with attention = {self.attention!r} the caption sees itself and cannot be predicted: set "
+                f"text_loss_weight = 0{advice}"
             )
         return self
 
@@ -86,8 +108,8 @@ class GeneratorTransformer(Pretrained, nn.Module):
     images.
 
     The sequence is a start vector, `text_length` caption tokens, then the image codes. As in DALL·E, padding
-    has a different embedding at every place, so captions need no mask. The logits of the first image code
-    come from the caption's last place.
+    has a different embedding at every place, so captions need no mask. In raster order the logits of the
+    first image code come from the caption's last place; in any order those of a code come from its own.
     """
 
     config_class, kind = GeneratorConfig, "generator"
@@ -101,6 +123,7 @@ class GeneratorTransformer(Pretrained, nn.Module):
         self.text_embedding = nn.Embedding(config.vocab_size, width)
         self.padding = nn.Parameter(torch.empty(config.text_length, width))
         self.code_embedding = nn.Embedding(config.codebook_size, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if config.order == "any" else None
         self.positions = Positions(
             config.positions, width, config.core.head_dim, self.prefix_length, config.grid
         )
@@ -114,6 +137,8 @@ class GeneratorTransformer(Pretrained, nn.Module):
         self.text_head = nn.Linear(width, config.vocab_size) if config.text_loss_weight else None
         for table in (self.start, self.padding, self.text_embedding.weight, self.code_embedding.weight):
             nn.init.normal_(table, std=0.02)
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
         for head in (self.image_head, self.text_head):
             if head is not None:
                 nn.init.zeros_(head.weight)
@@ -168,35 +193,45 @@ class GeneratorTransformer(Pretrained, nn.Module):
         tokens = torch.where(is_padding, self.padding, self.text_embedding(caption_ids))
         return torch.cat([self.start.expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
+    def embed_codes(self, codes: Tensor, hidden: Tensor) -> Tensor:
+        """codes (batch, places) → (batch, places, width), with the mask token where they are `hidden`."""
+        return torch.where(hidden.unsqueeze(-1), self.mask_token, self.code_embedding(codes))
+
     def run_core(self, x: Tensor, start: int = 0, cache: KeyValueCache | None = None) -> Tensor:
         """The core's output for embedded tokens x (batch, tokens, width) at places `start`... of the
         sequence."""
-        end = start + x.shape[1]
+        config, end = self.config, start + x.shape[1]
         x = self.dropout(self.positions.add(x, start))
-        mask, is_causal = None, False  # a token after the first pass sees all that is in the cache
+        mask, is_causal = None, False  # tokens after the first pass see all that is in the cache
         if self.layer_kinds:
             masks = {kind: getattr(self, f"{kind}_mask")[start:end, :end] for kind in {*self.layer_kinds}}
             mask = [masks[kind] for kind in self.layer_kinds]
-        elif not start and self.config.attention == "causal":
+        elif not start and config.attention == "causal":
             is_causal = True
-        elif not start:
-            mask = prefix(end, self.prefix_length, x.device)
+        elif not start and config.attention == "prefix":
+            mask = prefix(end, self.prefix_length, x.device, is_causal=config.order == "raster")
         positions = self.positions.in_layers(start, x.shape[1])
         return self.core(x, mask, is_causal, positions, cache)
 
-    def forward(self, caption_ids: Tensor, codes: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Logits of every token given those before it.
+    def forward(
+        self, caption_ids: Tensor, codes: Tensor, hidden: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Logits of every token given those before it, or in any order of every code given those not hidden.
 
         Args:
             caption_ids: (batch, text_length).
-            codes: (batch, rows · columns) in raster order; the last one is ignored.
+            codes: (batch, rows · columns) in raster order; in that order of prediction the last is ignored.
+            hidden: for any order, boolean (batch, rows · columns), True where the model does not see a code.
 
         Returns:
             Text logits (batch, text_length, vocab_size), or None without a text loss; image logits (batch,
             codes, codebook_size).
         """
-        x = torch.cat([self.embed_captions(caption_ids), self.code_embedding(codes[:, :-1])], dim=1)
-        x = self.run_core(x)
+        captions = self.embed_captions(caption_ids)
+        if self.config.order == "any":
+            x = self.run_core(torch.cat([captions, self.embed_codes(codes, hidden)], dim=1))
+            return None, self.image_head(x[:, self.prefix_length :])
+        x = self.run_core(torch.cat([captions, self.code_embedding(codes[:, :-1])], dim=1))
         text, image = x[:, : self.prefix_length - 1], x[:, self.prefix_length - 1 :]
         return (self.text_head(text) if self.text_head is not None else None), self.image_head(image)
 
@@ -207,7 +242,7 @@ class GeneratorTransformer(Pretrained, nn.Module):
         A caption counts up to its first padding, which ends it. In training mode, captions are dropped with
         probability `caption_dropout`, so that the model learns guidance; dropped captions are not predicted.
         With probability `code_noise`, a code that the model reads is replaced by a random one; the code that
-        it predicts stays.
+        it predicts stays. In any order, only codes that are hidden count: see `mmvit.models.hidden_codes`.
         """
         config = self.config
         caption_ids, codes = batch["caption_ids"], batch["codes"]
@@ -219,11 +254,16 @@ class GeneratorTransformer(Pretrained, nn.Module):
         if self.training and config.code_noise > 0:
             is_noise = torch.rand(codes.shape, device=codes.device) < config.code_noise
             input_codes = torch.where(is_noise, torch.randint_like(codes, config.codebook_size), codes)
-        text_logits, image_logits = self(input_captions, input_codes)
         smoothing = config.label_smoothing if self.training else 0.0
-        image_loss = F.cross_entropy(
-            image_logits.float().flatten(0, 1), codes.flatten(), label_smoothing=smoothing
-        )
+        if config.order == "any":
+            hidden = hide_for_training(*codes.shape, codes.device) if self.training else hide_by_codes(codes)
+            text_logits, image_logits = self(input_captions, input_codes, hidden)
+            image_loss = hidden_loss(image_logits, codes, hidden, smoothing, per_image=not self.training)
+        else:
+            text_logits, image_logits = self(input_captions, input_codes)
+            image_loss = F.cross_entropy(
+                image_logits.float().flatten(0, 1), codes.flatten(), label_smoothing=smoothing
+            )
         metrics = {"image_loss": image_loss.detach()}
         loss = image_loss
         if text_logits is not None:
@@ -233,7 +273,8 @@ class GeneratorTransformer(Pretrained, nn.Module):
         return loss, {"loss": loss.detach(), **metrics}
 
     def prefill(self, caption_ids: Tensor, cache: KeyValueCache) -> Tensor:
-        """Fills an empty cache with the captions; returns logits (batch, codebook_size) of the first code."""
+        """Fills an empty cache with the captions; returns logits (batch, codebook_size) of the first code in
+        raster order."""
         x = self.run_core(self.embed_captions(caption_ids), cache=cache)
         return self.image_head(x[:, -1])
 
@@ -243,10 +284,27 @@ class GeneratorTransformer(Pretrained, nn.Module):
         x = self.run_core(self.code_embedding(codes).unsqueeze(1), cache.length, cache)
         return self.image_head(x[:, -1])
 
+    def read_codes(self, codes: Tensor, hidden: Tensor, captions: "Tensor | KeyValueCache") -> Tensor:
+        """In any order, the core's output (batch, places, width) at all codes; `image_head` gives their
+        logits.
+
+        Args:
+            codes, hidden: (batch, rows · columns), as for `forward`.
+            captions: `embed_captions`, or with attention `prefix` a cache that `prefill` filled, which stays
+                as it was.
+        """
+        x = self.embed_codes(codes, hidden)
+        if isinstance(captions, Tensor):
+            return self.run_core(torch.cat([captions, x], dim=1))[:, self.prefix_length :]
+        x = self.run_core(x, self.prefix_length, captions)
+        captions.length = self.prefix_length
+        return x
+
     def new_cache(self, batch: int) -> KeyValueCache:
         """An empty cache for `batch` captions with their images, in the weights' precision."""
         weight = self.image_head.weight
-        capacity = self.prefix_length + self.config.num_codes - 1
+        unread = self.config.order == "raster"  # the last code
+        capacity = self.prefix_length + self.config.num_codes - unread
         return self.core.new_cache(batch, capacity, weight.dtype, weight.device)
 
 

@@ -4,6 +4,7 @@ a caption (2102.12092, section 2.4), or among captions of an image."""
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -18,6 +19,8 @@ from mmvit.memory import in_parts
 from mmvit.models.classification import fit_pixels
 from mmvit.models.clip import CLIP
 from mmvit.models.generator_transformer import PAD, GeneratorTransformer
+from mmvit.sampling.any_order import group_bounds
+from mmvit.sampling.decoding import default_steps, uniforms
 from mmvit.sampling.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -79,13 +82,45 @@ def log_likelihood(
 def code_likelihoods(
     model: GeneratorTransformer, caption_ids: Tensor, codes: Tensor, batch_size: int = 64
 ) -> Tensor:
-    """log p(code | codes before it, caption) in nats, (batch, rows · columns)."""
+    """log p(code | codes before it, caption) in nats, (batch, rows · columns).
+
+    A model of any order draws them in one random order, the same for all images, in `default_steps` groups of
+    codes that are independent of each other.
+    """
 
     def of_part(caption_ids: Tensor, codes: Tensor) -> Tensor:
-        logits = model(caption_ids, codes)[1].float()
-        return -F.cross_entropy(logits.transpose(1, 2), codes, reduction="none")
+        if model.config.order == "any":
+            return any_order_likelihoods(model, caption_ids, codes)
+        return likelihoods_of(model(caption_ids, codes)[1], codes)
 
     return in_parts(of_part, caption_ids, codes, size=batch_size)
+
+
+def any_order_likelihoods(
+    model: GeneratorTransformer,
+    caption_ids: Tensor,
+    codes: Tensor,
+    num_steps: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """log p(code | codes of earlier groups, caption) in nats, (batch, rows · columns), in an order drawn with
+    `seed` and in `num_steps` groups, by default `default_steps`."""
+    places = codes.shape[1]
+    order = uniforms([seed], places)[0].argsort().to(codes.device)
+    bounds = group_bounds(torch.tensor([places]), num_steps or default_steps(places))
+    captions, hidden = model.embed_captions(caption_ids), torch.ones_like(codes, dtype=torch.bool)
+    likelihoods = codes.new_empty(codes.shape, dtype=torch.float32)
+    for start, end in pairwise(bounds):
+        group = order[start:end]
+        seen = model.read_codes(codes, hidden, captions)[:, group]
+        likelihoods[:, group] = likelihoods_of(model.image_head(seen), codes[:, group])
+        hidden[:, group] = False
+    return likelihoods
+
+
+def likelihoods_of(logits: Tensor, codes: Tensor) -> Tensor:
+    """log p(code) in nats, (batch, places), of logits (batch, places, codebook_size)."""
+    return -F.cross_entropy(logits.float().transpose(1, 2), codes, reduction="none")
 
 
 @torch.inference_mode()

@@ -1,19 +1,42 @@
-"""Code after code in raster order: cached keys and values, classifier-free guidance, temperature, top-k and
-top-p, and draws that depend on each image's own seed only."""
+"""Drawing codes, one after the other in raster order or many at a time in any order: classifier-free
+guidance, temperature, top-k and top-p, and draws that depend on each image's own seed only."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmvit.models.generator_transformer import PAD, GeneratorTransformer
+from mmvit.sampling.any_order import draw_order, group_bounds
 
 ONE_THREAD_UP_TO = 2  # rows
 MIN_TEMPERATURE = 1e-6
 
 
+class PartlyDrawn(NamedTuple):
+    """Codes (batch, rows · columns), and where they are `known`, boolean of the same shape."""
+
+    codes: Tensor
+    known: Tensor
+
+
 def sample_codes(
+    model: GeneratorTransformer, caption_ids: Tensor, seeds: list[int], *how: Any, **more: Any
+) -> Tensor:
+    """Draws one image's codes for each caption, or for each mixture of captions: the last of `decode`, which
+    has the arguments.
+
+    Returns:
+        Codes (batch, rows · columns).
+    """
+    *_, (codes, _) = decode(model, caption_ids, seeds, *how, **more)
+    return codes
+
+
+def decode(
     model: GeneratorTransformer,
     caption_ids: Tensor,
     seeds: list[int],
@@ -21,12 +44,13 @@ def sample_codes(
     base_ids: Tensor | None = None,
     given: Tensor | None = None,
     *,
+    num_steps: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
-    on_step: Callable[[Tensor], None] | None = None,
-) -> Tensor:
-    """Draws one image's codes for each caption, or for each mixture of captions.
+) -> Iterator[PartlyDrawn]:
+    """Draws codes step by step; yields all that are known after each step, in tensors that the next step
+    changes.
 
     Args:
         model: in evaluation mode.
@@ -34,34 +58,94 @@ def sample_codes(
         seeds: one per image; the same seed, caption and settings give the same codes in any batch.
         guidance_scale: see `GuidedBatch`.
         base_ids: (batch, text_length), what captions are compared with instead of the empty caption.
-        given: (batch, rows · columns), codes to keep, and -1 where one is drawn. What is drawn depends on
-            earlier codes only.
+        given: (batch, rows · columns), codes to keep, and -1 where one is drawn. In raster order, what is
+            drawn depends on earlier codes only; in any order on all that are known.
+        num_steps: forwards of a model of any order, by default `default_steps`; raster order has one per
+            code.
         temperature, top_k, top_p: see `filter_logits`.
-        on_step: called after each code with the codes so far, (batch, n).
-
-    Returns:
-        Codes (batch, rows · columns).
     """
-    batch, config = len(caption_ids), model.config
-    if len(seeds) != batch:
-        raise ValueError(f"{len(seeds)} seeds for {batch} captions")
+    if len(seeds) != len(caption_ids):
+        raise ValueError(f"{len(seeds)} seeds for {len(caption_ids)} captions")
+    if given is None:
+        given = torch.full((len(seeds), model.config.num_codes), -1, device=caption_ids.device)
+    filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     prompts = GuidedBatch(caption_ids, guidance_scale, base_ids)
-    codes = torch.empty(batch, config.num_codes, dtype=torch.long, device=caption_ids.device)
-    with torch.inference_mode(), few_threads(len(prompts.ids), caption_ids.device):
-        cache = model.new_cache(len(prompts.ids))
-        numbers = uniforms(seeds, config.num_codes).to(caption_ids.device)
-        logits = model.prefill(prompts.ids, cache)
-        for place in range(config.num_codes):
-            probabilities = filter_logits(prompts.combine(logits), temperature, top_k, top_p)
-            drawn = draw(probabilities, numbers[:, place])
-            if given is not None:
-                drawn = torch.where(given[:, place] < 0, drawn, given[:, place])
-            codes[:, place] = drawn
-            if on_step is not None:
-                on_step(codes[:, : place + 1])
-            if place + 1 < config.num_codes:
-                logits = model.step(drawn.repeat(len(prompts.ids) // batch), cache)
-    return codes
+    partly = PartlyDrawn(given.clamp(min=0), given >= 0)
+    if model.config.order == "raster":
+        steps = decode_raster(model, prompts, seeds, partly, filters)
+    else:
+        steps = decode_any_order(model, prompts, seeds, partly, filters, num_steps)
+    while True:
+        with torch.inference_mode():
+            step = next(steps, None)
+        if step is None:
+            return
+        yield step
+
+
+def decode_raster(
+    model: GeneratorTransformer,
+    prompts: "GuidedBatch",
+    seeds: list[int],
+    partly: PartlyDrawn,
+    filters: dict[str, Any],
+) -> Iterator[PartlyDrawn]:
+    """One code of each image a step, with cached keys and values."""
+    codes, known = partly
+    rows, places = len(prompts.ids), codes.shape[1]
+    numbers = uniforms(seeds, places).to(codes.device)
+    cache = model.new_cache(rows)
+    for place in range(places):
+        with few_threads(rows, codes.device):
+            if place == 0:
+                logits = model.prefill(prompts.ids, cache)
+            else:
+                logits = model.step(codes[:, place - 1].repeat(rows // len(codes)), cache)
+            drawn = draw(filter_logits(prompts.combine(logits), **filters), numbers[:, place])
+            codes[:, place] = torch.where(known[:, place], codes[:, place], drawn)
+            known[:, place] = True
+        yield partly
+
+
+def decode_any_order(
+    model: GeneratorTransformer,
+    prompts: "GuidedBatch",
+    seeds: list[int],
+    partly: PartlyDrawn,
+    filters: dict[str, Any],
+    num_steps: int | None = None,
+) -> Iterator[PartlyDrawn]:
+    """A group of the codes of each image a step, independently of each other; every forward reads all codes
+    that are known. Groups grow as `group_bounds` says, each image's in an order of its own."""
+    codes, known = partly
+    rows, places = len(prompts.ids), codes.shape[1]
+    numbers = uniforms(seeds, 2 * places).to(codes.device)
+    order = draw_order(known, numbers[:, places:])
+    unknown = (~known).sum(1)
+    steps = min(num_steps or default_steps(places), max(1, int(unknown.max())))
+    captions = model.embed_captions(prompts.ids)
+    if model.config.attention == "prefix":
+        captions = model.new_cache(rows)
+        model.prefill(prompts.ids, captions)
+    repeat = rows // len(codes)
+    for start, end in pairwise(group_bounds(unknown, steps)):
+        rank = start.unsqueeze(1) + torch.arange(int((end - start).max()), device=codes.device)
+        rank = torch.minimum(rank, end.unsqueeze(1) - 1)  # images with fewer codes to draw repeat their last
+        group = order.gather(1, rank.clamp(min=0))
+        is_drawn = (end > start).unsqueeze(1)
+        seen = model.read_codes(codes.repeat(repeat, 1), ~known.repeat(repeat, 1), captions)
+        chosen = group.repeat(repeat, 1).unsqueeze(-1).expand(-1, -1, seen.shape[-1])
+        logits = prompts.combine(model.image_head(seen.gather(1, chosen)))
+        probabilities = filter_logits(logits.flatten(0, 1), **filters)
+        drawn = draw(probabilities, numbers.gather(1, group).flatten()).view_as(group)
+        codes.scatter_(1, group, torch.where(is_drawn, drawn, codes.gather(1, group)))
+        known.scatter_(1, group, is_drawn | known.gather(1, group))
+        yield partly
+
+
+def default_steps(places: int) -> int:
+    """Forwards for `places` codes: their square root, 8 for 64 and 16 for 256."""
+    return max(1, round(places**0.5))
 
 
 class GuidedBatch:
@@ -83,18 +167,18 @@ class GuidedBatch:
         self.is_guided = isinstance(scale, Tensor) or scale != 1 or captions.shape[1] > 1
         if self.is_guided:
             scales = torch.as_tensor(scale, dtype=torch.float32, device=caption_ids.device)
-            self.scales = scales.expand(captions.shape[:2]).T.unsqueeze(-1)  # (captions, batch, 1)
+            self.scales = scales.expand(captions.shape[:2]).T  # (captions, batch)
             base = torch.full_like(captions[:, 0], PAD) if base_ids is None else base_ids
             self.ids = torch.cat([self.ids, base])
 
     def combine(self, logits: Tensor) -> Tensor:
-        """Logits of `ids` (rows, codes) → the logits to draw from (batch, codes)."""
+        """Logits of `ids` (rows, ..., codes) → the logits to draw from (batch, ..., codes)."""
         if not self.is_guided:
             return logits
         *captions, base = logits.float().split(self.batch)
         total = base
-        for scale, caption in zip(self.scales, captions, strict=True):
-            total = total + scale * (caption - base)
+        for scales, caption in zip(self.scales, captions, strict=True):
+            total = total + scales.view(-1, *[1] * (base.ndim - 1)) * (caption - base)
         return total
 
 

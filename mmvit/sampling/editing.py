@@ -66,8 +66,9 @@ def complete(
 ) -> list[Image.Image]:
     """Draws images again where they are not `kept`.
 
-    Codes are drawn in raster order, each from those before it. Kept codes that come later do not guide them;
-    with `candidates`, the images that those fit best are chosen (`likelihood_of_given`).
+    A generator of any order sees all kept codes when it draws the others. One of raster order draws each code
+    from those before it, so that kept codes that come later do not guide it; with `candidates`, the images
+    that those fit best are chosen (`likelihood_of_given`).
 
     Args:
         images: RGB images, or pixels (images, 3, height, width) in [-1, 1].

@@ -168,16 +168,22 @@ class Generator:
         Args:
             negative: a caption that guidance leads away from, instead of from images in general.
             candidates: images drawn for each one returned, which are the best by `scorer`. Without a scorer
-                the model chooses: by the likelihood of `given` codes that follow drawn ones, if there are
-                any (`likelihood_of_given`), otherwise by that of the caption (`caption_evidence`).
+                the model chooses: in raster order by the likelihood of `given` codes that follow drawn ones,
+                if there are any (`likelihood_of_given`), otherwise by that of the caption
+                (`caption_evidence`).
             given: codes to keep (images, rows, columns), -1 where one is drawn; one caption for all of them,
                 or one for each.
-            settings: fields of `SamplingSettings`: guidance_scale, temperature, top_k, top_p, seed,
-                batch_size. Those left out are `defaults`.
+            settings: fields of `SamplingSettings`: guidance_scale, temperature, top_k, top_p, num_steps,
+                seed, batch_size. Those left out are `defaults`.
         """
         how, prompts = self.defaults.replace(settings), Prompts.parse(captions, negative)
         check_counts(num_images=num_images, candidates=candidates)
         config, each = self.transformer.config, num_images * candidates
+        if how.num_steps is not None and config.order == "raster":
+            raise UserError(
+                "num_steps is for generators that draw in any order; this one draws one code a step, in "
+                "raster order: leave it out"
+            )
         if given is not None:
             check_given(given, config.grid, config.codebook_size)
             prompts = prompts.for_images(len(given))
@@ -190,7 +196,7 @@ class Generator:
         )
         scale = how.guidance_scale * weights if prompts.is_weighted else how.guidance_scale
         seeds = [how.seed + j for _ in prompts.mixtures for j in range(each)]
-        sample = partial(sample_codes, self.transformer, **how.filters)
+        sample = partial(sample_codes, self.transformer, **how.decoding)
         codes = in_parts(sample, ids, seeds, scale, base, given, size=how.batch_size)
         drawn = Drawn(codes.unflatten(1, config.grid), seeds)
         return drawn if score is None else choose(drawn, prompts, num_images, score)
@@ -215,7 +221,8 @@ class Generator:
                     "CaptionScorer.from_pretrained(FOLDER)"
                 )
             return partial(self.cosines, scorer)
-        if given is not None and follows_drawn(given).any(1).all():
+        is_raster = self.transformer.config.order == "raster"
+        if is_raster and given is not None and follows_drawn(given).any(1).all():
             return partial(self.fit, given)
         if prompts.has_empty:
             raise UserError(

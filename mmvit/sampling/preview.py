@@ -19,10 +19,12 @@ class PreviewConfig(Config):
     num_images: int = Field(4, ge=1)
     guidance_scale: GuidanceScale = 1.0
     temperature: Temperature = 0.7
+    num_steps: int | None = Field(None, ge=1)
 
     @property
     def settings(self) -> SamplingSettings:
-        return SamplingSettings(guidance_scale=self.guidance_scale, temperature=self.temperature)
+        how = {name: getattr(self, name) for name in ("guidance_scale", "temperature", "num_steps")}
+        return SamplingSettings(**how)
 
 
 def check_preview(config: PreviewConfig, model: GeneratorConfig) -> None:
@@ -32,6 +34,8 @@ def check_preview(config: PreviewConfig, model: GeneratorConfig) -> None:
             f"preview.guidance_scale is {config.guidance_scale}, but with caption_dropout = 0 the model "
             "learns no guidance: set it to 1, or caption_dropout to 0.1"
         )
+    if config.num_steps is not None and model.order == "raster":
+        raise UserError('preview.num_steps needs model.order = "any": raster order has one step per code')
 
 
 def draw_preview(generator: Generator, config: PreviewConfig, path: Path) -> None:

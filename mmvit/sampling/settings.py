@@ -16,7 +16,13 @@ from mmvit.errors import UserError, did_you_mean
 from mmvit.hub import write_json
 
 FILE = "generation_config.json"  # in a generator's folder
-SAVED_FIELDS = ("guidance_scale", "temperature", "top_k", "top_p")  # settings that the file may hold
+SAVED_FIELDS = (
+    "guidance_scale",
+    "temperature",
+    "top_k",
+    "top_p",
+    "num_steps",
+)  # settings that the file may hold
 
 
 def check_guidance_scale(scale: float) -> float:
@@ -40,6 +46,8 @@ class SamplingSettings(Config):
         temperature: below 1 is more cautious; 0 always takes the likeliest code.
         top_k: draw among the k likeliest codes only; None or 0 means all.
         top_p: draw among the likeliest codes that together have this probability.
+        num_steps: forwards of the model per image, for a generator that draws in any order; None means
+            `default_steps`. More steps draw fewer codes at a time, which then fit each other better.
         seed: image j of a caption is drawn with seed + j, so it can be drawn again alone: with the same
             codes, and colours that differ by at most one level of 255, from rounding.
         batch_size: images drawn at a time; fewer when memory runs out.
@@ -51,6 +59,7 @@ class SamplingSettings(Config):
     temperature: Temperature = 1.0
     top_k: int | None = Field(None, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
+    num_steps: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=-(2**63), lt=2**63)
     batch_size: int = Field(64, ge=1)
 
@@ -63,9 +72,9 @@ class SamplingSettings(Config):
         return int(value) if isinstance(value, numbers.Integral) else float(value)
 
     @property
-    def filters(self) -> dict[str, Any]:
-        """The settings that shape the distribution of each code: the arguments of `filter_logits`."""
-        return self.model_dump(include={"temperature", "top_k", "top_p"})
+    def decoding(self) -> dict[str, Any]:
+        """The settings that are arguments of `mmvit.sampling.decoding.decode`."""
+        return self.model_dump(include={"temperature", "top_k", "top_p", "num_steps"})
 
     def replace(self, settings: Mapping[str, Any]) -> Self:
         """These settings with some replaced. Raises UserError for an unknown name or a bad value."""
@@ -110,6 +119,13 @@ TopKOption = Annotated[
 TopPOption = Annotated[
     float | None,
     Option(help="draw among the likeliest codes of this total probability (default: the model's, else 1)"),
+]
+NumStepsOption = Annotated[
+    int | None,
+    Option(
+        min=1,
+        help="forwards per image of a generator that draws in any order (default: the model's, else √codes)",
+    ),
 ]
 SeedOption = Annotated[int, Option(help="image j of a caption is drawn with seed + j")]
 CandidatesOption = Annotated[
