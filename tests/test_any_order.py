@@ -3,8 +3,10 @@
 import itertools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from mmvit.config import build_config
@@ -13,9 +15,11 @@ from mmvit.errors import UserError
 from mmvit.models.fine_tuning import continued
 from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
 from mmvit.models.hidden_codes import hidden_loss, hide_by_codes, hide_for_training
+from mmvit.models.vq import VQConfig, VQModel
 from mmvit.sampling.any_order import group_bounds
 from mmvit.sampling.candidates import any_order_likelihoods, log_likelihood
 from mmvit.sampling.decoding import decode, default_steps, draw, filter_logits, sample_codes, uniforms
+from mmvit.sampling.generator import Generator
 
 CORE = TransformerConfig(width=32, depth=2, num_heads=2)
 CAPTIONS = torch.tensor([[3, 4, 0], [5, 0, 0]])
@@ -266,3 +270,16 @@ def test_a_raster_generator_goes_on_in_any_order():
         assert torch.equal(weights[name], tensor), name
     with pytest.raises(UserError, match=r"order = 'any', the recipe 'raster'"):
         continued(any_order(), raster.config)
+
+
+def test_an_edit_keeps_the_pixels_outside_its_mask(tokenizer):
+    torch.manual_seed(0)
+    transformer = any_order(vocab_size=tokenizer.vocab_size, codebook_size=16, grid=(2, 3))
+    generator = Generator(transformer, tokenizer, VQModel(VQConfig(codebook_size=16)))
+    image = Image.effect_noise((24, 16), 80).convert("RGB")
+    kept = torch.tensor([[True, False, True], [True, True, False]])
+    for version in generator.edit(image, "pear", kept, num_images=2, guidance_scale=2):
+        changed = (np.asarray(version) != np.asarray(image)).any(-1)
+        cells = changed.reshape(2, 8, 3, 8).any((1, 3))
+        assert not cells[kept].any()
+        assert cells[~kept].all()

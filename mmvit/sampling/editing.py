@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mmvit.data.images import check_images, read_image
+from mmvit.data.images import check_images, images_from_pixels, pixels_from_images, read_image
 from mmvit.errors import UserError
 from mmvit.sampling.prompts import Prompt
 
@@ -33,6 +33,10 @@ def edit(
 ) -> list[Image.Image]:
     """Draws `num_images` versions of an image that keep a part of it.
 
+    A generator of any order sees all that stays, and its versions have the image's own pixels there (resized
+    to the generator's size), unless a share of the codes stays. In raster order they are as the image
+    tokenizer shows them.
+
     Args:
         keep: what stays: a half ("top", "bottom", "left", "right"); a share of the codes from 0 to 1, drawn
             at random for each version; a mask (Pillow image or its file) of the image's size, black where it
@@ -53,7 +57,10 @@ def edit(
         kept = kept_codes(keep, generator.transformer.config.grid, image.size)
     if kept.all():
         raise UserError("keep: the mask is mostly black for every code, so nothing would change")
-    return complete(generator, [image], kept, caption, num_images, seed=seed, **settings)
+    versions = complete(generator, [image], kept, caption, num_images, seed=seed, **settings)
+    if generator.transformer.config.order == "raster":
+        return versions
+    return [with_pixels_of(image, version, kept) for version in versions]
 
 
 def complete(
@@ -90,6 +97,13 @@ def complete(
         )
     given = codes.masked_fill(~kept.to(codes.device), -1)
     return generator.generate(captions, num_images, given=given, **settings)
+
+
+def with_pixels_of(image: Image.Image, version: Image.Image, kept: Tensor) -> Image.Image:
+    """A version of an image with the image's own pixels where codes (rows, columns) are `kept`."""
+    (own,) = images_from_pixels(pixels_from_images([image], version.height, version.width))
+    mask = Image.fromarray(np.uint8(255) * kept.cpu().numpy().astype(np.uint8))
+    return Image.composite(own, version, mask.resize(version.size, Image.Resampling.NEAREST))
 
 
 def variations(

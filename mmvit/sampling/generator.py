@@ -2,10 +2,10 @@
 folder."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from PIL import Image
@@ -15,7 +15,7 @@ from mmvit.data.captions import TextTokenizer
 from mmvit.data.images import images_from_pixels, pixels_from_images
 from mmvit.errors import UserError
 from mmvit.hub import SHIPPED, find_model_folder
-from mmvit.memory import in_parts
+from mmvit.memory import in_parts, part_of
 from mmvit.models.generator_transformer import GeneratorTransformer
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.registry import load_image_tokenizer
@@ -31,11 +31,26 @@ from mmvit.sampling.candidates import (
 from mmvit.sampling.decoding import sample_codes
 from mmvit.sampling.editing import Keep, edit
 from mmvit.sampling.prompts import Prompt, Prompts
-from mmvit.sampling.settings import SamplingSettings
+from mmvit.sampling.settings import SamplingSettings, check_counts
+from mmvit.sampling.streaming import stream_images
 
 TEXT, IMAGE = "text_tokenizer", "image_tokenizer"
 
 Images = Sequence[Image.Image] | Tensor  # pixels (images, 3, height, width) in [-1, 1]
+
+
+class Inputs(NamedTuple):
+    """The first arguments of `mmvit.sampling.decoding.decode`."""
+
+    caption_ids: Tensor
+    seeds: list[int]
+    guidance_scale: float | Tensor
+    base_ids: Tensor
+    given: Tensor | None
+
+    def part(self, images: slice) -> "Inputs":
+        """Those of some of the images."""
+        return Inputs(*(part_of(each, images) for each in self))
 
 
 class Generator:
@@ -109,13 +124,20 @@ class Generator:
         self.defaults.save(folder)
 
     def generate(
-        self, captions: Prompt | Iterable[Prompt], num_images: int = 1, **settings: Any
-    ) -> list[Image.Image]:
+        self,
+        captions: Prompt | Iterable[Prompt],
+        num_images: int = 1,
+        *,
+        stream: bool = False,
+        **settings: Any,
+    ) -> list[Image.Image] | Iterator[list[Image.Image]]:
         """Draws `num_images` images of each caption.
 
         Args:
             captions: one or several. An empty caption draws an image of anything; a long one is cut. A
                 mapping of captions to weights mixes them: each is guided by its weight.
+            stream: yields the images again and again while they are drawn, grey where nothing is yet, and
+                last as they are without it (`mmvit.sampling.streaming.stream_images`).
             settings: as for `draw`.
 
         Returns:
@@ -124,6 +146,8 @@ class Generator:
         Raises:
             UserError: for no captions, or settings outside their range.
         """
+        if stream:
+            return stream_images(self, captions, num_images, **settings)
         return self.images(self.draw(captions, num_images, **settings).codes)
 
     def generate_codes(
@@ -176,30 +200,47 @@ class Generator:
             settings: fields of `SamplingSettings`: guidance_scale, temperature, top_k, top_p, num_steps,
                 seed, batch_size. Those left out are `defaults`.
         """
-        how, prompts = self.defaults.replace(settings), Prompts.parse(captions, negative)
         check_counts(num_images=num_images, candidates=candidates)
-        config, each = self.transformer.config, num_images * candidates
+        how, prompts, inputs = self.prepare(captions, num_images * candidates, negative, given, settings)
+        score = self.score_for(prompts, candidates, scorer, inputs.given)
+        self.check_guidance(prompts, how, by_evidence=score == self.evidence)
+        sample = partial(sample_codes, self.transformer, **how.decoding)
+        codes = in_parts(sample, *inputs, size=how.batch_size)
+        drawn = Drawn(codes.unflatten(1, self.transformer.config.grid), inputs.seeds)
+        return drawn if score is None else choose(drawn, prompts, num_images, score)
+
+    def prepare(
+        self,
+        captions: Prompt | Iterable[Prompt],
+        each: int,
+        negative: str,
+        given: Tensor | None,
+        settings: Mapping[str, Any],
+    ) -> tuple[SamplingSettings, Prompts, "Inputs"]:
+        """Everything that `decode` needs for `each` images of every caption.
+
+        Raises:
+            UserError: for no captions, settings outside their range or that this generator does not have, or
+                `given` codes of another shape.
+        """
+        how, config = self.defaults.replace(settings), self.transformer.config
         if how.num_steps is not None and config.order == "raster":
             raise UserError(
                 "num_steps is for generators that draw in any order; this one draws one code a step, in "
                 "raster order: leave it out"
             )
+        prompts = Prompts.parse(captions, negative)
         if given is not None:
             check_given(given, config.grid, config.codebook_size)
             prompts = prompts.for_images(len(given))
             given = given.flatten(1).to(self.device).repeat_interleave(each, dim=0)
-        score = self.score_for(prompts, candidates, scorer, given)
-        self.check_guidance(prompts, how, by_evidence=score == self.evidence)
         ids, weights, base = (
             part.to(self.device).repeat_interleave(each, dim=0)
             for part in prompts.encode(self.text_tokenizer, config.text_length)
         )
         scale = how.guidance_scale * weights if prompts.is_weighted else how.guidance_scale
         seeds = [how.seed + j for _ in prompts.mixtures for j in range(each)]
-        sample = partial(sample_codes, self.transformer, **how.decoding)
-        codes = in_parts(sample, ids, seeds, scale, base, given, size=how.batch_size)
-        drawn = Drawn(codes.unflatten(1, config.grid), seeds)
-        return drawn if score is None else choose(drawn, prompts, num_images, score)
+        return how, prompts, Inputs(ids, seeds, scale, base, given)
 
     def score_for(
         self, prompts: Prompts, candidates: int, scorer: CaptionScorer | None, given: Tensor | None
@@ -318,13 +359,6 @@ def check_fit(
     ):
         if found != expected:
             raise UserError(f"the {name.format(found)}, but the generator was built for {expected}")
-
-
-def check_counts(**counts: int) -> None:
-    """Raises UserError for a count that is not a whole number from 1 on."""
-    for name, count in counts.items():
-        if not isinstance(count, int) or count < 1:
-            raise UserError(f"{name}: expected a whole number of at least 1, got {count!r}")
 
 
 def check_given(given: Tensor, grid: tuple[int, int], codebook_size: int) -> None:

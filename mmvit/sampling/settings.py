@@ -103,6 +103,13 @@ class SamplingSettings(Config):
         return build_config(cls, found, source=str(path))
 
 
+def check_counts(**counts: int) -> None:
+    """Raises UserError for a count that is not a whole number from 1 on."""
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            raise UserError(f"{name}: expected a whole number of at least 1, got {count!r}")
+
+
 # options of commands that draw; None leaves a setting as the model's folder has it
 ModelOption = Annotated[
     str, Option(help="a generator: its folder, a run or a Hub repository", show_default="the shipped one")

@@ -1,0 +1,69 @@
+"""Images while they are drawn: decoded again and again, as codes arrive."""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmvit.errors import UserError
+from mmvit.sampling.decoding import decode
+from mmvit.sampling.prompts import Prompt
+from mmvit.sampling.settings import check_counts
+
+if TYPE_CHECKING:
+    from mmvit.sampling.generator import Generator
+
+SHARE = 0.04  # of the time of drawing, for images that are shown on the way
+GREY = (128, 128, 128)
+
+
+def stream_images(
+    generator: "Generator",
+    captions: Prompt | Iterable[Prompt],
+    num_images: int = 1,
+    *,
+    negative: str = "",
+    given: Tensor | None = None,
+    share: float = SHARE,
+    **settings: Any,
+) -> Iterator[list[Image.Image]]:
+    """Yields all images that `Generator.generate` returns again and again while they are drawn; last, as they
+    are then.
+
+    Codes that are not drawn yet are those of a grey image, so that the image tokenizer decodes them as grey.
+
+    Args:
+        negative, given, settings: as for `Generator.draw`.
+        share: of the time of drawing that decoding on the way may take; above it, steps are passed over.
+
+    Raises:
+        UserError: as `Generator.draw`, before anything is drawn, and for candidates, which are compared only
+            when all of them are drawn.
+    """
+    if settings.keys() & {"candidates", "scorer"}:
+        raise UserError("candidates are compared only when all are drawn: leave out stream, or candidates")
+    check_counts(num_images=num_images)
+    how, prompts, inputs = generator.prepare(captions, num_images, negative, given, settings)
+    generator.check_guidance(prompts, how, by_evidence=False)
+
+    def drawn() -> Iterator[list[Image.Image]]:
+        grid = generator.transformer.config.grid
+        grey = generator.encode([Image.new("RGB", generator.size[::-1], GREY)]).flatten(1)
+        images = generator.images(grey.unflatten(1, grid)) * len(inputs.seeds)
+        spent, start = 0.0, time.perf_counter()
+        for first in range(0, len(images), how.batch_size):
+            part = slice(first, first + how.batch_size)
+            steps = decode(generator.transformer, *inputs.part(part), **how.decoding)
+            for codes, known in steps:
+                now = time.perf_counter()
+                if spent <= share * (now - start - spent):
+                    images[part] = generator.images(torch.where(known, codes, grey).unflatten(1, grid))
+                    spent += time.perf_counter() - now
+                    yield [*images]
+            images[part] = generator.images(codes.unflatten(1, grid))
+        yield images
+
+    return drawn()

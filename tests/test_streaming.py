@@ -1,0 +1,76 @@
+"""Images that are shown while they are drawn."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmvit.core.transformer import TransformerConfig
+from mmvit.errors import UserError
+from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
+from mmvit.models.vq import VQConfig, VQModel
+from mmvit.sampling.generator import Generator
+
+CAPTIONS = ["red apple", "pear"]
+SETTINGS = {"guidance_scale": 2.0, "seed": 3}
+
+
+@pytest.fixture(params=["raster", "any"])
+def generator(request, tokenizer) -> Generator:
+    torch.manual_seed(0)
+    core = TransformerConfig(width=32, depth=1, num_heads=2)
+    config = GeneratorConfig(
+        vocab_size=tokenizer.vocab_size, text_length=6, codebook_size=16, grid=(2, 3), core=core,
+        order=request.param, attention="full" if request.param == "any" else "prefix",
+    )  # fmt: skip
+    transformer = GeneratorTransformer(config)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return Generator(transformer, tokenizer, VQModel(VQConfig(codebook_size=16)))
+
+
+def same(left: list[Image.Image], right: list[Image.Image]) -> bool:
+    return all(np.array_equal(*map(np.asarray, pair)) for pair in zip(left, right, strict=True))
+
+
+def test_the_last_images_are_those_drawn_at_once(generator):
+    *shown, last = generator.generate(CAPTIONS, 3, stream=True, batch_size=2, **SETTINGS)
+    assert same(last, generator.generate(CAPTIONS, 3, **SETTINGS))
+    assert shown
+    assert all(len(images) == 6 for images in shown)
+
+
+def test_codes_appear_step_by_step_and_the_rest_is_grey(generator):
+    """All steps of both batches are shown when time does not matter, and each batch's images alone change."""
+    steps = 6 if generator.transformer.config.order == "raster" else 2
+    shown = [*generator.generate("pear", 4, stream=True, share=math.inf, batch_size=2, **SETTINGS)]
+    assert len(shown) == 2 * steps + 1
+    grey = generator.images(generator.encode([Image.new("RGB", (24, 16), (128, 128, 128))]))[0]
+    for number, images in enumerate(shown[:-1]):
+        assert same(images[2:], [grey, grey]) == (number < steps)
+        assert same(images[:2], shown[-1][:2]) == (number >= steps - 1)
+    assert not same(shown[0][:1], [grey])
+
+
+def test_little_time_is_spent_on_what_is_shown(generator):
+    assert len([*generator.generate("pear", stream=True, share=0.0)]) == 2  # the first step and the last
+
+
+def test_given_codes_are_shown_from_the_start(generator):
+    given = torch.full((1, 2, 3), -1)
+    given[0, 0] = torch.tensor([3, 7, 5])
+    *_shown, last = generator.generate("pear", stream=True, share=math.inf, given=given, **SETTINGS)
+    assert same(last, generator.generate("pear", given=given, **SETTINGS))
+
+
+def test_mistakes_are_told_before_anything_is_drawn(generator):
+    with pytest.raises(UserError, match=r"candidates are compared only when all are drawn"):
+        generator.generate("pear", stream=True, candidates=2)
+    with pytest.raises(UserError, match=r"no captions"):
+        generator.generate([], stream=True)
+    with pytest.raises(UserError, match=r"temprature"):
+        generator.generate("pear", stream=True, temprature=1)
+    with pytest.raises(UserError, match=r"num_images: expected"):
+        generator.generate("pear", 0, stream=True)
