@@ -35,6 +35,7 @@ GROUPS = {
         "edit": Command("pipelines/edit_images.py", "redraw part of an image, or vary it"),
         "caption": Command("pipelines/caption_images.py", "choose the best caption for an image"),
         "classify": Command("pipelines/classify_images.py", "classify images with a trained classifier"),
+        "serve": Command("pipelines/serve.py", "open a page that draws, edits and describes images"),
     },
     "Train and evaluate": {
         "train": Command("pipelines/train.py", "train the model that a recipe describes"),

@@ -42,7 +42,7 @@ def edit(
             at random for each version; a mask (Pillow image or its file) of the image's size, black where it
             stays and white where it is drawn again; or a boolean mask of codes (rows, columns), True where
             one stays.
-        settings: as for `Generator.draw`.
+        settings: as for `Generator.generate`; `stream` not where a share stays.
 
     Raises:
         UserError: for a `keep` that is none of these, or keeps everything.
@@ -51,6 +51,8 @@ def edit(
     if (share := as_share(keep)) is not None:
         if share == 1:
             raise UserError("keep 1 keeps every code, so nothing would change: 0.5 keeps half of them")
+        if settings.get("stream"):
+            raise UserError("stream works with a mask or a half to keep, not with a share")
         return variations(generator, image, caption, num_images, share, seed, **settings)
     kept = keep
     if not isinstance(keep, Tensor):
@@ -60,6 +62,8 @@ def edit(
     versions = complete(generator, [image], kept, caption, num_images, seed=seed, **settings)
     if generator.transformer.config.order == "raster":
         return versions
+    if settings.get("stream"):
+        return ([with_pixels_of(image, version, kept) for version in shown] for shown in versions)
     return [with_pixels_of(image, version, kept) for version in versions]
 
 

@@ -1,0 +1,1 @@
+"""A page in the browser: images from captions, edits, captions and classes of images."""

@@ -1,0 +1,199 @@
+"""The page: fields and buttons (Gradio) for what `Studio` does."""
+
+import os
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import: nothing is sent anywhere
+
+import gradio as gr
+from PIL import Image
+
+from mmvit.errors import UserError
+from mmvit.serving.studio import MOST_IMAGES, Code, Studio
+
+AT_ONCE = 8  # requests that run side by side, so that a long one does not hold up a short one
+MIXED = 3  # captions in a mixture
+SIDE = 512  # of the canvas for painting, in pixels
+EXAMPLES = (
+    "red apple", "woman astronaut dark skin tone", "thumbs up medium skin tone", "rocket", "dog face",
+    "赤リンゴ", "roter Apfel", "manzana roja", "красное яблоко", "사과",
+)  # fmt: skip
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # the system's own
+STYLE = "footer { display: none !important }"
+Fields = dict[str, gr.components.Component]
+
+
+def build_page(studio: Studio) -> gr.Blocks:
+    """The page of a studio: a tab for everything that its models can do."""
+    with gr.Blocks(title="mmvit", analytics_enabled=False) as page:
+        gr.Markdown("# mmvit")
+        if studio.generator is not None:
+            for name, tab in (("Draw", draw_tab), ("Mix", mix_tab), ("Edit", edit_tab)):
+                with gr.Tab(name):
+                    tab(studio)
+        with gr.Tab("Describe"):
+            describe_tab(studio)
+    return page.queue(default_concurrency_limit=AT_ONCE)
+
+
+def launch(page: gr.Blocks, host: str, port: int, share: bool = False, **more: Any) -> Any:
+    """Serves the page until the process ends; with `prevent_thread_lock=True`, in the background."""
+    return page.launch(
+        server_name=host, server_port=port, share=share, theme=gr.themes.Default(**FONTS), css=STYLE,
+        quiet=True, ssr_mode=False, max_file_size="20mb", **more,
+    )  # fmt: skip
+
+
+def draw_tab(studio: Studio) -> None:
+    caption = gr.Textbox(EXAMPLES[0], label="Caption", elem_id="draw-caption")
+    gr.Examples([[example] for example in EXAMPLES], caption, label="Examples")
+    fields, button = (
+        setting_fields(studio, "draw"),
+        gr.Button("Draw", variant="primary", elem_id="draw-button"),
+    )
+
+    def draw(caption: str, settings: dict[str, Any]) -> Iterator[tuple]:
+        yield from shown(studio.draw({caption: 1}, **settings), studio.draw_code({caption: 1}, **settings))
+
+    connect(draw, (button.click, caption.submit), [caption], fields, image_fields("draw"))
+
+
+def mix_tab(studio: Studio) -> None:
+    gr.Markdown("Each caption pulls the image towards itself by its weight.")
+    captions = []
+    for i, (example, weight) in enumerate(zip(("red apple", "green pear", ""), (0.5, 0.5, 0), strict=True)):
+        with gr.Row():
+            captions += [
+                gr.Textbox(example, label=f"Caption {i + 1}", scale=3, elem_id=f"mix-caption-{i}"),
+                gr.Slider(0, 1, weight, step=0.05, label="Weight", elem_id=f"mix-weight-{i}"),
+            ]
+    fields, button = setting_fields(studio, "mix"), gr.Button("Draw", variant="primary", elem_id="mix-button")
+
+    def mix(*values: Any) -> Iterator[tuple]:
+        *captions, settings = values
+        weights = dict(zip(captions[::2], captions[1::2], strict=True))
+        yield from shown(studio.draw(weights, **settings), studio.draw_code(weights, **settings))
+
+    connect(mix, (button.click,), captions, fields, image_fields("mix"))
+
+
+def edit_tab(studio: Studio) -> None:
+    gr.Markdown("Upload an image, paint over what should be drawn again, and say what the whole shows.")
+    canvas = gr.ImageEditor(
+        label="Image", type="pil", sources=["upload", "clipboard"], layers=False, canvas_size=(SIDE, SIDE),
+        brush=gr.Brush(default_size=24, colors=["#ff4081"], color_mode="fixed"), transforms=(),
+        elem_id="edit-canvas",
+    )  # fmt: skip
+    caption = gr.Textbox("green pear", label="Caption", elem_id="edit-caption")
+    fields, button = (
+        setting_fields(studio, "edit"),
+        gr.Button("Redraw", variant="primary", elem_id="edit-button"),
+    )
+
+    def edit(painted: dict[str, Any] | None, caption: str, settings: dict[str, Any]) -> Iterator[tuple]:
+        image, mask = image_and_mask(painted)
+        yield from shown(studio.edit(image, mask, caption, **settings), studio.edit_code(caption, **settings))
+
+    connect(edit, (button.click,), [canvas, caption], fields, image_fields("edit"))
+
+
+def describe_tab(studio: Studio) -> None:
+    image = gr.Image(label="Image", type="pil", sources=["upload", "clipboard"], elem_id="describe-image")
+    captions = gr.Textbox(
+        "\n".join(EXAMPLES[:5]), label="Captions to choose from, one per line", lines=5,
+        visible=studio.generator is not None, elem_id="describe-captions",
+    )  # fmt: skip
+    button = gr.Button("Describe", variant="primary", elem_id="describe-button")
+    found = [
+        gr.Label(label="Caption", visible=studio.generator is not None, elem_id="describe-caption"),
+        gr.Label(label="Class", visible=studio.classifier is not None, elem_id="describe-class"),
+    ]
+
+    def describe(image: Image.Image | None, captions: str) -> Iterator[tuple]:
+        yield *studio.describe(image, (captions or "").splitlines()), *studio.describe_code()
+
+    button.click(
+        on_page(describe), [image, captions], [*found, *code_fields("describe")], api_name="describe"
+    )
+
+
+def setting_fields(studio: Studio, tab: str) -> Fields:
+    """The fields of a tab's settings, which begin with the model's own."""
+    how = studio.generator.defaults
+    with gr.Row():
+        number = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Images", elem_id=f"{tab}-number")
+        guidance = gr.Slider(0, 10, how.guidance_scale, step=0.1, label="Guidance scale")
+        temperature = gr.Slider(0, 2, how.temperature, step=0.05, label="Temperature")
+    with gr.Row():
+        fields = {"number": number, "guidance_scale": guidance, "temperature": temperature}
+        if studio.draws_in_any_order:
+            places = studio.generator.transformer.config.num_codes
+            fields["num_steps"] = gr.Slider(1, places, studio.steps, step=1, label="Steps")
+        fields["seed"] = gr.Number(0, label="Seed", precision=0)
+        fields["negative"] = gr.Textbox(label="Negative caption", elem_id=f"{tab}-negative")
+    return fields
+
+
+def image_fields(tab: str) -> list[gr.components.Component]:
+    images = gr.Gallery(
+        label="Images", columns=4, format="png", object_fit="contain", elem_id=f"{tab}-images"
+    )
+    return [images, *code_fields(tab)]
+
+
+def code_fields(tab: str) -> list[gr.components.Component]:
+    with gr.Accordion("The same in Python and as a command", open=False):
+        python = gr.Code(language="python", label="Python", elem_id=f"{tab}-python")
+        return [python, gr.Code(language="shell", label="Command", elem_id=f"{tab}-command")]
+
+
+def connect(
+    action: Callable, events: tuple[Callable, ...], inputs: list, fields: Fields, outputs: list
+) -> None:
+    """Makes events run an action of the inputs' values and the settings."""
+
+    def with_settings(*values: Any) -> Iterator[tuple]:
+        own, settings = values[: len(inputs)], values[len(inputs) :]
+        yield from action(*own, dict(zip(fields, settings, strict=True)))
+
+    for number, event in enumerate(events):
+        name = None if number else action.__name__
+        event(on_page(with_settings), [*inputs, *fields.values()], outputs, api_name=name)
+
+
+def shown(images: Iterator[list[Image.Image]], code: Code) -> Iterator[tuple]:
+    """What the fields of `image_fields` show, step by step."""
+    for drawn in images:
+        yield drawn, *code
+
+
+def on_page(action: Callable[..., Iterator[tuple]]) -> Callable[..., Iterator[tuple]]:
+    """An action whose user errors appear on the page."""
+
+    @wraps(action)
+    def safely(*values: Any) -> Iterator[tuple]:
+        try:
+            yield from action(*values)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    return safely
+
+
+def image_and_mask(painted: dict[str, Any] | None) -> tuple[Image.Image, Image.Image]:
+    """What the canvas holds: the image below, and a mask that is white where something was painted.
+
+    Raises:
+        UserError: if there is no image.
+    """
+    image = (painted or {}).get("background")
+    if image is None or not image.getbbox():
+        raise UserError("no image yet: upload one, then paint over what should be drawn again")
+    mask = Image.new("L", image.size)
+    for layer in painted.get("layers") or []:
+        alpha = layer.convert("RGBA").getchannel("A").resize(image.size)
+        mask.paste(255, mask=alpha.point(lambda level: 255 * (level > 0)))
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB"), mask

@@ -1,0 +1,213 @@
+"""The page of `mmvit serve`: it shows what the shown code makes, and no request waits for another."""
+
+import contextlib
+import shlex
+import sys
+import time
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from generator_scripts import refused
+from PIL import Image
+
+from mmvit.core.transformer import TransformerConfig
+from mmvit.errors import UserError
+from mmvit.evaluation.image_classifier import ImageClassifier
+from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
+from mmvit.models.vq import VQConfig, VQModel
+from mmvit.places import load_script
+from mmvit.sampling.generator import Generator
+from mmvit.serving.studio import Studio
+
+CORE = TransformerConfig(width=32, depth=1, num_heads=2)
+
+
+@pytest.fixture(scope="module")
+def models(tokenizer, tmp_path_factory):
+    """Folders of a generator of any order, and of a classifier."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    config = GeneratorConfig(
+        vocab_size=tokenizer.vocab_size, text_length=6, codebook_size=16, grid=(2, 3), core=CORE,
+        order="any", attention="full",
+    )  # fmt: skip
+    transformer = GeneratorTransformer(config)
+    classifier = Classifier(ClassifierConfig(image_size=16, patch_size=8, num_classes=3, core=CORE))
+    for parameter in [*transformer.parameters(), *classifier.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.3)
+    Generator(transformer, tokenizer, VQModel(VQConfig(codebook_size=16))).save_pretrained(
+        folder / "generator"
+    )
+    ImageClassifier(classifier, ["cat", "dog", "bear"]).save_pretrained(folder / "classifier")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def studio(models) -> Studio:
+    return Studio.from_pretrained(str(models / "generator"), str(models / "classifier"))
+
+
+def assert_equal(images, others) -> None:
+    for image, other in zip(images, others, strict=True):
+        assert np.array_equal(np.asarray(image), np.asarray(other))
+
+
+SETTINGS = {
+    "number": 2,
+    "guidance_scale": 1.5,
+    "temperature": 0.8,
+    "num_steps": 3,
+    "seed": 7.0,
+    "negative": "pear",
+}
+
+
+@pytest.mark.parametrize("captions", [{" red apple ": 1.0}, {"red apple": 0.6, "pear": 0.4, "": 0.0}])
+def test_the_shown_python_draws_the_images(studio, captions):
+    *_, images = studio.draw(captions, **SETTINGS)
+    names: dict = {}
+    exec(studio.draw_code(captions, **SETTINGS).python, names)
+    assert_equal(images, names["images"])
+
+
+def test_the_shown_command_draws_the_images(studio, mmvit_command, tmp_path):
+    *_, images = studio.draw({"red apple": 1.0}, **SETTINGS)
+    command = studio.draw_code({"red apple": 1.0}, **SETTINGS).command
+    with contextlib.chdir(tmp_path):
+        ran = run_shell(mmvit_command, command)
+        assert ran.returncode == 0, ran.stderr
+        drawn = [Image.open(path) for path in sorted((tmp_path / "samples").iterdir())]
+        assert_equal(images, drawn)
+    assert studio.draw_code({"apple": 0.5, "pear": 0.5}, **SETTINGS).command == ""
+
+
+def run_shell(mmvit_command, command: str):
+    program, *arguments = shlex.split(command)
+    assert program == "mmvit"
+    return mmvit_command(*arguments)
+
+
+def test_what_is_painted_over_is_drawn_again(studio, mmvit_command, tmp_path):
+    image = Image.effect_noise((24, 16), 80).convert("RGB")
+    mask = Image.new("L", (24, 16))
+    mask.paste(255, (8, 0, 16, 8))
+    *shown, images = studio.edit(image, mask, "pear", **SETTINGS)
+    assert shown
+    for each in images:
+        changed = (np.asarray(each) != np.asarray(image)).any(-1)
+        assert changed[:8, 8:16].any()
+        assert not changed[:, 16:].any()
+        assert not changed[8:].any()
+    code = studio.edit_code("pear", **SETTINGS)
+    names: dict = {}
+    with contextlib.chdir(tmp_path):
+        image.save("image.png")
+        mask.save("mask.png")
+        exec(code.python, names)
+        ran = run_shell(mmvit_command, code.command)
+        assert ran.returncode == 0, ran.stderr
+        assert_equal(images, [Image.open(path) for path in sorted((tmp_path / "edited").iterdir())])
+    assert_equal(images, names["images"])
+
+
+def test_an_image_gets_its_caption_and_class(studio, tmp_path):
+    image = Image.effect_noise((24, 16), 80).convert("RGB")
+    captions = ["red apple", "pear", "  ", "pear"]
+    found, classes = studio.describe(image, captions)
+    assert {*found} == {"red apple", "pear"}
+    assert sum(found.values()) == pytest.approx(1)
+    assert {*classes} == {"cat", "dog", "bear"}
+    names: dict = {}
+    with contextlib.chdir(tmp_path):
+        image.save("image.png")
+        (tmp_path / "captions.txt").write_text("red apple\npear\n")
+        exec(studio.describe_code().python, names)
+    assert dict(names["classes"]) == classes
+    assert names["shares"].tolist() == pytest.approx([found["red apple"], found["pear"]])
+
+
+def test_mistakes_are_named(studio, models):
+    image = Image.new("RGB", (24, 16))
+    for action, message in (
+        (lambda: studio.draw({"a": 1.0}, 65), "images: expected 1 to 64, got 65"),
+        (lambda: studio.draw({"a": 0.0, "b": 0.0}, 1), "all weights are 0"),
+        (lambda: studio.draw({"a": 1.0}, 1, temperature=-1), "temperature"),
+        (lambda: studio.draw({"a": 1.0}, 1, seed=1.5), "seed"),
+        (lambda: studio.edit(image, Image.new("L", (24, 16)), "a", 1), "nothing is painted over"),
+        (lambda: studio.describe(None, ["a"]), "no image yet"),
+        (lambda: studio.describe(image, [" "]), "no captions to choose from"),
+        (lambda: studio.describe(image, map(str, range(300))), "at most 200 captions, got 300"),
+        (lambda: studio.describe(Image.new("L", (5000, 5000)), ["a"]), "pixels, got 5000x5000"),
+        (lambda: Studio.from_pretrained(str(models / "generator" / "image_tokenizer")), "image_tokenizer"),
+        (lambda: Studio.from_pretrained(str(models / "classifier"), "x"), "is a classifier already"),
+    ):
+        with pytest.raises(UserError, match=message):
+            action()
+
+
+def test_without_gradio_it_says_how_to_install_it(run_script):
+    with mock.patch.dict(sys.modules, {"gradio": None, "mmvit.serving.page": None}):
+        del sys.modules["mmvit.serving.page"]
+        refused(run_script("pipelines/serve.py"), "the page needs Gradio", "mmvit[demo]")
+
+
+@pytest.fixture(scope="module")
+def served(studio):
+    """The address of the studio's page."""
+    page_module = pytest.importorskip("mmvit.serving.page", reason="Gradio is not installed")
+    page = page_module.build_page(studio)
+    port = load_script("pipelines/serve.py").free_port("127.0.0.1")
+    _, address, _ = page_module.launch(page, "127.0.0.1", port, prevent_thread_lock=True)
+    yield address
+    page.close()
+
+
+def client_of(address: str):
+    from gradio_client import Client  # comes with Gradio, which need not be installed
+
+    return Client(address, verbose=False, analytics_enabled=False)
+
+
+ARGUMENTS = (1.5, 0.8, 3, 7, "")  # guidance, temperature, steps, seed, negative
+
+
+def test_the_page_draws_step_by_step(served, studio):
+    job = client_of(served).submit("red apple", 2, *ARGUMENTS, api_name="/draw")
+    gallery, python, command = job.result(60)
+    assert len(job.outputs()) >= 2
+    expected = studio.generator.generate(
+        "red apple", 2, guidance_scale=1.5, temperature=0.8, num_steps=3, seed=7
+    )
+    assert_equal(expected, [Image.open(each["image"]) for each in gallery])
+    assert "generator.generate('red apple'" in python
+    assert command.startswith("mmvit sample 'red apple' --num 2")
+
+
+def test_mistakes_are_answered_on_the_page(served):
+    client = client_of(served)
+    with pytest.raises(Exception, match=r"images: expected 1 to 64|greater than maximum"):
+        client.predict("red apple", 65, *ARGUMENTS, api_name="/draw")
+    with pytest.raises(Exception, match=r"no image yet: upload one"):
+        client.predict(None, "a", api_name="/describe")
+    assert len(client.predict("red apple", 1, *ARGUMENTS, api_name="/draw")[0]) == 1  # it goes on
+
+
+def test_a_long_request_does_not_hold_up_a_short_one(served, studio, monkeypatch):
+    draw = studio.draw
+
+    def slow(captions, number, **settings):
+        for images in draw(captions, number, **settings):
+            if number == 3:
+                time.sleep(5)
+            yield images
+
+    monkeypatch.setattr(studio, "draw", slow)
+    long = client_of(served).submit("red apple", 3, *ARGUMENTS, api_name="/draw")
+    time.sleep(0.5)
+    short = client_of(served).submit("red apple", 1, *ARGUMENTS, api_name="/draw")
+    short.result(30)
+    assert not long.done()
+    long.cancel()

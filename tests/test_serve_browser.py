@@ -1,0 +1,132 @@
+"""The page of `mmvit serve` in headless Chromium, used as a person would."""
+
+import io
+import shutil
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmvit.core.transformer import TransformerConfig
+from mmvit.data.images import images_from_pixels, pixels_from_images
+from mmvit.evaluation.image_classifier import ImageClassifier
+from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
+from mmvit.models.vq import VQConfig, VQModel
+from mmvit.places import load_script
+from mmvit.sampling.generator import Generator
+from mmvit.serving.studio import Studio
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt-get install chromium")
+CORE = TransformerConfig(width=32, depth=1, num_heads=2)
+
+
+@pytest.fixture(scope="module")
+def page(tokenizer):
+    """The open page of a generator of any order and a classifier, whose `requests` are kept."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    page_module = pytest.importorskip("mmvit.serving.page", reason="Gradio is not installed")
+    torch.manual_seed(0)
+    config = GeneratorConfig(
+        vocab_size=tokenizer.vocab_size, text_length=6, codebook_size=16, grid=(4, 4), core=CORE,
+        order="any", attention="full",
+    )  # fmt: skip
+    transformer = GeneratorTransformer(config)
+    network = Classifier(ClassifierConfig(image_size=16, patch_size=8, num_classes=2, core=CORE))
+    for parameter in [*transformer.parameters(), *network.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.3)
+    generator = Generator(transformer, tokenizer, VQModel(VQConfig(codebook_size=16)))
+    served = page_module.build_page(Studio(generator, ImageClassifier(network, ["cat", "dog"])))
+    port = load_script("pipelines/serve.py").free_port("127.0.0.1")
+    _, address, _ = page_module.launch(served, "127.0.0.1", port, prevent_thread_lock=True)
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS])
+        opened = browser.new_page(viewport={"width": 1100, "height": 1400})
+        opened.requests = []
+        opened.on("request", lambda request: opened.requests.append(request.url))
+        opened.goto(address)
+        yield opened
+        browser.close()
+    served.close()
+
+
+def images_in(page, gallery: str, number: int) -> list[Image.Image]:
+    """The images that a gallery shows, when it has so many and nothing is drawn any more."""
+    shown = page.locator(f"#{gallery} .thumbnail-item img")
+    page.wait_for_function(
+        "([id, number]) => document.querySelectorAll(`#${id} .thumbnail-item img`).length == number",
+        arg=[gallery, number],
+    )
+    page.wait_for_function("document.querySelector('.generating, .progress-text') === null")
+    page.wait_for_timeout(500)
+    return [
+        Image.open(io.BytesIO(page.request.get(each.get_attribute("src")).body())).convert("RGB")
+        for each in shown.all()
+    ]
+
+
+def test_a_caption_is_typed_and_drawn(page):
+    page.fill("#draw-caption textarea, #draw-caption input", "green pear")
+    page.fill("#draw-number input[type=number]", "2")
+    page.click("#draw-button")
+    images = images_in(page, "draw-images", 2)
+    assert all(image.size == (32, 32) for image in images)
+    assert not np.array_equal(*map(np.asarray, images))
+    page.click("text=The same in Python and as a command >> visible=true")
+    page.wait_for_selector("#draw-python >> text=green pear")
+    assert "mmvit sample 'green pear' --num 2" in page.inner_text("#draw-command").replace("\n", " ")
+
+
+def test_a_mistake_is_answered_on_the_page(page):
+    page.fill("#draw-negative textarea, #draw-negative input", "pear")
+    page.click("#draw-button")
+    page.wait_for_selector("text=the negative caption 'pear' has no effect at guidance_scale 1")
+    page.fill("#draw-negative textarea, #draw-negative input", "")
+
+
+def test_what_is_painted_over_is_drawn_again(page, tmp_path):
+    image = Image.effect_noise((128, 128), 60).convert("RGB")
+    image.save(tmp_path / "image.png")
+    (image,) = images_from_pixels(pixels_from_images([image], 32, 32))
+    page.get_by_role("tab", name="Edit").click()
+    page.wait_for_selector("#edit-canvas canvas")
+    page.wait_for_timeout(3000)  # until the canvas takes files
+    page.set_input_files("#edit-canvas input[type=file]", tmp_path / "image.png")
+    page.wait_for_timeout(3000)  # until it shows this one
+    box = page.locator("#edit-canvas canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 8, y + 8, steps=5)
+    page.mouse.up()
+    page.wait_for_timeout(500)
+    page.fill("#edit-number input[type=number]", "1")
+    page.click("#edit-button")
+    (edited,) = images_in(page, "edit-images", 1)
+    changed = (np.asarray(edited) != np.asarray(image)).any(-1)
+    assert changed.any()
+    assert not changed.all()
+
+
+def test_an_uploaded_image_gets_its_caption_and_class(page, tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "image.png")
+    page.get_by_role("tab", name="Describe").click()
+    page.set_input_files("#describe-image input[type=file]", tmp_path / "image.png")
+    page.wait_for_selector("#describe-image img")
+    page.fill("#describe-captions textarea", "red apple\ngreen pear")
+    page.click("#describe-button")
+    page.wait_for_selector("#describe-class >> text=cat")
+    assert "green pear" in page.inner_text("#describe-caption")
+    assert "dog" in page.inner_text("#describe-class")
+
+
+def test_nothing_comes_from_the_network(page):
+    hosts = {urlsplit(url).hostname for url in page.requests if url.startswith("http")}
+    assert hosts == {"127.0.0.1"}
