@@ -66,7 +66,7 @@ def test_given_codes_are_shown_from_the_start(generator):
 
 
 def test_mistakes_are_told_before_anything_is_drawn(generator):
-    with pytest.raises(UserError, match=r"candidates are compared only when all are drawn"):
+    with pytest.raises(UserError, match=r"candidates are compared when all are drawn"):
         generator.generate("pear", stream=True, candidates=2)
     with pytest.raises(UserError, match=r"no captions"):
         generator.generate([], stream=True)

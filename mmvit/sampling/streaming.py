@@ -26,6 +26,8 @@ def stream_images(
     num_images: int = 1,
     *,
     negative: str = "",
+    candidates: int = 1,
+    scorer: Any = None,
     given: Tensor | None = None,
     share: float = SHARE,
     **settings: Any,
@@ -43,8 +45,10 @@ def stream_images(
         UserError: as `Generator.draw`, before anything is drawn, and for candidates, which are compared only
             when all of them are drawn.
     """
-    if settings.keys() & {"candidates", "scorer"}:
-        raise UserError("candidates are compared only when all are drawn: leave out stream, or candidates")
+    if candidates != 1 or scorer is not None:
+        raise UserError(
+            "candidates are compared when all are drawn, so they cannot be shown before: leave one out"
+        )
     check_counts(num_images=num_images)
     how, prompts, inputs = generator.prepare(captions, num_images, negative, given, settings)
     generator.check_guidance(prompts, how, by_evidence=False)
