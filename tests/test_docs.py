@@ -6,15 +6,18 @@ command is changed.
 
 import contextlib
 import gzip
+import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import struct
 import subprocess
 import sys
 import textwrap
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -174,6 +177,8 @@ def follow(page: Path, folder: Path, mmvit_command: Callable) -> Followed:
                     command = [*LAUNCHERS[program](), *arguments]
                     outputs = {"stdout": log, "stderr": subprocess.STDOUT}
                     launched.append(subprocess.Popen(command, env=ENVIRONMENT, **outputs))
+            elif arguments[:1] == ["serve"]:
+                serve_for_a_moment(arguments)
             elif program == "mmvit":
                 ran = mmvit_command(*arguments)
                 printed = f"{ran.stdout[-4000:]}\n{ran.stderr[-4000:]}"
@@ -184,6 +189,19 @@ def follow(page: Path, folder: Path, mmvit_command: Callable) -> Followed:
         for block in blocks(page, "python"):
             exec(compile(block, page.name, "exec"), names)
     return Followed(folder, launched)
+
+
+def serve_for_a_moment(arguments: list[str]) -> None:
+    """Runs `mmvit serve` at a free port until its page answers."""
+    command = [sys.executable, "-m", "mmvit", *arguments, "--port", "0"]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            address = re.search(r"http://\S+", next(line for line in process.stdout if "http" in line))[0]
+            with urllib.request.urlopen(f"{address}config") as answer:
+                assert json.load(answer)["title"] == "mmvit"
+        finally:
+            process.send_signal(signal.SIGINT)
+    assert process.returncode == 0
 
 
 def free_port() -> int:
