@@ -20,6 +20,10 @@ class UserError(Exception):
     """Something that the user can mend: the message says what was found, where, and what to do."""
 
 
+class MissingData(UserError):
+    """A place where data should be, and are not."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """The choice most similar to a mistyped `name`; None if none is close."""
     return next(iter(difflib.get_close_matches(name, choices, n=1, cutoff=0.5)), None)

@@ -1,5 +1,6 @@
 """Recipes: every source of a setting wins over the one before, and mistakes are explained."""
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -306,6 +307,17 @@ def test_a_section_of_the_command_line_is_resolved_as_its_keys_are(recipe, gener
         "16",
     ]
     assert split_settings(words)[1] == {"model.core.depth": 1, "model.core.width": 16}
+
+
+def test_how_to_make_the_data_is_said_where_they_are_missing_alone(encoded, tmp_path):
+    with (
+        contextlib.chdir(tmp_path),
+        pytest.raises(UserError, match=r"data are made by: mmvit prepare fashion-"),
+    ):
+        resolve("fashion_mnist")
+    codes = {"data.train": f"{encoded}/codes/train-*.tar", "data.held_out": f"{encoded}/codes/held-out-*.tar"}
+    with pytest.raises(UserError, match=r"vocab_size is 7, but .*; leave it out$"):
+        resolve("emoji_demo", {**codes, "model.vocab_size": 7})
 
 
 @pytest.mark.parametrize("steps", [4e1, "40", 40])

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from mmvit.errors import UserError
+from mmvit.errors import MissingData, UserError
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 HELD_OUT, OLD_HELD_OUT = "held-out", "heldout"  # the split's name now, and in shards made before 2026-12
@@ -87,13 +87,13 @@ def expand_shards(pattern: str | Path | list[str | Path]) -> list[Path]:
         shards = [Path(name) for name in expand_braces(text)]
         if missing := [shard for shard in shards if not shard.is_file()]:
             found = f"{len(missing)} of {len(shards)} shards do not exist, the first is {missing[0]}"
-            raise UserError(f"{text}: {found}; {what_exists(path)}")
+            raise MissingData(f"{text}: {found}; {what_exists(path)}")
     else:
         shards = [path] if path.is_file() else matches(path)
         if not shards and path.name.startswith(f"{HELD_OUT}-"):
             shards = matches(path.with_name(path.name.replace(HELD_OUT, OLD_HELD_OUT, 1)))
     if not shards:
-        raise UserError(f"no shards match {text}; {what_exists(path)}")
+        raise MissingData(f"no shards match {text}; {what_exists(path)}")
     for shard in shards:
         refuse_special_file(shard)
     return shards

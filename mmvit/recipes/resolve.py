@@ -20,7 +20,7 @@ from mmvit.config import (
     set_by_path,
 )
 from mmvit.data.shards import expand_shards
-from mmvit.errors import UserError
+from mmvit.errors import MissingData, UserError
 from mmvit.hub import find_model_folder, in_words, read_part_description, run_exports
 from mmvit.models.presets import PRESETS, preset
 from mmvit.places import find
@@ -115,7 +115,7 @@ def resolve(
                 set_fact(values, fact, {"model": begun})
         except UserError as error:
             build_config(recipe, values, str(path), overridden=given)  # the recipe's own mistakes come first
-            if steps := preparation(path):
+            if isinstance(error, MissingData) and (steps := preparation(path)):
                 raise UserError(f"{error}. The recipe's data are made by: {steps}") from None
             raise
     values = {**values, "train": {"select": recipe.selects, **dict_at(values, "train")}}
