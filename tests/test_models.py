@@ -258,9 +258,10 @@ def test_classifier_refuses_other_sizes():
         model(torch.zeros(1, 1, 8, 8))
 
 
+@pytest.mark.parametrize("together", [1, 4])
 @pytest.mark.parametrize("attention", ["causal", "prefix", "dalle"])
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_cached_decoding_equals_uncached_logits_at_every_step(attention, positions):
+def test_cached_decoding_equals_uncached_logits_at_every_step(attention, positions, together):
     model = small_generator(
         attention=attention, positions=positions, text_loss_weight=float(attention != "prefix"),
         convolution=3, core=CORE.model_copy(update={"depth": 3}),
@@ -269,8 +270,9 @@ def test_cached_decoding_equals_uncached_logits_at_every_step(attention, positio
     with torch.inference_mode():
         expected = model(captions, codes)[1]
         cache = model.new_cache(2)
-        logits = [model.prefill(captions, cache)] + [model.step(codes[:, i], cache) for i in range(11)]
-    torch.testing.assert_close(torch.stack(logits, 1), expected, atol=1e-5, rtol=1e-5)
+        logits = [model.prefill(captions, cache).unsqueeze(1)]
+        logits += [model.step(part, cache) for part in codes[:, :11].split(together, dim=1)]
+    torch.testing.assert_close(torch.cat(logits, 1), expected, atol=1e-5, rtol=1e-5)
     assert cache.length == cache.capacity == 17
 
 

@@ -106,19 +106,55 @@ def test_a_seed_gives_its_image_in_any_batch(transformer):
     assert not torch.equal(together[1:], sample_codes(transformer, CAPTIONS[1:], [7]))
 
 
-def test_each_step_reads_one_token_whatever_came_before(transformer):
+@pytest.mark.parametrize("ahead", [2, 3, 16])
+@pytest.mark.parametrize("attention", ["causal", "prefix", "dalle"])
+def test_drafts_change_no_code(transformer, attention, ahead, monkeypatch):
+    """Also where some codes are given, and images keep different numbers of drafts."""
+    config = transformer.config.model_copy(update={"attention": attention, "convolution": 3})
+    model = GeneratorTransformer(config).eval()
+    model.load_state_dict(transformer.state_dict())
+    given = torch.tensor([[-1, 3, -1, -1, 9, -1], [-1] * 6])
+    how = {"guidance_scale": 1.5, "given": given, "temperature": 0.2, "top_k": 9}
+    for seed in range(10):
+        monkeypatch.setattr("mmvit.sampling.decoding.window", lambda rows, device: 1)
+        *one_by_one, (expected, _) = decode(model, CAPTIONS, [seed, seed + 1], **how)
+        monkeypatch.setattr("mmvit.sampling.decoding.window", lambda rows, device: ahead)
+        *shown, (codes, known) = decode(model, CAPTIONS, [seed, seed + 1], **how)
+        assert torch.equal(codes, expected)
+        assert known.all()
+        assert len(one_by_one) == 5
+        assert len(shown) <= 5
+
+
+def test_likely_drafts_save_forwards_and_known_codes_are_final(transformer, monkeypatch):
+    """A model that draws one code all over is right with every draft."""
+    transformer.image_head.bias.data[4] = 100
+    codes = sample_codes(transformer, CAPTIONS, [0, 1])
+    assert (codes == 4).all()
+    forwards = []
+    transformer.core.register_forward_pre_hook(lambda core, inputs: forwards.append(inputs[0].shape[1]))
+    for drawn, known in decode(transformer, CAPTIONS, [0, 1]):
+        assert torch.equal(drawn[known], codes[known])
+    assert forwards == [5, 5]
+
+
+def test_each_step_reads_one_token_whatever_came_before(transformer, monkeypatch):
     lengths = []
+    monkeypatch.setattr("mmvit.sampling.decoding.window", lambda rows, device: 1)
     transformer.core.register_forward_pre_hook(lambda core, inputs: lengths.append(inputs[0].shape[1]))
     sample_codes(transformer, CAPTIONS, [0, 1])
     assert lengths == [5, 1, 1, 1, 1, 1]
 
 
 def test_codes_are_reported_as_they_are_drawn(transformer):
-    codes, places = sample_codes(transformer, CAPTIONS, [0, 1]), torch.arange(6)
-    for place, (drawn, known) in enumerate(decode(transformer, CAPTIONS, [0, 1]), start=1):
-        assert torch.equal(drawn[:, :place], codes[:, :place])
-        assert torch.equal(known, (places < place).expand(2, 6))
-    assert place == 6
+    codes, before = sample_codes(transformer, CAPTIONS, [0, 1]), 0
+    for drawn, known in decode(transformer, CAPTIONS, [0, 1]):
+        done = int(known[0].sum())
+        assert torch.equal(drawn[:, :done], codes[:, :done])
+        assert torch.equal(known, (torch.arange(6) < done).expand(2, 6))
+        assert done > before
+        before = done
+    assert done == 6
 
 
 @pytest.fixture

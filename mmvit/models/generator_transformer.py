@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmvit.config import FROM_DATA, OF_TRAINING, Config
 from mmvit.core.attention import KeyValueCache
 from mmvit.core.dropout import Dropout
-from mmvit.core.masks import Sparse, prefix, sparse_causal
+from mmvit.core.masks import Sparse, causal, prefix, sparse_causal
 from mmvit.core.positions import PositionKind, Positions
 from mmvit.core.transformer import Transformer, TransformerConfig
 from mmvit.hub import Pretrained
@@ -202,14 +202,16 @@ class GeneratorTransformer(Pretrained, nn.Module):
         sequence."""
         config, end = self.config, start + x.shape[1]
         x = self.dropout(self.positions.add(x, start))
-        mask, is_causal = None, False  # tokens after the first pass see all that is in the cache
+        mask, is_causal = None, False  # one token after the first pass sees all that is in the cache
         if self.layer_kinds:
             masks = {kind: getattr(self, f"{kind}_mask")[start:end, :end] for kind in {*self.layer_kinds}}
             mask = [masks[kind] for kind in self.layer_kinds]
         elif not start and config.attention == "causal":
             is_causal = True
-        elif not start and config.attention == "prefix":
-            mask = prefix(end, self.prefix_length, x.device, is_causal=config.order == "raster")
+        elif config.attention == "prefix" and (not start or (config.order == "raster" and x.shape[1] > 1)):
+            mask = prefix(end, self.prefix_length, x.device, is_causal=config.order == "raster")[start:]
+        elif config.attention == "causal" and x.shape[1] > 1:
+            mask = causal(end, x.device)[start:]
         positions = self.positions.in_layers(start, x.shape[1])
         return self.core(x, mask, is_causal, positions, cache)
 
@@ -279,10 +281,9 @@ class GeneratorTransformer(Pretrained, nn.Module):
         return self.image_head(x[:, -1])
 
     def step(self, codes: Tensor, cache: KeyValueCache) -> Tensor:
-        """Appends one code of each image, codes (batch,), to the cache; returns logits (batch, codebook_size)
-        of the next."""
-        x = self.run_core(self.code_embedding(codes).unsqueeze(1), cache.length, cache)
-        return self.image_head(x[:, -1])
+        """Appends the next codes (batch, n) of each image to the cache; returns logits (batch, n,
+        codebook_size) of those that follow each."""
+        return self.image_head(self.run_core(self.code_embedding(codes), cache.length, cache))
 
     def read_codes(self, codes: Tensor, hidden: Tensor, captions: "Tensor | KeyValueCache") -> Tensor:
         """In any order, the core's output (batch, places, width) at all codes; `image_head` gives their
