@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import drawn_weights, tiny_generator
 from torch import nn
 
 from mmvit.config import build_config
@@ -15,11 +16,9 @@ from mmvit.errors import UserError
 from mmvit.models.fine_tuning import continued
 from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
 from mmvit.models.hidden_codes import hidden_loss, hide_by_codes, hide_for_training
-from mmvit.models.vq import VQConfig, VQModel
 from mmvit.sampling.any_order import group_bounds
 from mmvit.sampling.candidates import any_order_likelihoods, log_likelihood
 from mmvit.sampling.decoding import decode, default_steps, draw, filter_logits, sample_codes, uniforms
-from mmvit.sampling.generator import Generator
 
 CORE = TransformerConfig(width=32, depth=2, num_heads=2)
 CAPTIONS = torch.tensor([[3, 4, 0], [5, 0, 0]])
@@ -30,9 +29,7 @@ def any_order(grid=(3, 4), **settings) -> GeneratorTransformer:
     torch.manual_seed(0)
     config = {"order": "any", "attention": "full", "vocab_size": 8, "text_length": 3, "codebook_size": 6}
     model = GeneratorTransformer(GeneratorConfig(**{**config, "grid": grid, "core": CORE, **settings}))
-    for parameter in model.parameters():  # a new head is zero, and so would be all logits
-        nn.init.normal_(parameter, std=0.3)
-    return model.eval()
+    return drawn_weights(model).eval()
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
@@ -273,9 +270,7 @@ def test_a_raster_generator_goes_on_in_any_order():
 
 
 def test_an_edit_keeps_the_pixels_outside_its_mask(tokenizer):
-    torch.manual_seed(0)
-    transformer = any_order(vocab_size=tokenizer.vocab_size, codebook_size=16, grid=(2, 3))
-    generator = Generator(transformer, tokenizer, VQModel(VQConfig(codebook_size=16)))
+    generator = tiny_generator(tokenizer)
     image = Image.effect_noise((24, 16), 80).convert("RGB")
     kept = torch.tensor([[True, False, True], [True, True, False]])
     for version in generator.edit(image, "pear", kept, num_images=2, guidance_scale=2):

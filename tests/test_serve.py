@@ -8,40 +8,21 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import torch
 from generator_scripts import refused
 from PIL import Image
+from tiny_models import tiny_classifier, tiny_generator
 
-from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
-from mmvit.evaluation.image_classifier import ImageClassifier
-from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
-from mmvit.models.vq import VQConfig, VQModel
 from mmvit.places import load_script
-from mmvit.sampling.generator import Generator
 from mmvit.serving.studio import Studio
-
-CORE = TransformerConfig(width=32, depth=1, num_heads=2)
 
 
 @pytest.fixture(scope="module")
 def models(tokenizer, tmp_path_factory):
     """Folders of a generator of any order, and of a classifier."""
     folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    config = GeneratorConfig(
-        vocab_size=tokenizer.vocab_size, text_length=6, codebook_size=16, grid=(2, 3), core=CORE,
-        order="any", attention="full",
-    )  # fmt: skip
-    transformer = GeneratorTransformer(config)
-    classifier = Classifier(ClassifierConfig(image_size=16, patch_size=8, num_classes=3, core=CORE))
-    for parameter in [*transformer.parameters(), *classifier.parameters()]:
-        torch.nn.init.normal_(parameter, std=0.3)
-    Generator(transformer, tokenizer, VQModel(VQConfig(codebook_size=16))).save_pretrained(
-        folder / "generator"
-    )
-    ImageClassifier(classifier, ["cat", "dog", "bear"]).save_pretrained(folder / "classifier")
+    tiny_generator(tokenizer).save_pretrained(folder / "generator")
+    tiny_classifier("cat", "dog", "bear").save_pretrained(folder / "classifier")
     return folder
 
 

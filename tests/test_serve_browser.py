@@ -6,17 +6,11 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from tiny_models import tiny_classifier, tiny_generator
 
-from mmvit.core.transformer import TransformerConfig
 from mmvit.data.images import images_from_pixels, pixels_from_images
-from mmvit.evaluation.image_classifier import ImageClassifier
-from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
-from mmvit.models.vq import VQConfig, VQModel
 from mmvit.places import load_script
-from mmvit.sampling.generator import Generator
 from mmvit.serving.studio import Studio
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -25,7 +19,6 @@ FLAGS = (
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt-get install chromium")
-CORE = TransformerConfig(width=32, depth=1, num_heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +26,8 @@ def page(tokenizer):
     """The open page of a generator of any order and a classifier, whose `requests` are kept."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     page_module = pytest.importorskip("mmvit.serving.page", reason="Gradio is not installed")
-    torch.manual_seed(0)
-    config = GeneratorConfig(
-        vocab_size=tokenizer.vocab_size, text_length=6, codebook_size=16, grid=(4, 4), core=CORE,
-        order="any", attention="full",
-    )  # fmt: skip
-    transformer = GeneratorTransformer(config)
-    network = Classifier(ClassifierConfig(image_size=16, patch_size=8, num_classes=2, core=CORE))
-    for parameter in [*transformer.parameters(), *network.parameters()]:
-        torch.nn.init.normal_(parameter, std=0.3)
-    generator = Generator(transformer, tokenizer, VQModel(VQConfig(codebook_size=16)))
-    served = page_module.build_page(Studio(generator, ImageClassifier(network, ["cat", "dog"])))
+    studio = Studio(tiny_generator(tokenizer, grid=(4, 4)), tiny_classifier("cat", "dog"))
+    served = page_module.build_page(studio)
     port = load_script("pipelines/serve.py").free_port("127.0.0.1")
     _, address, _ = page_module.launch(served, "127.0.0.1", port, prevent_thread_lock=True)
     with playwright.sync_playwright() as started:

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import tiny_generator
 
-from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
-from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
-from mmvit.models.vq import VQConfig, VQModel
 from mmvit.sampling.generator import Generator
 
 CAPTIONS = ["red apple", "pear"]
@@ -19,16 +17,7 @@ SETTINGS = {"guidance_scale": 2.0, "seed": 3}
 
 @pytest.fixture(params=["raster", "any"])
 def generator(request, tokenizer) -> Generator:
-    torch.manual_seed(0)
-    core = TransformerConfig(width=32, depth=1, num_heads=2)
-    config = GeneratorConfig(
-        vocab_size=tokenizer.vocab_size, text_length=6, codebook_size=16, grid=(2, 3), core=core,
-        order=request.param, attention="full" if request.param == "any" else "prefix",
-    )  # fmt: skip
-    transformer = GeneratorTransformer(config)
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return Generator(transformer, tokenizer, VQModel(VQConfig(codebook_size=16)))
+    return tiny_generator(tokenizer, request.param)
 
 
 def same(left: list[Image.Image], right: list[Image.Image]) -> bool:
