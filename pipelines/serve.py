@@ -9,6 +9,8 @@ Gradio's servers). Press Ctrl-C to stop. Needs `pip install "mmvit[demo]"`.
 """
 
 import socket
+from contextlib import suppress
+from threading import Event
 from typing import Annotated
 
 from typer import Argument, Option
@@ -42,8 +44,10 @@ def main(
         _, address, _ = launch(page, host, port or free_port(host), share, prevent_thread_lock=True)
     except OSError as error:
         raise UserError(f"cannot listen on {host}:{port} ({error}): choose another --port") from None
-    print(f"open {page.share_url or address} in your browser; Ctrl-C stops", flush=True)
-    page.block_thread()
+    with suppress(KeyboardInterrupt):
+        print(f"open {page.share_url or address} in your browser; Ctrl-C stops", flush=True)
+        Event().wait()
+    page.close(verbose=False)
 
 
 def free_port(host: str) -> int:

@@ -60,7 +60,7 @@ def test_python_m_mmvit_is_the_command():
 
 @pytest.mark.parametrize(
     ("words", "completions"),
-    [("mmvit s", "sample shards subset"), ("mmvit prepare e", "emoji emoji-groups")],
+    [("mmvit s", "sample serve shards subset"), ("mmvit prepare e", "emoji emoji-groups")],
 )
 def test_the_shell_completes_commands(words, completions):
     place = str(len(words.split()) - 1)

@@ -201,6 +201,7 @@ def serve_for_a_moment(arguments: list[str]) -> None:
                 assert json.load(answer)["title"] == "mmvit"
         finally:
             process.send_signal(signal.SIGINT)
+            process.communicate()
     assert process.returncode == 0
 
 

@@ -25,6 +25,7 @@ FLOORS = {  # a room may import from rooms on lower floors, and from its own
     "sampling": 2,
     "interop": 2,
     "evaluation": 3,  # it measures what sampling draws
+    "serving": 4,
     "recipes": 4,
     "cli": 4,  # scripts and the command
 }
