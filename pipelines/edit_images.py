@@ -8,14 +8,18 @@ image; or a mask, an image file of the same size whose black parts stay and whos
 A code (8x8 pixels with the shipped generator) is drawn again as a whole if its part of the mask is more white
 than black.
 
-Codes are drawn from those above them and to their left. What is kept below only guides the choice among
---candidates. What is kept often outweighs the caption (the lower half of a red apple stays red); a higher
---guidance-scale helps.
+A generator of any order sees all that is kept. One of raster order draws codes from those above them and to
+their left; what is kept below only guides the choice among --candidates. What is kept often outweighs the
+caption (the lower half of a red apple stays red); a higher --guidance-scale helps.
+
+--extend draws a larger image around the whole one, with a generator whose positions go on beyond its grid
+(rotary_2d, sincos_2d).
 
 Writes edited.png, with the original as the image tokenizer shows it on the left, and one file per image in
 the folder edited/.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +31,7 @@ from mmvit.data.writing import with_progress
 from mmvit.errors import refuse_source
 from mmvit.hub import SHIPPED
 from mmvit.sampling.candidates import CaptionScorer, seeds_in_parts
+from mmvit.sampling.editing import parse_sides
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import check_grid_file, file_name, save_images
 from mmvit.sampling.settings import (
@@ -48,6 +53,9 @@ def main(
     image: Annotated[Path, Argument(help="the image to edit")],
     caption: Annotated[str, Argument(help="of the new image", show_default=False)] = "",
     keep: Annotated[str, Option(help="what stays: top, bottom, left, right, a share, a mask file")] = "top",
+    extend: Annotated[
+        str, Option(help="draw around the whole image instead: codes to add, such as left=2,right=2")
+    ] = "",
     num: Annotated[int, Option(min=1, help="images")] = 4,
     out: Annotated[Path, Option(help="the grid, a .png, .jpg or .webp file")] = Path("edited.png"),
     model: ModelOption = str(SHIPPED),
@@ -71,10 +79,14 @@ def main(
     )  # fmt: skip
     settings |= {"negative": negative, "candidates": candidates}
     settings["scorer"] = CaptionScorer.from_pretrained(scorer) if scorer else None
+    if extend:
+        draw = partial(generator.extend, original, caption, **parse_sides(extend))
+    else:
+        draw = partial(generator.edit, original, caption, keep)
     edited = (
         each
         for number, first_seed in seeds_in_parts(num, seed, candidates)
-        for each in generator.edit(original, caption, keep, number, seed=first_seed, **settings)
+        for each in draw(num_images=number, seed=first_seed, **settings)
     )
     images = ((0, f"{i:03d}-{file_name(caption)}", each) for i, each in enumerate(edited))
     rows = [generator.images(generator.encode([original]))]

@@ -2,10 +2,12 @@
 
 import itertools
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from generator_scripts import refused
 from PIL import Image
 from tiny_models import drawn_weights, tiny_generator
 from torch import nn
@@ -19,6 +21,7 @@ from mmvit.models.hidden_codes import hidden_loss, hide_by_codes, hide_for_train
 from mmvit.sampling.any_order import group_bounds
 from mmvit.sampling.candidates import any_order_likelihoods, log_likelihood
 from mmvit.sampling.decoding import decode, default_steps, draw, filter_logits, sample_codes, uniforms
+from mmvit.sampling.generator import Generator
 
 CORE = TransformerConfig(width=32, depth=2, num_heads=2)
 CAPTIONS = torch.tensor([[3, 4, 0], [5, 0, 0]])
@@ -278,3 +281,37 @@ def test_an_edit_keeps_the_pixels_outside_its_mask(tokenizer):
         cells = changed.reshape(2, 8, 3, 8).any((1, 3))
         assert not cells[kept].any()
         assert cells[~kept].all()
+
+
+@pytest.mark.parametrize("order", ["any", "raster"])
+def test_an_image_is_extended_where_positions_go_on(tokenizer, order, run_script, tmp_path):
+    generator = tiny_generator(tokenizer, order, positions="rotary_2d")
+    image = Image.effect_noise((24, 16), 80).convert("RGB")
+    codes = []
+    draw = Generator.draw
+    with mock.patch.object(
+        Generator, "draw", lambda *a, **k: codes.append(draw(*a, **k).codes) or draw(*a, **k)
+    ):
+        images = generator.extend(image, "pear", 2, top=1, right=2, seed=3)
+    assert [each.size for each in images] == [(40, 24)] * 2
+    assert torch.equal(codes[0][:, 1:, :3], generator.encode([image]).expand(2, -1, -1))
+    assert not torch.equal(*codes[0])
+    if order == "any":
+        assert np.array_equal(np.asarray(images[0])[8:, :24], np.asarray(image))
+    generator.save_pretrained(tmp_path / "model")
+    image.save(tmp_path / "image.png")
+    arguments = ("pipelines/edit_images.py", tmp_path / "image.png", "pear", "--model", tmp_path / "model")
+    ran = run_script(
+        *arguments, "--extend", "top=1,right=2", "--num", 2, "--seed", 3, "--out", tmp_path / "e.png"
+    )
+    assert ran.returncode == 0, ran.stderr
+    written = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "e").iterdir())]
+    assert all(np.array_equal(*pair) for pair in zip(written, map(np.asarray, images), strict=True))
+    refused(run_script(*arguments, "--extend", "up=1"), "expected sides with a number of codes")
+    refused(run_script(*arguments, "--extend", "top=0"), "at least one in all")
+
+
+def test_learnt_positions_do_not_go_on(tokenizer):
+    image = Image.new("RGB", (24, 16))
+    with pytest.raises(UserError, match=r"know no more than the 2x3 codes"):
+        tiny_generator(tokenizer).extend(image, "pear", top=1)

@@ -1,5 +1,7 @@
 """Small models with random weights for tests of drawing and of the page."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -14,12 +16,14 @@ from mmvit.sampling.generator import Generator
 CORE = TransformerConfig(width=32, depth=1, num_heads=2)
 
 
-def tiny_generator(tokenizer: TextTokenizer, order: str = "any", grid: tuple[int, int] = (2, 3)) -> Generator:
+def tiny_generator(
+    tokenizer: TextTokenizer, order: str = "any", grid: tuple[int, int] = (2, 3), **settings: Any
+) -> Generator:
     """A generator of 16 codes, 8x8 pixels each."""
     torch.manual_seed(0)
     config = GeneratorConfig(
         vocab_size=tokenizer.vocab_size, text_length=6, codebook_size=16, grid=grid, core=CORE,
-        order=order, attention="full" if order == "any" else "prefix",
+        order=order, attention="full" if order == "any" else "prefix", **settings,
     )  # fmt: skip
     transformer = drawn_weights(GeneratorTransformer(config))
     return Generator(transformer, tokenizer, VQModel(VQConfig(codebook_size=16)))

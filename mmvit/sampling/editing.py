@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -65,6 +66,55 @@ def edit(
     if settings.get("stream"):
         return ([with_pixels_of(image, version, kept) for version in shown] for shown in versions)
     return [with_pixels_of(image, version, kept) for version in versions]
+
+
+def extend(
+    generator: "Generator",
+    image: Image.Image,
+    caption: Prompt = "",
+    num_images: int = 1,
+    *,
+    top: int = 0,
+    bottom: int = 0,
+    left: int = 0,
+    right: int = 0,
+    **settings: Any,
+) -> list[Image.Image]:
+    """Draws `num_images` larger images around an image, with so many codes more on each side.
+
+    Args:
+        image: resized to the generator's size.
+        settings: as for `Generator.draw`.
+
+    Raises:
+        UserError: if nothing is added, or the generator's positions do not go on beyond its grid.
+    """
+    sides = {"top": top, "bottom": bottom, "left": left, "right": right}
+    if min(sides.values()) < 0 or not any(sides.values()):
+        raise UserError(f"expected 0 or more codes on each side, and at least one in all, got {sides}")
+    codes = generator.encode([image])
+    larger = generator.with_grid((codes.shape[1] + top + bottom, codes.shape[2] + left + right))
+    given = F.pad(codes, (left, right, top, bottom), value=-1)
+    versions = larger.generate(caption, num_images, given=given, **settings)
+    (own,) = images_from_pixels(pixels_from_images([image], *generator.size))
+    factor = generator.image_tokenizer.factor
+    if generator.transformer.config.order == "any":
+        for version in versions:
+            version.paste(own, (left * factor, top * factor))
+    return versions
+
+
+def parse_sides(text: str) -> dict[str, int]:
+    """ "right=4,bottom=2" → {"right": 4, "bottom": 2}. Raises UserError for anything else."""
+    sides = {}
+    for part in text.split(","):
+        side, _, number = part.strip().partition("=")
+        if side not in HALVES or not number.isdecimal():
+            raise UserError(
+                f"--extend: expected sides with a number of codes, such as right=4,bottom=2, got {text}"
+            )
+        sides[side] = int(number)
+    return sides
 
 
 def complete(

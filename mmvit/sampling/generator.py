@@ -29,7 +29,7 @@ from mmvit.sampling.candidates import (
     likelihood_of_given,
 )
 from mmvit.sampling.decoding import sample_codes
-from mmvit.sampling.editing import Keep, edit
+from mmvit.sampling.editing import Keep, edit, extend
 from mmvit.sampling.prompts import Prompt, Prompts
 from mmvit.sampling.settings import SamplingSettings, check_counts
 from mmvit.sampling.streaming import stream_images
@@ -175,6 +175,33 @@ class Generator:
             settings: as for `draw`.
         """
         return edit(self, image, caption, keep, num_images, **settings)
+
+    def extend(
+        self, image: Image.Image, caption: Prompt = "", num_images: int = 1, **sides_and_settings: Any
+    ) -> list[Image.Image]:
+        """Draws `num_images` larger images around an image: `mmvit.sampling.editing.extend`.
+
+        wide = generator.extend(landscape, "mountains", left=4, right=4, seed=0)
+        """
+        return extend(self, image, caption, num_images, **sides_and_settings)
+
+    def with_grid(self, grid: tuple[int, int]) -> Self:
+        """A generator with the same weights for another number of (rows, columns) of codes.
+
+        Raises:
+            UserError: if its positions are learnt, which gives them no meaning beyond its own grid.
+        """
+        config = self.transformer.config
+        if config.positions.startswith("learned") and grid != config.grid:
+            rows, columns = config.grid
+            raise UserError(
+                f"positions = {config.positions!r} know no more than the {rows}x{columns} codes that this "
+                "generator was trained on: train one with model.positions = rotary_2d or sincos_2d"
+            )
+        transformer = GeneratorTransformer(config.model_copy(update={"grid": grid}))
+        transformer.load_state_dict(self.transformer.state_dict())
+        parts = transformer.to(self.device), self.text_tokenizer, self.image_tokenizer
+        return type(self)(*parts, self.defaults)
 
     def draw(
         self,
