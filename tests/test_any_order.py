@@ -70,6 +70,56 @@ def test_every_image_hides_some_codes_by_a_cosine_and_batches_hardly_differ():
     assert shares.max() == 1
     assert shares.mean().item() == pytest.approx(2 / torch.pi, abs=0.02)
     assert shares.mean(1).std() < 0.01
+    alone = torch.stack([hide_for_training(1, 64, torch.device("cpu")).float().mean() for _ in range(400)])
+    assert alone.mean().item() == pytest.approx(2 / torch.pi, abs=0.06)
+    assert len(alone.unique()) > 30
+
+
+def test_hidden_codes_are_anywhere_and_elsewhere_in_every_image():
+    torch.manual_seed(0)
+    hidden = hide_for_training(2000, 16, torch.device("cpu"))
+    assert (hidden.float().mean(0) - hidden.float().mean()).abs().max() < 0.05
+    of_half = hidden[hidden.sum(1) == 8]
+    assert len(of_half.unique(dim=0)) > 0.9 * len(of_half)
+
+
+def test_only_hidden_codes_count_in_training_alike_and_in_evaluation_by_image():
+    logits, codes = torch.randn(2, 3, 5), torch.tensor([[1, 2, 0], [4, 4, 3]])
+    hidden = torch.tensor([[True, False, False], [True, True, True]])
+    first, *others = -logits[hidden].log_softmax(-1).gather(1, codes[hidden].unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(hidden_loss(logits, codes, hidden), (first + sum(others)) / 4)
+    by_image = (first + sum(others) / 3) / 2
+    torch.testing.assert_close(hidden_loss(logits, codes, hidden, per_image=True), by_image)
+
+
+def test_the_loss_reads_and_counts_what_it_should():
+    """In training noisy codes and dropped captions, with smoothed labels; in evaluation neither."""
+    model = any_order(caption_dropout=0.5, code_noise=0.25, label_smoothing=0.2, codebook_size=30)
+    captions, codes = torch.randint(1, 8, (64, 3)), torch.randint(30, (64, 12))
+    batch = {"caption_ids": captions, "codes": codes}
+
+    def loss_and_what_was_read():
+        with mock.patch.object(model, "forward", wraps=model.forward) as forward:
+            metrics = model.loss(batch)[1]
+        read = forward.call_args.args
+        return metrics["image_loss"], *read, -model(*read)[1].log_softmax(-1)
+
+    loss, read_captions, read_codes, hidden, nats = loss_and_what_was_read()
+    assert torch.equal(read_captions, captions)
+    assert torch.equal(read_codes, codes)
+    assert torch.equal(hidden, hide_by_codes(codes))
+    own = nats.gather(2, codes.unsqueeze(2)).squeeze(2)
+    torch.testing.assert_close(loss, ((own * hidden).sum(1) / hidden.sum(1)).mean())
+    assert loss_and_what_was_read()[0] == loss
+
+    loss, read_captions, read_codes, hidden, nats = model.train() and loss_and_what_was_read()
+    dropped = (read_captions == 0).all(1)
+    assert 16 < dropped.sum() < 48
+    assert torch.equal(read_captions[~dropped], captions[~dropped])
+    assert 0.1 < (read_codes != codes).float().mean() < 0.4
+    assert len(hidden.sum(1).unique()) > 6
+    smoothed = 0.8 * nats.gather(2, codes.unsqueeze(2)).squeeze(2) + 0.2 * nats.mean(2)
+    torch.testing.assert_close(loss, smoothed[hidden].mean())
 
 
 def test_the_held_out_loss_is_the_nats_of_one_code_at_a_time_in_random_orders():
@@ -155,13 +205,18 @@ def test_codes_do_not_depend_on_the_rest_of_the_batch():
     given[1, 2:9] = 3
     given[2, 4] = 1
     captions = CAPTIONS[[0, 1, 0]]
-    together = sample_codes(model, captions, [5, 9, 2], 2.0, given=given, num_steps=6)
+    for first in range(20):
+        assert_same_alone(model, captions, [first, first + 9, first + 2], given)
+
+
+def assert_same_alone(model, captions, seeds, given) -> None:
+    together = sample_codes(model, captions, seeds, 2.0, given=given, num_steps=6)
     alone = [
         sample_codes(model, captions[i : i + 1], [seed], 2.0, given=given[i : i + 1], num_steps=6)
-        for i, seed in enumerate((5, 9, 2))
+        for i, seed in enumerate(seeds)
     ]
-    assert torch.equal(together[[0, 2]], torch.cat(alone)[[0, 2]])
-    assert (together[1, 2:9] == 3).all()
+    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(together[given >= 0], given[given >= 0])
 
 
 def test_given_codes_stay_and_guide_what_is_drawn_before_them():
@@ -315,3 +370,33 @@ def test_learnt_positions_do_not_go_on(tokenizer):
     image = Image.new("RGB", (24, 16))
     with pytest.raises(UserError, match=r"know no more than the 2x3 codes"):
         tiny_generator(tokenizer).extend(image, "pear", top=1)
+
+
+def test_edits_are_chosen_by_the_caption_not_by_what_is_kept(tokenizer):
+    """All codes were drawn from what is kept, wherever it is, so that its likelihood weighs nothing."""
+    generator = tiny_generator(tokenizer)
+    given = torch.full((1, 2, 3), -1)
+    given[0, 1, 1:] = 3
+    drawn = generator.draw("pear", 2, candidates=3, given=given)
+    expected = generator.evidence(["pear"] * 2, drawn.codes)
+    torch.testing.assert_close(drawn.scores, expected)
+
+
+def test_what_stays_and_what_is_drawn_have_numbers_of_their_own(tokenizer):
+    """With most codes kept, the few that are drawn still take all values."""
+    generator = tiny_generator(tokenizer)
+    for parameter in generator.transformer.image_head.parameters():
+        nn.init.zeros_(parameter)  # all codes are as likely
+    drawn, complete = [], Generator.generate_codes
+    image = Image.new("RGB", (24, 16))
+
+    def watched(images, num_images=1, *, given, **settings):
+        codes = complete(generator, images, num_images, given=given, **settings)
+        drawn.extend(codes[given < 0].tolist())
+        return generator.images(codes)
+
+    with mock.patch.object(generator, "generate", watched):
+        generator.edit(image, "pear", 0.9, num_images=600)
+    counts = torch.bincount(torch.tensor(drawn), minlength=16)
+    assert len(drawn) > 250
+    assert counts.min() > len(drawn) / 16 / 3

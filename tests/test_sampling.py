@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from threading import Thread
 
 import pytest
 import torch
@@ -124,6 +125,33 @@ def test_drafts_change_no_code(transformer, attention, ahead, monkeypatch):
         assert known.all()
         assert len(one_by_one) == 5
         assert len(shown) <= 5
+
+
+def test_nothing_is_drafted_in_lower_precision(transformer):
+    """There, a forward of several codes rounds unlike several of one."""
+    lengths = []
+    transformer.core.register_forward_pre_hook(lambda core, inputs: lengths.append(inputs[0].shape[1]))
+    with torch.autocast("cpu", torch.bfloat16):
+        sample_codes(transformer, CAPTIONS, [0, 1])
+    assert lengths == [5, 1, 1, 1, 1, 1]
+
+
+def test_threads_of_a_server_leave_the_number_of_threads_alone(transformer):
+    """It is the whole process's, and two requests would restore each other's."""
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        transformer.core.register_forward_pre_hook(lambda core, inputs: seen.append(torch.get_num_threads()))
+        thread = Thread(target=sample_codes, args=(transformer, CAPTIONS[:1], [0]))
+        thread.start()
+        thread.join()
+        assert {*seen} == {2}
+        seen.clear()
+        sample_codes(transformer, CAPTIONS[:1], [0])
+        assert {*seen} == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_likely_drafts_save_forwards_and_known_codes_are_final(transformer, monkeypatch):

@@ -1,6 +1,7 @@
 """Images that are shown while they are drawn."""
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from tiny_models import tiny_generator
 
 from mmvit.errors import UserError
+from mmvit.sampling.decoding import PartlyDrawn, decode
 from mmvit.sampling.generator import Generator
 
 CAPTIONS = ["red apple", "pear"]
@@ -42,6 +44,51 @@ def test_codes_appear_step_by_step_and_the_rest_is_grey(generator, monkeypatch):
         assert same(images[2:], [grey, grey]) == (number < steps)
         assert same(images[:2], shown[-1][:2]) == (number >= steps - 1)
     assert not same(shown[0][:1], [grey])
+
+
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_only_codes_that_are_known_are_shown(generator, monkeypatch, ahead):
+    """Drafts, and whatever else a step leaves at other places, are grey."""
+    monkeypatch.setattr("mmvit.sampling.decoding.window", lambda rows, device: ahead)
+    *_, codes = (part.codes for part in steps_of(generator))
+    grey = generator.encode([Image.new("RGB", (24, 16), (128, 128, 128))]).flatten(1)
+    expected = [
+        generator.images(torch.where(known, codes, grey).unflatten(1, (2, 3)))
+        for _, known in steps_of(generator)
+    ]
+    *shown, _ = generator.generate("pear", 2, stream=True, share=math.inf, **SETTINGS)
+    assert all(same(*pair) for pair in zip(shown, expected, strict=True))
+
+
+def steps_of(generator):
+    how, _, inputs = generator.prepare("pear", 2, "", None, SETTINGS)
+    for codes, known in decode(generator.transformer, *inputs, **how.decoding):
+        yield PartlyDrawn(codes.clone(), known.clone())
+
+
+def test_the_time_in_which_images_are_looked_at_does_not_count(generator, monkeypatch):
+    """With a clock in which a step takes half a second, showing it as long, and looking at it 100 seconds."""
+    clock = [0.0]
+
+    def ticking() -> float:
+        clock[0] += 0.5
+        return clock[0]
+
+    monkeypatch.setattr("mmvit.sampling.streaming.time.perf_counter", ticking)
+    monkeypatch.setattr("mmvit.sampling.decoding.window", lambda rows, device: 1)
+    frames = []
+    for images in generator.generate("pear", 4, stream=True, share=0.25, batch_size=1, **SETTINGS):
+        frames.append(images)
+        clock[0] += 100
+    steps = 4 * (6 if generator.transformer.config.order == "raster" else 2)
+    assert len(frames) - 1 == 1 + steps // 4  # the first, then a quarter of the time
+
+
+def test_out_of_memory_is_said(generator, monkeypatch):
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr("mmvit.sampling.streaming.decode", mock.Mock(side_effect=error))
+    with pytest.raises(UserError, match=r"out of memory: lower batch_size"):
+        next(generator.generate("pear", stream=True))
 
 
 def test_little_time_is_spent_on_what_is_shown(generator):

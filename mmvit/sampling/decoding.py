@@ -4,6 +4,7 @@ guidance, temperature, top-k and top-p, and draws that depend on each image's ow
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from threading import current_thread, main_thread
 from typing import Any, NamedTuple
 
 import torch
@@ -97,7 +98,8 @@ def decode_raster(
     Each forward reads drafts of the next codes as well, and draws every code again from what it read, by the
     code's own random number. Up to the first code that came out unlike its draft all are what they would be
     one by one (speculative Jacobi decoding, 2410.01699, but with the same numbers instead of a test that
-    keeps the law), and the others are the next drafts.
+    keeps the law), and the others are the next drafts. Below float32, where a forward of several codes rounds
+    unlike several of one, there are no drafts.
     """
     codes, known = partly
     rows, places = len(prompts.ids), codes.shape[1]
@@ -113,6 +115,8 @@ def decode_raster(
                 cache.length = model.prefix_length + done - 1
                 read = codes[:, done - 1 : min(done + drafted, places) - 1]
                 logits = model.step(read.repeat(rows // len(codes), 1), cache)
+            if logits.dtype != torch.float32:
+                drafted = 1
             logits = prompts.combine(logits)
             ahead = slice(done, done + logits.shape[1])
             probabilities = filter_logits(logits.flatten(0, 1), **filters)
@@ -211,9 +215,12 @@ class GuidedBatch:
 def few_threads(rows: int, device: torch.device) -> Iterator[None]:
     """Uses a single CPU thread for a few rows: a second one gains nothing (docs/speed.md), and on a
     busy machine, where threads wait for each other in every layer, takes up to 100 times as long."""
+    is_alone = current_thread() is main_thread()  # the number is the whole process's
+    if device.type != "cpu" or rows > ONE_THREAD_UP_TO or not is_alone:
+        yield
+        return
     before = torch.get_num_threads()
-    if device.type == "cpu" and rows <= ONE_THREAD_UP_TO:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmvit.data.images import check_images, images_from_pixels, pixels_from_images, read_image
 from mmvit.errors import UserError
+from mmvit.sampling.decoding import uniforms
 from mmvit.sampling.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def edit(
         kept = kept_codes(keep, generator.transformer.config.grid, image.size)
     if kept.all():
         raise UserError("keep: the mask is mostly black for every code, so nothing would change")
+    kept = kept[0] if kept.ndim == 3 and len(kept) == 1 else kept
     versions = complete(generator, [image], kept, caption, num_images, seed=seed, **settings)
     if generator.transformer.config.order == "raster":
         return versions
@@ -173,10 +175,10 @@ def variations(
     seed + j. Raises UserError for a share outside 0 to 1."""
     if not 0 <= keep <= 1:
         raise UserError(f"keep: expected a share of the codes from 0 to 1, got {keep}")
-    drawn = []
+    drawn, grid = [], generator.transformer.config.grid
     for own in range(seed, seed + num_images):
-        numbers = torch.rand(generator.transformer.config.grid, generator=torch.Generator().manual_seed(own))
-        drawn += complete(generator, [image], numbers < keep, caption, seed=own, **settings)
+        numbers = uniforms([own], 3 * grid[0] * grid[1])[0, -grid[0] * grid[1] :]  # others draw the codes
+        drawn += complete(generator, [image], numbers.view(grid) < keep, caption, seed=own, **settings)
     return drawn
 
 

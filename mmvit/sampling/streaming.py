@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmvit.errors import UserError
+from mmvit.errors import UserError, is_out_of_memory
 from mmvit.sampling.decoding import decode
 from mmvit.sampling.prompts import Prompt
 from mmvit.sampling.settings import check_counts
@@ -57,17 +57,32 @@ def stream_images(
         grid = generator.transformer.config.grid
         grey = generator.encode([Image.new("RGB", generator.size[::-1], GREY)]).flatten(1)
         images = generator.images(grey.unflatten(1, grid)) * len(inputs.seeds)
-        spent, start = 0.0, time.perf_counter()
+        drawing, showing = 0.0, 0.0  # seconds, without those in which the caller looks at the images
         for first in range(0, len(images), how.batch_size):
             part = slice(first, first + how.batch_size)
             steps = decode(generator.transformer, *inputs.part(part), **how.decoding)
-            for codes, known in steps:
-                now = time.perf_counter()
-                if spent <= share * (now - start - spent):
+            while True:
+                start = time.perf_counter()
+                if (step := next(steps, None)) is None:
+                    break
+                codes, known = step
+                drawing += time.perf_counter() - start
+                if showing <= share * drawing:
+                    start = time.perf_counter()
                     images[part] = generator.images(torch.where(known, codes, grey).unflatten(1, grid))
-                    spent += time.perf_counter() - now
+                    showing += time.perf_counter() - start
                     yield [*images]
             images[part] = generator.images(codes.unflatten(1, grid))
         yield images
 
-    return drawn()
+    return told_of_memory(drawn())
+
+
+def told_of_memory(frames: Iterator[list[Image.Image]]) -> Iterator[list[Image.Image]]:
+    """The same frames; running out of memory, which ends them, is a UserError."""
+    try:
+        yield from frames
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError("out of memory: lower batch_size; without stream that happens by itself") from None

@@ -107,12 +107,16 @@ def describe_tab(studio: Studio) -> None:
     )  # fmt: skip
     button = gr.Button("Describe", variant="primary", elem_id="describe-button")
     found = [
-        gr.Label(label="Caption", visible=studio.generator is not None, elem_id="describe-caption"),
+        gr.Textbox(
+            label="Best captions", lines=5, visible=studio.generator is not None, elem_id="describe-caption"
+        ),
         gr.Label(label="Class", visible=studio.classifier is not None, elem_id="describe-class"),
     ]
 
     def describe(image: Image.Image | None, captions: str) -> Iterator[tuple]:
-        yield *studio.describe(image, (captions or "").splitlines()), *studio.describe_code()
+        found, classes = studio.describe(image, (captions or "").splitlines())
+        lines = [f"{caption}   ({nats:.0f} nats behind)" for caption, nats in found[1:]]
+        yield "\n".join([*(caption for caption, _ in found[:1]), *lines]), classes, *studio.describe_code()
 
     button.click(
         on_page(describe), [image, captions], [*found, *code_fields("describe")], api_name="describe"

@@ -119,12 +119,16 @@ class Studio:
         return Code(python, command)
 
     def describe(
-        self, image: Image.Image, captions: Sequence[str]
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """The likeliest of `captions`, and the likeliest classes, with their probabilities; empty without a
-        generator or a classifier. That of a caption is among these captions, all equally likely before."""
+        self, image: Image.Image | None, captions: Sequence[str]
+    ) -> tuple[list[tuple[str, float]], dict[str, float]]:
+        """The likeliest of `captions`, each with how much less likely than the first it is, in nats, and the
+        likeliest classes with their probabilities; empty without a generator or a classifier.
+
+        Nats of whole images say which caption fits best. As probabilities they would be far too sure: codes
+        that are drawn together count as independent evidence.
+        """
         check_size(image)
-        found, classes = {}, {}
+        found, classes = [], {}
         if self.generator is not None:
             captions = list(dict.fromkeys(line.strip() for line in captions if line.strip()))
             if not captions:
@@ -132,9 +136,10 @@ class Studio:
             if len(captions) > MOST_CAPTIONS:
                 raise UserError(f"expected at most {MOST_CAPTIONS} captions, got {len(captions)}")
             with torch.inference_mode():
-                shares = rank_captions(self.generator, [image], captions)[0].softmax(0)
-            best = shares.topk(min(BEST, len(captions)))
-            found = {captions[i]: share for share, i in zip(*(each.tolist() for each in best), strict=True)}
+                evidence = rank_captions(self.generator, [image], captions)[0]
+            best = evidence.topk(min(BEST, len(captions)))
+            behind = (best.values[0] - best.values).tolist()
+            found = [(captions[i], nats) for i, nats in zip(best.indices.tolist(), behind, strict=True)]
         if self.classifier is not None:
             classes = dict(self.classifier.classify([image], BEST)[0])
         return found, classes
@@ -146,7 +151,7 @@ class Studio:
             python = [
                 self.load_code("from mmvit.sampling.candidates import rank_captions"), *python,
                 'captions = open("captions.txt").read().splitlines()',
-                "shares = rank_captions(generator, [image], captions)[0].softmax(0)",
+                "best = captions[rank_captions(generator, [image], captions)[0].argmax()]",
             ]  # fmt: skip
             commands.append(shell("caption", "image.png", captions_file="captions.txt", **self.of_model()))
         if self.classifier is not None:
@@ -209,4 +214,6 @@ def arguments(values: Mapping[str, Any]) -> str:
 def shell(command: str, *words: str, **options: Any) -> str:
     """A command line of mmvit."""
     given = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    if any(word.startswith("-") for word in words):
+        return shlex.join(["mmvit", command, *given, "--", *words])
     return shlex.join(["mmvit", command, *words, *given])
