@@ -38,7 +38,7 @@ from mmvit.sampling.settings import (
     TopPOption,
     explicit_options,
 )
-from mmvit.sampling.terminal import show_in_terminal
+from mmvit.sampling.terminal import check_terminal, show_in_terminal
 
 
 def main(
@@ -65,6 +65,8 @@ def main(
         bool, Option("--watch", help="show the images in the terminal as they are drawn")
     ] = False,
 ) -> None:
+    if watch:
+        check_terminal()
     captions = (captions or []) + (read_caption_file(captions_file) if captions_file else [])
     check_grid_file(out, len(captions), num)
     if not captions:

@@ -8,7 +8,10 @@ that is printed; --host 0.0.0.0 opens it to everyone on the network, --share to 
 Gradio's servers). Press Ctrl-C to stop. Needs `pip install "mmvit[demo]"`.
 """
 
+import errno
+import os
 import socket
+import tempfile
 from contextlib import suppress
 from threading import Event
 from typing import Annotated
@@ -39,21 +42,31 @@ def main(
         raise UserError('the page needs Gradio: pip install "mmvit[demo]"') from None
     from mmvit.serving.studio import Studio
 
-    page = build_page(Studio.from_pretrained(model, classifier))
+    port = free_port(host, port)
+    with tempfile.TemporaryDirectory(prefix="mmvit-serve-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and drawn images
+        page = build_page(Studio.from_pretrained(model, classifier))
+        _, address, _ = launch(page, host, port, share, prevent_thread_lock=True)
+        with suppress(KeyboardInterrupt):
+            print(f"open {page.share_url or address} in your browser; Ctrl-C stops", flush=True)
+            Event().wait()
+        page.close(verbose=False)
+    os._exit(0)  # threads may still draw, and would not survive a slower end
+
+
+def free_port(host: str, port: int = 0) -> int:
+    """`port`, or any free one for 0. Raises UserError where nothing can listen."""
     try:
-        _, address, _ = launch(page, host, port or free_port(host), share, prevent_thread_lock=True)
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return probe.getsockname()[1]
     except OSError as error:
-        raise UserError(f"cannot listen on {host}:{port} ({error}): choose another --port") from None
-    with suppress(KeyboardInterrupt):
-        print(f"open {page.share_url or address} in your browser; Ctrl-C stops", flush=True)
-        Event().wait()
-    page.close(verbose=False)
-
-
-def free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+        other = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise UserError(
+            f"cannot listen on {host}, port {port} ({error.strerror}): choose another {other}"
+        ) from None
 
 
 if __name__ == "__main__":

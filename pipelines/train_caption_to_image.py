@@ -29,13 +29,12 @@ from mmvit.recipes.caption_codes import CaptionCodes, open_caption_codes
 from mmvit.recipes.command import training_script
 from mmvit.recipes.generator import GeneratorRecipe
 from mmvit.sampling.generator import Generator
-from mmvit.sampling.preview import check_preview, draw_preview
+from mmvit.sampling.preview import draw_preview
 from mmvit.training import Session, train
 
 
 def train_session(session: Session[GeneratorRecipe]) -> None:
     recipe = session.recipe
-    check_preview(recipe.preview, recipe.model)
     data = open_caption_codes(session, recipe.data, recipe.model)
     model = starting_model(session, data)
 

@@ -29,14 +29,13 @@ from mmvit.recipes.command import training_script
 from mmvit.recipes.facts import class_names, folders_of
 from mmvit.recipes.joint import JointRecipe
 from mmvit.sampling.generator import Generator
-from mmvit.sampling.preview import check_preview, draw_preview
+from mmvit.sampling.preview import draw_preview
 from mmvit.training import Session, one_epoch, train, training_stream
 from mmvit.training.deepspeed_engine import zero_stage
 
 
 def train_session(session: Session[JointRecipe]) -> None:
     recipe, classes = session.recipe, session.recipe.classes
-    check_preview(recipe.preview, recipe.model.generator)
     if zero_stage(session.deepspeed) == 3:
         raise UserError(
             "a joint model runs its core twice in a pass, which ZeRO 3 cannot: use stage 0, 1 or 2"

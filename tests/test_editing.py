@@ -402,7 +402,7 @@ def test_images_become_pixels_over_white():
 @pytest.mark.parametrize(
     ("arguments", "settings", "message"),
     [
-        (({"a": float("nan")},), {}, "the weight of 'a' must be a finite number, got nan"),
+        (({"a": float("nan")},), {}, "the weight of 'a': expected a number from -1000 to 1000, got nan"),
         (({},), {}, "an empty mixture of captions"),
         (
             ({"a": 0, "b": -1},),
@@ -440,7 +440,11 @@ def test_images_become_pixels_over_white():
         (([b"a"],), {}, r"expected a caption \(str\) .*, got b'a'"),
         (({1: 0.5},), {}, "a mixture's captions must be str, got 1"),
         ((["a", ""],), {"candidates": 2}, "candidates for an empty caption cannot"),
-        (("a",), {"given": torch.zeros(1, 3, 3)}, r"given: expected codes \(images, 2, 3\), got \(1, 3, 3\)"),
+        (
+            ("a",),
+            {"given": torch.zeros(1, 3, 3, dtype=torch.long)},
+            r"given: expected codes \(images, 2, 3\), got \(1, 3, 3\)",
+        ),
         (("a",), {"given": torch.full((1, 2, 3), 16)}, "given: expected codes from 0 to 15, .* got 16 to 16"),
     ],
 )

@@ -210,6 +210,12 @@ def test_a_recipe_is_copied_for_editing(mmvit_command, tmp_path):
     assert Path(mine).is_file()
 
 
+def test_a_mistyped_tokenizer_is_not_replaced_by_the_runs_own(mmvit_command, generator_run):
+    refused = mmvit_command("train", generator_run, "--resume", "--data.text_tokenizer", "typo")
+    assert refused.returncode == 2
+    assert "no text tokenizer at typo" in refused.stderr
+
+
 def test_a_run_folder_resumes_alone_though_its_start_has_moved(
     mmvit_command, generator_run, encoded, tmp_path
 ):

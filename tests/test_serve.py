@@ -2,6 +2,7 @@
 
 import contextlib
 import shlex
+import socket
 import sys
 import time
 from unittest import mock
@@ -111,10 +112,13 @@ def test_an_image_gets_its_caption_and_class(studio, tmp_path):
 
 
 def test_mistakes_are_named(studio, models):
-    image = Image.new("RGB", (24, 16))
+    image, thin = Image.new("RGB", (24, 16)), Image.new("L", (24, 16))
+    thin.paste(255, (0, 0, 2, 16))
     for action, message in (
         (lambda: studio.draw({"a": 1.0}, 65), "images: expected 1 to 64, got 65"),
         (lambda: studio.draw({"a": 0.0, "b": 0.0}, 1), "all weights are 0"),
+        (lambda: studio.draw({"a" * 3000: 1.0}, 1), "at most 2000 characters, got 3000"),
+        (lambda: studio.edit(image, thin, "a", 1), "too little is painted over"),
         (lambda: studio.draw({"a": 1.0}, 1, temperature=-1), "temperature"),
         (lambda: studio.draw({"a": 1.0}, 1, seed=1.5), "seed"),
         (lambda: studio.edit(image, Image.new("L", (24, 16)), "a", 1), "nothing is painted over"),
@@ -139,11 +143,12 @@ def test_without_gradio_it_says_how_to_install_it(run_script):
 def served(studio):
     """The address of the studio's page."""
     page_module = pytest.importorskip("mmvit.serving.page", reason="Gradio is not installed")
-    page = page_module.build_page(studio)
+    page, most_pixels = page_module.build_page(studio), Image.MAX_IMAGE_PIXELS
     port = load_script("pipelines/serve.py").free_port("127.0.0.1")
     _, address, _ = page_module.launch(page, "127.0.0.1", port, prevent_thread_lock=True)
     yield address
     page.close()
+    Image.MAX_IMAGE_PIXELS = most_pixels
 
 
 def client_of(address: str):
@@ -192,3 +197,35 @@ def test_a_long_request_does_not_hold_up_a_short_one(served, studio, monkeypatch
     short.result(30)
     assert not long.done()
     long.cancel()
+
+
+def test_equal_captions_of_a_mixture_are_one_with_the_sum_of_their_weights(served, studio, monkeypatch):
+    seen = []
+    monkeypatch.setattr(studio, "draw", lambda captions, **more: seen.append({**captions}) or iter(()))
+    client_of(served).predict("a", 0.25, "a ", 0.5, "", 0, 1, *ARGUMENTS, api_name="/mix")
+    assert seen == [{"a": 0.75, "": 0}]
+
+
+def test_a_large_upload_is_refused_before_it_is_decoded(served, tmp_path):
+    from gradio_client import handle_file
+
+    Image.new("L", (6000, 6000)).save(tmp_path / "large.png")
+    with pytest.raises(Exception, match=r"(?i)error"):
+        client_of(served).predict(handle_file(tmp_path / "large.png"), "a", api_name="/describe")
+    assert Image.MAX_IMAGE_PIXELS * 2 < 6000 * 6000
+
+
+def test_captions_that_look_like_options_are_shown_as_they_must_be_typed(studio):
+    command = studio.draw_code({"--help": 1.0}, **SETTINGS).command
+    assert command.endswith(" -- --help")
+
+
+def test_hosts_and_ports_that_cannot_be_listened_on_are_named():
+    free_port = load_script("pipelines/serve.py").free_port
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match=r"choose another --port"):
+            free_port("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(UserError, match=r"cannot listen on nonsense.invalid.*choose another --host"):
+        free_port("nonsense.invalid")

@@ -27,7 +27,7 @@ def page(tokenizer):
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     page_module = pytest.importorskip("mmvit.serving.page", reason="Gradio is not installed")
     studio = Studio(tiny_generator(tokenizer, grid=(4, 4)), tiny_classifier("cat", "dog"))
-    served = page_module.build_page(studio)
+    served, most_pixels = page_module.build_page(studio), Image.MAX_IMAGE_PIXELS
     port = load_script("pipelines/serve.py").free_port("127.0.0.1")
     _, address, _ = page_module.launch(served, "127.0.0.1", port, prevent_thread_lock=True)
     with playwright.sync_playwright() as started:
@@ -39,6 +39,7 @@ def page(tokenizer):
         yield opened
         browser.close()
     served.close()
+    Image.MAX_IMAGE_PIXELS = most_pixels
 
 
 def images_in(page, gallery: str, number: int) -> list[Image.Image]:

@@ -66,7 +66,7 @@ def test_images_appear_in_the_terminal(answers, shown, tmp_path):
 
 def test_without_a_terminal_there_is_nothing_to_watch(run_script, tmp_path):
     ran = run_script("pipelines/sample_images.py", "red apple", "--watch", "--out", tmp_path / "a.png")
-    refused(ran, "--watch shows images in a terminal, and the output is not one")
+    refused(ran, "--watch shows images in a terminal; input or output is not one")
 
 
 def test_images_stand_side_by_side():

@@ -148,6 +148,8 @@ def check_images(images: Sequence[Image.Image]) -> None:
                 f"image {number}: expected a Pillow image, got {type(image).__name__}: open files with "
                 "PIL.Image.open"
             )
+        if not min(image.size):
+            raise UserError(f"image {number} is empty: {image.width}x{image.height} pixels")
 
 
 def pixels_from_images(images: Sequence[Image.Image], height: int, width: int, fit: Fit = "crop") -> Tensor:

@@ -8,7 +8,7 @@ from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransfo
 from mmvit.recipes.data import CaptionCodesConfig
 from mmvit.recipes.facts import Fact, codes_in, vocabulary
 from mmvit.recipes.start import StartConfig
-from mmvit.sampling.preview import PreviewConfig
+from mmvit.sampling.preview import PreviewConfig, check_preview
 from mmvit.training.config import Recipe
 
 
@@ -42,6 +42,11 @@ class GeneratorRecipe(Recipe):
 
     selects: ClassVar[str] = "image_loss"
     starts_from: ClassVar[str] = GeneratorTransformer.kind
+
+    @model_validator(mode="after")
+    def _previews_can_be_drawn(self) -> Self:
+        check_preview(self.preview, self.model)
+        return self
 
     @classmethod
     def facts(cls, values: dict[str, Any]) -> list[Fact]:

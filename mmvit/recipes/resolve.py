@@ -108,7 +108,7 @@ def resolve(
     for key, value in given.items():
         set_by_path(values, key, value)
     if run:
-        notes += use_tokenizers_of_run(Path(str(output)), values)
+        notes += use_tokenizers_of_run(Path(str(output)), values, given)
     if read_data:
         try:
             for fact in recipe.facts(values):
@@ -233,13 +233,14 @@ def use_tokenizers_of(start: str, recipe: type[Recipe], values: dict[str, Any], 
             values.setdefault("data", {})[name] = place
 
 
-def use_tokenizers_of_run(run: Path, values: dict[str, Any]) -> list[str]:
-    """Makes a run's own copies of tokenizers take the place of those that are gone from where they were;
-    returns a line about each."""
+def use_tokenizers_of_run(run: Path, values: dict[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Makes a run's own copies of tokenizers take the place of those that are gone from where they were,
+    unless they are `given` now; returns a line about each."""
     notes = []
     for key, value in flatten(values).items():
         name = key.rpartition(".")[2]
-        if name not in ("text_tokenizer", "image_tokenizer") or find(str(value)).exists():
+        is_tokenizer = name in ("text_tokenizer", "image_tokenizer")
+        if not is_tokenizer or key in given or find(str(value)).exists():
             continue
         for export in run_exports(run):
             if (own := export / name).is_dir():

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mmvit.data.images import check_images, images_from_pixels, pixels_from_images, read_image
+from mmvit.data.images import check_images, images_from_pixels, pixels_from_images, read_image, to_rgb
 from mmvit.errors import UserError
 from mmvit.sampling.decoding import uniforms
 from mmvit.sampling.prompts import Prompt
+from mmvit.sampling.settings import check_counts
 
 if TYPE_CHECKING:
     from mmvit.sampling.generator import Generator, Images
@@ -50,12 +51,15 @@ def edit(
         UserError: for a `keep` that is none of these, or keeps everything.
     """
     check_images([image])
+    image = ImageOps.exif_transpose(image)
     if (share := as_share(keep)) is not None:
         if share == 1:
             raise UserError("keep 1 keeps every code, so nothing would change: 0.5 keeps half of them")
         if settings.get("stream"):
             raise UserError("stream works with a mask or a half to keep, not with a share")
         return variations(generator, image, caption, num_images, share, seed, **settings)
+    if isinstance(keep, np.ndarray):
+        raise UserError("keep: expected a boolean torch tensor (rows, columns), got a NumPy array")
     kept = keep
     if not isinstance(keep, Tensor):
         kept = kept_codes(keep, generator.transformer.config.grid, image.size)
@@ -173,6 +177,8 @@ def variations(
 ) -> list[Image.Image]:
     """Draws images that each keep a random share `keep` of the codes of `image`; the j-th is drawn with
     seed + j. Raises UserError for a share outside 0 to 1."""
+    check_counts(num_images=num_images)
+    generator.defaults.replace({"seed": seed})
     if not 0 <= keep <= 1:
         raise UserError(f"keep: expected a share of the codes from 0 to 1, got {keep}")
     drawn, grid = [], generator.transformer.config.grid
@@ -201,7 +207,9 @@ def kept_codes(keep: str | Path | Image.Image, grid: tuple[int, int], size: tupl
     if keep in HALVES:
         return dict(zip(HALVES, (upper, ~upper, left, ~left), strict=True))[keep]
     mask = keep
-    if not isinstance(keep, Image.Image):
+    if isinstance(keep, Image.Image):
+        mask = to_rgb(ImageOps.exif_transpose(keep))
+    else:
         if not isinstance(keep, str | Path) or not Path(keep).is_file():
             choices = ", ".join(HALVES)
             raise UserError(f"keep: expected {choices}, a share such as 0.5, or a mask's file, got {keep}")

@@ -260,7 +260,7 @@ class Generator:
         if given is not None:
             check_given(given, config.grid, config.codebook_size)
             prompts = prompts.for_images(len(given))
-            given = given.flatten(1).to(self.device).repeat_interleave(each, dim=0)
+            given = given.flatten(1).to(self.device, torch.long).repeat_interleave(each, dim=0)
         ids, weights, base = (
             part.to(self.device).repeat_interleave(each, dim=0)
             for part in prompts.encode(self.text_tokenizer, config.text_length)
@@ -390,6 +390,9 @@ def check_fit(
 
 def check_given(given: Tensor, grid: tuple[int, int], codebook_size: int) -> None:
     """Raises UserError for given codes of another shape than (images, *grid), or outside the codebook."""
+    if not isinstance(given, Tensor) or given.dtype not in (torch.long, torch.int32) or not len(given):
+        found = f"{tuple(given.shape)} of {given.dtype}" if isinstance(given, Tensor) else repr(given)
+        raise UserError(f"given: expected codes as a torch.long tensor of at least one image, got {found}")
     if given.ndim != 3 or given.shape[1:] != grid:
         rows, columns = grid
         raise UserError(f"given: expected codes (images, {rows}, {columns}), got {tuple(given.shape)}")

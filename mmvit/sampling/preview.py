@@ -5,7 +5,6 @@ from pathlib import Path
 from pydantic import Field
 
 from mmvit.config import Config
-from mmvit.errors import UserError
 from mmvit.models.generator_transformer import GeneratorConfig
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import labelled_grid
@@ -28,14 +27,14 @@ class PreviewConfig(Config):
 
 
 def check_preview(config: PreviewConfig, model: GeneratorConfig) -> None:
-    """Raises UserError, before anything is trained, for guidance that `model` would not learn."""
+    """Raises ValueError for previews that `model` could not draw."""
     if config.guidance_scale != 1 and model.caption_dropout == 0:
-        raise UserError(
+        raise ValueError(
             f"preview.guidance_scale is {config.guidance_scale}, but with caption_dropout = 0 the model "
             "learns no guidance: set it to 1, or caption_dropout to 0.1"
         )
     if config.num_steps is not None and model.order == "raster":
-        raise UserError('preview.num_steps needs model.order = "any": raster order has one step per code')
+        raise ValueError('preview.num_steps needs model.order = "any": raster order has one step per code')
 
 
 def draw_preview(generator: Generator, config: PreviewConfig, path: Path) -> None:

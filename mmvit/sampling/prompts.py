@@ -1,6 +1,5 @@
 """Prompts: captions, mixtures of captions, and what guidance leads away from, parsed once."""
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from mmvit.data.captions import TextTokenizer
 from mmvit.errors import UserError
 
 # a caption, or several with their weights: {"red apple": 0.5, "green apple": 0.5}
+MOST_WEIGHT = 1000  # of a caption; far beyond use, and far below what overflows
 Prompt = str | Mapping[str, float]
 
 
@@ -80,6 +80,7 @@ class Prompts:
 
 def parse_mixture(prompt: Prompt) -> dict[str, float]:
     if isinstance(prompt, str):
+        check_text(prompt)
         return {prompt: 1.0}
     if not isinstance(prompt, Mapping):
         raise UserError(f"expected a caption (str) or captions with weights (dict), got {prompt!r}")
@@ -88,14 +89,26 @@ def parse_mixture(prompt: Prompt) -> dict[str, float]:
     for caption, weight in prompt.items():
         if not isinstance(caption, str):
             raise UserError(f"a mixture's captions must be str, got {caption!r}")
-        if not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise UserError(f"the weight of {caption!r} must be a finite number, got {weight!r}")
+        check_text(caption)
+        if not isinstance(weight, int | float) or not -MOST_WEIGHT <= weight <= MOST_WEIGHT:
+            raise UserError(
+                f"the weight of {caption!r}: expected a number from -{MOST_WEIGHT} to {MOST_WEIGHT}, "
+                f"got {str(weight)[:20]}"
+            )
     if max(prompt.values()) <= 0:
         raise UserError(
             f"the mixture {dict(prompt)} has no caption of a weight above 0; to lead away from a caption, "
             "use `negative`"
         )
     return dict(prompt)
+
+
+def check_text(caption: str) -> None:
+    """Raises UserError for what is not valid Unicode, such as undecodable bytes of a command line."""
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the caption {caption!r:.40} is not valid UTF-8 text") from None
 
 
 def warn_of_captions(captions: list[str], num_cut: int, length: int) -> None:

@@ -2,7 +2,6 @@
 which commands set them."""
 
 import json
-import math
 import numbers
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,10 +24,14 @@ SAVED_FIELDS = (
 )  # settings that the file may hold
 
 
+MOST_GUIDANCE = 1000.0  # far beyond use, and far below what overflows
+
+
 def check_guidance_scale(scale: float) -> float:
-    if not 0 <= scale < math.inf:
+    if not 0 <= scale <= MOST_GUIDANCE:
         raise ValueError(
-            "expected 0 (ignore the caption) or more; to lead away from a caption, use `negative`"
+            f"expected 0 (ignore the caption) to {MOST_GUIDANCE:g}; to lead away from a caption, use "
+            "`negative`"
         )
     return scale
 
@@ -106,7 +109,7 @@ class SamplingSettings(Config):
 def check_counts(**counts: int) -> None:
     """Raises UserError for a count that is not a whole number from 1 on."""
     for name, count in counts.items():
-        if not isinstance(count, int) or count < 1:
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise UserError(f"{name}: expected a whole number of at least 1, got {count!r}")
 
 

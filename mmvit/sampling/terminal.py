@@ -14,6 +14,7 @@ from mmvit.errors import UserError
 
 MOST_COLUMNS = 8  # images side by side
 GAP = 4  # pixels between images
+LEAST_CELLS = 4  # of the terminal, in width and height
 CELLS = 32  # of the terminal for the width of an image
 
 
@@ -23,10 +24,7 @@ def show_in_terminal(frames: Iterable[list[Image.Image]]) -> list[Image.Image]:
     Raises:
         UserError: where the output is no terminal, or one of unknown size.
     """
-    if not sys.stdout.isatty():
-        raise UserError("--watch shows images in a terminal, and the output is not one: leave it out")
-    if not os.get_terminal_size(sys.stdout.fileno()).columns:
-        raise UserError("--watch: this terminal does not say how wide it is: leave it out, or try another")
+    check_terminal()
     logging.getLogger("textual_image").setLevel(logging.ERROR)  # of terminals that do not answer
     from textual_image.renderable import Image as InTerminal  # asks the terminal for what it can show
 
@@ -36,6 +34,14 @@ def show_in_terminal(frames: Iterable[list[Image.Image]]) -> list[Image.Image]:
             width = min(console.width, CELLS * min(MOST_COLUMNS, len(images)))
             live.update(InTerminal(side_by_side(images), width=width, height="auto"), refresh=True)
     return images
+
+
+def check_terminal() -> None:
+    """Raises UserError where images cannot be shown while they are drawn."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UserError("--watch shows images in a terminal; input or output is not one: leave it out")
+    if min(os.get_terminal_size(sys.stdout.fileno())) < LEAST_CELLS:
+        raise UserError("--watch: this terminal is too small, or does not say how large it is: leave it out")
 
 
 def side_by_side(images: list[Image.Image]) -> Image.Image:

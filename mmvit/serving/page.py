@@ -1,6 +1,7 @@
 """The page: fields and buttons (Gradio) for what `Studio` does."""
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
@@ -11,10 +12,11 @@ import gradio as gr
 from PIL import Image
 
 from mmvit.errors import UserError
-from mmvit.serving.studio import MOST_IMAGES, Code, Studio
+from mmvit.serving.studio import MOST_CHARACTERS, MOST_IMAGES, MOST_PIXELS, Code, Studio, check_size
 
 AT_ONCE = 8  # requests that run side by side, so that a long one does not hold up a short one
-MIXED = 3  # captions in a mixture
+IMAGES = 4  # at first
+MOST_LAYERS = 4
 SIDE = 512  # of the canvas for painting, in pixels
 EXAMPLES = (
     "red apple", "woman astronaut dark skin tone", "thumbs up medium skin tone", "rocket", "dog face",
@@ -27,7 +29,7 @@ Fields = dict[str, gr.components.Component]
 
 def build_page(studio: Studio) -> gr.Blocks:
     """The page of a studio: a tab for everything that its models can do."""
-    with gr.Blocks(title="mmvit", analytics_enabled=False) as page:
+    with gr.Blocks(title="mmvit", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown("# mmvit")
         if studio.generator is not None:
             for name, tab in (("Draw", draw_tab), ("Mix", mix_tab), ("Edit", edit_tab)):
@@ -40,6 +42,7 @@ def build_page(studio: Studio) -> gr.Blocks:
 
 def launch(page: gr.Blocks, host: str, port: int, share: bool = False, **more: Any) -> Any:
     """Serves the page until the process ends; with `prevent_thread_lock=True`, in the background."""
+    Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses twice that before it decodes
     return page.launch(
         server_name=host, server_port=port, share=share, theme=gr.themes.Default(**FONTS), css=STYLE,
         quiet=True, ssr_mode=False, max_file_size="20mb", **more,
@@ -47,14 +50,15 @@ def launch(page: gr.Blocks, host: str, port: int, share: bool = False, **more: A
 
 
 def draw_tab(studio: Studio) -> None:
-    caption = gr.Textbox(EXAMPLES[0], label="Caption", elem_id="draw-caption")
+    caption = gr.Textbox(EXAMPLES[0], label="Caption", max_length=MOST_CHARACTERS, elem_id="draw-caption")
     gr.Examples([[example] for example in EXAMPLES], caption, label="Examples")
     fields, button = (
         setting_fields(studio, "draw"),
         gr.Button("Draw", variant="primary", elem_id="draw-button"),
     )
 
-    def draw(caption: str, settings: dict[str, Any]) -> Iterator[tuple]:
+    def draw(caption: str | None, settings: dict[str, Any]) -> Iterator[tuple]:
+        caption = caption or ""
         yield from shown(studio.draw({caption: 1}, **settings), studio.draw_code({caption: 1}, **settings))
 
     connect(draw, (button.click, caption.submit), [caption], fields, image_fields("draw"))
@@ -73,7 +77,9 @@ def mix_tab(studio: Studio) -> None:
 
     def mix(*values: Any) -> Iterator[tuple]:
         *captions, settings = values
-        weights = dict(zip(captions[::2], captions[1::2], strict=True))
+        weights: dict[str, float] = defaultdict(float)
+        for caption, weight in zip(captions[::2], captions[1::2], strict=True):
+            weights[(caption or "").strip()] += weight or 0
         yield from shown(studio.draw(weights, **settings), studio.draw_code(weights, **settings))
 
     connect(mix, (button.click,), captions, fields, image_fields("mix"))
@@ -86,13 +92,16 @@ def edit_tab(studio: Studio) -> None:
         brush=gr.Brush(default_size=24, colors=["#ff4081"], color_mode="fixed"), transforms=(),
         elem_id="edit-canvas",
     )  # fmt: skip
-    caption = gr.Textbox("green pear", label="Caption", elem_id="edit-caption")
+    caption = gr.Textbox("green pear", label="Caption", max_length=MOST_CHARACTERS, elem_id="edit-caption")
     fields, button = (
         setting_fields(studio, "edit"),
         gr.Button("Redraw", variant="primary", elem_id="edit-button"),
     )
 
-    def edit(painted: dict[str, Any] | None, caption: str, settings: dict[str, Any]) -> Iterator[tuple]:
+    def edit(
+        painted: dict[str, Any] | None, caption: str | None, settings: dict[str, Any]
+    ) -> Iterator[tuple]:
+        caption = caption or ""
         image, mask = image_and_mask(painted)
         yield from shown(studio.edit(image, mask, caption, **settings), studio.edit_code(caption, **settings))
 
@@ -118,16 +127,15 @@ def describe_tab(studio: Studio) -> None:
         lines = [f"{caption}   ({nats:.0f} nats behind)" for caption, nats in found[1:]]
         yield "\n".join([*(caption for caption, _ in found[:1]), *lines]), classes, *studio.describe_code()
 
-    button.click(
-        on_page(describe), [image, captions], [*found, *code_fields("describe")], api_name="describe"
-    )
+    outputs = [*found, *code_fields("describe")]
+    button.click(on_page(describe), [image, captions], outputs, api_name="describe", concurrency_id="all")
 
 
 def setting_fields(studio: Studio, tab: str) -> Fields:
     """The fields of a tab's settings, which begin with the model's own."""
     how = studio.generator.defaults
     with gr.Row():
-        number = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Images", elem_id=f"{tab}-number")
+        number = gr.Slider(1, MOST_IMAGES, IMAGES, step=1, label="Images", elem_id=f"{tab}-number")
         guidance = gr.Slider(0, 10, how.guidance_scale, step=0.1, label="Guidance scale")
         temperature = gr.Slider(0, 2, how.temperature, step=0.05, label="Temperature")
     with gr.Row():
@@ -159,12 +167,13 @@ def connect(
     """Makes events run an action of the inputs' values and the settings."""
 
     def with_settings(*values: Any) -> Iterator[tuple]:
-        own, settings = values[: len(inputs)], values[len(inputs) :]
-        yield from action(*own, dict(zip(fields, settings, strict=True)))
+        own, settings = values[: len(inputs)], dict(zip(fields, values[len(inputs) :], strict=True))
+        settings["number"] = settings["number"] or IMAGES  # of a field that was cleared
+        yield from action(*own, settings)
 
     for number, event in enumerate(events):
-        name = None if number else action.__name__
-        event(on_page(with_settings), [*inputs, *fields.values()], outputs, api_name=name)
+        seen = {"api_visibility": "private"} if number else {"api_name": action.__name__}
+        event(on_page(with_settings), [*inputs, *fields.values()], outputs, concurrency_id="all", **seen)
 
 
 def shown(images: Iterator[list[Image.Image]], code: Code) -> Iterator[tuple]:
@@ -192,11 +201,17 @@ def image_and_mask(painted: dict[str, Any] | None) -> tuple[Image.Image, Image.I
     Raises:
         UserError: if there is no image.
     """
-    image = (painted or {}).get("background")
-    if image is None or not image.getbbox():
+    image, layers = (painted or {}).get("background"), (painted or {}).get("layers") or []
+    if image is None:
         raise UserError("no image yet: upload one, then paint over what should be drawn again")
+    for each in (image, *layers):
+        check_size(each)
+    if len(layers) > MOST_LAYERS:
+        raise UserError(f"expected at most {MOST_LAYERS} layers of paint, got {len(layers)}")
+    if not image.getbbox():
+        raise UserError("the image is empty: upload one, then paint over what should be drawn again")
     mask = Image.new("L", image.size)
-    for layer in painted.get("layers") or []:
+    for layer in layers:
         alpha = layer.convert("RGBA").getchannel("A").resize(image.size)
         mask.paste(255, mask=alpha.point(lambda level: 255 * (level > 0)))
     white = Image.new("RGBA", image.size, "white")

@@ -14,11 +14,13 @@ from mmvit.hub import JOINT, SHIPPED, find_model_folder, read_description
 from mmvit.models.registry import CLASSIFIERS
 from mmvit.sampling.candidates import rank_captions
 from mmvit.sampling.decoding import default_steps
+from mmvit.sampling.editing import kept_codes
 from mmvit.sampling.generator import Generator
 
 MOST_IMAGES = 64  # in one request
 MOST_PIXELS = 4096 * 4096  # of an uploaded image
 MOST_CAPTIONS = 200  # that one image is compared with
+MOST_CHARACTERS = 2000  # of a caption
 BEST = 5  # captions or classes shown
 
 
@@ -105,6 +107,8 @@ class Studio:
         if not mask.getbbox():
             raise UserError("nothing is painted over yet: paint over the region to draw again")
         more = explicit(negative=negative, **settings)
+        if kept_codes(mask, self.generator.transformer.config.grid, image.size).all():
+            raise UserError("too little is painted over: paint over a larger region")
         return self.generator.edit(image, caption.strip(), mask, number, stream=True, **more)
 
     def edit_code(self, caption: str, number: int, negative: str = "", **settings: Any) -> Code:
@@ -174,6 +178,7 @@ class Studio:
 
 def prompt_of(captions: Mapping[str, float]) -> str | dict[str, float]:
     """One caption, or the mixture of those that have a weight."""
+    explicit(captions="\n".join(captions))  # refuses what is too long
     weighted = {caption.strip(): float(weight) for caption, weight in captions.items() if weight}
     if len(captions) == 1:
         return next(iter(captions)).strip()
@@ -184,6 +189,9 @@ def prompt_of(captions: Mapping[str, float]) -> str | dict[str, float]:
 
 def explicit(**settings: Any) -> dict[str, Any]:
     """The settings that are set: an empty field leaves one to the model."""
+    texts = [value for value in settings.values() if isinstance(value, str)]
+    if (longest := max(map(len, texts), default=0)) > MOST_CHARACTERS:
+        raise UserError(f"expected at most {MOST_CHARACTERS} characters, got {longest}")
     whole = ("seed", "num_steps", "top_k")
     return {
         name: int(value) if name in whole and float(value).is_integer() else value
