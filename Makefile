@@ -23,7 +23,7 @@ help: ## list the targets
 
 install: .venv/tested ## make .venv with mmvit, its tests and the emoji data, at the versions of constraints.txt
 
-demo: .venv/installed ## train a generator on emoji and draw captions that it has never seen (12 minutes on 2 cores)
+demo: .venv/installed ## train a generator on emoji and draw captions that it has never seen (12 minutes on 2 cores with AMX, 36 without)
 	$(BIN)/mmvit demo
 
 test: .venv/tested ## run the tests (5 minutes on 2 cores)

@@ -6,7 +6,7 @@
     python benchmarks/modern_generator.py run --images 24000 --log modern-generator.jsonl
     python benchmarks/modern_generator.py table modern-generator.jsonl
 
-The base is the recipe emoji_demo with a plain MLP (GELU) and without QK-norm, as it was before this study.
+The base is the recipe emoji_raster with a plain MLP (GELU) and without QK-norm, as it was before this study.
 Held-out loss is in nats per code on the 405 held-out combinations, retrieval@1 among all images at guidance
 2 (1 if captions are never dropped) and temperature 0.3; mean and 95% interval of the seeds (Student's t). A
 part that makes a step more expensive gets fewer steps, a cheaper one more; Muon's own products are not
@@ -22,7 +22,7 @@ from studies import ROOT, cell, flops_of, interval, missing, retrieval, run_stud
 
 from mmvit.errors import run_script
 
-RECIPE = ("pipelines/train_caption_to_image.py", ROOT / "configs/emoji_demo.toml")
+RECIPE = ("pipelines/train_caption_to_image.py", ROOT / "configs/emoji_raster.toml")
 BATCH = 64
 AUGMENTED = "data/emoji-augmented"
 FLIPPED = f"{AUGMENTED}-flipped"  # every second copy, where no caption names a side, in English or German

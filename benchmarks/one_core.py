@@ -23,7 +23,7 @@ from mmvit.errors import run_script
 
 BATCH = 64
 JOINT = ("pipelines/train_joint.py", ROOT / "configs/emoji_joint.toml")
-GENERATOR = ("pipelines/train_caption_to_image.py", ROOT / "configs/emoji_demo.toml")
+GENERATOR = ("pipelines/train_caption_to_image.py", ROOT / "configs/emoji_raster.toml")
 CLASSIFIER = ("pipelines/train_classifier.py", ROOT / "configs/emoji_groups.toml")
 # the classifier's part of emoji_joint.toml
 SAME_CORE = (

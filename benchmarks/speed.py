@@ -4,7 +4,7 @@
 
 Training: a whole optimizer step (loss, backward, clipping, AdamW) in bfloat16 on random batches. The
 ceiling is what large matrix products reach; the share counts the FLOPs of products and convolutions.
-Drawing: one image after another, and 64 at once, with the demo's generator and cached decoding.
+Drawing: one image after another, and 64 at once, with the generator of emoji_raster and cached decoding.
 """
 
 import statistics
@@ -45,7 +45,7 @@ def main() -> None:
     generator = GeneratorTransformer(demo_config())
     for name, model, batch in (
         ("fashion_mnist.toml", classifier, classifier_batch(classifier, 64)),
-        ("emoji_demo.toml", generator, generator_batch(generator, 64)),
+        ("emoji_raster.toml", generator, generator_batch(generator, 64)),
     ):
         size = len(next(iter(batch.values())))
         parameters = sum(p.numel() for p in model.parameters())
@@ -63,7 +63,7 @@ def main() -> None:
         table.add_row(*row)
     console.print(table)
 
-    table = Table(title=f"sampling {generator.config.num_codes} codes, emoji_demo.toml")
+    table = Table(title=f"sampling {generator.config.num_codes} codes, emoji_raster.toml")
     for column in ("images at once", "guidance", "threads", "seconds", "images/s"):
         table.add_column(column, justify="right")
     generator.eval()
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def demo_config() -> GeneratorConfig:
-    return GeneratorConfig(**tomllib.loads((CONFIGS / "emoji_demo.toml").read_text())["model"])
+    return GeneratorConfig(**tomllib.loads((CONFIGS / "emoji_raster.toml").read_text())["model"])
 
 
 def matrix_product_ceiling() -> float:
