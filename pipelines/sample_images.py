@@ -38,6 +38,7 @@ from mmvit.sampling.settings import (
     TopPOption,
     explicit_options,
 )
+from mmvit.sampling.streaming import WATCHED
 from mmvit.sampling.terminal import check_terminal, show_in_terminal
 
 
@@ -106,7 +107,8 @@ def draw_in_parts(
         for number, first_seed in seeds_in_parts(num, seed, settings["candidates"]):
             if watch:
                 seeds = [first_seed + j for j in range(number)] * len(group)
-                frames = generator.generate(group, number, stream=True, seed=first_seed, **settings)
+                how = {**settings, "seed": first_seed, "share": WATCHED}
+                frames = generator.generate(group, number, stream=True, **how)
                 images = show_in_terminal(frames)
             else:
                 drawn = generator.draw(group, number, seed=first_seed, **settings)

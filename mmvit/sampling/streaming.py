@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mmvit.sampling.generator import Generator
 
 SHARE = 0.04  # of the time of drawing, for images that are shown on the way
+WATCHED = 0.25  # the same where somebody watches
 GREY = (128, 128, 128)
 
 
@@ -56,7 +57,10 @@ def stream_images(
     def drawn() -> Iterator[list[Image.Image]]:
         grid = generator.transformer.config.grid
         grey = generator.encode([Image.new("RGB", generator.size[::-1], GREY)]).flatten(1)
-        images = generator.images(grey.unflatten(1, grid)) * len(inputs.seeds)
+        start = time.perf_counter()
+        images = generator.images(grey.unflatten(1, grid))
+        cost = (time.perf_counter() - start) * min(how.batch_size, len(inputs.seeds))  # of showing a part
+        images = images * len(inputs.seeds)
         drawing, showing = 0.0, 0.0  # seconds, without those in which the caller looks at the images
         for first in range(0, len(images), how.batch_size):
             part = slice(first, first + how.batch_size)
@@ -67,7 +71,7 @@ def stream_images(
                     break
                 codes, known = step
                 drawing += time.perf_counter() - start
-                if showing <= share * drawing:
+                if showing + cost <= share * drawing:
                     start = time.perf_counter()
                     images[part] = generator.images(torch.where(known, codes, grey).unflatten(1, grid))
                     showing += time.perf_counter() - start

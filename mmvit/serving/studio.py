@@ -16,6 +16,7 @@ from mmvit.sampling.candidates import rank_captions
 from mmvit.sampling.decoding import default_steps
 from mmvit.sampling.editing import kept_codes
 from mmvit.sampling.generator import Generator
+from mmvit.sampling.streaming import WATCHED
 
 MOST_IMAGES = 64  # in one request
 MOST_PIXELS = 4096 * 4096  # of an uploaded image
@@ -79,7 +80,11 @@ class Studio:
         """Images of a caption, or of a mixture by weight, again and again while they are drawn."""
         check_number(number)
         return self.generator.generate(
-            prompt_of(captions), number, stream=True, **explicit(negative=negative, **settings)
+            prompt_of(captions),
+            number,
+            stream=True,
+            share=WATCHED,
+            **explicit(negative=negative, **settings),
         )
 
     def draw_code(
@@ -109,7 +114,7 @@ class Studio:
         more = explicit(negative=negative, **settings)
         if kept_codes(mask, self.generator.transformer.config.grid, image.size).all():
             raise UserError("too little is painted over: paint over a larger region")
-        return self.generator.edit(image, caption.strip(), mask, number, stream=True, **more)
+        return self.generator.edit(image, caption.strip(), mask, number, stream=True, share=WATCHED, **more)
 
     def edit_code(self, caption: str, number: int, negative: str = "", **settings: Any) -> Code:
         """Of an image and a mask saved as image.png and mask.png."""
