@@ -19,9 +19,9 @@ from typer import Argument, Option
 from mmvit.cli import run_script
 from mmvit.data.captions import read_caption_file
 from mmvit.data.images import pixels_from_images, read_image
-from mmvit.data.writing import with_progress
 from mmvit.hub import SHIPPED, find_model_folder, read_description
 from mmvit.models.clip import CLIP
+from mmvit.progress import with_progress
 from mmvit.sampling.candidates import CaptionScorer, rank_captions
 from mmvit.sampling.generator import Generator
 from mmvit.training.distributed import choose_precision

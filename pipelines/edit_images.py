@@ -27,9 +27,9 @@ from typer import Argument, Option
 
 from mmvit.cli import run_script
 from mmvit.data.images import read_image
-from mmvit.data.writing import with_progress
 from mmvit.errors import refuse_source
 from mmvit.hub import SHIPPED
+from mmvit.progress import with_progress
 from mmvit.sampling.candidates import CaptionScorer, seeds_in_parts
 from mmvit.sampling.editing import parse_sides
 from mmvit.sampling.generator import Generator

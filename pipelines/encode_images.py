@@ -42,13 +42,13 @@ from mmvit.data.writing import (
     read_samples,
     refuse_other_data,
     sole_writer,
-    with_progress,
     write_dataset_card,
 )
 from mmvit.errors import UserError, refuse_source
 from mmvit.hub import fingerprint
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.registry import load_image_tokenizer
+from mmvit.progress import with_progress
 
 BATCH = 64
 FIRST_JOINED = "\u0590"  # Hebrew, Arabic, Indic, Thai, Chinese, ...: behind Latin, Greek and Cyrillic

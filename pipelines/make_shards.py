@@ -39,11 +39,11 @@ from mmvit.data.writing import (
     read_dataset_card,
     refuse_other_data,
     sole_writer,
-    with_progress,
     write_dataset_card,
 )
 from mmvit.errors import UserError, refuse_source
 from mmvit.hub import shorten
+from mmvit.progress import with_progress
 
 TRAIN = "train"
 HELD_OUT_SHARE = 0.05

@@ -48,11 +48,11 @@ from mmvit.data.writing import (
     Outcome,
     ShardWriter,
     refuse_other_data,
-    with_progress,
     write_dataset_card,
 )
 from mmvit.errors import UserError
 from mmvit.hub import write_json
+from mmvit.progress import with_progress
 
 SKIN_TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")
 VARIATION_SELECTOR = "fe0f"  # in some file names and names, not in others; it does not change the image

@@ -29,10 +29,10 @@ from mmvit.data.writing import (
     read_dataset_card,
     read_samples,
     refuse_other_data,
-    with_progress,
     write_dataset_card,
 )
 from mmvit.errors import UserError, refuse_source
+from mmvit.progress import with_progress
 
 EVERY = 5  # one emoji of so many is in the test split
 VARIATION_SELECTOR = "fe0f"

@@ -20,8 +20,9 @@ from typer import Argument, Option
 
 from mmvit.cli import run_script
 from mmvit.data.images import encode_png
-from mmvit.data.writing import Outcome, ShardWriter, refuse_other_data, with_progress, write_dataset_card
+from mmvit.data.writing import Outcome, ShardWriter, refuse_other_data, write_dataset_card
 from mmvit.errors import UserError
+from mmvit.progress import with_progress
 
 SOURCE = "Fashion-MNIST (Xiao, Rasul, Vollgraf 2017), IDX files"
 PACKAGE_FOLDER = Path("/usr/share/datasets/fashion-mnist")

@@ -19,9 +19,9 @@ from typer import Argument, Option
 
 from mmvit.cli import run_script
 from mmvit.data.captions import read_caption_file
-from mmvit.data.writing import with_progress
 from mmvit.errors import UserError
 from mmvit.hub import SHIPPED
+from mmvit.progress import with_progress
 from mmvit.sampling.candidates import DRAWN_TOGETHER, CaptionScorer, seeds_in_parts
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import check_grid_file, file_name, save_images

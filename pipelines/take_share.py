@@ -22,10 +22,10 @@ from mmvit.data.writing import (
     read_dataset_card,
     read_samples,
     refuse_other_data,
-    with_progress,
     write_dataset_card,
 )
 from mmvit.errors import UserError, refuse_source
+from mmvit.progress import with_progress
 
 
 def main(

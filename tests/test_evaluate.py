@@ -382,7 +382,7 @@ def test_options_of_another_kind_of_model_are_refused(
 
 def test_what_takes_long_shows_how_far_it_is(generator_run, tiny_shards, capsys):
     ticks = itertools.count(step=6)
-    with mock.patch("mmvit.data.writing.time.monotonic", side_effect=lambda: next(ticks)):
+    with mock.patch("mmvit.progress.time.monotonic", side_effect=lambda: next(ticks)):
         evaluate(generator_run, tiny_shards, captioned=2, seeds=2, language="en,de")
     shown = capsys.readouterr().out
     for what in (

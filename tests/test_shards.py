@@ -12,8 +12,9 @@ import pytest
 from webdataset.writer import TarWriter
 
 from mmvit.data.shards import BadShard, expand_shards, read_shard, shards_of
-from mmvit.data.writing import ShardWriter, progress_line, read_dataset_card
+from mmvit.data.writing import ShardWriter, read_dataset_card
 from mmvit.errors import UserError
+from mmvit.progress import progress_line
 
 TRAIN = "train-{000000..000004}.tar"
 

@@ -21,8 +21,8 @@ from typer import Argument, Option
 from mmvit.cli import run_script
 from mmvit.data.captions import PAD, TextTokenizer, read_captions, read_text
 from mmvit.data.shards import BadSample, BadShard, expand_shards, read_shard
-from mmvit.data.writing import with_progress
 from mmvit.errors import UserError
+from mmvit.progress import with_progress
 
 NUM_BYTES = 256
 

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from mmvit.data.captions import read_text
 from mmvit.data.shards import HELD_OUT, BadSample, Sample
-from mmvit.data.writing import Outcome, printable, with_progress
+from mmvit.data.writing import Outcome, printable
 from mmvit.errors import UserError
+from mmvit.progress import with_progress
 
 STORED_AS_IS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 # Of several formats of one image the first is used: lossless ones, then the others.

@@ -4,17 +4,14 @@ import json
 import os
 import socket
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from webdataset.writer import TarWriter
 
@@ -23,9 +20,6 @@ from mmvit.data.shards import HELD_OUT, OLD_HELD_OUT, BadShard, Sample, read_sha
 from mmvit.errors import UserError
 from mmvit.hub import write_json
 
-Item = TypeVar("Item")
-
-EVERY = 5  # seconds between lines of progress
 MOST_CLASSES = 40  # in the closing table
 
 
@@ -284,51 +278,6 @@ def in_order(splits: Iterable[str]) -> list[str]:
 def printable(text: str) -> str:
     """Text that can be printed and stored as UTF-8: a file name may hold bytes that are not."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def with_progress(
-    items: Iterable[Item], total: int | None, what: str, count: Callable[[Item], int] = lambda item: 1
-) -> Iterator[Item]:
-    """Yields `items` and shows progress and the time left: a bar on a terminal, a line every five seconds
-    elsewhere.
-
-    Args:
-        total: how many there are, None if unknown.
-        count: how many an item counts for, such as the samples of a batch.
-    """
-    if sys.stdout.isatty():
-        columns = (
-            TextColumn(what),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-        )
-        with Progress(*columns) as bar:
-            task = bar.add_task(what, total=total)
-            for item in items:
-                yield item
-                bar.advance(task, count(item))
-        return
-    start = shown = time.monotonic()
-    number = 0
-    for item in items:
-        yield item
-        number += count(item)
-        if number != total and time.monotonic() - shown >= EVERY:
-            shown = time.monotonic()
-            print(progress_line(what, number, total, shown - start), flush=True)
-    if time.monotonic() - start >= EVERY:
-        print(progress_line(what, number, total, time.monotonic() - start, is_done=True), flush=True)
-
-
-def progress_line(what: str, number: int, total: int | None, seconds: float, is_done: bool = False) -> str:
-    """`writing train: 1,200 of 6,000, 400/s, 0:00:12 left`."""
-    of_total = f" of {total:,}" if total is not None else ""
-    speed = number / max(seconds, 1e-9)
-    remaining = round(seconds / max(number, 1) * max(0, (total or 0) - number))
-    left = "" if is_done or total is None else f", {timedelta(seconds=remaining)} left"
-    return f"{what}: {number:,}{of_total}, {speed:,.{0 if speed >= 10 else 2}f}/s{left}"
 
 
 def read_samples(shards: Iterable[Path], outcome: Outcome) -> Iterator[Sample]:

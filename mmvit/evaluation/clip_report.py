@@ -10,12 +10,12 @@ import torch
 from mmvit.data.reader import Decode
 from mmvit.data.samples import CaptionSample, PixelsSample
 from mmvit.data.shards import Sample
-from mmvit.data.writing import with_progress
 from mmvit.errors import UserError
 from mmvit.evaluation.retrieval import caption_ranks, recalls
 from mmvit.evaluation.splits import batches_of, listed
 from mmvit.hub import write_json
 from mmvit.models.clip import CLIP
+from mmvit.progress import with_progress
 from mmvit.sampling.candidates import CaptionScorer
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mmvit.data.writing import with_progress
 from mmvit.errors import UserError
 from mmvit.models.classification import fit_pixels
 from mmvit.models.classifier import Classifier
+from mmvit.progress import with_progress
 
 
 def frechet_distance(one: Tensor, two: Tensor) -> float:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmvit.data.writing import with_progress
+from mmvit.progress import with_progress
 
 L2 = 2.0**10  # of the ridge regression, as in big_vision, the code of the paper's authors
 BIAS = 100.0  # the constant feature

@@ -4,7 +4,7 @@ root mean squares over pixels in [0, 1]."""
 import torch
 from torch import Tensor
 
-from mmvit.data.writing import with_progress
+from mmvit.progress import with_progress
 
 COPY = 0.02  # a generated image closer than this to a training image counts as its copy: 34 dB
 

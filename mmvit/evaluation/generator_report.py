@@ -16,7 +16,6 @@ from torch import Tensor
 from mmvit.data.images import images_from_pixels
 from mmvit.data.samples import CaptionSample, ClassSample, PixelsSample
 from mmvit.data.shards import Sample
-from mmvit.data.writing import with_progress
 from mmvit.errors import UserError
 from mmvit.evaluation.frechet import FeatureSpace, feature_space
 from mmvit.evaluation.generated import COPY, diversity, nearest
@@ -30,6 +29,7 @@ from mmvit.hub import whole_file, write_json
 from mmvit.models.classification import fit_pixels
 from mmvit.models.classifier import Classifier
 from mmvit.models.resnet import ResNet
+from mmvit.progress import with_progress
 from mmvit.sampling.candidates import CaptionScorer, rank_captions
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import two_halves

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from mmvit.data.writing import with_progress
 from mmvit.errors import UserError
+from mmvit.progress import with_progress
 
 TIE = 1e-6  # relative: images that are equal pixel for pixel must not outrank each other by rounding
 

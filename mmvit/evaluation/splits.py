@@ -11,8 +11,9 @@ from torch import Tensor
 from mmvit.data.reader import Batch, Decode
 from mmvit.data.shards import HELD_OUT, OLD_HELD_OUT, expand_shards, read_shard, shards_of, split_of
 from mmvit.data.stream import ShardStream
-from mmvit.data.writing import read_dataset_card, with_progress
+from mmvit.data.writing import read_dataset_card
 from mmvit.errors import UserError, did_you_mean
+from mmvit.progress import with_progress
 
 # names that held-out splits go by; the first one that a data set has is measured by default
 HELD_OUT_SPLITS = ("combinations", HELD_OUT, OLD_HELD_OUT, "test", "val", "validation")

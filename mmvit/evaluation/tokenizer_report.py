@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mmvit.data.images import images_from_pixels
 from mmvit.data.samples import PixelsSample
-from mmvit.data.writing import with_progress
 from mmvit.errors import UserError
 from mmvit.evaluation.code_use import draw_code_use, use_metrics
 from mmvit.evaluation.frechet import FeatureSpace, feature_space
@@ -20,6 +19,7 @@ from mmvit.evaluation.splits import check_memory, read_split, split_sizes
 from mmvit.hub import whole_file, write_json
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.registry import load_image_tokenizer
+from mmvit.progress import with_progress
 from mmvit.sampling.grids import two_halves
 
 IN_MEMORY = 3  # copies of each image: real, reconstructed, one in between

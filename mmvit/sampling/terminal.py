@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterable
 
 from PIL import Image
-from rich.console import Console
-from rich.live import Live
 
 from mmvit.errors import UserError
 
@@ -25,6 +23,9 @@ def show_in_terminal(frames: Iterable[list[Image.Image]]) -> list[Image.Image]:
         UserError: where the output is no terminal, or one of unknown size.
     """
     check_terminal()
+    from rich.console import Console
+    from rich.live import Live
+
     logging.getLogger("textual_image").setLevel(logging.ERROR)  # of terminals that do not answer
     from textual_image.renderable import Image as InTerminal  # asks the terminal for what it can show
 
