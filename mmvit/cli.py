@@ -7,8 +7,12 @@ A script is a function `main` with typer annotations and a docstring that opens 
 
 so `mmvit sample ...` and `python pipelines/sample_images.py ...` are the same thing. Scripts are imported
 only when they run or print their help, which keeps `mmvit --help` fast.
+
+Options that several scripts share are fields of a NamedTuple, which their `main` takes as one parameter.
 """
 
+import functools
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -130,8 +134,29 @@ def command_of(main: Callable[..., None], name: str | None = None) -> Any:
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     settings = {**SETTINGS, "ignore_unknown_options": getattr(main, "takes_settings", False)}
     text = help_text(getattr(main, "help_text", main.__globals__["__doc__"]))
-    app.command(name, help=text, context_settings=settings, no_args_is_help=False)(main)
+    app.command(name, help=text, context_settings=settings, no_args_is_help=False)(with_shared_options(main))
     return typer.main.get_command(app)
+
+
+def with_shared_options(main: Callable[..., None]) -> Callable[..., None]:
+    """`main` with the fields of each parameter that is a NamedTuple as options of its own."""
+    shared: dict[str, Any] = {}
+    options: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(main).parameters.items():
+        if hasattr(parameter.annotation, "_fields"):
+            shared[name] = parameter.annotation
+            options += inspect.signature(parameter.annotation).parameters.values()
+        else:
+            options.append(parameter)
+
+    @functools.wraps(main)
+    def command(**values: Any) -> None:
+        for name, group in shared.items():
+            values[name] = group(**{field: values.pop(field) for field in group._fields})
+        main(**values)
+
+    command.__signature__ = inspect.Signature([each.replace(kind=each.KEYWORD_ONLY) for each in options])
+    return command
 
 
 def help_text(docstring: str) -> str:

@@ -28,25 +28,12 @@ from typer import Argument, Option
 from mmvit.cli import run_script
 from mmvit.data.images import read_image
 from mmvit.errors import refuse_source
-from mmvit.hub import SHIPPED
 from mmvit.progress import with_progress
 from mmvit.sampling.candidates import CaptionScorer, seeds_in_parts
 from mmvit.sampling.editing import parse_sides
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import check_grid_file, file_name, save_images
-from mmvit.sampling.settings import (
-    CandidatesOption,
-    GuidanceScaleOption,
-    ModelOption,
-    NegativeOption,
-    NumStepsOption,
-    ScorerOption,
-    SeedOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
-    explicit_options,
-)
+from mmvit.sampling.settings import DrawingOptions
 
 
 def main(
@@ -58,34 +45,22 @@ def main(
     ] = "",
     num: Annotated[int, Option(min=1, help="images")] = 4,
     out: Annotated[Path, Option(help="the grid, a .png, .jpg or .webp file")] = Path("edited.png"),
-    model: ModelOption = str(SHIPPED),
-    seed: SeedOption = 0,
-    guidance_scale: GuidanceScaleOption = None,
-    temperature: TemperatureOption = None,
-    top_k: TopKOption = None,
-    top_p: TopPOption = None,
-    num_steps: NumStepsOption = None,
-    negative: NegativeOption = "",
-    candidates: CandidatesOption = 1,
-    scorer: ScorerOption = None,
+    *,
+    drawing: DrawingOptions,
 ) -> None:
     check_grid_file(out, columns=1 + num)
     refuse_source(out, image, Path(keep))
     original = read_image(image)
-    generator = Generator.from_pretrained(model)
-    settings = explicit_options(
-        guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p,
-        num_steps=num_steps,
-    )  # fmt: skip
-    settings |= {"negative": negative, "candidates": candidates}
-    settings["scorer"] = CaptionScorer.from_pretrained(scorer) if scorer else None
+    generator = Generator.from_pretrained(drawing.model)
+    settings = drawing.sampling | {"negative": drawing.negative, "candidates": drawing.candidates}
+    settings["scorer"] = CaptionScorer.from_pretrained(drawing.scorer) if drawing.scorer else None
     if extend:
         draw = partial(generator.extend, original, caption, **parse_sides(extend))
     else:
         draw = partial(generator.edit, original, caption, keep)
     edited = (
         each
-        for number, first_seed in seeds_in_parts(num, seed, candidates)
+        for number, first_seed in seeds_in_parts(num, drawing.seed, drawing.candidates)
         for each in draw(num_images=number, seed=first_seed, **settings)
     )
     images = ((0, f"{i:03d}-{file_name(caption)}", each) for i, each in enumerate(edited))

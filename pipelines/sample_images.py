@@ -20,24 +20,11 @@ from typer import Argument, Option
 from mmvit.cli import run_script
 from mmvit.data.captions import read_caption_file
 from mmvit.errors import UserError
-from mmvit.hub import SHIPPED
 from mmvit.progress import with_progress
 from mmvit.sampling.candidates import DRAWN_TOGETHER, CaptionScorer, seeds_in_parts
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import check_grid_file, file_name, save_images
-from mmvit.sampling.settings import (
-    CandidatesOption,
-    GuidanceScaleOption,
-    ModelOption,
-    NegativeOption,
-    NumStepsOption,
-    ScorerOption,
-    SeedOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
-    explicit_options,
-)
+from mmvit.sampling.settings import DrawingOptions, explicit_options
 from mmvit.sampling.streaming import WATCHED
 from mmvit.sampling.terminal import check_terminal, show_in_terminal
 
@@ -49,16 +36,8 @@ def main(
     captions_file: Annotated[Path | None, Option(help="a UTF-8 text file with a caption per line")] = None,
     num: Annotated[int, Option(min=1, help="images per caption")] = 1,
     out: Annotated[Path, Option(help="the grid, a .png, .jpg or .webp file")] = Path("samples.png"),
-    model: ModelOption = str(SHIPPED),
-    seed: SeedOption = 0,
-    guidance_scale: GuidanceScaleOption = None,
-    temperature: TemperatureOption = None,
-    top_k: TopKOption = None,
-    top_p: TopPOption = None,
-    num_steps: NumStepsOption = None,
-    negative: NegativeOption = "",
-    candidates: CandidatesOption = 1,
-    scorer: ScorerOption = None,
+    *,
+    drawing: DrawingOptions,
     batch_size: Annotated[
         int | None, Option(help="images drawn at a time; fewer when memory runs out (default: 64)")
     ] = None,
@@ -72,20 +51,17 @@ def main(
     check_grid_file(out, len(captions), num)
     if not captions:
         raise UserError("no captions to draw: give at least one; '' draws an image of anything")
-    generator = Generator.from_pretrained(model)
-    settings = explicit_options(
-        guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p,
-        num_steps=num_steps, batch_size=batch_size,
-    )  # fmt: skip
+    generator = Generator.from_pretrained(drawing.model)
+    settings = drawing.sampling | explicit_options(batch_size=batch_size)
     how = generator.defaults.replace(settings)
     if "" in captions and 0 < how.temperature < 1:
         print(
             f"note: at temperature {how.temperature:g} an empty caption draws mostly the likeliest image of "
             "all, often a blank one; --temperature 1 draws all kinds"
         )
-    settings |= {"negative": negative, "candidates": candidates}
-    settings["scorer"] = CaptionScorer.from_pretrained(scorer) if scorer else None
-    images = draw_in_parts(generator, captions, num, seed, settings, watch)
+    settings |= {"negative": drawing.negative, "candidates": drawing.candidates}
+    settings["scorer"] = CaptionScorer.from_pretrained(drawing.scorer) if drawing.scorer else None
+    images = draw_in_parts(generator, captions, num, drawing.seed, settings, watch)
     if not watch:
         images = with_progress(images, len(captions) * num, "drawing")
     print(save_images(images, out, [[] for _ in captions], captions))

@@ -13,68 +13,23 @@ Train = Callable[[Any], None]  # a script's function of a session
 OPTIONS = ("--resume", "--deepspeed", "--dry-run", "--settings", "--list", "--output", "--help")
 
 
-Arguments = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="RECIPE [--section.key value ...]", help="a name or TOML file, and settings"),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="continue from the last checkpoint")]
-DeepSpeed = Annotated[str | None, typer.Option(help="train with DeepSpeed: a JSON file, or zero0 to zero3")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="print the resolved recipe and its cost; train nothing")
-]
-ListSettings = Annotated[
-    bool, typer.Option("--settings", help="list every setting of RECIPE with its default")
-]
-
-
-def training_script(train_session: Train, task: str) -> Callable[..., None]:
-    """The command line of a script that trains one `task`: `RECIPE [--resume] [--section.key value ...]`."""
-
-    def main(
-        arguments: Arguments = None,
-        resume: Resume = False,
-        deepspeed: DeepSpeed = None,
-        dry_run: DryRun = False,
-        list_settings: ListSettings = False,
-    ) -> None:
-        command = CommandLine(arguments, resume, deepspeed, dry_run, list_settings)
-        command.run(train_session, task)
-
-    return as_command(main, train_session.__globals__["__doc__"])
-
-
-def recipe_command(docstring: str) -> Callable[..., None]:
-    """The command line of `mmvit train`: that of every training script, whose recipe says which one runs."""
-
-    def main(
-        arguments: Arguments = None,
-        resume: Resume = False,
-        deepspeed: DeepSpeed = None,
-        dry_run: DryRun = False,
-        list_settings: ListSettings = False,
-        list_recipes: Annotated[bool, typer.Option("--list", help="list the shipped recipes")] = False,
-    ) -> None:
-        if list_recipes:
-            print(table_of_recipes())
-            return
-        CommandLine(arguments, resume, deepspeed, dry_run, list_settings).run()
-
-    return as_command(main, docstring)
-
-
-def as_command(main: Callable[..., None], docstring: str) -> Callable[..., None]:
-    main.takes_settings, main.help_text = True, docstring
-    return main
-
-
 class CommandLine(NamedTuple):
     """What a training script was called with."""
 
-    arguments: list[str] | None
-    resume: bool
-    deepspeed: str | None
-    dry_run: bool
-    list_settings: bool
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RECIPE [--section.key value ...]", help="a name or TOML file, and settings"),
+    ] = None
+    resume: Annotated[bool, typer.Option("--resume", help="continue from the last checkpoint")] = False
+    deepspeed: Annotated[
+        str | None, typer.Option(help="train with DeepSpeed: a JSON file, or zero0 to zero3")
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the resolved recipe and its cost; train nothing")
+    ] = False
+    list_settings: Annotated[
+        bool, typer.Option("--settings", help="list every setting of RECIPE with its default")
+    ] = False
 
     def run(self, train_session: Train | None = None, task: str | None = None) -> None:
         for argument in self.arguments or []:
@@ -99,6 +54,35 @@ class CommandLine(NamedTuple):
         else:
             recipe, notes = resolve(source, settings, resume=self.resume, task=task)
             run_recipe(recipe, notes, self.resume, self.deepspeed, train_session)
+
+
+def training_script(train_session: Train, task: str) -> Callable[..., None]:
+    """The command line of a script that trains one `task`: `RECIPE [--resume] [--section.key value ...]`."""
+
+    def main(command: CommandLine) -> None:
+        command.run(train_session, task)
+
+    return as_command(main, train_session.__globals__["__doc__"])
+
+
+def recipe_command(docstring: str) -> Callable[..., None]:
+    """The command line of `mmvit train`: that of every training script, whose recipe says which one runs."""
+
+    def main(
+        command: CommandLine,
+        list_recipes: Annotated[bool, typer.Option("--list", help="list the shipped recipes")] = False,
+    ) -> None:
+        if list_recipes:
+            print(table_of_recipes())
+            return
+        command.run()
+
+    return as_command(main, docstring)
+
+
+def as_command(main: Callable[..., None], docstring: str) -> Callable[..., None]:
+    main.takes_settings, main.help_text = True, docstring
+    return main
 
 
 def nearest_setting(option: str) -> str:

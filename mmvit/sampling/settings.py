@@ -5,14 +5,14 @@ import json
 import numbers
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, field_validator
 from typer import Option
 
 from mmvit.config import Config, build_config
 from mmvit.errors import UserError, did_you_mean
-from mmvit.hub import write_json
+from mmvit.hub import SHIPPED, write_json
 
 FILE = "generation_config.json"  # in a generator's folder
 SAVED_FIELDS = (
@@ -114,9 +114,6 @@ def check_counts(**counts: int) -> None:
 
 
 # options of commands that draw; None leaves a setting as the model's folder has it
-ModelOption = Annotated[
-    str, Option(help="a generator: its folder, a run or a Hub repository", show_default="the shipped one")
-]
 GuidanceScaleOption = Annotated[
     float | None, Option(help="above 1, follow the caption more closely (default: the model's, else 1)")
 ]
@@ -137,15 +134,34 @@ NumStepsOption = Annotated[
         help="forwards per image of a generator that draws in any order (default: the model's, else √codes)",
     ),
 ]
-SeedOption = Annotated[int, Option(help="image j of a caption is drawn with seed + j")]
-CandidatesOption = Annotated[
-    int,
-    Option(min=1, help="draw this many per image and keep the best, by the model itself or by --scorer"),
-]
 ScorerOption = Annotated[
     str | None, Option(help="a CLIP to choose candidates: a folder, a run or a Hub repository")
 ]
-NegativeOption = Annotated[str, Option(help="a caption to lead away from, with --guidance-scale above 1")]
+
+
+class DrawingOptions(NamedTuple):
+    """The options that `mmvit sample` and `mmvit edit` share."""
+
+    model: Annotated[
+        str, Option(help="a generator: its folder, a run or a Hub repository", show_default="the shipped one")
+    ] = str(SHIPPED)
+    seed: Annotated[int, Option(help="image j of a caption is drawn with seed + j")] = 0
+    guidance_scale: GuidanceScaleOption = None
+    temperature: TemperatureOption = None
+    top_k: TopKOption = None
+    top_p: TopPOption = None
+    num_steps: NumStepsOption = None
+    negative: Annotated[str, Option(help="a caption to lead away from, with --guidance-scale above 1")] = ""
+    candidates: Annotated[
+        int,
+        Option(min=1, help="draw this many per image and keep the best, by the model itself or by --scorer"),
+    ] = 1
+    scorer: ScorerOption = None
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Those of `SamplingSettings` that are set."""
+        return explicit_options(**{name: getattr(self, name) for name in SAVED_FIELDS})
 
 
 def explicit_options(**options: Any) -> dict[str, Any]:
