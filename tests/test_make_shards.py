@@ -161,6 +161,12 @@ def test_misspelt_columns_and_classes_of_another_kind_are_refused(run_script, tm
             "classes up to 3, but class 1 has no image",
         ),
         ("from-1.csv", "path,class\na.png,1\nb.png,2\n", "classes up to 2, but class 0 has no image"),
+        (
+            "commas.csv",
+            "path,caption\na.png,red,,\nb.png,a red, round apple\n",
+            r"commas.csv:3: expected 2 fields, as in the header, got 3; the last is 'round apple'. Put "
+            "double quotes around a field that contains ','",
+        ),
         ("gone.jsonl", '{"path": "gone.png", "caption": "x"}\n', "no image of .* could be used: 1 x missing"),
     ],
 )

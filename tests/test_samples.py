@@ -246,9 +246,14 @@ def test_how_many_captions_will_be_cut_is_known_beforehand(tokenizer, tmp_path):
 
 
 def test_languages_that_no_caption_has_are_refused(tokenizer, tiny_shards, tmp_path):
-    with pytest.raises(UserError, match=r"languages: none of the first captions of .* is in ge; .* in .*de"):
+    with pytest.raises(UserError, match=r"languages: no caption of .* is in ge; .* in .*de"):
         caption_lengths(tiny_shards, tokenizer, 32, ("ge",))
-    caption_lengths(tiny_shards, tokenizer, 32, ("ge", "de"))
+    with pytest.raises(UserError, match=r"languages: no caption of .* is in ge; .* in .*de"):
+        caption_lengths(tiny_shards, tokenizer, 32, ("en", "ge", "de"))
+    with ShardWriter(tmp_path / "rare", "train") as writer:
+        for key, language in (("a", "de"), ("b", "de"), ("c", "gsw")):
+            writer.write(key, {"json": json.dumps({"captions": {language: "x"}}).encode()})
+    caption_lengths(tmp_path / "rare", tokenizer, 32, ("de", "gsw"), most=1)
     with ShardWriter(tmp_path, "train") as writer:
         writer.write("egg", {"txt": b"ein Ei"})
     assert caption_lengths(tmp_path, tokenizer, 32, ("de",)).captions == 1  # of no known language

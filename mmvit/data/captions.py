@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer
 from mmvit.data.shards import BadSample, BadShard, Sample, ShardPatterns, expand_shards, read_shard
 from mmvit.errors import UserError
 from mmvit.places import find
+from mmvit.progress import with_progress
 
 PAD = "[PAD]"
 
@@ -233,7 +235,8 @@ def caption_lengths(
     readable caption, and the rest of a damaged shard, are left to the training to count.
 
     Raises:
-        UserError: if captions name their languages, but none is in `languages`. In English a `txt` will do.
+        UserError: if captions name their languages, and no sample has one in a language of `languages`; for
+            English a `txt` will do. All captions are read where the first ones lack a language.
     """
     paths = list(dict.fromkeys(expand_shards(shards)))
     there: Counter[str] = Counter()
@@ -250,11 +253,18 @@ def caption_lengths(
                 ]
         except BadShard:
             continue
-    if there and not {"en", *there} & {*languages}:
-        raise UserError(
-            f"languages: none of the first captions of {paths[0].parent} is in {', '.join(languages)}; there "
-            f"are captions in {', '.join(language for language, _ in there.most_common(20))}"
-        )
+    if there and (missing := {*languages} - {"en", *there}):
+        for path in with_progress(paths, len(paths), f"searching captions in {', '.join(sorted(missing))}"):
+            if not missing:
+                break
+            with suppress(BadShard):
+                for sample in read_shard(path, only=("json",)):
+                    missing -= {*languages_of(sample)}
+        if missing:
+            raise UserError(
+                f"languages: no caption of {paths[0].parent} is in {', '.join(sorted(missing))}; there are "
+                f"captions in {', '.join(language for language, _ in there.most_common(20))}"
+            )
     longest, key = max(lengths, default=(0, ""))
     num_cut = sum(length > text_length for length, _ in lengths)
     return CaptionLengths(len(lengths), num_cut, longest, key, text_length)

@@ -337,7 +337,7 @@ def read_rows(source: Path) -> Iterator[tuple[int, Any]]:
             rows = read_csv(source, lines) if source.suffix.lower() != ".jsonl" else read_json(lines)
             for number, row in rows:
                 if isinstance(row, dict):
-                    row = {tidy(name): value for name, value in row.items() if name is not None}
+                    row = {tidy(name): value for name, value in row.items()}
                     row.pop("", None)  # a comma at the end of the header
                 yield number, row
     except UnicodeDecodeError as error:
@@ -354,13 +354,22 @@ def read_csv(source: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(2**31 - 1)  # a caption may well have more than the default of 131,072 characters
     header = lines.readline()
     lines.seek(0)
-    reader = csv.DictReader(lines, delimiter=max(",;\t", key=header.count), skipinitialspace=True)
+    delimiter = max(",;\t", key=header.count)
+    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
     if "path" not in map(tidy, reader.fieldnames or []):
         found = ", ".join(reader.fieldnames or []) or "nothing"
         raise UserError(
             f"{source}: expected the columns path and caption or class (and maybe split, group), got {found}"
         )
     for row in reader:
+        beyond = row.pop(None, [])
+        if any(map(str.strip, beyond)):
+            expected = len(reader.fieldnames)
+            raise UserError(
+                f"{source}:{reader.line_num}: expected {expected} fields, as in the header, got "
+                f"{expected + len(beyond)}; the last is {printable(beyond[-1])!r}. Put double quotes around "
+                f"a field that contains {delimiter!r}"
+            )
         yield reader.line_num, row
 
 

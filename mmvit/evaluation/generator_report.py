@@ -111,6 +111,7 @@ def evaluate_generator(
     languages = listed(language)
     first, *others = languages or ["en"]
     held_out = held_out_in(first)
+    further = {code: held_out_in(code) for code in others}  # captions that are missing are found at once
     how = generator.defaults.replace(
         explicit_options(
             guidance_scale=guidance_scale,
@@ -145,9 +146,8 @@ def evaluate_generator(
     figures = {"split": split, "language": first, **report.figures}
     if others:
         figures["languages"] = {first: {name: figures[name] for name in OF_LANGUAGE}}
-    for number, code in enumerate(others, start=2):
+    for number, (code, own) in enumerate(further.items(), start=2):
         print(f"language {number} of {len(languages)}: {code}", flush=True)
-        own = held_out_in(code)
         found, _, _ = loss_and_retrieval(generator, own, generator.encode(own.pixels), **drawing)
         figures["languages"][code] = {name: found[name] for name in OF_LANGUAGE}
     if out is not None:
