@@ -118,6 +118,26 @@ def test_muon_trains_hidden_layers_and_resumes(stem):
         Optimizer(twin, config, total_steps=10)
 
 
+def test_muon_has_its_own_rate_and_decays_like_adamw():
+    """Weights without a gradient only decay, each at the rate of its optimizer."""
+    model = Classifier(MODEL)
+    nn.init.ones_(model.head.weight)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for muon_lr, factor in ((0.2, 1 - 0.2 * 0.3), (None, 1 - 0.1 * 0.3)):
+        model.load_state_dict(before)
+        config = OptimizerConfig(
+            name="muon", lr=0.1, muon_lr=muon_lr, weight_decay=0.3, warmup_steps=0, schedule="constant"
+        )
+        optimizer = Optimizer(model, config, total_steps=2)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.set_rate(1)
+        optimizer.step()
+        for name in ("core.blocks.0.mlp.up.weight", "head.weight"):
+            expected = before[name] * (factor if name.startswith("core") else 1 - 0.1 * 0.3)
+            torch.testing.assert_close(model.state_dict()[name], expected)
+
+
 def test_muon_sees_a_kernel_as_a_matrix():
     torch.manual_seed(0)
     kernel, matrix = nn.Parameter(torch.randn(4, 2, 3, 3)), nn.Parameter(torch.zeros(4, 18))
@@ -214,6 +234,22 @@ def test_positions_of_a_block_learn_as_the_block(settings, name, first):
         own = next(p for full, p in parameters.items() if full.startswith(name.format(number)))
         block = parameters[f"core.blocks.{number + first}.norm1.weight"]
         assert scales[id(own)] == scales[id(block)]
+
+
+def test_adamw_is_that_of_the_formula():
+    layer = nn.Linear(2, 1, bias=False)
+    config = OptimizerConfig(lr=0.1, betas=(0.5, 0.8), eps=0.3, weight_decay=0.2, warmup_steps=0)
+    optimizer = Optimizer(layer, config.model_copy(update={"schedule": "constant"}), total_steps=3)
+    weight, mean, square = layer.weight.detach().clone(), torch.zeros(1, 2), torch.zeros(1, 2)
+    for number in (1, 2, 3):
+        gradient = torch.tensor([[1.0, -number]])
+        layer.weight.grad = gradient.clone()
+        optimizer.set_rate(number)
+        optimizer.step()
+        mean, square = 0.5 * mean + 0.5 * gradient, 0.8 * square + 0.2 * gradient**2
+        step = (mean / (1 - 0.5**number)) / ((square / (1 - 0.8**number)).sqrt() + 0.3)
+        weight = weight * (1 - 0.1 * 0.2) - 0.1 * step
+        torch.testing.assert_close(layer.weight.detach(), weight)
 
 
 def test_sgd_is_that_of_the_formula():

@@ -3,9 +3,12 @@
 import multiprocessing
 import os
 import signal
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from training_runs import MODEL, ClassifierRecipe, Repeat, comparable_metrics, new_session, train_on_shards
 
 from mmvit.config import build_config, read_toml
@@ -15,8 +18,9 @@ from mmvit.errors import UserError
 from mmvit.evaluation.accuracy import classification_metrics
 from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier
-from mmvit.training import OptimizerConfig, RunFolder, TrainConfig, open_session, train
+from mmvit.training import OptimizerConfig, Processes, RunFolder, TrainConfig, open_session, train
 from mmvit.training.distributed import choose_device
+from mmvit.training.optim import rate_scale
 from mmvit.training.resume import Progress
 
 DRAW_CURVES = RunFolder.draw_curves  # before conftest.py replaces it
@@ -39,6 +43,48 @@ def test_a_metric_that_begins_later_is_averaged_over_its_own_passes():
     assert progress.take_means() == {"loss": 3.0, "discriminator": 6.0}
     progress.add({"loss": 1.0})
     assert progress.take_means() == {"loss": 1.0}
+
+
+class Falling(nn.Module):
+    """A weight whose gradient is always 1; remembers what it was at each pass, and a random number."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.seen, self.drawn = [], []
+
+    def loss(self, batch: dict) -> tuple[torch.Tensor, dict]:
+        self.seen.append(self.weight.item())
+        self.drawn.append(torch.rand(()).item())
+        return self.weight + 0, {}
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir()
+
+
+def test_every_step_is_taken_at_its_own_rate(tmp_path):
+    session, model = new_session(tmp_path / "run", steps=6, log_every=1, clip_norm=0.0), Falling()
+    optimizer = OptimizerConfig(name="sgd", lr=0.1, momentum=0.0, warmup_steps=2)
+    session.recipe = session.recipe.model_copy(update={"optimizer": optimizer})
+    train(session, model, Repeat())
+    rates = [0.1 * rate_scale(step, 6, optimizer) for step in range(1, 7)]
+    assert rates[0] == pytest.approx(0.1 / 3)
+    assert [record["lr"] for record in session.run.read_metrics()] == pytest.approx(rates)
+    moved = [before - after for before, after in pairwise([*model.seen, model.weight.item()])]
+    assert moved == pytest.approx(rates, abs=1e-7)
+
+
+def test_processes_draw_different_dropout_from_one_seed(tmp_path):
+    def drawn(rank: int, seed: int, name: str) -> list[float]:
+        session, model = new_session(tmp_path / name, steps=3, seed=seed), Falling()
+        session.processes = Processes(rank=rank, world_size=1, device=torch.device("cpu"))
+        train(session, model, Repeat())
+        return model.drawn
+
+    first = drawn(0, 7, "first")
+    assert drawn(0, 7, "again") == first
+    assert not {*drawn(1, 7, "rank")} & {*first}
+    assert not {*drawn(0, 8, "seed")} & {*first}
 
 
 def test_run_folder_is_complete_and_its_models_load(tmp_path, tiny_shards):
