@@ -57,7 +57,11 @@ def main(
     out: Annotated[Path, Option(help="the image to draw")] = Path("evaluation.png"),
     rows: Annotated[int | None, Option(help="rows of the image, two samples each (default: 8)")] = None,
     limit: Annotated[
-        int | None, Option(help="measure this many samples, evenly spread over the split (default: all)")
+        int | None,
+        Option(
+            help="measure this many samples, evenly spread over the split (default: all); of a generator, "
+            "copies are then counted only with --train, as this decodes all training images"
+        ),
     ] = None,
     features: Annotated[
         Path | None,

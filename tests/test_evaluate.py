@@ -19,6 +19,7 @@ from mmvit.evaluation.frechet import FeatureSpace, feature_space, frechet_distan
 from mmvit.evaluation.generator_report import draw_worst_to_best, measure_captions, report_generator
 from mmvit.evaluation.held_out import HeldOut
 from mmvit.evaluation.splits import find_split, read_split
+from mmvit.evaluation.tokenizer_report import reconstruct
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.clip import CLIP, CLIPConfig
 from mmvit.sampling.candidates import CaptionScorer
@@ -182,6 +183,19 @@ def test_a_damaged_shard_is_counted_and_not_measured(
     within = damaged / "codes"
     ran = run_script("pipelines/encode_images.py", tiny_shards, within, *settings)
     refused(ran, f"the folder {within}: ", "Not a directory")
+
+
+def test_a_few_captions_need_no_reconstruction_of_the_training_images(generator_run, tiny_shards):
+    whole = evaluate(generator_run, tiny_shards)
+    for options, decoded in (({}, [2]), ({"train": "train"}, [2, 48])):
+        with mock.patch(
+            "mmvit.evaluation.generator_report.reconstruct", side_effect=reconstruct
+        ) as reconstructed:
+            figures = evaluate(generator_run, tiny_shards, limit=2, **options)
+        assert [len(call.args[1]) for call in reconstructed.call_args_list] == decoded
+        assert ("copies" in figures) == ("train" in options)
+        assert figures["candidates"] == whole["candidates"] == 56
+        assert figures.keys() <= whole.keys()
 
 
 def test_copies_of_training_images_are_counted(generator_run, tiny_shards):

@@ -51,7 +51,7 @@ def evaluate_generator(
     limit: int | None = None,
     keys: str = "",
     language: str | Sequence[str] = (),
-    train: str = TRAIN,
+    train: str | None = None,
     features: str | Path | None = None,
     seeds: int = 1,
     captioned: int = 0,
@@ -72,11 +72,12 @@ def evaluate_generator(
     Args:
         out: draws the captions there from worst to best, `rows` on either side, and writes the figures to
             MODEL/evaluation-SPLIT.json.
-        limit: measures so many captions, evenly spread over the split.
+        limit: measures so many captions, evenly spread over the split, and searches copies only if `train`
+            is named: this decodes all training images.
         keys: measures only the samples in whose key this regular expression is found.
         language: of the captions, English by default; loss and retrieval are also measured in further ones,
             as "en,de" or a list.
-        train: the split that the generator was trained on, searched for copies.
+        train: the split that the generator was trained on, searched for copies; `train` by default.
         classes: shards with the classes of the same images, for `classifier`; `data` by default.
         guidance_scale, temperature, top_k, top_p, num_steps: by default those that the model's folder names.
 
@@ -98,7 +99,7 @@ def evaluate_generator(
     sizes = split_sizes(data)
     check_memory(sum(sizes.values()) + IN_MEMORY * sizes.get(split, 1), generator.size)
     real = read_split(data, "*", PixelsSample(generator.size))
-    trained = keys_of_train(data, split, train)
+    trained = [] if limit and train is None else keys_of_train(data, split, train)
 
     def captions_of(split: str, language: str) -> dict[str, Any]:
         return read_split(data, split, CaptionSample([language], falls_back=not languages))
@@ -158,18 +159,19 @@ def evaluate_generator(
         folder = model if model.is_dir() else out.parent
         kept = {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
         write_json(kept, folder / f"evaluation-{split}{part}.json")
-        heading = "caption" if split == train else "held-out caption"
+        heading = "caption" if split == (train or TRAIN) else "held-out caption"
         with whole_file(out) as partial:
             draw_worst_to_best(report, held_out, rows, heading).save(partial)
     return figures
 
 
-def keys_of_train(data: Path, split: str, train: str) -> list[str]:
+def keys_of_train(data: Path, split: str, train: str | None) -> list[str]:
     """The keys of the training split; none if that is what is measured, or if there is none and it was not
     asked for."""
-    if split == train or (train == TRAIN and not any(data.glob(f"{train}-*.tar"))):
+    name = train or TRAIN
+    if split == name or (train is None and not any(data.glob(f"{name}-*.tar"))):
         return []
-    return read_split(data, find_split(data, train), keys_alone)["keys"]
+    return read_split(data, find_split(data, name), keys_alone)["keys"]
 
 
 def keys_alone(sample: Sample, rng: random.Random) -> dict[str, Any]:
