@@ -100,13 +100,24 @@ def find_model_folder(path: str | Path) -> Path:
 
 def run_exports(run: Path) -> list[Path]:
     """`best/` and `last/` of a run folder, the one that its recipe selects first."""
-    try:
-        recipe = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
-        selected = recipe.get("train", {}).get("select")
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, AttributeError):  # a model alone, or no run
-        selected = None
     exports = [run / "best", run / "last"]
-    return exports[::-1] if selected == "last" else exports
+    return exports[::-1] if setting_of_run(run, "train", "select") == "last" else exports
+
+
+def setting_of_run(run: Path, section: str, name: str) -> Any:
+    """A setting of a run's recipe; None for a model alone, or what is no run."""
+    try:
+        return tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).get(section, {}).get(name)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, AttributeError):
+        return None
+
+
+def trained_size(model: str | Path) -> tuple[int, int]:
+    """The (height, width) of images that an image tokenizer was trained on, by the path of its run or of an
+    export in it; (64, 64) for a tokenizer alone, which does not know."""
+    folder = find(model)
+    found = (setting_of_run(place, "data", "image_size") for place in (folder, folder.parent))
+    return next((tuple(size) for size in found if size), (64, 64))
 
 
 def download(path: str | Path, patterns: Sequence[str] = ("*.json", "*.safetensors")) -> Path:

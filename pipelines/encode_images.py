@@ -45,7 +45,7 @@ from mmvit.data.writing import (
     write_dataset_card,
 )
 from mmvit.errors import UserError, refuse_source
-from mmvit.hub import fingerprint
+from mmvit.hub import fingerprint, trained_size
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.registry import load_image_tokenizer
 from mmvit.progress import with_progress
@@ -61,7 +61,13 @@ def main(
     tokenizer: Annotated[str, Option(help="image tokenizer: a folder, run or Hub repository")] = (
         "tokenizers/emoji-image"
     ),
-    size: Annotated[str, Option(help="side, or HEIGHTxWIDTH, in pixels that images are resized to")] = "64",
+    size: Annotated[
+        str | None,
+        Option(
+            help="side, or HEIGHTxWIDTH, in pixels that images are resized to (default: what the tokenizer's "
+            "run was trained on, else 64)"
+        ),
+    ] = None,
     augmented: Annotated[int, Option(min=0, help=f"augmented copies of each image of {TRAIN}")] = 0,
     shift: Annotated[int, Option(min=0, help="largest shift of augmented copies, in pixels each way")] = 2,
     flip_unless: Annotated[
@@ -70,7 +76,7 @@ def main(
 ) -> None:
     refuse_source(out, source)
     refuse_other_data(out, inherited_facts(source).get("source"))
-    height, width = parse_size(size)
+    height, width = parse_size(size) if size else trained_size(tokenizer)
     model = load_image_tokenizer(tokenizer, "cuda" if torch.cuda.is_available() else "cpu")
     try:
         grid = model.grid(height, width)

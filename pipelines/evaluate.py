@@ -80,7 +80,7 @@ def main(
     ] = None,
     size: Annotated[
         str | None,
-        Option(help="image size for a tokenizer, a side or HEIGHTxWIDTH (default: 64)"),
+        Option(help="image size for a tokenizer, a side or HEIGHTxWIDTH (default: its run's, else 64)"),
     ] = None,
     shift: Annotated[
         int | None,

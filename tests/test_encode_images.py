@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -34,6 +35,15 @@ def test_code_shards_say_which_tokenizer_made_them(encoded):
     assert made["grid"] == [2, 2]
     assert made["codebook_size"] == 16
     assert len(made["fingerprint"]) == 16
+
+
+def test_images_are_encoded_at_the_size_of_the_tokenizers_run(encoded, tiny_shards, run_script, tmp_path):
+    shutil.copytree(encoded / "tokenizer", tmp_path / "run" / "best")
+    (tmp_path / "run" / "config.toml").write_text("[data]\nimage_size = [16, 24]\n")
+    arguments = (tiny_shards, tmp_path / "codes", "--tokenizer", tmp_path / "run")
+    assert run_script("pipelines/encode_images.py", *arguments).returncode == 0
+    made = json.loads((tmp_path / "codes" / "dataset.json").read_text())["image_tokenizer"]
+    assert (made["size"], made["grid"]) == ([16, 24], [2, 3])
 
 
 def test_encoding_refuses_what_it_cannot_do(encoded, tiny_shards, run_script, tmp_path):

@@ -333,6 +333,11 @@ def test_evaluation_of_an_image_tokenizer_goes_from_worst_to_best(encoded, tiny_
     ran = run_script("pipelines/evaluate.py", *arguments, "--size", 20)
     assert ran.returncode == 2
     assert "--size 20x20: both sides must be multiples of 8" in ran.stderr
+    run = tmp_path / "run"
+    shutil.copytree(encoded / "tokenizer", run / "best")
+    (run / "config.toml").write_text("[data]\nimage_size = [16, 24]\n")
+    for model, size in ((run, [16, 24]), (run / "best", [16, 24]), (encoded / "tokenizer", [64, 64])):
+        assert evaluate(model, tiny_shards, limit=2)["image_size"] == size
 
 
 def test_the_held_out_split_of_the_data_is_measured_by_default(tiny_shards, tmp_path):

@@ -16,7 +16,7 @@ from mmvit.evaluation.frechet import FeatureSpace, feature_space
 from mmvit.evaluation.held_out import evenly_spread
 from mmvit.evaluation.reconstruction import image_psnr, image_ssim
 from mmvit.evaluation.splits import check_memory, read_split, split_sizes
-from mmvit.hub import whole_file, write_json
+from mmvit.hub import trained_size, whole_file, write_json
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.registry import load_image_tokenizer
 from mmvit.progress import with_progress
@@ -31,7 +31,7 @@ def evaluate_image_tokenizer(
     split: str,
     out: Path | None = None,
     *,
-    size: int | tuple[int, int] = 64,
+    size: int | tuple[int, int] | None = None,
     rows: int = 8,
     limit: int | None = None,
     features: str | Path | None = None,
@@ -41,7 +41,8 @@ def evaluate_image_tokenizer(
     Args:
         out: draws the images there from worst to best, `rows` on either side, and the use of the codes into
             OUT-codes.png, and writes the figures to OUT.json.
-        size: of the images, a side or (height, width), multiples of the tokenizer's factor.
+        size: of the images, a side or (height, width), multiples of the tokenizer's factor; by default what
+            its run was trained on, else 64.
         limit: measures so many images, evenly spread over the split.
         features: as in `feature_space`.
 
@@ -52,7 +53,7 @@ def evaluate_image_tokenizer(
         if number is not None and number < 1:
             raise UserError(f"--{name} must be at least 1, got {number}")
     tokenizer = load_image_tokenizer(model, "cuda" if torch.cuda.is_available() else "cpu")
-    size = (size, size) if isinstance(size, int) else size
+    size = (size, size) if isinstance(size, int) else size or trained_size(model)
     height, width = size
     if height % tokenizer.factor or width % tokenizer.factor:
         raise UserError(
@@ -68,7 +69,7 @@ def evaluate_image_tokenizer(
     if len(held_out["pixels"]) < 2:
         raise UserError(f"the split {split} has one image; the Fréchet distance needs at least two")
     report = report_tokenizer(tokenizer, held_out["pixels"], space)
-    figures = {"split": split, **report.figures}
+    figures = {"split": split, "image_size": list(size), **report.figures}
     if out is not None:
         write_json(figures, out.with_suffix(".json"))
         draw_code_use(report.counts, out.with_name(f"{out.stem}-codes.png"))
