@@ -47,4 +47,4 @@ def test_what_evaluations_skip_is_counted_at_the_end(tmp_path, tiny_shards, run_
     assert ran.returncode == 0, ran.stderr
     assert "3 steps of 8 samples in float32, a line every 1\n" in ran.stdout
     (line,) = [line for line in ran.stdout.splitlines() if line.startswith("all evaluations: ")]
-    assert f"0 skipped, and the rest of 1 broken shard, the first: {shard} is truncated" in line
+    assert f"0 skipped, and parts of 1 broken shard, the first: {shard} is truncated" in line

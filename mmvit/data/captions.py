@@ -232,7 +232,7 @@ def caption_lengths(
     """Measures the first captions of `shards` in `languages`, or their `txt`, about as many from each shard.
 
     Reads captions alone, no images, and tokenizes `most` of them: well under a second. Samples without a
-    readable caption, and the rest of a damaged shard, are left to the training to count.
+    readable caption, and damaged parts of a shard, are left to the training to count.
 
     Raises:
         UserError: if captions name their languages, and no sample has one in a language of `languages`; for

@@ -2,15 +2,18 @@
 
 import difflib
 import glob
+import gzip
 import re
-import tarfile
+import zlib
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 from pydantic import BeforeValidator, Field
 
+from mmvit.data.tar import BadTar, File, Problem, read_files
 from mmvit.errors import MissingData, UserError
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -27,7 +30,7 @@ class BadSample(Exception):
 
 
 class BadShard(Exception):
-    """A truncated or damaged shard; the samples before the damage are good."""
+    """A truncated or damaged shard, of which not all samples could be read."""
 
     def __init__(self, shard: Path, problem: object):
         super().__init__(f"{shard} is truncated or damaged: {problem}")
@@ -177,29 +180,17 @@ def what_exists(path: Path) -> str:
     return f"{folder} holds {', '.join(names[:4])}{more}"
 
 
-class StrictTarInfo(tarfile.TarInfo):
-    """A header that tells a damaged archive from a finished one, which `tarfile` does not."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(str(error) or "the archive has no end mark") from None
-
-
 def read_shard(path: Path, only: Collection[str] | None = None) -> Iterator[Sample]:
     """Yields the samples of a tar, reading it once from front to back.
 
-    Consecutive files that share the name up to the first dot of the basename make a sample.
+    Consecutive files that share the name up to the first dot of the basename make a sample. A sample of which
+    a file cannot be read is left out, and so are the two beside a damaged part, which may lack files.
 
     Args:
         only: extensions to read; files with others are skipped, and so are samples without any of these.
 
     Raises:
-        BadShard: after the last whole sample, if the archive is truncated or damaged.
+        BadShard: after all samples that can be read, if any could not.
         UserError: if the file cannot be opened, or is no ordinary file.
     """
     refuse_special_file(path)
@@ -207,31 +198,45 @@ def read_shard(path: Path, only: Collection[str] | None = None) -> Iterator[Samp
         stream = open(path, "rb", buffering=1 << 20)  # noqa: SIM115 (closed below)
     except OSError as error:
         raise UserError(f"cannot open shard {path}: {error.strerror}") from None
-    mode = "r:" if path.suffix == ".tar" else "r|*"  # the second is for compressed shards and twice as slow
+    problems: list[str] = []
+    with stream, nullcontext(stream) if path.suffix == ".tar" else gzip.open(stream) as archive:
+        yield from samples_of(files_and_problems(archive, only), path, problems)
+    if problems:
+        more = f"; {len(problems) - 2:,} more such" if len(problems) > 2 else ""
+        raise BadShard(path, "; ".join(problems[:2]) + more)
+
+
+def files_and_problems(archive: BinaryIO, only: Collection[str] | None) -> Iterator[File | Problem]:
+    """`read_files`, with what ends it as the last problem."""
+    try:
+        yield from read_files(archive, None if only is None else [f".{extension}" for extension in only])
+    except (BadTar, OSError, EOFError, zlib.error) as error:
+        yield Problem(None, str(error))
+
+
+def samples_of(items: Iterator[File | Problem], shard: Path, problems: list[str]) -> Iterator[Sample]:
+    """Groups files to samples; adds to `problems` what was not read."""
     current: Sample | None = None
-    with stream:
-        try:
-            with tarfile.open(fileobj=stream, mode=mode, tarinfo=StrictTarInfo) as archive:
-                for member in archive:
-                    archive.members = []  # tarfile remembers every header otherwise
-                    if not member.isfile():
-                        continue
-                    key, extension = split_name(member.name)
-                    if not extension or (only is not None and extension not in only):
-                        continue
-                    data = archive.extractfile(member).read()
-                    if len(data) != member.size:
-                        raise tarfile.ReadError(
-                            f"{member.name} ends after {len(data)} of {member.size} bytes"
-                        )
-                    if current is None or key != current.key or extension in current.files:
-                        if current is not None:
-                            yield current
-                        current = Sample(key, path, {})
-                    current.files[extension] = data
-        except (tarfile.TarError, EOFError, OSError, OverflowError) as error:
-            # The last sample may lack files, so it is dropped with the rest.
-            raise BadShard(path, error) from None
+    broken: str | None = None  # the key of a sample that lacks files
+    is_after_damage = False
+    for item in items:
+        if isinstance(item, Problem):
+            problems.append(item.text)
+            is_after_damage = item.name is None
+            broken = None if item.name is None else split_name(item.name)[0]
+            if current is not None and (is_after_damage or current.key == broken):
+                current = None
+            continue
+        key, extension = split_name(item.name)
+        if is_after_damage:
+            broken, is_after_damage = key, False
+        if key == broken or not extension or item.data is None:
+            continue
+        if current is None or key != current.key or extension in current.files:
+            if current is not None:
+                yield current
+            current = Sample(key, shard, {})
+        current.files[extension] = item.data
     if current is not None:
         yield current
 

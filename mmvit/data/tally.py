@@ -44,7 +44,7 @@ class Tally:
             if reason not in before.skipped
         ]
         shards = [text for path, text in self.broken_shards.items() if path not in before.broken_shards]
-        return samples + [f"{text}; its samples up to there are used" for text in shards]
+        return samples + [f"{text}; its other samples are used" for text in shards]
 
     def check(self, max_bad: float) -> None:
         """Raises UserError if there are more bad samples and broken shards than `MIN_BAD` and than the share
@@ -77,7 +77,7 @@ class Tally:
         if self.skipped:
             skipped += f" ({self.reasons()})"
         elif self.broken_shards:
-            skipped += f", and the rest of {self.reasons()}"
+            skipped += f", and parts of {self.reasons()}"
         return f"{read} read{counts}, {skipped}"
 
 
