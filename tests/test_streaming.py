@@ -84,11 +84,31 @@ def test_the_time_in_which_images_are_looked_at_does_not_count(generator, monkey
     assert len(frames) - 1 == steps // 4  # a quarter of the time
 
 
-def test_out_of_memory_is_said(generator, monkeypatch):
+def test_parts_shrink_when_memory_runs_out_on_the_way(generator, monkeypatch):
+    """With memory for the first step of any batch, but for the second of two images at most."""
+    sizes = []
+
+    def short(model, caption_ids, *how, **more):
+        sizes.append(len(caption_ids))
+        for number, step in enumerate(decode(model, caption_ids, *how, **more)):
+            if number and len(caption_ids) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            yield step
+
+    monkeypatch.setattr("mmvit.sampling.streaming.decode", short)
+    monkeypatch.setattr("mmvit.sampling.decoding.window", lambda rows, device: 1)
+    *shown, last = generator.generate("pear", 5, stream=True, share=math.inf, **SETTINGS)
+    assert sizes == [5, 2, 2, 1]
+    assert len(shown) == 1 + 3 * (6 if generator.transformer.config.order == "raster" else 2)
+    for image, expected in zip(last, generator.generate("pear", 5, **SETTINGS), strict=True):
+        assert abs(np.int16(image) - np.int16(expected)).max() <= 1  # rounding differs between batches
+
+
+def test_too_little_memory_for_one_image_is_said(generator, monkeypatch):
     error = torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr("mmvit.sampling.streaming.decode", mock.Mock(side_effect=error))
-    with pytest.raises(UserError, match=r"out of memory: lower batch_size"):
-        next(generator.generate("pear", stream=True))
+    with pytest.raises(UserError, match=r"out of memory with a single image"):
+        next(generator.generate("pear", 3, stream=True))
 
 
 def test_little_time_is_spent_on_what_is_shown(generator):

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmvit.errors import UserError, is_out_of_memory
+from mmvit.errors import UserError
+from mmvit.memory import results_in_parts
 from mmvit.sampling.decoding import decode
 from mmvit.sampling.prompts import Prompt
 from mmvit.sampling.settings import check_counts
@@ -59,11 +60,12 @@ def stream_images(
         grey = generator.encode([Image.new("RGB", generator.size[::-1], GREY)]).flatten(1)
         start = time.perf_counter()
         images = generator.images(grey.unflatten(1, grid))
-        cost = (time.perf_counter() - start) * min(how.batch_size, len(inputs.seeds))  # of showing a part
+        cost = time.perf_counter() - start  # of showing an image
         images = images * len(inputs.seeds)
         drawing, showing = 0.0, 0.0  # seconds, without those in which the caller looks at the images
-        for first in range(0, len(images), how.batch_size):
-            part = slice(first, first + how.batch_size)
+
+        def frames(part: slice) -> Iterator[list[Image.Image]]:
+            nonlocal drawing, showing
             steps = decode(generator.transformer, *inputs.part(part), **how.decoding)
             while True:
                 start = time.perf_counter()
@@ -71,22 +73,14 @@ def stream_images(
                     break
                 codes, known = step
                 drawing += time.perf_counter() - start
-                if showing + cost <= share * drawing:
+                if showing + cost * len(codes) <= share * drawing:
                     start = time.perf_counter()
                     images[part] = generator.images(torch.where(known, codes, grey).unflatten(1, grid))
                     showing += time.perf_counter() - start
                     yield [*images]
             images[part] = generator.images(codes.unflatten(1, grid))
+
+        yield from results_in_parts(frames, len(images), how.batch_size)
         yield images
 
-    return told_of_memory(drawn())
-
-
-def told_of_memory(frames: Iterator[list[Image.Image]]) -> Iterator[list[Image.Image]]:
-    """The same frames; running out of memory, which ends them, is a UserError."""
-    try:
-        yield from frames
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError("out of memory: lower batch_size; without stream that happens by itself") from None
+    return drawn()
