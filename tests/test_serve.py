@@ -13,6 +13,7 @@ from generator_scripts import refused
 from PIL import Image
 from tiny_models import tiny_classifier, tiny_generator
 
+from mmvit.data.images import encode_png
 from mmvit.errors import UserError
 from mmvit.places import load_script
 from mmvit.serving.studio import Studio
@@ -142,12 +143,11 @@ def test_without_gradio_it_says_how_to_install_it(run_script):
 def served(studio):
     """The address of the studio's page."""
     page_module = pytest.importorskip("mmvit.serving.page", reason="Gradio is not installed")
-    page, most_pixels = page_module.build_page(studio), Image.MAX_IMAGE_PIXELS
+    page = page_module.build_page(studio)
     port = load_script("pipelines/serve.py").free_port("127.0.0.1")
     _, address, _ = page_module.launch(page, "127.0.0.1", port, prevent_thread_lock=True)
     yield address
     page.close()
-    Image.MAX_IMAGE_PIXELS = most_pixels
 
 
 def client_of(address: str):
@@ -204,13 +204,45 @@ def test_equal_captions_of_a_mixture_are_one_with_the_sum_of_their_weights(serve
     assert seen == [{"a": 0.75, "": 0}]
 
 
-def test_a_large_upload_is_refused_before_it_is_decoded(served, tmp_path):
+def describe(address: str, path):
     from gradio_client import handle_file
 
-    Image.new("L", (6000, 6000)).save(tmp_path / "large.png")
-    with pytest.raises(Exception, match=r"(?i)error"):
-        client_of(served).predict(handle_file(tmp_path / "large.png"), "a", api_name="/describe")
-    assert Image.MAX_IMAGE_PIXELS * 2 < 6000 * 6000
+    return client_of(address).predict(handle_file(path), "red apple\npear", api_name="/describe")
+
+
+PNG = encode_png(Image.effect_noise((24, 16), 80))
+NOT_AN_IMAGE = r"this file is not an image, or a damaged one: expected PNG, JPEG"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("text.png", b"not an image", NOT_AN_IMAGE),
+        ("empty.png", b"", NOT_AN_IMAGE),
+        ("truncated.png", PNG[: len(PNG) // 2], NOT_AN_IMAGE),
+        ("drawing.svg", b'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8"/>', NOT_AN_IMAGE),
+        ("program.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n", NOT_AN_IMAGE),
+        ("large.png", encode_png(Image.new("1", (6000, 6000))), r"at most 16,777,216 pixels, got 6000x6000"),
+        ("bomb.png", encode_png(Image.new("1", (20000, 20000))), r"of at most 16,777,216 pixels"),
+    ],
+)
+def test_an_upload_that_cannot_be_read_is_named_on_the_page(served, tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(Exception, match=message):
+        describe(served, tmp_path / name)
+
+
+def test_an_upload_is_read_as_images_are_in_python(served, studio, tmp_path):
+    """Transparent on white, and turned upright."""
+    image = Image.effect_noise((24, 16), 80).convert("RGB")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "image.png", exif=exif)
+    found, classes, *_ = describe(served, tmp_path / "image.png")
+    best, expected = studio.describe(Image.open(tmp_path / "image.png"), ["red apple", "pear"])
+    assert found.startswith(best[0][0])
+    assert {each["label"]: each["confidence"] for each in classes["confidences"]} == pytest.approx(expected)
 
 
 def test_captions_that_look_like_options_are_shown_as_they_must_be_typed(studio):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from tiny_models import tiny_classifier, tiny_generator
 
-from mmvit.data.images import images_from_pixels, pixels_from_images
+from mmvit.data.images import encode_png, images_from_pixels, pixels_from_images
 from mmvit.places import load_script
 from mmvit.serving.studio import Studio
 
@@ -27,7 +27,7 @@ def page(tokenizer):
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     page_module = pytest.importorskip("mmvit.serving.page", reason="Gradio is not installed")
     studio = Studio(tiny_generator(tokenizer, grid=(4, 4)), tiny_classifier("cat", "dog"))
-    served, most_pixels = page_module.build_page(studio), Image.MAX_IMAGE_PIXELS
+    served = page_module.build_page(studio)
     port = load_script("pipelines/serve.py").free_port("127.0.0.1")
     _, address, _ = page_module.launch(served, "127.0.0.1", port, prevent_thread_lock=True)
     with playwright.sync_playwright() as started:
@@ -39,7 +39,6 @@ def page(tokenizer):
         yield opened
         browser.close()
     served.close()
-    Image.MAX_IMAGE_PIXELS = most_pixels
 
 
 def images_in(page, gallery: str, number: int) -> list[Image.Image]:
@@ -83,6 +82,10 @@ def test_what_is_painted_over_is_drawn_again(page, tmp_path):
     page.get_by_role("tab", name="Edit").click()
     page.wait_for_selector("#edit-canvas canvas")
     page.wait_for_timeout(3000)  # until the canvas takes files
+    (tmp_path / "text.png").write_text("not an image")
+    page.set_input_files("#edit-canvas input[type=file]", tmp_path / "text.png")
+    page.click("#edit-button")
+    page.wait_for_selector("text=no image yet, or a file that is none: upload one")
     page.set_input_files("#edit-canvas input[type=file]", tmp_path / "image.png")
     page.wait_for_timeout(3000)  # until it shows this one
     box = page.locator("#edit-canvas canvas").first.bounding_box()
@@ -101,10 +104,16 @@ def test_what_is_painted_over_is_drawn_again(page, tmp_path):
 
 
 def test_an_uploaded_image_gets_its_caption_and_class(page, tmp_path):
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "image.png")
+    """After a file that is cut off, of which the page says so."""
+    image = encode_png(Image.effect_noise((40, 30), 60))
+    (tmp_path / "truncated.png").write_bytes(image[: len(image) // 2])
+    (tmp_path / "image.png").write_bytes(image)
     page.get_by_role("tab", name="Describe").click()
-    page.set_input_files("#describe-image input[type=file]", tmp_path / "image.png")
-    page.wait_for_selector("#describe-image img")
+    choose(page, tmp_path / "truncated.png")
+    page.click("#describe-button")
+    page.wait_for_selector("text=this file is not an image, or a damaged one: expected PNG")
+    page.click("#describe-image [aria-label='Remove Image']")
+    choose(page, tmp_path / "image.png")
     page.fill("#describe-captions textarea", "red apple\ngreen pear")
     page.click("#describe-button")
     page.wait_for_selector("#describe-class >> text=cat")
@@ -112,6 +121,14 @@ def test_an_uploaded_image_gets_its_caption_and_class(page, tmp_path):
     assert "green pear" in found
     assert "nats behind" in found
     assert "dog" in page.inner_text("#describe-class")
+
+
+def choose(page, path) -> None:
+    """Uploads an image to be described, by the browser's file chooser."""
+    with page.expect_file_chooser() as chooser:
+        page.click("#describe-image [aria-label^='Drop an image file']")
+    chooser.value.set_files(path)
+    page.wait_for_selector(f"#describe-image img[src$='/{path.name}']", state="attached")
 
 
 def test_nothing_comes_from_the_network(page):

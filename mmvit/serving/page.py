@@ -3,7 +3,10 @@
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import: nothing is sent anywhere
@@ -11,6 +14,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import:
 import gradio as gr
 from PIL import Image
 
+from mmvit.data.images import FORMATS, PILLOW_ERRORS
 from mmvit.errors import UserError
 from mmvit.serving.studio import MOST_CHARACTERS, MOST_IMAGES, MOST_PIXELS, Code, Studio, check_size
 
@@ -42,7 +46,6 @@ def build_page(studio: Studio) -> gr.Blocks:
 
 def launch(page: gr.Blocks, host: str, port: int, share: bool = False, **more: Any) -> Any:
     """Serves the page until the process ends; with `prevent_thread_lock=True`, in the background."""
-    Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow refuses twice that before it decodes
     return page.launch(
         server_name=host, server_port=port, share=share, theme=gr.themes.Default(**FONTS), css=STYLE,
         quiet=True, ssr_mode=False, max_file_size="20mb", **more,
@@ -92,6 +95,7 @@ def edit_tab(studio: Studio) -> None:
         brush=gr.Brush(default_size=24, colors=["#ff4081"], color_mode="fixed"), transforms=(),
         elem_id="edit-canvas",
     )  # fmt: skip
+    canvas.convert_and_format_image = opened
     caption = gr.Textbox("green pear", label="Caption", max_length=MOST_CHARACTERS, elem_id="edit-caption")
     fields, button = (
         setting_fields(studio, "edit"),
@@ -110,6 +114,7 @@ def edit_tab(studio: Studio) -> None:
 
 def describe_tab(studio: Studio) -> None:
     image = gr.Image(label="Image", type="pil", sources=["upload", "clipboard"], elem_id="describe-image")
+    image.preprocess = opened
     captions = gr.Textbox(
         "\n".join(EXAMPLES[:5]), label="Captions to choose from, one per line", lines=5,
         visible=studio.generator is not None, elem_id="describe-captions",
@@ -182,17 +187,46 @@ def shown(images: Iterator[list[Image.Image]], code: Code) -> Iterator[tuple]:
         yield drawn, *code
 
 
+@contextmanager
+def told_on_page() -> Iterator[None]:
+    """User errors appear on the page."""
+    try:
+        yield
+    except UserError as error:
+        raise gr.Error(str(error), print_exception=False) from None
+
+
 def on_page(action: Callable[..., Iterator[tuple]]) -> Callable[..., Iterator[tuple]]:
     """An action whose user errors appear on the page."""
 
     @wraps(action)
     def safely(*values: Any) -> Iterator[tuple]:
-        try:
+        with told_on_page():
             yield from action(*values)
-        except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from None
 
     return safely
+
+
+@told_on_page()
+def opened(file: Any, **how: Any) -> Image.Image | None:
+    """The image in a component's file, which has a `path` or is bytes; None without one.
+
+    It stands in for Gradio's own reading, which opens any format, forgets transparency, and says no more than
+    "Error" of a file that is not an image.
+    """
+    data = file if isinstance(file, bytes) else file and file.path and Path(file.path).read_bytes()
+    if data is None:
+        return None
+    try:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+        check_size(image)
+        image.load()
+    except (*PILLOW_ERRORS, Image.DecompressionBombError):
+        raise UserError(
+            "this file is not an image, or a damaged one: expected "
+            f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]} of at most {MOST_PIXELS:,} pixels"
+        ) from None
+    return image
 
 
 def image_and_mask(painted: dict[str, Any] | None) -> tuple[Image.Image, Image.Image]:
@@ -202,14 +236,12 @@ def image_and_mask(painted: dict[str, Any] | None) -> tuple[Image.Image, Image.I
         UserError: if there is no image.
     """
     image, layers = (painted or {}).get("background"), (painted or {}).get("layers") or []
-    if image is None:
-        raise UserError("no image yet: upload one, then paint over what should be drawn again")
-    for each in (image, *layers):
-        check_size(each)
+    if image is None or not image.convert("RGBA").getbbox():
+        raise UserError(
+            "no image yet, or a file that is none: upload one, then paint over what should be drawn again"
+        )
     if len(layers) > MOST_LAYERS:
         raise UserError(f"expected at most {MOST_LAYERS} layers of paint, got {len(layers)}")
-    if not image.getbbox():
-        raise UserError("the image is empty: upload one, then paint over what should be drawn again")
     mask = Image.new("L", image.size)
     for layer in layers:
         alpha = layer.convert("RGBA").getchannel("A").resize(image.size)
