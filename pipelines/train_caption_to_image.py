@@ -20,9 +20,7 @@ from torch import nn
 
 from mmvit.cli import run_script
 from mmvit.data.translation import token_translations
-from mmvit.errors import UserError
 from mmvit.evaluation.likelihood import generator_loss
-from mmvit.hub import find_model_folder
 from mmvit.models.fine_tuning import continued, take_core
 from mmvit.models.generator_transformer import GeneratorTransformer
 from mmvit.recipes.caption_codes import CaptionCodes, open_caption_codes
@@ -80,10 +78,7 @@ def starting_model(session: Session[GeneratorRecipe], data: CaptionCodes) -> Gen
         ("image_tokenizer", same_weights(source.image_tokenizer, data.image_tokenizer)),
     ):
         if not same:
-            raise UserError(
-                f"{start.model} was trained with another {name}: set data.{name} to "
-                f"{find_model_folder(start.model) / name}, or leave it out"
-            )
+            raise start.other(name)
     model = continued(source.transformer, recipe.model)
     if language := start.translate_from:
         words = token_translations(recipe.data.train, data.text_tokenizer, language, recipe.data.languages)

@@ -8,12 +8,15 @@ import pytest
 
 import mmvit
 from mmvit.config import split_settings
+from mmvit.data.captions import TextTokenizer
 from mmvit.data.writing import Outcome, write_dataset_card
 from mmvit.errors import UserError
 from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
 from mmvit.models.presets import preset
 from mmvit.models.vq import VQConfig
 from mmvit.recipes.resolve import resolve
+from mmvit.sampling.generator import Generator
 
 DATA = '[data]\ntrain = "train-*.tar"\nheld_out = "held-out-*.tar"\n'
 
@@ -381,3 +384,30 @@ def test_dry_run_refuses_what_the_run_would(mmvit_command, encoded, tmp_path):
     refused = mmvit_command("train", encoded / "config.toml", "--model.grid", "[4, 4]", "--dry-run")
     assert refused.returncode == 2
     assert "dataset.json has (2, 2); leave it out" in refused.stderr
+
+
+def test_a_start_that_training_would_refuse_is_refused_before(generator_run, encoded, tmp_path):
+    """With the data and without, by resolving the recipe alone."""
+    start, recipe = tmp_path / "start", encoded / "config.toml"
+    source = Generator.from_pretrained(generator_run)
+    values = {**source.transformer.config.model_dump(), "order": "any", "attention": "full"}
+    parts = GeneratorTransformer(GeneratorConfig(**values)), source.text_tokenizer, source.image_tokenizer
+    Generator(*parts).save_pretrained(start)
+    for read_data in (True, False):
+        for settings, message in (
+            (
+                {"model.order": "raster", "model.attention": "prefix"},
+                "they have order = 'any', the recipe 'r",
+            ),
+            ({"model.core.depth": 3}, "they have core.depth = 1, the recipe 3"),
+        ):
+            with pytest.raises(UserError, match=message):
+                resolve(recipe, {"start.model": str(start), **settings}, read_data=read_data)
+        any_order = {"start.model": str(generator_run), "model.order": "any", "model.attention": "full"}
+        assert resolve(recipe, any_order, read_data=read_data).recipe.model.order == "any"
+    other = TextTokenizer.from_file(start / "text_tokenizer").tokenizer
+    other.add_tokens(["squ"])
+    (tmp_path / "text").mkdir()
+    other.save(str(tmp_path / "text" / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"was trained with another text_tokenizer: set data.text_tokenizer"):
+        resolve(recipe, {"start.model": str(start), "data.text_tokenizer": str(tmp_path / "text")})

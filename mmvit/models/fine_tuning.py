@@ -36,18 +36,12 @@ def fine_tuned(source: Classifier, config: ClassifierConfig, resize: ResizeMode 
     own grid.
 
     Raises:
-        UserError: when `config` differs from that of `source` in settings that determine the weights.
+        UserError: as `check_fine_tuned`.
     """
-    if config.representation_width:
-        raise UserError("a fine-tuned classifier has one linear head: remove model.representation_width")
-    refuse_differences(source.config, config)
+    check_fine_tuned(source.config, config)
     model = Classifier(config)
     own, weights = model.state_dict(), source.state_dict()
     grids = source.config.grid, config.grid
-    if config.positions == "relative_1d" and grids[0] != grids[1]:
-        raise UserError(
-            f"relative_1d positions of {grids[0]} patches cannot be resized to {grids[1]}: keep image_size"
-        )
     for name, tensor in weights.items():
         last = name.rpartition(".")[2]
         if "positions." in name and last == "table" and config.positions == "learned_1d":
@@ -59,6 +53,18 @@ def fine_tuned(source: Classifier, config: ClassifierConfig, resize: ResizeMode 
         if not name.startswith("head."):
             tensor.copy_(weights[name])  # shares its memory with the model
     return model
+
+
+def check_fine_tuned(before: ClassifierConfig, config: ClassifierConfig) -> None:
+    """Raises UserError when `config` differs from that of trained weights in settings that determine them."""
+    if config.representation_width:
+        raise UserError("a fine-tuned classifier has one linear head: remove model.representation_width")
+    refuse_differences(before, config)
+    if config.positions == "relative_1d" and before.grid != config.grid:
+        raise UserError(
+            f"relative_1d positions of {before.grid} patches cannot be resized to {config.grid}: keep "
+            "image_size"
+        )
 
 
 def describe_changes(source: ClassifierConfig, config: ClassifierConfig) -> str:
@@ -77,21 +83,25 @@ def continued(source: GeneratorTransformer, config: GeneratorConfig) -> Generato
     with a new mask token.
 
     Raises:
-        UserError: when `config` differs from that of `source` in settings that determine the weights.
+        UserError: as `check_continued`.
     """
-    before = source.config
-    if (before.order, config.order) == ("raster", "any"):
-        before = before.model_copy(update={"order": "any", "attention": config.attention})
-    refuse_differences(before, config)
-    if bool(config.text_loss_weight) != bool(source.config.text_loss_weight):
-        raise UserError(
-            "the trained weights are of another model: they have text_loss_weight = "
-            f"{source.config.text_loss_weight}, the recipe {config.text_loss_weight}, and only a generator "
-            "whose weight is not 0 has a head for captions"
-        )
+    check_continued(source.config, config)
     model = GeneratorTransformer(config)
     model.load_state_dict({**model.state_dict(), **source.state_dict()})
     return model
+
+
+def check_continued(before: GeneratorConfig, config: GeneratorConfig) -> None:
+    """Raises UserError when `config` differs from that of trained weights in settings that determine them."""
+    if bool(config.text_loss_weight) != bool(before.text_loss_weight):
+        raise UserError(
+            "the trained weights are of another model: they have text_loss_weight = "
+            f"{before.text_loss_weight}, the recipe {config.text_loss_weight}, and only a generator "
+            "whose weight is not 0 has a head for captions"
+        )
+    if (before.order, config.order) == ("raster", "any"):
+        before = before.model_copy(update={"order": "any", "attention": config.attention})
+    refuse_differences(before, config)
 
 
 def refuse_differences(source: Config, config: Config) -> None:

@@ -4,9 +4,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from mmvit.config import build_config
 from mmvit.data.mixing import MixingConfig
 from mmvit.models.classifier import Classifier, ClassifierConfig
-from mmvit.models.fine_tuning import ResizeMode
+from mmvit.models.fine_tuning import ResizeMode, check_fine_tuned
 from mmvit.models.resnet import ResNetConfig
 from mmvit.recipes.data import ImagesConfig
 from mmvit.recipes.facts import Fact, classes_in
@@ -41,3 +42,6 @@ class ClassifierRecipe(Recipe):
     @classmethod
     def facts(cls, values: dict[str, Any]) -> list[Fact]:
         return classes_in(values, "data", "model")
+
+    def check_start(self, begun: dict[str, Any]) -> None:
+        check_fine_tuned(build_config(ClassifierConfig, begun, source=str(self.start.model)), self.model)

@@ -4,6 +4,10 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from mmvit.config import build_config
+from mmvit.errors import UserError
+from mmvit.hub import find_model_folder
+from mmvit.models.fine_tuning import check_continued
 from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
 from mmvit.recipes.data import CaptionCodesConfig
 from mmvit.recipes.facts import Fact, codes_in, vocabulary
@@ -30,6 +34,13 @@ class GeneratorStart(StartConfig):
             raise ValueError("start.translate_from needs a model that reads this language: set start.model")
         return self
 
+    def other(self, tokenizer: str) -> UserError:
+        """What to raise where the data have another tokenizer than the model."""
+        return UserError(
+            f"{self.model} was trained with another {tokenizer}: set data.{tokenizer} to "
+            f"{find_model_folder(self.model) / tokenizer}, or leave it out"
+        )
+
 
 class GeneratorRecipe(Recipe):
     """A caption-to-image generator."""
@@ -51,3 +62,11 @@ class GeneratorRecipe(Recipe):
     @classmethod
     def facts(cls, values: dict[str, Any]) -> list[Fact]:
         return [*vocabulary(cls, values, "data", "model"), *codes_in(values, "data", "model")]
+
+    def check_start(self, begun: dict[str, Any]) -> None:
+        before = build_config(GeneratorConfig, begun, source=str(self.start.model))
+        if before.vocab_size != self.model.vocab_size:
+            raise self.start.other("text_tokenizer")
+        if before.codebook_size != self.model.codebook_size:
+            raise self.start.other("image_tokenizer")
+        check_continued(before, self.model)

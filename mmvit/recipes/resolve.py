@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,7 +96,7 @@ def resolve(
             )
         if "start.model" in given:
             model = without_architecture(model, section)
-        model = merged(without_facts(begun, section), model)
+        model = merged(without_facts(deepcopy(begun), section), model)
         use_tokenizers_of(start, recipe, values, run)
     if (kind := given.get("model.kind")) and kind != model.get(KIND, default_kind(recipe)):
         model = {KIND: kind, **without_architecture(model, model_section(recipe, {KIND: kind}))}
@@ -120,6 +121,9 @@ def resolve(
             raise
     values = {**values, "train": {"select": recipe.selects, **dict_at(values, "train")}}
     resolved = build_config(recipe, values, str(path), overridden=given)
+    if begun and not run:
+        facts = {} if read_data else of_data(resolved.model)
+        resolved.check_start({**begun, **facts})
     if read_data:
         notes += warn_of_shared_shards(resolved)
     return Resolved(resolved, notes)
@@ -258,6 +262,12 @@ def origin(section: type[Config], name: str) -> Any:
 def without_facts(values: dict[str, Any], section: type[Config]) -> dict[str, Any]:
     """A `[model]` without the settings that data determine."""
     return {name: value for name, value in values.items() if origin(section, name) is not FROM_DATA}
+
+
+def of_data(model: Config) -> dict[str, Any]:
+    """The settings of a `[model]` that data determine."""
+    values = model.model_dump()
+    return {name: value for name, value in values.items() if origin(type(model), name) is FROM_DATA}
 
 
 def without_architecture(values: dict[str, Any], section: type[Config]) -> dict[str, Any]:

@@ -93,3 +93,6 @@ class Recipe(Config):
     def facts(cls, values: dict[str, Any]) -> list[Any]:
         """The settings that data determine, as `mmvit.recipes.facts.Fact`s."""
         return []
+
+    def check_start(self, begun: dict[str, Any]) -> None:
+        """Raises UserError if training cannot begin from weights of a model with the settings `begun`."""
