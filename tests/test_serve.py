@@ -16,6 +16,7 @@ from tiny_models import tiny_classifier, tiny_generator
 from mmvit.data.images import encode_png
 from mmvit.errors import UserError
 from mmvit.places import load_script
+from mmvit.sampling.editing import kept_codes
 from mmvit.serving.studio import Studio
 
 
@@ -71,6 +72,14 @@ def run_shell(mmvit_command, command: str):
     program, *arguments = shlex.split(command)
     assert program == "mmvit"
     return mmvit_command(*arguments)
+
+
+def test_kept_codes_are_worked_out_once(studio, monkeypatch):
+    count = mock.Mock(wraps=kept_codes)
+    monkeypatch.setattr("mmvit.sampling.editing.kept_codes", count)
+    monkeypatch.setattr("mmvit.serving.studio.kept_codes", count)
+    [*studio.edit(Image.new("RGB", (24, 16)), Image.new("L", (24, 16), 255), "pear", **SETTINGS)]
+    assert count.call_count == 1
 
 
 def test_what_is_painted_over_is_drawn_again(studio, mmvit_command, tmp_path):

@@ -112,9 +112,10 @@ class Studio:
         if not mask.getbbox():
             raise UserError("nothing is painted over yet: paint over the region to draw again")
         more = explicit(negative=negative, **settings)
-        if kept_codes(mask, self.generator.transformer.config.grid, image.size).all():
+        kept = kept_codes(mask, self.generator.transformer.config.grid, image.size)
+        if kept.all():
             raise UserError("too little is painted over: paint over a larger region")
-        return self.generator.edit(image, caption.strip(), mask, number, stream=True, share=WATCHED, **more)
+        return self.generator.edit(image, caption.strip(), kept, number, stream=True, share=WATCHED, **more)
 
     def edit_code(self, caption: str, number: int, negative: str = "", **settings: Any) -> Code:
         """Of an image and a mask saved as image.png and mask.png."""
