@@ -6,10 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mmvit.config import build_config
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.views import Views, ViewsConfig
+from mmvit.errors import UserError
 from mmvit.models.byol import BYOL, BYOLConfig, target_momentum
 from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.recipes.pretraining import PretrainingRecipe
 
 CORE = TransformerConfig(width=16, depth=1, num_heads=2)
 SMALL = BYOLConfig(hidden=32, projection=8, momentum=0.9)
@@ -114,6 +117,17 @@ def test_the_spread_tells_a_collapse():
         torch.nn.init.ones_(parameter)
     torch.nn.init.zeros_(model.target[1][-1].weight)
     assert model.loss(views())[1]["spread"] < 1e-6
+
+
+def test_a_representation_layer_which_would_stay_random_is_refused():
+    """BYOL compared views through it, frozen."""
+    data = {"train": "a", "held_out": "b"}
+    values = {"output": "run", "data": data, "model": {"num_classes": 3, "core": CORE.model_dump()}}
+    recipe = build_config(PretrainingRecipe, {**values, "method": "byol"}, "recipe")
+    assert recipe.model.representation_width is None
+    values["model"]["representation_width"] = 8
+    with pytest.raises(UserError, match=r"model\.representation_width is a layer of a classifier's head"):
+        build_config(PretrainingRecipe, {**values, "method": "byol"}, "recipe")
 
 
 def test_views_differ_between_images_and_from_each_other():

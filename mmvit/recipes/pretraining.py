@@ -5,6 +5,8 @@
 
 from typing import Any, ClassVar, Literal
 
+from pydantic import field_validator
+
 from mmvit.data.views import ViewsConfig
 from mmvit.models.byol import BYOLConfig
 from mmvit.models.classifier import ClassifierConfig
@@ -28,6 +30,16 @@ class PretrainingRecipe(Recipe):
     views: ViewsConfig = ViewsConfig()
 
     selects: ClassVar[str] = "loss"
+
+    @field_validator("model")
+    @classmethod
+    def _no_head(cls, model: ClassifierConfig) -> ClassifierConfig:
+        if model.representation_width:
+            raise ValueError(
+                "model.representation_width is a layer of a classifier's head, which pre-training leaves "
+                "random: remove it"
+            )
+        return model
 
     @classmethod
     def facts(cls, values: dict[str, Any]) -> list[Fact]:
