@@ -1,7 +1,7 @@
 """Classify images with a trained classifier.
 
     mmvit classify runs/fashion-mnist photo.png another.jpg --top 3
-    mmvit classify runs/fashion-mnist photos/
+    mmvit classify runs/pets photos/ --fit pad      # if the data were made by mmvit shards --fit pad
 
 Prints a line per image: its likeliest classes and their probabilities. Of a folder, files that end as images
 do (jpg, png, webp, gif, bmp, tif) are read, and the others counted. Images that cannot be read are listed at
@@ -16,7 +16,7 @@ from PIL import Image
 from typer import Argument, Option
 
 from mmvit.cli import run_script
-from mmvit.data.images import read_image
+from mmvit.data.images import Fit, read_image
 from mmvit.data.samples import IMAGE_EXTENSIONS
 from mmvit.errors import UserError
 from mmvit.evaluation.image_classifier import ImageClassifier
@@ -29,6 +29,12 @@ def main(
     model: Annotated[str, Argument(help="a run, an exported classifier or a Hub repository")],
     images: Annotated[list[Path], Argument(help="image files, or folders of them")],
     top: Annotated[int, Option(min=1, help="classes per image")] = 3,
+    fit: Annotated[
+        Fit,
+        Option(
+            help="crop images of another shape than the model's around the centre, or pad them with white"
+        ),
+    ] = "crop",
 ) -> None:
     paths = [path for named in images for path in images_in(named)]
     classifier = ImageClassifier.from_pretrained(model)
@@ -37,7 +43,7 @@ def main(
         readable = read_images(paths[first : first + AT_ONCE], bad)
         if not readable:
             continue
-        found = classifier.classify(list(readable.values()), top)
+        found = classifier.classify(list(readable.values()), top, fit=fit)
         for path, classes in zip(readable, found, strict=True):
             print(f"{path}: {', '.join(f'{name} {share:.1%}' for name, share in classes)}", flush=True)
     if bad:

@@ -63,6 +63,24 @@ def test_images_get_the_classes_of_the_logits(photos):
     assert grey.logits([Image.new("L", (40, 20))]).shape == (1, 4)
 
 
+def test_images_are_cropped_or_padded(run_script, tmp_path):
+    tall = Image.new("RGB", (16, 48), "red")
+    tall.paste("blue", (0, 0, 16, 16))
+    tall.save(tmp_path / "tall.png")
+    classifier, printed = ImageClassifier(new_model(), NAMES), {}
+    classifier.save_pretrained(tmp_path / "model")
+    for fit in ("crop", "pad"):
+        expected = classifier.model(pixels_from_images([tall], 16, 16, fit))
+        torch.testing.assert_close(classifier.logits([tall], fit=fit), expected)
+        ran = run_script(
+            "pipelines/classify_images.py", tmp_path / "model", tmp_path / "tall.png", "--fit", fit
+        )
+        name, share = classifier.classify([tall], fit=fit)[0][0]
+        assert f"tall.png: {name} {share:.1%}, " in ran.stdout
+        printed[fit] = ran.stdout
+    assert printed["crop"] != printed["pad"]
+
+
 def test_images_of_every_mode_are_read_as_those_of_files(tmp_path):
     draw = torch.Generator().manual_seed(0)
     levels = torch.randint(65536, (24, 20), generator=draw, dtype=torch.int32).numpy().astype(np.uint16)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmvit.data.images import check_images, pixels_from_images
+from mmvit.data.images import Fit, check_images, pixels_from_images
 from mmvit.data.writing import read_dataset_card
 from mmvit.errors import UserError
 from mmvit.hub import find_model_folder, write_json
@@ -28,8 +28,8 @@ UNTRAINED = (
 class ImageClassifier:
     """`classifier.classify(images)` returns the likeliest classes of each image.
 
-    Images are resized and centre-cropped to the model's size, laid over white, and converted to grey if it
-    reads grey.
+    Images are resized and centre-cropped, or padded with white (`fit="pad"`), to the model's size, laid over
+    white, and converted to grey if it reads grey.
 
     Args:
         model: the network.
@@ -96,31 +96,31 @@ class ImageClassifier:
         return list(names)
 
     @torch.inference_mode()
-    def features(self, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
+    def features(self, images: Sequence[Image.Image], batch_size: int = 64, fit: Fit = "crop") -> Tensor:
         """What the head reads: (images, width), float32 on the CPU."""
         check_images(images)
         if not images:
             raise UserError("no images to classify: expected at least one")
         config, found = self.model.config, []
         for first in range(0, len(images), batch_size):
-            pixels = pixels_from_images(images[first : first + batch_size], *config.height_width)
+            pixels = pixels_from_images(images[first : first + batch_size], *config.height_width, fit)
             found.append(self.model.features(fit_pixels(pixels.to(self.device), config)).float().cpu())
         return torch.cat(found)
 
     @torch.inference_mode()
-    def logits(self, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
+    def logits(self, images: Sequence[Image.Image], batch_size: int = 64, fit: Fit = "crop") -> Tensor:
         """(images, classes), float32 on the CPU. Raises UserError if the head is untrained."""
         if not self.is_trained:
             raise UserError(UNTRAINED)
-        return self.model.head(self.features(images, batch_size).to(self.device)).float().cpu()
+        return self.model.head(self.features(images, batch_size, fit).to(self.device)).float().cpu()
 
     def classify(
-        self, images: Sequence[Image.Image], top: int = 5, batch_size: int = 64
+        self, images: Sequence[Image.Image], top: int = 5, batch_size: int = 64, fit: Fit = "crop"
     ) -> list[list[tuple[str, float]]]:
         """The `top` likeliest classes of each image with their probabilities, the likeliest first."""
         if top < 1:
             raise UserError(f"top must be at least 1, got {top}")
-        best = self.logits(images, batch_size).softmax(-1).topk(min(top, len(self.classes)))
+        best = self.logits(images, batch_size, fit).softmax(-1).topk(min(top, len(self.classes)))
         return [
             [(self.classes[place], share) for share, place in zip(shares, places, strict=True)]
             for shares, places in zip(best.values.tolist(), best.indices.tolist(), strict=True)
