@@ -40,11 +40,10 @@ from mmvit.data.writing import (
     inherited_facts,
     read_dataset_card,
     read_samples,
-    refuse_other_data,
     sole_writer,
     write_dataset_card,
 )
-from mmvit.errors import UserError, refuse_source
+from mmvit.errors import UserError
 from mmvit.hub import fingerprint, trained_size
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.registry import load_image_tokenizer
@@ -74,8 +73,7 @@ def main(
         str, Option(help='flip every second copy, unless a caption has a word that begins so: "left right"')
     ] = "",
 ) -> None:
-    refuse_source(out, source)
-    refuse_other_data(out, inherited_facts(source).get("source"))
+    facts = inherited_facts(source, out)
     height, width = parse_size(size) if size else trained_size(tokenizer)
     model = load_image_tokenizer(tokenizer, "cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -90,7 +88,6 @@ def main(
         refuse_damaged(splits, sum(numbers.values()) or None)
     with sole_writer(out):
         make_room(out, splits)
-        facts = inherited_facts(source)
         outcome = Outcome(numbers)
         copies = Copies(
             augmented, shift, tuple(re.split(r"[\s,]+", flip_unless.strip(" ,"))) if flip_unless else ()

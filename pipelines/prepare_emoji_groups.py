@@ -28,10 +28,9 @@ from mmvit.data.writing import (
     inherited_facts,
     read_dataset_card,
     read_samples,
-    refuse_other_data,
     write_dataset_card,
 )
-from mmvit.errors import UserError, refuse_source
+from mmvit.errors import UserError
 from mmvit.progress import with_progress
 
 EVERY = 5  # one emoji of so many is in the test split
@@ -43,9 +42,7 @@ def main(
     out: Annotated[Path, Argument(help="folder to write the shards to")],
     by: Annotated[Literal["category", "subcategory"], Option(help="what the classes are")] = "category",
 ) -> None:
-    refuse_source(out, source)
-    facts = inherited_facts(source)
-    refuse_other_data(out, facts.get("source"))
+    facts = inherited_facts(source, out)
     groups = read_groups(by)
     classes, outcome = sorted(set(groups.values())), Outcome()
     numbers = {name: number for number, name in enumerate(classes)}

@@ -21,10 +21,9 @@ from mmvit.data.writing import (
     inherited_facts,
     read_dataset_card,
     read_samples,
-    refuse_other_data,
     write_dataset_card,
 )
-from mmvit.errors import UserError, refuse_source
+from mmvit.errors import UserError
 from mmvit.progress import with_progress
 
 
@@ -37,8 +36,7 @@ def main(
 ) -> None:
     if not 0 < share <= 1:
         raise UserError(f"--share: expected a number above 0 and up to 1, got {share}")
-    refuse_source(out, source)
-    refuse_other_data(out, inherited_facts(source).get("source"))
+    facts = inherited_facts(source, out)
     outcome, places = Outcome(), {}
     shards = shards_of(source, split)
     total = read_dataset_card(source).get("samples", {}).get(split)
@@ -55,7 +53,6 @@ def main(
         for members in places.values()
         for _, key in sorted(members)[: max(1, round(share * len(members)))]
     }
-    facts = inherited_facts(source)
     names = {str(number): name for number, name in enumerate(facts.get("classes", []))}
     with ShardWriter(out, split) as writer:
         chosen = (sample for sample in read_samples(shards, Outcome()) if sample.key in taken)

@@ -17,7 +17,7 @@ from webdataset.writer import TarWriter
 
 from mmvit.data.images import measure_image
 from mmvit.data.shards import HELD_OUT, OLD_HELD_OUT, BadShard, Sample, read_shard
-from mmvit.errors import UserError
+from mmvit.errors import UserError, refuse_source
 from mmvit.hub import write_json
 
 MOST_CLASSES = 40  # in the closing table
@@ -333,10 +333,14 @@ def refuse_other_data(folder: Path, source: str | None) -> None:
     )
 
 
-def inherited_facts(folder: Path) -> dict[str, Any]:
-    """What the dataset.json of a source also says about shards made from it: everything but the counts."""
+def inherited_facts(source: Path, out: Path) -> dict[str, Any]:
+    """What the dataset.json of shards also says about those made from them in `out`: everything but the
+    counts. Raises UserError if `out` is the source itself or holds shards from another one."""
+    refuse_source(out, source)
     counts = ("samples", "samples_per_class")
-    return {name: fact for name, fact in read_dataset_card(folder).items() if name not in counts}
+    facts = {name: fact for name, fact in read_dataset_card(source).items() if name not in counts}
+    refuse_other_data(out, facts.get("source"))
+    return facts
 
 
 def read_dataset_card(folder: Path) -> dict[str, Any]:
