@@ -7,6 +7,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from generator_scripts import refused
 from PIL import Image
 from tiny_models import drawn_weights, tiny_generator
@@ -18,6 +19,7 @@ from mmvit.errors import UserError
 from mmvit.models.fine_tuning import continued
 from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
 from mmvit.models.hidden_codes import hidden_loss, hide_by_codes, hide_for_training
+from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.sampling.any_order import group_bounds
 from mmvit.sampling.candidates import any_order_likelihoods, log_likelihood
 from mmvit.sampling.decoding import decode, default_steps, draw, filter_logits, sample_codes, uniforms
@@ -364,6 +366,49 @@ def test_an_image_is_extended_where_positions_go_on(tokenizer, order, run_script
     assert all(np.array_equal(*pair) for pair in zip(written, map(np.asarray, images), strict=True))
     refused(run_script(*arguments, "--extend", "up=1"), "expected sides with a number of codes")
     refused(run_script(*arguments, "--extend", "top=0"), "at least one in all")
+
+
+class GreyBlocks(ImageTokenizer):
+    """Blocks of 8x8 pixels in one of four greys."""
+
+    factor = 8
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(codebook_size=4)
+        self.greys = nn.Parameter(torch.linspace(-1, 1, 4))
+
+    def codes_of(self, pixels):
+        return ((F.avg_pool2d(pixels, 8).mean(1) + 1) * 1.5).round().long()
+
+    def pixels_of(self, codes):
+        return self.greys[codes].kron(torch.ones(8, 8)).unsqueeze(1).expand(-1, 3, -1, -1)
+
+
+def test_what_is_drawn_around_an_image_follows_the_rule_of_its_codes(tokenizer):
+    """After training on stripes, every row of one random grey, an image's stripes go on to both sides, and
+    what is new below it is a stripe, on a grid that was never trained on."""
+    core = CORE.model_copy(update={"depth": 1})
+    sizes = {"vocab_size": tokenizer.vocab_size, "codebook_size": 4, "text_length": 6}
+    model = any_order((3, 4), core=core, positions="rotary_2d", **sizes)
+    model = GeneratorTransformer(model.config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.05, 250)
+    caption_ids = tokenizer.encode(["stripes"] * 32, 6)[0]
+    for _ in range(250):
+        codes = torch.randint(4, (32, 3, 1)).expand(-1, -1, 4).flatten(1)
+        model.loss({"caption_ids": caption_ids, "codes": codes})[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    generator = Generator(model, tokenizer, GreyBlocks())
+    for codes in torch.randint(4, (4, 3, 1)):
+        (image,) = generator.images(codes.expand(1, 3, 4))
+        (larger,) = generator.extend(image, "stripes", left=2, right=3, bottom=1, num_steps=21, temperature=0)
+        assert larger.size == (72, 32)
+        rows = np.asarray(larger)[..., 0]
+        assert (rows == rows[:, :1]).all()
+        assert (rows[:24, 0] == np.asarray(image)[:, 0, 0]).all()
 
 
 def test_learnt_positions_do_not_go_on(tokenizer):
