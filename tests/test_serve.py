@@ -5,6 +5,7 @@ import shlex
 import socket
 import sys
 import time
+from threading import Event
 from unittest import mock
 
 import numpy as np
@@ -189,21 +190,35 @@ def test_mistakes_are_answered_on_the_page(served):
 
 
 def test_a_long_request_does_not_hold_up_a_short_one(served, studio, monkeypatch):
-    draw = studio.draw
+    draw, short_is_drawn = studio.draw, Event()
 
-    def slow(captions, number, **settings):
+    def waiting(captions, number, **settings):
         for images in draw(captions, number, **settings):
-            if number == 3:
-                time.sleep(5)
+            assert number != 3 or short_is_drawn.wait(60)
             yield images
 
-    monkeypatch.setattr(studio, "draw", slow)
+    monkeypatch.setattr(studio, "draw", waiting)
     long = client_of(served).submit("red apple", 3, *ARGUMENTS, api_name="/draw")
-    time.sleep(0.5)
-    short = client_of(served).submit("red apple", 1, *ARGUMENTS, api_name="/draw")
-    short.result(30)
+    while long.status().code.name == "STARTING":
+        time.sleep(0.05)
+    client_of(served).predict("red apple", 1, *ARGUMENTS, api_name="/draw")
     assert not long.done()
-    long.cancel()
+    short_is_drawn.set()
+    assert len(long.result(60)[0]) == 3
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_only_share_makes_a_link_and_only_host_opens_the_network(models, monkeypatch, share):
+    page_module = pytest.importorskip("mmvit.serving.page", reason="Gradio is not installed")
+    launch = mock.Mock(side_effect=InterruptedError)
+    monkeypatch.setattr("gradio.Blocks.launch", launch)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    serve = load_script("pipelines/serve.py").main
+    with pytest.raises(InterruptedError):
+        serve(str(models / "generator"), port=0, **({"share": True} if share else {}))
+    assert launch.call_args.kwargs["share"] is share
+    assert launch.call_args.kwargs["server_name"] == "127.0.0.1"
+    assert page_module.launch.__defaults__ == (False,)
 
 
 def test_equal_captions_of_a_mixture_are_one_with_the_sum_of_their_weights(served, studio, monkeypatch):

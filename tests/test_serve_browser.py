@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from threading import Event
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -11,6 +12,7 @@ from tiny_models import tiny_classifier, tiny_generator
 
 from mmvit.data.images import encode_png, images_from_pixels, pixels_from_images
 from mmvit.places import load_script
+from mmvit.sampling.generator import Generator
 from mmvit.serving.studio import Studio
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -22,18 +24,19 @@ pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt-get 
 
 
 @pytest.fixture(scope="module")
-def page(tokenizer):
-    """The open page of a generator of any order and a classifier, whose `requests` are kept."""
+def page(tokenizer, tmp_path_factory):
+    """The open page of a generator of any order and a classifier, with its `studio` and `requests`."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     page_module = pytest.importorskip("mmvit.serving.page", reason="Gradio is not installed")
-    studio = Studio(tiny_generator(tokenizer, grid=(4, 4)), tiny_classifier("cat", "dog"))
+    folder = tiny_generator(tokenizer, grid=(4, 4)).save_pretrained(tmp_path_factory.mktemp("generator"))
+    studio = Studio(Generator.from_pretrained(folder), tiny_classifier("cat", "dog"), str(folder))
     served = page_module.build_page(studio)
     port = load_script("pipelines/serve.py").free_port("127.0.0.1")
     _, address, _ = page_module.launch(served, "127.0.0.1", port, prevent_thread_lock=True)
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS])
         opened = browser.new_page(viewport={"width": 1100, "height": 1400})
-        opened.requests = []
+        opened.studio, opened.requests = studio, []
         opened.on("request", lambda request: opened.requests.append(request.url))
         opened.goto(address)
         yield opened
@@ -56,23 +59,84 @@ def images_in(page, gallery: str, number: int) -> list[Image.Image]:
     ]
 
 
-def test_a_caption_is_typed_and_drawn(page):
-    page.fill("#draw-caption textarea, #draw-caption input", "green pear")
+def shown_code(page, tab: str, language: str) -> str:
+    """The Python or the command that a tab shows."""
+    if not page.is_visible(f"#{tab}-{language}"):
+        page.click("text=The same in Python and as a command >> visible=true")
+    return page.inner_text(f"#{tab}-{language} .cm-content")
+
+
+def assert_drawn_by(python: str, images: list[Image.Image]) -> None:
+    names: dict = {}
+    exec(python, names)
+    assert all(np.array_equal(*pair) for pair in zip(images, names["images"], strict=True))
+
+
+def type_into(page, field: str, text: str) -> None:
+    page.fill(f"#{field} textarea, #{field} input", text)
+
+
+def test_a_caption_in_any_language_is_typed_and_drawn(page):
+    """By the Python that is shown, with the command beside it."""
+    type_into(page, "draw-caption", "grüne 梨")
     page.fill("#draw-number input[type=number]", "2")
     page.click("#draw-button")
     images = images_in(page, "draw-images", 2)
     assert all(image.size == (32, 32) for image in images)
     assert not np.array_equal(*map(np.asarray, images))
-    page.click("text=The same in Python and as a command >> visible=true")
-    page.wait_for_selector("#draw-python >> text=green pear")
-    assert "mmvit sample 'green pear' --num 2" in page.inner_text("#draw-command").replace("\n", " ")
+    assert_drawn_by(shown_code(page, "draw", "python"), images)
+    assert "mmvit sample 'grüne 梨' --num 2" in shown_code(page, "draw", "command").replace("\n", " ")
 
 
-def test_a_mistake_is_answered_on_the_page(page):
-    page.fill("#draw-negative textarea, #draw-negative input", "pear")
+def test_a_negative_caption_needs_guidance_which_the_page_says(page):
+    type_into(page, "draw-negative", "pear")
     page.click("#draw-button")
     page.wait_for_selector("text=the negative caption 'pear' has no effect at guidance_scale 1")
-    page.fill("#draw-negative textarea, #draw-negative input", "")
+    page.fill("input[aria-label='number input for Guidance scale'] >> visible=true", "3")
+    page.fill("#draw-number input[type=number]", "1")
+    page.click("#draw-button")
+    images = images_in(page, "draw-images", 1)
+    assert_drawn_by(shown_code(page, "draw", "python"), images)
+    command = shown_code(page, "draw", "command").replace("\n", " ")
+    assert "--guidance-scale 3" in command
+    assert "--negative pear" in command
+
+
+def test_captions_are_mixed_by_sliders(page):
+    page.get_by_role("tab", name="Mix").click()
+    slider = page.locator("#mix-weight-1 input[type=range]")
+    slider.focus()
+    slider.press("ArrowRight")
+    slider.press("ArrowRight")
+    page.fill("#mix-number input[type=number]", "1")
+    page.click("#mix-button")
+    images = images_in(page, "mix-images", 1)
+    python = shown_code(page, "mix", "python")
+    assert "{'red apple': 0.5, 'green pear': 0.6}" in python
+    assert_drawn_by(python, images)
+
+
+def test_a_long_drawing_in_one_browser_does_not_hold_up_another(page, monkeypatch):
+    """The first cannot end before the second has."""
+    draw, second_is_drawn = page.studio.draw, Event()
+
+    def waiting(captions, number, **settings):
+        for images in draw(captions, number, **settings):
+            assert number != 3 or second_is_drawn.wait(60)
+            yield images
+
+    monkeypatch.setattr(page.studio, "draw", waiting)
+    page.get_by_role("tab", name="Draw").click()
+    page.fill("#draw-number input[type=number]", "3")
+    page.click("#draw-button")
+    other = page.context.browser.new_page()
+    other.goto(page.url)
+    other.fill("#draw-number input[type=number]", "2")
+    other.click("#draw-button")
+    images_in(other, "draw-images", 2)
+    other.close()
+    second_is_drawn.set()
+    images_in(page, "draw-images", 3)
 
 
 def test_what_is_painted_over_is_drawn_again(page, tmp_path):
