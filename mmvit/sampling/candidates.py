@@ -21,7 +21,7 @@ from mmvit.models.clip import CLIP
 from mmvit.models.generator_transformer import PAD, GeneratorTransformer
 from mmvit.sampling.any_order import group_bounds
 from mmvit.sampling.decoding import default_steps, uniforms
-from mmvit.sampling.prompts import Prompts
+from mmvit.sampling.prompts import Prompts, check_text
 
 if TYPE_CHECKING:
     from mmvit.sampling.generator import Generator, Images
@@ -171,6 +171,8 @@ def rank_captions(
         precision: of a first pass over all captions; bfloat16 is several times faster where the hardware
             supports it. The `SHORTLIST` likeliest captions of each image are then computed in float32.
     """
+    for caption in captions:
+        check_text(caption)
     model, codes = generator.transformer, generator.encode(images).flatten(1)
     ids, num_cut = generator.text_tokenizer.encode(captions, model.config.text_length)
     if num_cut:

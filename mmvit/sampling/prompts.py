@@ -39,6 +39,7 @@ class Prompts:
             raise UserError("no captions to draw: give at least one; '' draws an image of anything")
         if not isinstance(negative, str):
             raise UserError(f"negative: expected a caption (str), got {negative!r}")
+        check_text(negative)
         return cls(mixtures, negative)
 
     def __len__(self) -> int:

@@ -200,7 +200,7 @@ def explicit(**settings: Any) -> dict[str, Any]:
         raise UserError(f"expected at most {MOST_CHARACTERS} characters, got {longest}")
     whole = ("seed", "num_steps", "top_k")
     return {
-        name: int(value) if name in whole and float(value).is_integer() else value
+        name: int(value) if name in whole and isinstance(value, float) and value.is_integer() else value
         for name, value in settings.items()
         if value not in (None, "")
     }
