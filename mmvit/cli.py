@@ -49,6 +49,7 @@ GROUPS = {
     },
     "Prepare data": {
         "shards": Command("pipelines/make_shards.py", "pack images, captions and classes into shards"),
+        "index": Command("pipelines/index_shards.py", "say where in shards samples lie, for quick starts"),
         "encode": Command("pipelines/encode_images.py", "turn the images of shards into image codes"),
         "subset": Command("pipelines/take_share.py", "take the same share of every class"),
         "prepare emoji": Command("pipelines/prepare_emoji.py", "make the emoji data set"),

@@ -6,6 +6,7 @@ import importlib.machinery
 import inspect
 import io
 import json
+import os
 import random
 import sys
 import types
@@ -44,6 +45,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads():
     torch.set_num_threads(1)  # the tests run in two processes on two cores (Makefile)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Indexes and unpacked shards of tests do not go to the user's cache."""
+    with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(tmp_path_factory.mktemp("cache"))):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

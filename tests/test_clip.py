@@ -16,6 +16,7 @@ from mmvit.core.transformer import TransformerConfig
 from mmvit.data.captions import TextTokenizer
 from mmvit.data.images import decode_image, to_unit_range
 from mmvit.data.shards import expand_shards, read_shard
+from mmvit.data.writing import ShardWriter
 from mmvit.errors import UserError
 from mmvit.evaluation.clip_report import retrieval
 from mmvit.evaluation.retrieval import caption_ranks
@@ -196,13 +197,19 @@ def test_images_are_named_from_the_command_line(trained, run_script, tmp_path):
 
 
 def test_evaluation_finds_captions_and_images(trained, tiny_shards, run_script, tmp_path):
-    arguments = ("pipelines/evaluate.py", trained, tiny_shards, "--out", tmp_path / "clip.png")
+    with ShardWriter(tmp_path / "data", "held-out", 10) as writer:
+        for sample in read_shard(tiny_shards / "held-out-000000.tar"):
+            caption = sample.files["txt"].decode()
+            wrong = "blue square" if caption == "red square" else "red square"
+            captions = {"captions": {"en": caption, "de": wrong}}
+            writer.write(sample.key, sample.files | {"json": json.dumps(captions).encode()})
+    arguments = ("pipelines/evaluate.py", trained, tmp_path / "data", "--out", tmp_path / "clip.png")
     ran = run_script(*arguments, "--language", "en,de")
     assert ran.returncode == 0, ran.stderr
     figures = json.loads((tmp_path / "clip.json").read_text())
     assert (figures["split"], figures["pairs"], figures["language"]) == ("held-out", 8, "en")
     assert figures["caption_at_1"] == figures["image_at_1"] == 1
-    assert figures["languages"]["de"]["caption_at_1"] < 1  # it learnt English alone
+    assert figures["languages"]["de"]["caption_at_1"] < 1  # they are those of other images
     ran = run_script(*arguments, "--language", "xx")
     assert (ran.returncode, "no caption in xx" in ran.stderr) == (2, True)
 

@@ -159,13 +159,13 @@ def test_a_generator_is_evaluated_on_plain_captions_and_images(encoded):
         samples_per_epoch=0,
     )
     opened = open_caption_codes(session, data, GeneratorConfig(codebook_size=16, grid=(2, 2)))
-    decode = opened.stream.readers[0].decode
+    decode = opened.stream.reader.decode
     assert (decode.dropout, decode.augmented, decode.languages) == (0.5, 0.25, ("en", "de"))
     for batch in opened.held_out:
         ids, _ = opened.text_tokenizer.encode(batch["captions"], 32)
         assert torch.equal(batch["caption_ids"], ids)
         assert all("square" in caption for caption in batch["captions"])  # English
-    assert opened.held_out.readers[0].decode.augmented == 0
+    assert opened.held_out.reader.decode.augmented == 0
 
 
 def test_codes_that_are_being_replaced_do_not_say_whose_they_are(encoded, tiny_shards, run_script, tmp_path):

@@ -1,8 +1,8 @@
 """The data stream: it covers, mixes, resumes and reports what is bad."""
 
+import gzip
 import json
 import multiprocessing
-import random
 import shutil
 import signal
 import subprocess
@@ -20,10 +20,11 @@ import pytest
 import torch
 
 from mmvit.data.augment import AugmentConfig
-from mmvit.data.plan import plan_epoch, shuffled
+from mmvit.data.order import LANES, Order
+from mmvit.data.reader import Reader
 from mmvit.data.samples import CaptionSample, ClassifierSample
 from mmvit.data.shards import read_shard
-from mmvit.data.stream import ShardStream
+from mmvit.data.stream import ShardStream, split_state
 from mmvit.data.writing import ShardWriter
 from mmvit.errors import UserError
 
@@ -77,6 +78,11 @@ class Rare:
         return None
 
 
+class Nothing:
+    def __call__(self, sample, rng):
+        return None
+
+
 class Broken(ClassifierSample):
     """Has a bug, which one sample in the third shard shows."""
 
@@ -100,23 +106,32 @@ def test_ranks_and_workers_cover_every_sample_once(tiny_shards, num_workers):
     assert seen == {f"train-{number:03d}": 1 for number in range(48)}
 
 
-@pytest.mark.parametrize("num_readers", [1, 2, 3, 5, 7, 12, 16])
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_plan_gives_every_sample_to_exactly_one_reader(num_readers, shuffle):
-    shards = [Path(f"{number}.tar") for number in range(5)]
-    for epoch in range(3):
-        taken = Counter()
-        for reader in range(num_readers):
-            for part in plan_epoch(shards, 7, epoch, reader, num_readers, shuffle):
-                taken.update((part.shard, number) for number in range(20) if number % part.step == part.first)
-        assert taken == {(shard, number): 1 for shard in shards for number in range(20)}
+COUNTS = ([10, 10, 10, 10, 8], [1], [0, 3, 0], [700, 1, 900, 400], [130] * 40)
 
 
-def test_plan_permutes_the_shards_anew_in_every_epoch():
-    shards = [Path(f"{number}.tar") for number in range(20)]
-    orders = [[part.shard for part in plan_epoch(shards, 0, epoch, 0, 1, True)] for epoch in range(2)]
-    assert orders[0] != orders[1]
-    assert [part.shard for part in plan_epoch(shards, 0, 0, 0, 1, False)] == shards
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("shuffle_buffer", [0, 1, 20, 1000, 100_000])
+def test_an_epoch_has_every_sample_once(counts, shuffle_buffer):
+    order = Order(counts, 7, shuffle_buffer)
+    whole = {(shard, number) for shard, count in enumerate(counts) for number in range(count)}
+    epochs = [[order.locate(epoch, place) for place in range(len(whole))] for epoch in range(2)]
+    assert [*map(sorted, epochs)] == [sorted(whole)] * 2
+    if not shuffle_buffer:
+        assert epochs[0] == epochs[1] == sorted(whole)
+    elif len(whole) > 30:
+        assert epochs[0] != epochs[1] != sorted(whole)
+
+
+def test_an_order_mixes_and_stays_close_to_the_places_of_its_lanes():
+    order, epoch = Order([1000] * 64, 0, 6400), [1, 2]
+    places = np.array(
+        [[1000 * s + n for s, n in map(order.locate, [e] * 64_000, range(64_000))] for e in epoch]
+    )
+    lanes = places.reshape(2, -1, LANES)
+    moved = np.diff(lanes, axis=1)
+    assert 20 < np.abs(moved[np.abs(moved) < 1000]).mean() < 70  # windows of 100
+    assert (np.ptp(lanes[:, :100], axis=1) < 200).mean() > 0.9  # a lane's first window
+    assert abs(np.corrcoef(places)[0, 1]) < 0.4
 
 
 def test_one_shard_is_mixed_differently_in_every_epoch(tiny_shards):
@@ -142,13 +157,6 @@ def test_no_shuffle_buffer_keeps_the_order_of_the_shards(tiny_shards):
     stream = stream_of(tiny_shards, KeyOnly(), shuffle_buffer=0, repeat=False)
     assert keys_of(stream) == [f"train-{number:03d}" for number in range(48)]
     assert keys_of(stream) == [f"train-{number:03d}" for number in range(48)]  # once more from the beginning
-
-
-def test_shuffle_buffer_mixes_and_loses_nothing():
-    mixed = list(shuffled(iter(range(1000)), 100, random.Random(0)))
-    assert sorted(mixed) == list(range(1000))
-    moved = [abs(place - item) for place, item in enumerate(mixed)]
-    assert np.mean(moved) > 50
 
 
 def test_randomness_of_a_sample_depends_on_neither_rank_nor_worker(tiny_shards):
@@ -216,13 +224,70 @@ def test_interrupted_evaluation_goes_on_where_it_was(tiny_shards):
     assert part + keys_of(stream) == whole
 
 
-def test_position_of_another_layout_warns_and_takes_the_next_epoch(tiny_shards):
+def global_batches(folder: Path, count: int, world: int, num_workers: int, state=None) -> list[set[str]]:
+    """The keys that all ranks together get at each of `count` steps of 12 samples."""
+    streams = [
+        stream_of(folder, KeyOnly(), 12 // world, rank=rank, world_size=world, num_workers=num_workers)
+        for rank in range(world)
+    ]
+    for rank, stream in enumerate(streams):
+        if state is not None:
+            stream.load_state_dict(split_state(state, rank))
+    ranks = [take(stream, count) for stream in streams]
+    if state is not None:
+        state[:] = json.loads(json.dumps([stream.state_dict() for stream in streams]))
+    return [
+        [key for keys in zip(*(batch["keys"] for batch in batches), strict=True) for key in keys]
+        for batches in zip(*ranks, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_steps_have_the_same_samples_for_any_number_of_ranks_and_workers(tiny_shards, world, num_workers):
+    assert global_batches(tiny_shards, 6, world, num_workers) == global_batches(tiny_shards, 6, 1, 0)
+
+
+def test_any_number_of_ranks_goes_on_from_a_position(tiny_shards):
+    whole = global_batches(tiny_shards, 8, 1, 0)
+    state = [stream_of(tiny_shards, KeyOnly(), 6, rank=rank, world_size=2).state_dict() for rank in range(2)]
+    found = []
+    for world, num_workers, count in ((2, 1, 3), (4, 0, 2), (1, 3, 2), (3, 1, 1)):
+        found += global_batches(tiny_shards, count, world, num_workers, state)
+    assert found == whole
+    assert sum(own["tally"]["read"] for own in state) == 8 * 12  # nothing is counted twice
+
+
+def test_position_of_other_shards_or_another_order_warns_and_takes_the_next_epoch(tiny_shards):
     saved = stream_of(tiny_shards, KeyOnly())
     take(saved, 2)
-    stream = stream_of(tiny_shards, KeyOnly(), world_size=2)
-    with pytest.warns(UserWarning, match="other world_size: continuing with epoch 1"):
-        stream.load_state_dict(saved.state_dict())
-    assert stream.positions[0].epoch == 1
+    for change, name in (({"seed": 1}, "seed"), ({"shuffle_buffer": 30}, "shuffle_buffer")):
+        stream = stream_of(tiny_shards, KeyOnly(), **change)
+        with pytest.warns(UserWarning, match=f"other {name}: continuing with epoch 1"):
+            stream.load_state_dict(saved.state_dict())
+        assert stream.consumed == 48
+    fewer = ShardStream(tiny_shards / "train-000000.tar", KeyOnly(), 4, shuffle_buffer=20)
+    with pytest.warns(UserWarning, match="other shards, samples: continuing with epoch 1"):
+        fewer.load_state_dict(saved.state_dict())
+    assert fewer.consumed == 10
+
+
+def test_position_of_an_earlier_version_goes_on_with_the_next_epoch(tiny_shards):
+    tally = {"read": 30, "skipped": {"bad": 1}, "examples": {"bad": "x"}, "broken_shards": {}, "counts": {}}
+    position = {"epoch": 2, "drawn": 5, "done": False, "tally": tally}
+    stream = stream_of(tiny_shards, KeyOnly())
+    with pytest.warns(UserWarning, match="continuing with epoch 3"):
+        stream.load_state_dict({"layout": {"seed": 0}, "positions": [position] * 2, "next_worker": 1})
+    assert (stream.consumed, stream.tally.read) == (3 * 48, 60)
+
+
+def test_a_resume_reads_nothing_of_what_was_seen(tiny_shards):
+    stream = stream_of(tiny_shards, KeyOnly(), 1)
+    state = {**stream.state_dict(), "consumed": 1_000_000 * 48 + 47}
+    stream.load_state_dict(state)
+    with mock.patch.object(Reader, "find", side_effect=Reader.find, autospec=True) as find:
+        take(stream, 2)
+    assert find.call_count == 2
 
 
 def test_stream_with_workers_leaves_the_global_generator_alone(tiny_shards):
@@ -340,11 +405,52 @@ def test_a_broken_shard_is_one_however_often_it_is_met(tiny_shards, tmp_path, nu
     assert "0 skipped, and parts of 1 broken shard, the first: " in stream.tally.describe()
 
 
-def test_too_few_samples_for_the_readers_is_said(tmp_path):
+def test_fewer_samples_than_ranks_are_read_in_turn(tmp_path):
     write(tmp_path, [{"txt": b"a"}] * 2)
-    stream = ShardStream(tmp_path, KeyOnly(), 2, rank=2, world_size=3)
-    with pytest.raises(UserError, match="reader 3 of 3"):
-        next(iter(stream))
+    ranks = [
+        keys_of(take(ShardStream(tmp_path, KeyOnly(), 2, rank=rank, world_size=3), 4)) for rank in range(3)
+    ]
+    assert Counter(key for keys in ranks for key in keys) == {"0000": 12, "0001": 12}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_bad_sample_is_replaced_so_that_batches_are_full(tmp_path, num_workers):
+    good = {"json": b'{"captions": {"en": "red"}}'}
+    write(tmp_path, [good if number % 10 else {"json": b"{"} for number in range(100)])
+    stream = ShardStream(tmp_path, CaptionSample(), 8, num_workers=num_workers, max_bad=0.5)
+    with pytest.warns(UserWarning, match="json is invalid"):
+        batches = take(stream, 25)  # two epochs
+    keys = Counter(keys_of(batches))
+    assert {len(batch["keys"]) for batch in batches} == {8}
+    assert len(keys) == 90
+    assert min(keys.values()) == 2
+    assert (stream.tally.read, stream.tally.skipped) == (200, {"json is invalid": 20})
+
+
+def test_samples_that_cannot_be_used_at_all_end_the_stream(tmp_path):
+    write(tmp_path, [{"txt": b"a"}] * 3)
+    with pytest.raises(UserError, match=r"none of 1,000 samples of .* can be used"):
+        next(iter(ShardStream(tmp_path, Nothing(), 2)))
+
+
+def test_a_shard_that_changes_under_the_stream_is_noticed(tiny_shards, tmp_path):
+    path = shutil.copy(tiny_shards / "train-000000.tar", tmp_path)
+    stream = ShardStream(path, KeyOnly(), 2, shuffle_buffer=0, repeat=False)
+    batches = iter(stream)
+    next(batches)
+    Path(path).write_bytes(b"x" * 4096)
+    with pytest.warns(UserWarning, match="skipped a sample, changed shard: sample 3 in "):
+        assert keys_of(batches) == []
+    assert stream.tally.skipped == {"changed shard": 8}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_compressed_shards_are_unpacked_once(tiny_shards, tmp_path, num_workers):
+    content = (tiny_shards / "train-000000.tar").read_bytes()
+    (tmp_path / "train-000000.tar.gz").write_bytes(gzip.compress(content))
+    for _ in range(2):
+        stream = ShardStream(tmp_path, KeyOnly(), 5, shuffle_buffer=0, repeat=False, num_workers=num_workers)
+        assert keys_of(stream) == [f"train-{number:03d}" for number in range(10)]
 
 
 def test_numbers_too_long_and_json_too_deep_in_a_caption_cost_one_sample_each(tmp_path):

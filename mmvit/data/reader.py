@@ -1,22 +1,30 @@
-"""The reader, one per rank and worker: its part of the shards → decoded batches with their position."""
+"""The reader, one per worker: batches of samples at given places of the order, decoded."""
 
 import copy
+import itertools
+import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mmvit.data.plan import Part, plan_epoch, random_from, shuffled
-from mmvit.data.shards import BadSample, BadShard, Sample, read_shard
+from mmvit.data.index import Index
+from mmvit.data.order import LANES, Order, random_from
+from mmvit.data.shards import BadSample, BadShard, Sample, read_shard, split_name
 from mmvit.data.tally import Tally
+from mmvit.data.tar import MOST_BYTES, BadTar, Problem, read_files
 from mmvit.errors import UserError
 
 Batch = dict[str, Any]
 Decode = Callable[[Sample, random.Random], dict[str, Any] | None]
+MOST_TRIES = 1000  # of other samples in place of one that cannot be used
 
 
 def never() -> bool:
@@ -24,22 +32,12 @@ def never() -> bool:
 
 
 @dataclass
-class Position:
-    """How far a worker has got: samples drawn from the shuffled order of its epoch, and its counts so far."""
-
-    epoch: int = 0
-    drawn: int = 0
-    done: bool = False  # only without `repeat`: nothing is left
-    tally: Tally = field(default_factory=Tally)
-
-
-@dataclass
 class Delivery:
-    """What a worker sends: a batch, and its position after it. `error` is a UserError's message, `crash`
-    the traceback of any other exception."""
+    """What a worker sends: a batch, and its counts so far. `error` is a UserError's message, `crash` the
+    traceback of any other exception."""
 
     worker: int
-    position: Position
+    tally: Tally
     batch: Batch | None
     error: str | None = None
     crash: str | None = None
@@ -47,81 +45,135 @@ class Delivery:
 
 @dataclass
 class Reader:
-    """One of the `num_readers` = ranks x workers that share the shards."""
+    """Reads this rank's share of the samples at consecutive places, `batch_size` of every
+    `world_size · batch_size`."""
 
     shards: list[Path]
+    indexes: list[Index]
+    order: Order
     decode: Decode
     batch_size: int
-    seed: int
-    number: int
-    num_readers: int
-    shuffle_buffer: int
+    rank: int
+    world_size: int
     repeat: bool
     max_bad: float
 
-    def deliver(self, worker: int, start: Position, ended: Callable[[], bool] = never) -> Iterator[Delivery]:
-        """Yields batches from `start` on, until `ended()`. A UserError is sent as text: the loader would add
-        a traceback."""
-        position = copy.deepcopy(start)
-        try:
-            for samples in self.batches(position, ended):
-                yield Delivery(worker, copy.deepcopy(position), collate(samples) if samples else None)
-        except UserError as error:
-            yield Delivery(worker, position, None, error=str(error))
+    def __post_init__(self):
+        named: Counter[Path] = Counter()
+        self.copies = []  # 0, 1, ... for a shard that is named several times
+        for shard in self.shards:
+            self.copies.append(named[shard])
+            named[shard] += 1
+        self.opened = lru_cache(maxsize=2 * LANES)(Opened)
+        self.all_lack_files = lru_cache(maxsize=None)(self._all_lack_files)
 
-    def batches(
-        self, position: Position, ended: Callable[[], bool] = never
-    ) -> Iterator[list[dict[str, Any]]]:
-        """Yields lists of decoded samples, the last one short or empty, and keeps `position` current; stops
-        between two samples once `ended()`."""
-        batch: list[dict[str, Any]] = []
-        while not position.done:
-            already_drawn, has_samples = position.drawn, False
-            for number, found in enumerate(self.draw(position.epoch), start=1):
+    def __reduce__(self):  # caches and open files cannot be sent to a worker
+        return Reader, tuple(getattr(self, field.name) for field in fields(self))
+
+    def deliver(
+        self, worker: int, num_workers: int, start: int, ended: Callable[[], bool] = never
+    ) -> Iterator[Delivery]:
+        """Yields every `num_workers`-th batch after `start` samples, until `ended()`. A UserError is sent as
+        text: the loader would add a traceback."""
+        tally = Tally()
+        try:
+            for number in itertools.count(worker, num_workers):
+                first = start + number * self.batch_size * self.world_size
+                if not self.repeat and first >= self.order.total:
+                    return
+                samples = self.read(first, tally, ended)
                 if ended():
                     return
-                has_samples = has_samples or isinstance(found, Sample)
-                if number <= already_drawn:
-                    continue
-                position.drawn = number
-                sample = self.try_decode(found, position)
-                if sample is not None:
-                    batch.append(sample)
-                if len(batch) == self.batch_size:
-                    yield batch
-                    batch = []
-            if not has_samples and self.repeat:
-                reasons = position.tally.reasons()
-                raise UserError(
-                    f"reader {self.number + 1} of {self.num_readers} (ranks x workers) found no sample in "
-                    f"its part of {self.shards[0].parent}"
-                    + (f" ({reasons})" if reasons else "")
-                    + "; use fewer workers, or more and fuller shards"
-                )
-            position.epoch, position.drawn, position.done = position.epoch + 1, 0, not self.repeat
-        yield batch
+                yield Delivery(worker, copy.deepcopy(tally), collate(samples) if samples else None)
+        except UserError as error:
+            yield Delivery(worker, tally, None, error=str(error))
 
-    def draw(self, epoch: int) -> Iterator[Sample | BadShard]:
-        """This reader's undecoded samples in the order of `epoch`; a broken shard counts as one of them."""
-        shuffle = self.shuffle_buffer > 0
-        plan = plan_epoch(self.shards, self.seed, epoch, self.number, self.num_readers, shuffle)
-        found = (sample for part in plan for sample in self.read_part(part))
-        return shuffled(found, self.shuffle_buffer, random_from(self.seed, epoch, "buffer", self.number))
+    def read(self, first: int, tally: Tally, ended: Callable[[], bool] = never) -> list[dict[str, Any]]:
+        """The decoded samples of this rank's batch of those from number `first` on. With `repeat`, one that
+        cannot be used is replaced by another of its epoch, so that batches are full."""
+        samples = []
+        for number in range(first + self.rank, first + self.batch_size * self.world_size, self.world_size):
+            if ended() or (not self.repeat and number >= self.order.total):
+                break
+            epoch, place = divmod(number, self.order.total)
+            sample = self.try_decode(epoch, place, tally)
+            if sample is None and self.repeat:
+                sample = self.replacement(epoch, place, tally, ended)
+            if sample is not None:
+                samples.append(sample)
+        return samples
 
-    def read_part(self, part: Part) -> Iterator[Sample | BadShard]:
-        """Reads a part of a shard. Raises UserError if no sample has the files that `decode` needs."""
-        num_read, missing = 0, ""
+    def replacement(
+        self, epoch: int, place: int, tally: Tally, ended: Callable[[], bool]
+    ) -> dict[str, Any] | None:
+        rng = random_from(self.order.seed, epoch, place, "replacement")
+        for _ in range(MOST_TRIES):
+            if ended():
+                return None
+            uncounted = Tally()  # it is counted at its own place
+            if sample := self.try_decode(epoch, rng.randrange(self.order.total), uncounted, place):
+                return sample
+        raise UserError(f"none of {MOST_TRIES:,} samples of {self.shards[0].parent} can be used")
+
+    def try_decode(self, epoch: int, place: int, tally: Tally, *instead_of: int) -> dict[str, Any] | None:
+        """Decodes a sample; counts it in `tally` and returns None if that fails."""
+        number, place = self.order.locate(epoch, place)
+        key = f"sample {place + 1:,}"
+        tally.read += 1
         try:
-            for number, sample in enumerate(read_shard(part.shard)):
-                if number % part.step == part.first:
-                    num_read += 1
-                    sample.copy = part.copy
-                    missing = self.missing_files(sample) if missing or num_read == 1 else ""
-                    yield sample
-        except BadShard as error:
-            yield error
-        if missing:
-            raise UserError(f"no sample of {part.shard} has the files needed here: {missing}")
+            found = self.find(number, place)
+            key = found.key
+            self.check_files(found)
+            copies = (found.copy,) if found.copy else ()
+            sample = self.decode_sample(found, random_from(self.order.seed, epoch, key, *copies, *instead_of))
+        except BadSample as bad:
+            tally.skip(bad.reason, f"{key} in {self.shards[number]}: {bad.detail}")
+            tally.check(self.max_bad)
+            return None
+        if sample is None:
+            return None
+        tally.count(sample.pop("counts", {}))
+        return {**sample, "keys": key}
+
+    def decode_sample(self, sample: Sample, rng: random.Random) -> dict[str, Any] | None:
+        try:
+            return self.decode(sample, rng)
+        except UserError as error:  # likely true of all samples
+            raise UserError(f"{sample.key} in {sample.shard}: {error}") from None
+        except BadSample:
+            raise
+        except Exception as error:
+            error.add_note(f"while decoding {sample.key} in {sample.shard}")
+            raise
+
+    def check_files(self, sample: Sample) -> None:
+        """Raises BadSample if a file is missing that `decode` needs, UserError if all samples lack it."""
+        if missing := self.missing_files(sample):
+            if self.all_lack_files(sample.shard):
+                raise UserError(f"no sample of {sample.shard} has the files needed here: {missing}")
+            raise BadSample("missing file", missing)
+
+    def find(self, number: int, place: int) -> Sample:
+        """Reads sample `place` of shard `number`."""
+        index, shard = self.indexes[number], self.shards[number]
+        start, end = (int(byte) for byte in index.ranges[place])
+        if not 0 <= start < end <= start + MOST_BYTES:
+            raise BadSample("changed shard", f"its index is damaged: bytes {start} to {end}")
+        data = self.opened(index.shard).read(start, end)
+        files = {}
+        try:
+            for item in read_files(BytesIO(data), is_part=True):
+                if isinstance(item, Problem):
+                    raise BadTar(item.text)
+                key, extension = split_name(item.name)
+                files[extension] = item.data
+        except BadTar as error:
+            raise BadSample(
+                "changed shard", f"it is no longer as it was indexed, or damaged: {error}"
+            ) from None
+        if not files:
+            raise BadSample("changed shard", "it is no longer as it was indexed")
+        return Sample(key, shard, files, self.copies[number])
 
     def missing_files(self, sample: Sample) -> str:
         """Which of the extensions that `decode` needs `sample` lacks, in words; "" if none."""
@@ -134,32 +186,24 @@ class Reader:
             text += " (this is a shard of codes: name the shards of images that they were made from)"
         return text
 
-    def try_decode(self, found: Sample | BadShard, position: Position) -> dict[str, Any] | None:
-        """Decodes a sample; counts it in `position.tally` and returns None if that fails."""
-        tally = position.tally
-        if isinstance(found, BadShard):
-            tally.broken_shards.setdefault(str(found.shard), str(found))
-            tally.check(self.max_bad)
-            return None
-        tally.read += 1
+    def _all_lack_files(self, shard: Path) -> bool:
         try:
-            if missing := self.missing_files(found):
-                raise BadSample("missing file", missing)
-            copy = (found.copy,) if found.copy else ()
-            sample = self.decode(found, random_from(self.seed, position.epoch, found.key, *copy))
-        except BadSample as bad:
-            tally.skip(bad.reason, f"{found.key} in {found.shard}: {bad.detail}")
-            tally.check(self.max_bad)
-            return None
-        except UserError as error:  # likely true of all samples
-            raise UserError(f"{found.key} in {found.shard}: {error}") from None
-        except Exception as error:
-            error.add_note(f"while decoding {found.key} in {found.shard}")
-            raise
-        if sample is None:
-            return None
-        tally.count(sample.pop("counts", {}))
-        return {**sample, "keys": found.key}
+            return all(self.missing_files(sample) for sample in read_shard(shard))
+        except BadShard:
+            return True
+
+
+class Opened:
+    """An open file; closed when nothing refers to it any more."""
+
+    def __init__(self, path: Path):
+        try:
+            self.file = open(path, "rb", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"cannot open shard {path}: {error.strerror}") from None
+
+    def read(self, start: int, end: int) -> bytes:
+        return os.pread(self.file.fileno(), end - start, start)
 
 
 def collate(samples: list[dict[str, Any]]) -> Batch:

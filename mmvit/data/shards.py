@@ -193,52 +193,75 @@ def read_shard(path: Path, only: Collection[str] | None = None) -> Iterator[Samp
         BadShard: after all samples that can be read, if any could not.
         UserError: if the file cannot be opened, or is no ordinary file.
     """
+    problems: list[str] = []
+    with (
+        open_shard(path) as stream,
+        nullcontext(stream) if path.suffix == ".tar" else gzip.open(stream) as archive,
+    ):
+        wanted = None if only is None else [f".{extension}" for extension in only]
+        for group in groups_of(archive, problems, wanted):
+            if files := {split_name(file.name)[1]: file.data for file in group if file.data is not None}:
+                yield Sample(split_name(group[0].name)[0], path, files)
+    if problems:
+        raise BadShard(path, summary(problems))
+
+
+def open_shard(path: Path) -> BinaryIO:
+    """Raises UserError if the file cannot be opened, or is no ordinary file."""
     refuse_special_file(path)
     try:
-        stream = open(path, "rb", buffering=1 << 20)  # noqa: SIM115 (closed below)
+        return open(path, "rb", buffering=1 << 20)
     except OSError as error:
         raise UserError(f"cannot open shard {path}: {error.strerror}") from None
-    problems: list[str] = []
-    with stream, nullcontext(stream) if path.suffix == ".tar" else gzip.open(stream) as archive:
-        yield from samples_of(files_and_problems(archive, only), path, problems)
-    if problems:
-        more = f"; {len(problems) - 2:,} more such" if len(problems) > 2 else ""
-        raise BadShard(path, "; ".join(problems[:2]) + more)
 
 
-def files_and_problems(archive: BinaryIO, only: Collection[str] | None) -> Iterator[File | Problem]:
-    """`read_files`, with what ends it as the last problem."""
-    try:
-        yield from read_files(archive, None if only is None else [f".{extension}" for extension in only])
-    except (BadTar, OSError, EOFError, zlib.error) as error:
-        yield Problem(None, str(error))
+def groups_of(
+    archive: BinaryIO, problems: list[str], wanted: Collection[str] | None = None
+) -> Iterator[list[File]]:
+    """The files of each sample that can be read whole; adds to `problems` what cannot.
 
-
-def samples_of(items: Iterator[File | Problem], shard: Path, problems: list[str]) -> Iterator[Sample]:
-    """Groups files to samples; adds to `problems` what was not read."""
-    current: Sample | None = None
+    Args:
+        wanted: as for `read_files`.
+    """
+    group: list[File] = []
+    extensions: set[str] = set()
+    key: str | None = None
     broken: str | None = None  # the key of a sample that lacks files
     is_after_damage = False
-    for item in items:
+    for item in files_and_problems(archive, wanted):
         if isinstance(item, Problem):
             problems.append(item.text)
             is_after_damage = item.name is None
             broken = None if item.name is None else split_name(item.name)[0]
-            if current is not None and (is_after_damage or current.key == broken):
-                current = None
+            if is_after_damage or key == broken:
+                group = []
             continue
-        key, extension = split_name(item.name)
+        own, extension = split_name(item.name)
         if is_after_damage:
-            broken, is_after_damage = key, False
-        if key == broken or not extension or item.data is None:
+            broken, is_after_damage = own, False
+        if own == broken or not extension:
             continue
-        if current is None or key != current.key or extension in current.files:
-            if current is not None:
-                yield current
-            current = Sample(key, shard, {})
-        current.files[extension] = item.data
-    if current is not None:
-        yield current
+        if own != key or extension in extensions or not group:
+            if group:
+                yield group
+            group, extensions, key = [], set(), own
+        group.append(item)
+        extensions.add(extension)
+    if group:
+        yield group
+
+
+def files_and_problems(archive: BinaryIO, wanted: Collection[str] | None) -> Iterator[File | Problem]:
+    """`read_files`, with what ends it as the last problem."""
+    try:
+        yield from read_files(archive, wanted)
+    except (BadTar, OSError, EOFError, zlib.error) as error:
+        yield Problem(None, str(error))
+
+
+def summary(problems: list[str]) -> str:
+    more = f"; {len(problems) - 2:,} more such" if len(problems) > 2 else ""
+    return "; ".join(problems[:2]) + more
 
 
 def split_name(name: str) -> tuple[str, str]:

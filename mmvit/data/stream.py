@@ -9,21 +9,25 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from mmvit.data.reader import Batch, Decode, Delivery, Position, Reader
-from mmvit.data.shards import expand_shards
+from mmvit.data.index import index_of
+from mmvit.data.order import Order
+from mmvit.data.reader import Batch, Decode, Delivery, Reader
+from mmvit.data.shards import BadShard, expand_shards
 from mmvit.data.tally import Tally
 from mmvit.errors import UserError
+from mmvit.progress import with_progress
 
+SLOW_TO_INDEX = 2**30  # bytes of shards without an index
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent is gone
 
 
@@ -43,14 +47,16 @@ class ShardStream:
             a sample that cannot be used. Its attribute `needs`, if any, lists groups of extensions; a sample
             must have one of each group, such as `[("png", "jpg"), ("cls",)]`.
         batch_size: samples per batch of this rank.
-        seed: for the shard order, the shuffling and the samples' generators.
+        seed: for the order, and the samples' generators.
         num_workers: processes that read and decode; 0 means this process.
-        shuffle_buffer: samples held back (per worker, undecoded) to draw from at random; 0 reads everything
-            in order.
-        repeat: True goes on forever in full batches; each worker begins its next epoch on its own. False is
-            one epoch: every sample once over all ranks and workers. Each worker's last batch may be short,
-            and ranks may have different numbers of batches; iterating again repeats the same epoch.
+        shuffle_buffer: samples among which the order is mixed (`Order`); 0 keeps the order of the shards.
+        repeat: True goes on forever in full batches; a sample that cannot be used is replaced by another one
+            of the epoch. False is one epoch: every sample once over all ranks; the last batch may be short,
+            and a rank may have none; iterating again repeats the same epoch.
         max_bad: share of bad samples (beyond ten in all) at which the stream stops.
+
+    The samples that all ranks together get at a step depend on neither their number nor that of workers: the
+    position is the number of samples that all have got, and any number of ranks can go on from it.
 
     Iterating raises UserError for a shard without the needed extensions and for too many bad samples. Batches
     are dicts of stacked tensors, plus `keys`, the samples' keys.
@@ -73,59 +79,89 @@ class ShardStream:
         self.shards = expand_shards(shards)
         self.num_workers = num_workers
         self.max_bad = max_bad
-        lanes = max(1, num_workers)  # readers of this rank
-        self.readers = [
-            Reader(
-                shards=self.shards,
-                decode=decode,
-                batch_size=batch_size,
-                seed=seed,
-                number=rank * lanes + lane,
-                num_readers=world_size * lanes,
-                shuffle_buffer=shuffle_buffer,
-                repeat=repeat,
-                max_bad=max_bad,
-            )
-            for lane in range(lanes)
-        ]
-        self.layout = {
-            "shards": [shard.name for shard in self.shards],
-            "seed": seed,
+        self.repeat = repeat
+        self.settings = {
+            "decode": decode,
+            "batch_size": batch_size,
             "rank": rank,
             "world_size": world_size,
-            "num_workers": lanes,
-            "shuffle_buffer": shuffle_buffer,
+            "repeat": repeat,
+            "max_bad": max_bad,
         }
-        self.positions = [Position() for _ in self.readers]
-        self.next_worker = 0
+        self.seed, self.shuffle_buffer = seed, shuffle_buffer
+        self.samples_a_batch = batch_size * world_size
+        self.consumed = 0
+        self.before = Tally()  # of earlier iterations
+        self.of_workers: dict[int, Tally] = {}
+
+    @cached_property
+    def reader(self) -> Reader:
+        shards: Iterable[Path] = self.shards
+        if sum(shard.stat().st_size for shard in shards) > SLOW_TO_INDEX:
+            shards = with_progress(shards, len(self.shards), "indexing shards")
+        indexes = [index_of(shard) for shard in shards]
+        order = Order([index.samples for index in indexes], self.seed, self.shuffle_buffer)
+        return Reader(self.shards, indexes, order, **self.settings)
+
+    @property
+    def samples(self) -> int:
+        """The samples of an epoch."""
+        return self.reader.order.total
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What a position depends on."""
+        return {
+            "shards": [shard.name for shard in self.shards],
+            "samples": self.samples,
+            "seed": self.seed,
+            "shuffle_buffer": self.shuffle_buffer,
+        }
 
     def __iter__(self) -> Iterator[Batch]:
         """Continues from the current position."""
+        self.count_broken_shards()
+        if not self.samples:
+            if not self.repeat:
+                return
+            broken = self.before.broken()
+            reasons = f" ({'; '.join(broken)})" if broken else ""
+            raise UserError(f"found no sample in the shards of {self.shards[0].parent}{reasons}")
+        self.before, self.of_workers = self.tally, {}
         with closing(self.deliveries()) as deliveries:
             for delivery in deliveries:
                 if delivery.crash:
                     raise RuntimeError(f"a data worker failed:\n\n{delivery.crash}")
-                for problem in delivery.position.tally.news(self.positions[delivery.worker].tally):
+                for problem in delivery.tally.news(self.tally):
                     warnings.warn(problem, stacklevel=2)
-                self.positions[delivery.worker] = delivery.position
-                self.next_worker = (delivery.worker + 1) % len(self.readers)
+                self.of_workers[delivery.worker] = delivery.tally
                 if delivery.error:
                     raise UserError(delivery.error)
+                self.consumed += self.samples_a_batch
                 self.tally.check(self.max_bad)
                 if delivery.batch is not None:
                     yield delivery.batch
-        self.positions = [Position(tally=position.tally) for position in self.positions]
-        self.next_worker = 0
+        self.consumed = 0
+
+    def count_broken_shards(self) -> None:
+        broken = {
+            str(shard): str(BadShard(shard, index.problem))
+            for shard, index in zip(self.shards, self.reader.indexes, strict=True)
+            if index.problem
+        }
+        found = Tally(broken_shards=broken)
+        for problem in found.news(self.tally):
+            warnings.warn(problem, stacklevel=3)
+        self.before = self.before.plus(found)
+        self.tally.check(self.max_bad)
 
     def deliveries(self) -> Generator[Delivery, None, None]:
         if self.num_workers == 0:
-            yield from self.readers[0].deliver(0, self.positions[0])
+            yield from self.reader.deliver(0, 1, self.consumed)
             return
-        # The loader asks its processes in turn, from the first, which therefore has to be lane `next_worker`.
-        order = [(self.next_worker + place) % self.num_workers for place in range(self.num_workers)]
         ending = multiprocessing.RawValue(ctypes.c_bool, False)  # no lock, which a dead worker could hold
         loader = DataLoader(
-            Lanes([(lane, self.readers[lane], self.positions[lane]) for lane in order], ending),
+            Deliveries(self.reader, self.consumed, ending),
             batch_size=None,
             num_workers=self.num_workers,
             worker_init_fn=partial(become_worker, ending),
@@ -150,8 +186,7 @@ class ShardStream:
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise WorkerKilled(
-                "a data worker was killed, often for lack of memory: lower train.num_workers or "
-                "data.shuffle_buffer"
+                "a data worker was killed, often for lack of memory: lower train.num_workers"
             ) from None
         finally:
             end_workers()  # before the loader's iterator goes, with this frame, and waits for them
@@ -159,8 +194,8 @@ class ShardStream:
 
     @property
     def tally(self) -> Tally:
-        """The counts of all workers of this rank."""
-        return reduce(Tally.plus, (position.tally for position in self.positions))
+        """The counts of this rank."""
+        return reduce(Tally.plus, self.of_workers.values(), self.before)
 
     def report(self) -> dict[str, Any]:
         """`read`, `skipped` (reason → count), `examples` (reason → first case), `broken_shards` (path →
@@ -176,47 +211,61 @@ class ShardStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch yielded, as plain numbers, strings, lists and dicts."""
-        return {
-            "layout": self.layout,
-            "positions": [asdict(position) for position in self.positions],
-            "next_worker": self.next_worker,
-        }
+        return {"layout": self.layout, "consumed": self.consumed, "tally": asdict(self.tally)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state` with exactly the batches of an uninterrupted run.
 
-        With other shards, seed, ranks, workers or shuffle buffer that is impossible; the stream then warns
-        and continues with the next epoch.
+        With other shards, seed or shuffle buffer that is impossible; the stream then warns and continues with
+        the next epoch.
         """
-        positions = [
-            Position(**{**position, "tally": Tally(**position["tally"])}) for position in state["positions"]
-        ]
-        changed = [name for name, value in self.layout.items() if state["layout"].get(name) != value]
+        if "positions" in state:
+            state = from_reader_positions(state)
+        before, layout = state["layout"], self.layout
+        changed = [name for name, value in layout.items() if before.get(name) != value]
+        self.consumed = state["consumed"]
         if changed:
-            epoch = 1 + max(position.epoch for position in positions)
+            epoch = -(-self.consumed // before["samples"])
+            self.consumed = epoch * layout["samples"]
             warnings.warn(
                 f"the data position was saved with other {', '.join(changed)}: continuing with epoch {epoch}",
                 stacklevel=2,
             )
-            tally = reduce(Tally.plus, (position.tally for position in positions))
-            positions = [Position(epoch) for _ in self.readers]
-            positions[0].tally = tally
-        self.positions = positions
-        self.next_worker = 0 if changed else state["next_worker"]
+        self.before, self.of_workers = Tally(**state["tally"]), {}
 
 
-class Lanes(IterableDataset):
-    """Gives each process of the loader its reader and its position."""
+def from_reader_positions(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a stream of before 2026-12, where each reader had a position of its own, as one that
+    continues with the next epoch."""
+    positions = state["positions"]
+    tally = reduce(Tally.plus, (Tally(**position["tally"]) for position in positions))
+    epoch = 1 + max(position["epoch"] for position in positions)
+    return {"layout": {"samples": 1, "order": "of readers"}, "consumed": epoch, "tally": asdict(tally)}
 
-    def __init__(self, lanes: list[tuple[int, Reader, Position]], ending: ctypes.c_bool):
-        self.lanes, self.ending = lanes, ending
+
+def split_state(states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
+    """The state of a stream in another number of ranks than the `states` are of: the position is that of all,
+    and rank 0 has all of their counts."""
+    first = states[0]
+    if "streams" in first:  # several
+        parts = zip(*(state["streams"] for state in states), strict=True)
+        return {"streams": [split_state(part, rank) for part in parts]}
+    tallies = (Tally(**state["tally"]) for state in states) if "tally" in first and rank == 0 else ()
+    return first if "tally" not in first else {**first, "tally": asdict(reduce(Tally.plus, tallies, Tally()))}
+
+
+class Deliveries(IterableDataset):
+    """Gives each process of the loader every `num_workers`-th batch, in the order in which it asks them."""
+
+    def __init__(self, reader: Reader, start: int, ending: ctypes.c_bool):
+        self.reader, self.start, self.ending = reader, start, ending
 
     def __iter__(self) -> Iterator[Delivery]:
-        lane, reader, position = self.lanes[get_worker_info().id]
+        info = get_worker_info()
         try:
-            yield from reader.deliver(lane, position, lambda: self.ending.value)
+            yield from self.reader.deliver(info.id, info.num_workers, self.start, lambda: self.ending.value)
         except Exception:
-            yield Delivery(lane, position, None, crash=traceback.format_exc())
+            yield Delivery(info.id, Tally(), None, crash=traceback.format_exc())
 
 
 def become_worker(ending: ctypes.c_bool, worker: int) -> None:

@@ -5,6 +5,8 @@ in one file, it stops as if nothing came after; it believes any size, and any ch
 is not read is told, and all sizes are bounded (POSIX.1-2017, pax, "ustar Interchange Format").
 """
 
+import io
+import os
 import re
 from collections.abc import Collection, Iterator
 from typing import BinaryIO, NamedTuple
@@ -28,10 +30,13 @@ WITHOUT_DATA = b"12346"
 
 
 class File(NamedTuple):
-    """A file in a tar: its bytes, None if it was not wanted, begin at `offset`."""
+    """A file in a tar, from the `start` of its headers to the `end` of its last block; its bytes, None if it
+    was not wanted, begin at `offset`."""
 
     name: str
+    start: int
     offset: int
+    end: int
     data: bytes | None
 
 
@@ -52,7 +57,9 @@ class Header(NamedTuple):
     kind: bytes
 
 
-def read_files(stream: BinaryIO, wanted: Collection[str] | None = None) -> Iterator[File | Problem]:
+def read_files(
+    stream: BinaryIO, wanted: Collection[str] | None = None, is_part: bool = False
+) -> Iterator[File | Problem]:
     """Yields files and problems in the order in which they lie in a tar.
 
     After a damaged part, reading goes on at the next header. The end mark of an archive that another one
@@ -60,13 +67,14 @@ def read_files(stream: BinaryIO, wanted: Collection[str] | None = None) -> Itera
 
     Args:
         wanted: endings of names, such as ".png"; None reads all files.
+        is_part: the stream is a part of an archive, and so has no end mark.
 
     Raises:
         BadTar: if the archive is truncated, or holds no header.
     """
     blocks = Blocks(stream)
     endings = None if wanted is None else tuple(wanted)
-    zeros = 0  # blocks of zeros just before
+    zeros = begin = 0  # blocks of zeros just before; where the headers of the next file begin
     extended = Extended()
     while block := blocks.next():
         start = blocks.place - BLOCK
@@ -84,6 +92,7 @@ def read_files(stream: BinaryIO, wanted: Collection[str] | None = None) -> Itera
         if zeros == 1 or (zeros and start % RECORD):
             yield Problem(None, f"{zeros * BLOCK:,} zeros before byte {start:,}")
         zeros = 0
+        begin = start if extended == Extended() else begin
         if header.kind in (LONG_NAME, LONG_LINK, PAX, PAX_GLOBAL):
             if header.size > MOST_HEADER:
                 raise BadTar(f"an extended header of {header.size:,} bytes at byte {start:,}")
@@ -108,8 +117,8 @@ def read_files(stream: BinaryIO, wanted: Collection[str] | None = None) -> Itera
                 data = blocks.read(size, name)
             else:
                 blocks.skip(size, name)
-            yield File(name, offset, data)
-    if not zeros:
+            yield File(name, begin, offset, blocks.place, data)
+    if not zeros and not is_part:
         raise BadTar("the archive has no end mark")
 
 
@@ -179,6 +188,8 @@ class Blocks:
     def __init__(self, stream: BinaryIO):
         self.stream, self.place = stream, 0
         self.again = b""  # a block to return once more
+        # only of a file that lies on a disk: elsewhere, to seek is to read
+        self.length = os.fstat(stream.fileno()).st_size if isinstance(stream, io.BufferedReader) else None
 
     def next(self) -> bytes:
         """The next block, b"" at the end."""
@@ -207,6 +218,10 @@ class Blocks:
 
     def skip(self, size: int, what: str) -> None:
         left = -(-size // BLOCK) * BLOCK
+        if self.length is not None and self.place + left <= self.length:
+            self.stream.seek(left, os.SEEK_CUR)
+            self.place += left
+            return
         while left:
             passed = len(self.stream.read(min(left, CHUNK)))
             self.place += passed

@@ -12,7 +12,7 @@ class ImagesConfig(Config):
 
     train: ShardPatterns
     held_out: ShardPatterns
-    shuffle_buffer: int = Field(10_000, ge=0, description="samples each reader holds back to shuffle")
+    shuffle_buffer: int = Field(10_000, ge=0, description="samples among which the order is mixed")
     augment: AugmentConfig = AugmentConfig()
 
 
@@ -28,7 +28,7 @@ class CaptionsConfig(Config):
         "drawn twice as often",
     )
     bpe_dropout: float = Field(0.0, ge=0, lt=1)
-    shuffle_buffer: int = Field(4000, ge=0, description="samples each reader holds back to shuffle")
+    shuffle_buffer: int = Field(4000, ge=0, description="samples among which the order is mixed")
 
 
 class CaptionCodesConfig(CaptionsConfig):

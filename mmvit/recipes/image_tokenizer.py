@@ -15,7 +15,7 @@ class TokenizerData(ImagesConfig):
     """Shards with `png|jpg|webp`, and the size that their images are resized to."""
 
     image_size: tuple[int, int] = Field((64, 64), description="pixels: one number, or [height, width]")
-    shuffle_buffer: int = Field(4000, ge=0, description="samples each reader holds back to shuffle")
+    shuffle_buffer: int = Field(4000, ge=0, description="samples among which the order is mixed")
 
     @field_validator("image_size", mode="before")
     @classmethod

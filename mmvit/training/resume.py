@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from mmvit.config import flatten
+from mmvit.data.stream import split_state
 from mmvit.data.tally import Tally
 from mmvit.errors import UserError
 from mmvit.hub import shorten, write_json
@@ -171,11 +172,13 @@ def resume(session: Session, folder: Path, engine: Engine, stream: Stream) -> tu
         same_world = len(saved) == processes.world_size
         own = saved[processes.rank if same_world else 0]
         place, randomness = own["stream"], own["random"]
+        if not same_world:
+            place = split_state([each["stream"] for each in saved], processes.rank)
     except (LookupError, TypeError):
         raise damaged(folder, f"{STATE} does not hold the state of a run") from None
     engine.load(folder)
-    stream.load_state_dict(place)  # in another world no process has a place of its own: it warns, and all go
-    if same_world:  # on with the same next epoch
+    stream.load_state_dict(place)
+    if same_world:
         set_random_state(randomness, processes.device)
     return progress, changes
 

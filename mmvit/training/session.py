@@ -30,7 +30,7 @@ class Session(Generic[OwnRecipe]):
     deepspeed: Path | None = None
     continues: bool = False  # a checkpoint, of whatever process, will give this run its weights
     evaluated: list[ShardStream] = field(default_factory=list)  # what evaluations have read
-    samples_per_epoch: int | None = None  # of the training data, if their dataset.json says
+    samples_per_epoch: int | None = None  # of the training data
 
     @property
     def micro_batch_size(self) -> int:

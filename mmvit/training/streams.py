@@ -1,16 +1,13 @@
 """The data of a training script: an endless shuffled stream, and single epochs of held-out samples."""
 
 from mmvit.data.reader import Decode
-from mmvit.data.shards import expand_shards
 from mmvit.data.stream import ShardStream
-from mmvit.data.writing import read_dataset_card
 from mmvit.training.session import Session
 
 
 def training_stream(session: Session, shards: list[str], decode: Decode, shuffle_buffer: int) -> ShardStream:
     """This process's share of `shards`, shuffled, again and again, in batches for one pass."""
-    session.samples_per_epoch = session.samples_per_epoch or count_samples(shards)
-    return ShardStream(
+    stream = ShardStream(
         shards,
         decode,
         session.micro_batch_size,
@@ -20,13 +17,8 @@ def training_stream(session: Session, shards: list[str], decode: Decode, shuffle
         num_workers=session.recipe.train.num_workers,
         shuffle_buffer=shuffle_buffer,
     )
-
-
-def count_samples(shards: list[str]) -> int | None:
-    """The samples of all splits that `shards` are of, by their dataset.json; None where one does not say."""
-    splits = {(shard.parent, shard.name.rpartition("-")[0]) for shard in expand_shards(shards)}
-    counts = [read_dataset_card(folder).get("samples", {}).get(split) for folder, split in splits]
-    return sum(counts) if counts and all(isinstance(count, int) for count in counts) else None
+    session.samples_per_epoch = session.samples_per_epoch or stream.samples
+    return stream
 
 
 def one_epoch(

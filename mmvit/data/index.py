@@ -1,0 +1,178 @@
+"""Where the samples of a shard lie, so that any of them can be read without those before it."""
+
+import gzip
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from mmap import PROT_READ, mmap
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from mmvit.data.shards import groups_of, open_shard, summary
+from mmvit.data.tar import BLOCK, CHUNK, MOST_BYTES
+from mmvit.errors import UserError
+
+FORMAT = "mmvit-index-1"
+MOST_HEADER = 2**20
+SUFFIX = ".index"
+KEPT_FROM = 2**23  # bytes of a shard: smaller ones are indexed again faster than this is worth
+
+
+@dataclass
+class Index:
+    """The number of a shard's samples, and what could not be read.
+
+    `shard` is the file that they lie in: for a compressed one, its unpacked copy.
+    """
+
+    shard: Path
+    samples: int
+    problem: str = ""
+    path: Path | None = None  # where the ranges are, from byte `start` on, until they are needed
+    start: int = 0
+    checksum: int = 0
+
+    @cached_property
+    def ranges(self) -> np.ndarray:
+        """Where each sample begins and ends, in bytes, (samples, 2)."""
+        if not self.samples:
+            return np.empty((0, 2), "<i8")
+        with open(self.path, "rb") as file:
+            content = mmap(file.fileno(), 0, prot=PROT_READ)
+        ranges = np.frombuffer(content, "<i8", offset=self.start).reshape(-1, 2)
+        if self.checksum != headers_checksum(self.shard, ranges):
+            raise UserError(f"{self.path} is not of {self.shard} as it is now: run mmvit index again")
+        return ranges
+
+    def __reduce__(self):
+        if self.path is None:
+            return Index.of, (self.shard, self.ranges, self.problem)
+        return Index, (self.shard, self.samples, self.problem, self.path, self.start, self.checksum)
+
+    @classmethod
+    def of(cls, shard: Path, ranges: np.ndarray, problem: str = "") -> "Index":
+        index = cls(shard, len(ranges), problem)
+        index.ranges = ranges
+        return index
+
+
+def index_of(shard: Path) -> Index:
+    """A shard's index: from the file beside it (`mmvit index`), from the cache, or made now.
+
+    Raises:
+        UserError: if the shard cannot be opened, or unpacked.
+    """
+    if shard.suffix == ".tar" and (found := load_index(shard.with_name(shard.name + SUFFIX), shard)):
+        return found
+    place = shard if shard.suffix == ".tar" else unpacked(shard)
+    cached = cache("index", shard)
+    if found := load_index(cached, place):
+        return found
+    index = scan(place)
+    if place.stat().st_size >= KEPT_FROM:
+        with suppress(OSError):  # a cache is no duty
+            save_index(index, cached)
+    return index
+
+
+def scan(shard: Path) -> Index:
+    """Makes the index of an uncompressed shard from its headers."""
+    problems: list[str] = []
+    ranges = []
+    with open_shard(shard) as stream:
+        for group in groups_of(stream, problems, wanted=()):
+            ranges.append((group[0].start, group[-1].end))
+            if group[-1].end - group[0].start > MOST_BYTES:
+                problems.append(f"a sample of more than {MOST_BYTES:,} bytes at byte {group[0].start:,}")
+                ranges.pop()
+    return Index.of(shard, np.array(ranges, dtype="<i8").reshape(-1, 2), summary(problems))
+
+
+def save_index(index: Index, path: Path) -> None:
+    """Writes an index, whole or not at all; several processes may do so at once."""
+    head = {
+        "format": FORMAT,
+        "size": index.shard.stat().st_size,
+        "samples": index.samples,
+        "headers": headers_checksum(index.shard, index.ranges),
+        "problem": index.problem,
+    }
+    with whole_copy(path) as file:
+        file.write(json.dumps(head).encode() + b"\n")
+        file.write(index.ranges.tobytes())
+
+
+@contextmanager
+def whole_copy(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` once it is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".partial-", delete=False) as file:
+        try:
+            yield file
+            file.flush()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def load_index(path: Path, shard: Path) -> Index | None:
+    """The index in `path`; None if there is none, or it is not of a shard of this size."""
+    try:
+        with open(path, "rb") as file:
+            head = json.loads(file.readline(MOST_HEADER))
+            start = file.tell()
+            length = os.fstat(file.fileno()).st_size - start
+        samples, problem, checksum = head["samples"], head["problem"], head["headers"]
+        if (head["format"], head["size"], samples * 16) != (FORMAT, os.stat(shard).st_size, length):
+            return None
+        return Index(shard, int(samples), str(problem), path, start, checksum)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def headers_checksum(shard: Path, ranges: np.ndarray) -> int:
+    """Of the headers at which the first, the middle and the last sample begin."""
+    checksum = 0
+    with open(shard, "rb") as file:
+        for number in {0, len(ranges) // 2, len(ranges) - 1} if len(ranges) else ():
+            file.seek(int(ranges[number][0]))
+            checksum ^= zlib.crc32(file.read(BLOCK))
+    return checksum
+
+
+def unpacked(shard: Path) -> Path:
+    """An unpacked copy of a compressed shard in the cache."""
+    path = cache("shards", shard).with_suffix(".tar")
+    if path.is_file():
+        return path
+    with open_shard(shard) as packed, whole_copy(path) as copy:
+        for chunk in chunks(packed):
+            if shutil.disk_usage(path.parent).free < 2 * CHUNK:
+                raise UserError(f"no space left in {path.parent} to unpack {shard}: unpack it yourself")
+            copy.write(chunk)
+    return path
+
+
+def chunks(packed: BinaryIO) -> Iterator[bytes]:
+    """What can be unpacked."""
+    with suppress(OSError, EOFError, zlib.error), gzip.open(packed) as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
+def cache(kind: str, shard: Path) -> Path:
+    """A path in the cache for this state of a shard."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmvit" / kind
+    state = shard.stat()
+    name = f"{shard.resolve()}/{state.st_size}/{state.st_mtime_ns}"
+    return root / sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:32]

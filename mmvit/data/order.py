@@ -1,0 +1,68 @@
+"""The order of samples: a function of seed, epoch, shards and their sample counts, so that a position is one
+number, whatever reads them."""
+
+import random
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+LANES = 64
+
+
+class Order:
+    """Which sample comes at each place of each epoch.
+
+    Shuffled, the shards of an epoch are laid end to end in a random order, from a random place on, and cut
+    into 64 lanes of equal length, from which samples are taken in turn. Within a lane, samples are mixed in
+    windows: all windows together hold about `shuffle_buffer` samples. Reading in this order thus stays close
+    to 64 places at a time, which follow one another.
+
+    Args:
+        counts: samples in each shard.
+        shuffle_buffer: 0 keeps the samples in order.
+    """
+
+    def __init__(self, counts: Sequence[int], seed: int, shuffle_buffer: int):
+        self.counts = np.asarray(counts, dtype=np.int64)
+        self.seed, self.shuffle_buffer = seed, shuffle_buffer
+        self.window = -(-shuffle_buffer // LANES)
+        self.total = int(self.counts.sum())
+        self.epoch = lru_cache(maxsize=2)(self._epoch)
+        self.mixed = lru_cache(maxsize=2 * LANES)(self._mixed)
+
+    def __reduce__(self):  # caches cannot be sent to a worker
+        return Order, (self.counts, self.seed, self.shuffle_buffer)
+
+    def locate(self, epoch: int, place: int) -> tuple[int, int]:
+        """The shard, and the number of the sample within it, at `place` (from 0) of an epoch."""
+        shards, ends, offset = self.epoch(epoch)
+        if self.shuffle_buffer:
+            length, longer = divmod(self.total, LANES)
+            place, lane = divmod(place, LANES)
+            start = lane * length + min(lane, longer)
+            window, within = divmod(place, self.window)
+            size = min(self.window, length + (lane < longer) - window * self.window)
+            place = start + window * self.window + self.mixed(epoch, lane, window, size)[within]
+            place = (place + offset) % self.total
+        at = int(np.searchsorted(ends, place, side="right"))
+        return int(shards[at]), int(place - ends[at] + self.counts[shards[at]])
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """The order of the shards, where each of them ends, and where the first lane begins."""
+        shards, offset = [*range(len(self.counts))], 0
+        if self.shuffle_buffer:
+            rng = random_from(self.seed, epoch, "shards")
+            rng.shuffle(shards)
+            offset = rng.randrange(self.total)
+        return np.array(shards), self.counts[shards].cumsum(), offset
+
+    def _mixed(self, epoch: int, lane: int, window: int, size: int) -> list[int]:
+        places = [*range(size)]
+        random_from(self.seed, epoch, lane, window).shuffle(places)
+        return places
+
+
+def random_from(*parts: object) -> random.Random:
+    """A generator seeded by all of `parts`, the same on every machine and in every process."""
+    return random.Random("/".join(map(str, parts)))

@@ -1,0 +1,126 @@
+"""Where samples lie: indexes beside shards and in the cache, and what makes them stale."""
+
+import pickle
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from test_tar import NAMES, tar_of
+
+from mmvit.data import index as indexes
+from mmvit.data.index import SUFFIX, Index, index_of, load_index, save_index, scan
+from mmvit.data.shards import read_shard
+from mmvit.data.stream import ShardStream
+from mmvit.data.tally import Tally
+from mmvit.errors import UserError
+
+
+@pytest.fixture
+def shard(tmp_path) -> Path:
+    path = tmp_path / "train-000000.tar"
+    path.write_bytes(tar_of(NAMES))
+    return path
+
+
+def key(sample, rng):
+    return {"text": sample.files["txt"].hex()}
+
+
+@pytest.mark.parametrize("format", [0, 1, 2])
+def test_a_range_holds_a_sample_with_all_its_headers(shard, format):
+    content = tar_of([*NAMES, "long/" * 12 + "n" * 90], format)
+    shard.write_bytes(content)
+    stream = ShardStream(shard, key, 10, shuffle_buffer=0, repeat=False)
+    found = [(own, text) for batch in stream for own, text in zip(batch["keys"], batch["text"], strict=True)]
+    assert found == [(sample.key, sample.files["txt"].hex()) for sample in read_shard(shard)]
+    ranges = scan(shard).ranges
+    assert ranges[0, 0] == 0
+    assert (ranges[1:, 0] == ranges[:-1, 1]).all()
+
+
+def test_a_damaged_shard_has_the_samples_that_can_be_read(shard):
+    content = shard.read_bytes()
+    shard.write_bytes(content[:3072] + b"x" * 512 + content[3584:])
+    index = scan(shard)
+    assert len(index.ranges) == len(NAMES) - 2
+    assert "damaged bytes from byte 3,072" in index.problem
+    shard.write_bytes(content[:20_000])  # within a file, whose data are passed over
+    assert len(scan(shard).ranges) == len(list_of(shard))
+    assert "ends" in scan(shard).problem
+
+
+def list_of(shard: Path) -> list:
+    samples = []
+    try:
+        for sample in read_shard(shard):
+            samples.append(sample)
+    except Exception:
+        pass
+    return samples
+
+
+def test_an_index_is_taken_from_beside_the_shard(shard, run_script):
+    ran = run_script("pipelines/index_shards.py", shard.parent)
+    assert ran.stdout.endswith("40 samples in 1 shard\n"), ran.stderr
+    with mock.patch.object(indexes, "scan", side_effect=AssertionError):
+        assert (index_of(shard).ranges == scan(shard).ranges).all()
+
+
+def test_a_large_shard_is_indexed_once_and_kept_in_the_cache(shard, monkeypatch):
+    monkeypatch.setattr(indexes, "KEPT_FROM", 0)
+    first = index_of(shard)
+    with mock.patch.object(indexes, "scan", side_effect=AssertionError):
+        assert (index_of(shard).ranges == first.ranges).all()
+    shard.write_bytes(tar_of(NAMES[:30]))
+    assert len(index_of(shard).ranges) == 30
+
+
+def test_an_index_that_does_not_fit_is_not_used(shard, tmp_path):
+    path = shard.with_name(shard.name + SUFFIX)
+    save_index(scan(shard), path)
+    assert load_index(path, shard)
+    whole = path.read_bytes()
+    for content in (b"", b"{}\n", b"[]\n", b"\xff\n", whole[:-1], whole + b"0", b'{"samples": -1}\n',
+                    whole.replace(b'"samples": 40', b'"samples": 1e9')):  # fmt: skip
+        path.write_bytes(content)
+        assert load_index(path, shard) is None
+    path.write_bytes(whole)
+    other = bytearray(shard.read_bytes())
+    other[0] ^= 1  # the same size
+    shard.write_bytes(other)
+    with pytest.raises(UserError, match=r"index is not of .* as it is now: run mmvit index again"):
+        next(iter(ShardStream(shard, key, 10)))
+
+
+def test_ranges_of_a_false_index_cost_samples_and_no_more(shard):
+    ranges = scan(shard).ranges.copy()
+    ranges[3], ranges[5], ranges[7] = (512, 2**40), (2**62, 2**62 + 9), (9, 5)
+    stream = ShardStream(shard, key, 10, shuffle_buffer=0, repeat=False)
+    with (
+        mock.patch("mmvit.data.stream.index_of", lambda path: Index.of(path, ranges)),
+        pytest.warns(UserWarning, match="changed shard"),
+    ):
+        keys = [own for batch in stream for own in batch["keys"]]
+    assert len(keys) == 37
+    assert stream.tally.skipped == {"changed shard": 3}
+
+
+def test_a_reader_can_be_sent_to_a_worker(shard):
+    for beside in (False, True):
+        if beside:
+            save_index(scan(shard), shard.with_name(shard.name + SUFFIX))
+        stream = ShardStream(shard, key, 10, seed=1)
+        sent = pickle.loads(pickle.dumps(stream.reader))
+        assert sent.read(200, Tally()) == stream.reader.read(200, Tally())
+
+
+def test_many_shards_open_only_the_files_that_they_read(shard):
+    shards = [
+        Path(shutil.copy(shard, shard.with_name(f"train-{number:06d}.tar"))) for number in range(1, 400)
+    ]
+    stream = ShardStream([str(path) for path in shards], key, 100, seed=1, repeat=False)
+    assert len([own for batch in stream for own in batch["keys"]]) == 399 * 40
+    assert len(list(Path("/proc/self/fd").iterdir())) < 250
+    assert isinstance(stream.reader.order.counts, np.ndarray)
