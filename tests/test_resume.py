@@ -19,7 +19,7 @@ from mmvit.errors import UserError
 from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier
 from mmvit.training import RunFolder, train
-from mmvit.training.checkpoint import Checkpoints, read_state
+from mmvit.training.checkpoint import Checkpoints, checksums_of, read_state, sizes_of
 from mmvit.training.interruption import Interruption
 from mmvit.training.resume import Progress, changed_settings, check_same_model
 
@@ -194,23 +194,51 @@ def test_damaged_checkpoint_is_named(tmp_path, tiny_shards):
     whole = (folder / "optimizer.pt").read_bytes()
     (folder / "optimizer.pt").write_bytes(whole[:-100])
     with pytest.raises(
-        UserError, match=r"step-00000002 is damaged: optimizer\.pt has \d+ bytes, not \d+; delete that folder"
+        UserError, match=r"step-00000002 is damaged: optimizer\.pt has \d+ bytes, not \d+; there is no other"
     ):
-        train_on_shards(new_session(tmp_path / "run", resume=True), tiny_shards)
-    (folder / "optimizer.pt").write_bytes(b"\0" * len(whole))
-    with pytest.raises(UserError, match=r"optimizer\.pt cannot be read"):
         train_on_shards(new_session(tmp_path / "run", resume=True), tiny_shards)
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"manifest\.json is missing"):
         train_on_shards(new_session(tmp_path / "run", resume=True), tiny_shards)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "average.safetensors", "optimizer.pt", "training.pt"])
+def test_a_flipped_bit_costs_the_newest_checkpoint_and_no_more(
+    tmp_path, tiny_shards, assert_same_state, capsys, name
+):
+    train_on_shards(new_session(tmp_path / "run", steps=4, checkpoint_every=2), tiny_shards)
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    path = tmp_path / "run/checkpoints/step-00000004" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    train_on_shards(new_session(tmp_path / "run", steps=4, checkpoint_every=2, resume=True), tiny_shards)
+    said = capsys.readouterr().out
+    assert f"warning: the checkpoint {path.parent} is damaged: the content of {name} has changed" in said
+    assert "going on from step-00000002" in said
+    state = "checkpoints/step-00000004/training.pt"
+    assert_same_state(read_state(tmp_path / "run" / state), read_state(tmp_path / "whole" / state))
+    for each in ("model.safetensors", "average.safetensors"):
+        one, other = (read_weights(tmp_path / run / Path(state).with_name(each)) for run in ("run", "whole"))
+        assert all(torch.equal(one[key], other[key]) for key in other)
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", '{"bytes": 5}'])
 def test_a_manifest_without_sizes_is_a_damaged_checkpoint(tmp_path, text):
     (tmp_path / "step-00000002").mkdir()
     (tmp_path / "step-00000002/manifest.json").write_text(text)
-    with pytest.raises(UserError, match=r"step-00000002 is damaged: manifest\.json lists no files"):
-        Checkpoints(tmp_path, 2, ALONE).latest()
+    folder, [problem] = Checkpoints(tmp_path, 2, ALONE).latest()
+    assert folder is None
+    assert problem.endswith("step-00000002 is damaged: manifest.json lists no files")
+
+
+def test_checkpoints_without_checksums_are_those_of_earlier_versions(tmp_path, tiny_shards):
+    train_on_shards(new_session(tmp_path / "run", steps=2), tiny_shards)
+    path = tmp_path / "run/checkpoints/step-00000002/manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    path.write_text(json.dumps(manifest))
+    assert Checkpoints(path.parent.parent, 2, ALONE).latest() == (path.parent, [])
 
 
 @pytest.mark.parametrize("state", [{}, [1], {"progress": {"gone": 1}, "processes": [{}]}])
@@ -219,7 +247,7 @@ def test_a_training_state_without_its_parts_is_a_damaged_checkpoint(tmp_path, ti
     folder = tmp_path / "run/checkpoints/step-00000002"
     torch.save(state, folder / "training.pt")
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["bytes"]["training.pt"] = (folder / "training.pt").stat().st_size
+    manifest["bytes"], manifest["sha256"] = sizes_of(folder), checksums_of(folder)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"is damaged: training\.pt does not hold the state of a run"):
         train_on_shards(new_session(tmp_path / "run", resume=True, steps=4), tiny_shards)

@@ -37,7 +37,7 @@ Checkpoints(Path(sys.argv[1]), 2, Processes(0, 1, torch.device("cpu"))).save(2, 
     ended = subprocess.run([sys.executable, "-c", killed, str(tmp_path)], cwd=Path(__file__).parent.parent)
     assert ended.returncode == -9
     assert (tmp_path / ".writing-step-00000002" / "weights").is_file()
-    assert checkpoints.latest() == tmp_path / "step-00000001"
+    assert checkpoints.latest() == (tmp_path / "step-00000001", [])
     checkpoints.save(3, lambda folder: (folder / "weights").write_bytes(b"new") and None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
 

@@ -1,5 +1,6 @@
 """Checkpoints: folders `step-00001000/`, written whole or not at all; the last few are kept."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -7,6 +8,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,8 @@ class Checkpoints:
         write(partial)
         self.processes.barrier()
         if self.processes.is_main:
-            write_json({"step": step, "bytes": sizes_of(partial)}, partial / MANIFEST)
+            listed = {"bytes": sizes_of(partial), "sha256": checksums_of(partial)}
+            write_json({"step": step, **listed}, partial / MANIFEST)
             flush_to_disk(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
@@ -56,29 +59,42 @@ class Checkpoints:
             return []
         return sorted(folder for folder in self.root.iterdir() if re.fullmatch(r"step-\d+", folder.name))
 
-    def latest(self) -> Path | None:
-        """The newest checkpoint, its files checked against its manifest; None if there is none.
-
-        Raises:
-            UserError: when a file of it is missing or was cut.
-        """
-        folders = self.complete()
-        if not folders:
-            return None
-        manifest = read_json(folders[-1] / MANIFEST)
-        expected = manifest.get("bytes") if isinstance(manifest, dict) else None
-        if not isinstance(expected, dict):
-            raise damaged(folders[-1], f"{MANIFEST} lists no files")
-        found = sizes_of(folders[-1])
-        for name, size in expected.items():
-            if found.get(name) != size:
-                problem = "is missing" if name not in found else f"has {found[name]} bytes, not {size}"
-                raise damaged(folders[-1], f"{name} {problem}")
-        return folders[-1]
+    def latest(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that is as it was written, and what is wrong with newer ones; None if there
+        is none."""
+        problems = []
+        for folder in reversed(self.complete()):
+            if not (problem := problem_of(folder)):
+                return folder, problems
+            problems.append(f"the checkpoint {folder} is damaged: {problem}")
+        return None, problems
 
     def remove_partial(self) -> None:
         for folder in self.root.glob(".writing-step-*"):
             shutil.rmtree(folder)
+
+
+def problem_of(folder: Path) -> str:
+    """How the files of a checkpoint differ from its manifest; "" if they do not."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except UserError:
+        return f"{MANIFEST} is missing or unreadable"
+    sizes = manifest.get("bytes") if isinstance(manifest, dict) else None
+    if not isinstance(sizes, dict):
+        return f"{MANIFEST} lists no files"
+    found = sizes_of(folder)
+    for name, size in sizes.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != size:
+            return f"{name} has {found[name]} bytes, not {size}"
+    if checksums := manifest.get("sha256"):  # those of before 2026-12 have none
+        found = checksums_of(folder)
+        for name in sizes:
+            if found[name] != checksums.get(name):
+                return f"the content of {name} has changed since it was written"
+    return ""
 
 
 def read_json(path: Path) -> Any:
@@ -111,9 +127,25 @@ def damaged(folder: Path, problem: str) -> UserError:
 
 
 def sizes_of(folder: Path) -> dict[str, int]:
-    """The size in bytes of every file under `folder` but the manifest, by relative name."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    """The size in bytes of every file of a checkpoint, by relative name."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files_of(folder)}
+
+
+def checksums_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a checkpoint, by relative name; several are read at a time."""
+    with ThreadPoolExecutor() as pool:
+        names = [str(path.relative_to(folder)) for path in files_of(folder)]
+        return dict(zip(names, pool.map(checksum_of, files_of(folder)), strict=True))
+
+
+def checksum_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All files under `folder` but the manifest."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
 
 
 def flush_to_disk(folder: Path) -> None:

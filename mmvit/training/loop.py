@@ -57,7 +57,10 @@ def train(
     progress, changes = Progress(), {}
     seed_everything(config.seed + 1 + processes.rank)  # dropout differs between processes
     if session.resume:
-        if folder := find_checkpoint(checkpoints, processes):
+        folder, problems = find_checkpoint(checkpoints, processes)
+        for problem in problems:
+            session.say(f"warning: {problem}; going on from {folder.name}")
+        if folder:
             progress, changes = resume(session, folder, engine, stream)
         else:
             processes.on_main(run.refuse_lost_checkpoints)

@@ -104,42 +104,45 @@ def save(
 
 @dataclass(frozen=True)
 class Finding:
-    """The newest checkpoint as one process sees it; `problem` says what is wrong with it."""
+    """The newest whole checkpoint as one process sees it, and what is wrong with newer ones."""
 
     rank: int
     host: str
     root: Path
     found: str = "none"
-    problem: str | None = None
+    problems: tuple[str, ...] = ()
 
 
-def find_checkpoint(checkpoints: Checkpoints, processes: Processes) -> Path | None:
-    """The newest checkpoint, the same for all processes; None if there is none. Every process calls it.
+def find_checkpoint(checkpoints: Checkpoints, processes: Processes) -> tuple[Path | None, tuple[str, ...]]:
+    """The newest whole checkpoint, the same for all processes; None if there is none. Every process calls it.
+
+    Returns:
+        its folder, and what is wrong with newer ones.
 
     Raises:
-        UserError: when it is damaged, or when the processes see different ones, as they do where each host
+        UserError: when all are damaged, or when the processes see different ones, as they do where each host
             has a run folder of its own; then the other processes exit.
     """
-    own = Finding(processes.rank, socket.gethostname(), checkpoints.root.resolve())
-    folder = None
-    try:
-        if folder := checkpoints.latest():
-            digest = sha256((folder / MANIFEST).read_bytes())
-            digest.update((folder / STATE).read_bytes() if (folder / STATE).is_file() else b"")
-            own = replace(own, found=f"step {int(folder.name[5:])} (content {digest.hexdigest()[:8]})")
-    except UserError as error:
-        own = replace(own, problem=str(error))
+    folder, problems = checkpoints.latest()
+    root = checkpoints.root.resolve()
+    own = Finding(processes.rank, socket.gethostname(), root, problems=tuple(problems))
+    if folder is not None:
+        digest = sha256((folder / MANIFEST).read_bytes())
+        digest.update((folder / STATE).read_bytes() if (folder / STATE).is_file() else b"")
+        own = replace(own, found=f"step {int(folder.name[5:])} (content {digest.hexdigest()[:8]})")
     findings = processes.gather(own)
     processes.on_main(lambda: check_same_checkpoint(findings))
-    return folder
+    return folder, own.problems
 
 
 def check_same_checkpoint(findings: list[Finding]) -> None:
-    """Raises UserError unless all processes see the same whole checkpoint, or none."""
+    """Raises UserError unless all processes see the same whole checkpoint, or none at all."""
+    is_same = len({(finding.found, len(finding.problems)) for finding in findings}) == 1
     for finding in findings:
-        if finding.problem:
+        if finding.problems and (finding.found == "none" or not is_same):
             where = f" (rank {finding.rank} on {finding.host}, in {finding.root})"
-            raise UserError(finding.problem + (where if len(findings) > 1 else ""))
+            alone = "; there is no other one: put its files back, or start a new run" if is_same else ""
+            raise UserError(finding.problems[0] + (where if len(findings) > 1 else "") + alone)
     if len({finding.found for finding in findings}) == 1:
         return
     ranks: dict[str, list[str]] = {}
