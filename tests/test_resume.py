@@ -135,7 +135,7 @@ def test_second_ctrl_c_leaves_at_once_but_a_launchers_echo_does_not(monkeypatch)
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_signal_to_the_whole_process_group_saves(tmp_path, tiny_shards, number):
     """As a scheduler ends a job, or a terminal: the data workers get the signal, too."""
     script = tmp_path / "train.py"
@@ -159,6 +159,16 @@ def test_signal_to_the_whole_process_group_saves(tmp_path, tiny_shards, number):
     assert process.wait(60) == 128 + number
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
     assert RunFolder(tmp_path / "run").read_metrics()[-1]["step"] >= 15
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not interruption.signal
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_nothing_left_to_train_still_completes_last(tmp_path, tiny_shards, assert_same_state):

@@ -271,12 +271,14 @@ class Deliveries(IterableDataset):
 def become_worker(ending: ctypes.c_bool, worker: int) -> None:
     """Makes this process end with the main process, and leave signals to it.
 
-    Ctrl-C, and a scheduler's SIGTERM, reach the whole process group; the main process then saves a
+    Ctrl-C, a scheduler's SIGTERM, and the like reach the whole process group; the main process then saves a
     checkpoint, for which it may still need batches. A SIGTERM counts once the main process has set `ending`.
     """
     if sys.platform == "linux":  # else a process killed for its memory leaves workers that wait for ever
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
     def end_if_asked(*_: object) -> None:
         if ending.value:

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM as requests: the loop saves and stops; a second one stops at once."""
+"""Ctrl-C, SIGTERM, SIGHUP (a terminal or connection that goes) and SIGUSR1 (a scheduler's warning, as of
+Slurm's --signal) as requests: the loop saves and stops; a second one stops at once."""
 
 import os
 import signal
@@ -6,18 +7,25 @@ import time
 from typing import Self
 
 ECHO = 3.0  # seconds; a launcher (torchrun, deepspeed) repeats a signal, which then is still the same one
-CAUGHT = (signal.SIGINT, signal.SIGTERM)
+CAUGHT = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+]
+ALWAYS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """A context in which the first SIGINT or SIGTERM is only noted in `signal` (0 before)."""
+    """A context in which the first of `CAUGHT` is only noted in `signal` (0 before)."""
 
     def __init__(self):
         self.signal, self.since = 0, 0.0
         self.owner = os.getpid()
 
     def __enter__(self) -> Self:
-        self.earlier = {number: signal.signal(number, self.receive) for number in CAUGHT}
+        self.earlier = {
+            number: signal.signal(number, self.receive)
+            for number in CAUGHT
+            if number in ALWAYS or signal.getsignal(number) != signal.SIG_IGN  # nohup's wish
+        }
         return self
 
     def __exit__(self, *error: object) -> None:
