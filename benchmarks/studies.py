@@ -147,6 +147,7 @@ def run_study(
     seeds: int = 3,
     variants: Collection[str] = (),
     extend: Callable[[argparse.ArgumentParser], None] = lambda run: None,
+    plot: Callable[[list[dict[str, Any]], Path], None] | None = None,
 ) -> None:
     """The command line `run`, which measures, and `table LOG`, which prints the figures of each budget.
 
@@ -156,6 +157,7 @@ def run_study(
         images, of: the default budget in images, and of which model.
         variants: the names that `run --only` chooses from.
         extend: adds further options to `run`.
+        plot: draws all figures to a file, as `table LOG --plot FILE`.
     """
     parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -167,7 +169,10 @@ def run_study(
     extend(run)
     run.add_argument("--log", type=Path, default=Path(f"{name}.jsonl"))
     run.add_argument("--runs", type=Path, default=Path(f"runs/{name}"), help="where runs go")
-    commands.add_parser("table").add_argument("log", type=Path)
+    table = commands.add_parser("table")
+    table.add_argument("log", type=Path)
+    if plot is not None:
+        table.add_argument("--plot", type=Path, metavar="FILE")
     options = parser.parse_args()
     if options.command == "run":
         measure(options)
@@ -178,6 +183,8 @@ def run_study(
         own = [record for record in records if record["images"] == budget]
         print(f"\n{own[0]['flops'] / 1e12:.3g} TFLOP a figure (of {budget:,} images)\n")
         show(own)
+    if plot is not None and options.plot:
+        plot(records, options.plot)
 
 
 def retrieval(run: Path, *settings: Any) -> float:
