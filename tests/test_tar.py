@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import random
 import tarfile
 import tracemalloc
@@ -166,6 +167,21 @@ def test_sizes_are_bounded_before_memory_is_taken(shard, size):
     tracemalloc.stop()
     assert [sample.key for sample in samples] == NAMES[:1]  # the second may lack files
     assert f"bad.txt has {size:,} bytes" in problem
+
+
+@pytest.mark.parametrize("size", [b"-0000001000", b"0o0000001", b"1_0"])
+def test_a_size_that_is_no_octal_number_is_a_damaged_header(shard, size):
+    block = bytearray(header("bad.txt", b"0", 0))
+    block[124:136] = size.ljust(12, b"\0")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    shard.write_bytes(tar_of(NAMES[:2])[: 12 * BLOCK] + block + tar_of(NAMES[2:]))
+    with shard.open("rb") as stream:
+        found = list(itertools.islice(read_files(stream, wanted=()), 100))
+    assert [item.name for item in found if isinstance(item, File)] == [
+        f"{name}.{extension}" for name in NAMES for extension in ("txt", "png")
+    ]
+    assert any("512 damaged bytes" in item.text for item in found if isinstance(item, Problem))
 
 
 def test_a_compressed_bomb_takes_no_memory(tmp_path):

@@ -176,10 +176,7 @@ def number(field: bytes) -> int | None:
     if field[0] == 0x80:
         return int.from_bytes(field[1:])
     digits = field.strip(b" \0")
-    try:
-        return int(digits or b"0", 8)
-    except ValueError:
-        return None
+    return int(digits or b"0", 8) if re.fullmatch(rb"[0-7]*", digits) else None  # int takes -5, 0o5 and 1_0
 
 
 class Blocks:
