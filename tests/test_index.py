@@ -107,6 +107,33 @@ def test_ranges_of_a_false_index_cost_samples_and_no_more(shard):
     assert stream.tally.skipped == {"changed shard": 3}
 
 
+def test_files_of_two_samples_are_never_one(shard):
+    ranges = scan(shard).ranges.copy()
+    ranges[3] += (ranges[3, 1] - ranges[3, 0]) // 2  # from its second file to the first of the next sample
+    stream = ShardStream(shard, key, 10, shuffle_buffer=0, repeat=False)
+    with (
+        mock.patch("mmvit.data.stream.index_of", lambda path: Index.of(path, ranges)),
+        pytest.warns(UserWarning, match="files of 0003 and 0004 in one sample"),
+    ):
+        keys = [own for batch in stream for own in batch["keys"]]
+    assert keys == NAMES[:3] + NAMES[4:]
+
+
+def test_a_file_without_an_extension_is_no_part_of_a_sample(shard):
+    content = shard.read_bytes()
+    shard.write_bytes(content[:1536] + tar_of(["x"])[:1536].replace(b"x.txt", b"x\0\0\0\0") + content[1536:])
+    fix_checksum(shard, 1536)
+    stream = ShardStream(shard, key, 10, shuffle_buffer=0, repeat=False)
+    assert [own for batch in stream for own in batch["keys"]] == NAMES
+
+
+def fix_checksum(shard: Path, start: int) -> None:
+    content = bytearray(shard.read_bytes())
+    content[start + 148 : start + 156] = b" " * 8
+    content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
+    shard.write_bytes(content)
+
+
 def test_a_reader_can_be_sent_to_a_worker(shard):
     for beside in (False, True):
         if beside:

@@ -160,12 +160,16 @@ class Reader:
         if not 0 <= start < end <= start + MOST_BYTES:
             raise BadSample("changed shard", f"its index is damaged: bytes {start} to {end}")
         data = self.opened(index.shard).read(start, end)
-        files = {}
+        files, key = {}, None
         try:
             for item in read_files(BytesIO(data), is_part=True):
                 if isinstance(item, Problem):
                     raise BadTar(item.text)
-                key, extension = split_name(item.name)
+                own, extension = split_name(item.name)
+                if not extension:
+                    continue
+                if own != (key := key or own):
+                    raise BadTar(f"files of {key} and {own} in one sample")
                 files[extension] = item.data
         except BadTar as error:
             raise BadSample(
