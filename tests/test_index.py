@@ -82,7 +82,7 @@ def test_an_index_that_does_not_fit_is_not_used(shard, tmp_path):
     save_index(scan(shard), path)
     assert load_index(path, shard)
     whole = path.read_bytes()
-    for content in (b"", b"{}\n", b"[]\n", b"\xff\n", whole[:-1], whole + b"0", b'{"samples": -1}\n',
+    for content in (b"", b"{}\n", b"[]\n", b"\xff\n", whole[:-1], whole + b"0", b'{"samples": -1}\n', b"[" * 100_000,
                     whole.replace(b'"samples": 40', b'"samples": 1e9')):  # fmt: skip
         path.write_bytes(content)
         assert load_index(path, shard) is None
@@ -105,6 +105,17 @@ def test_ranges_of_a_false_index_cost_samples_and_no_more(shard):
         keys = [own for batch in stream for own in batch["keys"]]
     assert len(keys) == 37
     assert stream.tally.skipped == {"changed shard": 3}
+
+
+@pytest.mark.parametrize("start", [-5, 2**63 - 1])
+def test_an_index_that_points_outside_its_shard_is_named(shard, start):
+    path = shard.with_name(shard.name + SUFFIX)
+    save_index(scan(shard), path)
+    content = path.read_bytes()
+    place = content.index(b"\n") + 1
+    path.write_bytes(content[:place] + start.to_bytes(8, "little", signed=True) + content[place + 8 :])
+    with pytest.raises(UserError, match="run mmvit index again"):
+        next(iter(ShardStream(shard, key, 10)))
 
 
 def test_files_of_two_samples_are_never_one(shard):

@@ -136,7 +136,7 @@ def load_index(path: Path, shard: Path) -> Index | None:
         if (head["format"], head["size"], samples * 16) != (FORMAT, os.stat(shard).st_size, length):
             return None
         return Index(shard, int(samples), str(problem), path, start, checksum)
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
@@ -144,9 +144,12 @@ def headers_checksum(shard: Path, ranges: np.ndarray) -> int:
     """Of the headers at which the first, the middle and the last sample begin."""
     checksum = 0
     with open(shard, "rb") as file:
+        length = os.fstat(file.fileno()).st_size
         for number in {0, len(ranges) // 2, len(ranges) - 1} if len(ranges) else ():
-            file.seek(int(ranges[number][0]))
-            checksum ^= zlib.crc32(file.read(BLOCK))
+            start = int(ranges[number][0])
+            if 0 <= start < length:  # that of a false index may be anything
+                file.seek(start)
+                checksum ^= zlib.crc32(file.read(BLOCK))
     return checksum
 
 
