@@ -1,7 +1,9 @@
 """Where samples lie: indexes beside shards and in the cache, and what makes them stale."""
 
+import gzip
 import pickle
 import shutil
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -75,6 +77,38 @@ def test_a_large_shard_is_indexed_once_and_kept_in_the_cache(shard, monkeypatch)
         assert (index_of(shard).ranges == first.ranges).all()
     shard.write_bytes(tar_of(NAMES[:30]))
     assert len(index_of(shard).ranges) == 30
+
+
+def keys_and_problem(shard: Path) -> tuple[list[str], str]:
+    stream = ShardStream(shard, key, 10, shuffle_buffer=0, repeat=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        keys = [own for batch in stream for own in batch["keys"]]
+    return keys, stream.tally.broken_shards.get(str(shard), "")
+
+
+def test_what_is_wrong_with_a_compressed_shard_is_known_in_every_run(tmp_path):
+    path = tmp_path / "train-000000.tar.gz"
+    first, second = (gzip.compress(tar_of(names), 0) for names in (NAMES[:20], NAMES[20:]))
+    checksum = bytearray(first)
+    checksum[-8] ^= 1  # the data are whole, as far as can be known
+    for content, problem in ((checksum, "CRC"), (first + b"\x1f" + second, "Not a gzipped file")):
+        path.write_bytes(content)
+        for _ in range(2):
+            keys, found = keys_and_problem(path)
+            assert keys == NAMES[:20]
+            assert problem in found
+
+
+@pytest.mark.parametrize("cache", ["/dev/null", "/proc/none"])
+def test_a_cache_that_cannot_be_written_matters_to_compressed_shards_only(shard, monkeypatch, cache):
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    monkeypatch.setattr(indexes, "KEPT_FROM", 0)
+    assert index_of(shard).samples == 40
+    packed = shard.with_name("train-000001.tar.gz")
+    packed.write_bytes(gzip.compress(shard.read_bytes()))
+    with pytest.raises(UserError, match=r"cannot unpack .*train-000001.tar.gz into .* set XDG_CACHE_HOME"):
+        index_of(packed)
 
 
 def test_an_index_that_does_not_fit_is_not_used(shard, tmp_path):

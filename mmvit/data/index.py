@@ -71,14 +71,17 @@ def index_of(shard: Path) -> Index:
     Raises:
         UserError: if the shard cannot be opened, or unpacked.
     """
-    if shard.suffix == ".tar" and (found := load_index(shard.with_name(shard.name + SUFFIX), shard)):
+    is_packed = shard.suffix != ".tar"
+    if not is_packed and (found := load_index(shard.with_name(shard.name + SUFFIX), shard)):
         return found
-    place = shard if shard.suffix == ".tar" else unpacked(shard)
+    place = cache("shards", shard).with_suffix(".tar") if is_packed else shard
     cached = cache("index", shard)
     if found := load_index(cached, place):
         return found
+    problem = unpack(shard, place) if is_packed else ""
     index = scan(place)
-    if place.stat().st_size >= KEPT_FROM:
+    index.problem = summary([text for text in (problem, index.problem) if text])
+    if is_packed or place.stat().st_size >= KEPT_FROM:
         with suppress(OSError):  # a cache is no duty
             save_index(index, cached)
     return index
@@ -153,24 +156,25 @@ def headers_checksum(shard: Path, ranges: np.ndarray) -> int:
     return checksum
 
 
-def unpacked(shard: Path) -> Path:
-    """An unpacked copy of a compressed shard in the cache."""
-    path = cache("shards", shard).with_suffix(".tar")
-    if path.is_file():
-        return path
-    with open_shard(shard) as packed, whole_copy(path) as copy:
-        for chunk in chunks(packed):
-            if shutil.disk_usage(path.parent).free < 2 * CHUNK:
-                raise UserError(f"no space left in {path.parent} to unpack {shard}: unpack it yourself")
-            copy.write(chunk)
-    return path
-
-
-def chunks(packed: BinaryIO) -> Iterator[bytes]:
-    """What can be unpacked."""
-    with suppress(OSError, EOFError, zlib.error), gzip.open(packed) as file:
-        while chunk := file.read(CHUNK):
-            yield chunk
+def unpack(shard: Path, path: Path) -> str:
+    """Writes what can be unpacked of a compressed shard to `path`; returns why the rest cannot, or ""."""
+    try:
+        with open_shard(shard) as packed, gzip.open(packed) as file, whole_copy(path) as copy:
+            while True:
+                try:
+                    chunk = file.read1(CHUNK)  # `read` would lose what comes just before damage
+                except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                    return str(error)
+                if not chunk:
+                    return ""
+                if shutil.disk_usage(path.parent).free < 2 * CHUNK:
+                    raise UserError(f"no space left in {path.parent} to unpack {shard}: unpack it yourself")
+                copy.write(chunk)
+    except OSError as error:
+        raise UserError(
+            f"cannot unpack {shard} into {path.parent}: {error.strerror or error}; unpack it yourself, or set "
+            "XDG_CACHE_HOME to a folder that can be written"
+        ) from None
 
 
 def cache(kind: str, shard: Path) -> Path:
