@@ -111,6 +111,14 @@ def test_a_cache_that_cannot_be_written_matters_to_compressed_shards_only(shard,
         index_of(packed)
 
 
+def test_who_may_read_a_shard_may_read_its_index(shard):
+    for mode in (0o600, 0o640, 0o644):
+        shard.chmod(mode)
+        path = shard.with_name(shard.name + SUFFIX)
+        save_index(scan(shard), path)
+        assert path.stat().st_mode & 0o777 == mode
+
+
 def test_an_index_that_does_not_fit_is_not_used(shard, tmp_path):
     path = shard.with_name(shard.name + SUFFIX)
     save_index(scan(shard), path)

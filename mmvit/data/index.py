@@ -109,19 +109,21 @@ def save_index(index: Index, path: Path) -> None:
         "headers": headers_checksum(index.shard, index.ranges),
         "problem": index.problem,
     }
-    with whole_copy(path) as file:
+    with whole_copy(path, index.shard) as file:
         file.write(json.dumps(head).encode() + b"\n")
         file.write(index.ranges.tobytes())
 
 
 @contextmanager
-def whole_copy(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` once it is written."""
+def whole_copy(path: Path, shard: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` once it is written, for those who may read `shard`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".partial-", delete=False) as file:
         try:
             yield file
             file.flush()
+            with suppress(OSError):  # a file system without modes
+                shutil.copymode(shard, file.name)
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)
@@ -159,7 +161,7 @@ def headers_checksum(shard: Path, ranges: np.ndarray) -> int:
 def unpack(shard: Path, path: Path) -> str:
     """Writes what can be unpacked of a compressed shard to `path`; returns why the rest cannot, or ""."""
     try:
-        with open_shard(shard) as packed, gzip.open(packed) as file, whole_copy(path) as copy:
+        with open_shard(shard) as packed, gzip.open(packed) as file, whole_copy(path, shard) as copy:
             while True:
                 try:
                     chunk = file.read1(CHUNK)  # `read` would lose what comes just before damage
