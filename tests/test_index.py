@@ -119,6 +119,14 @@ def test_who_may_read_a_shard_may_read_its_index(shard):
         assert path.stat().st_mode & 0o777 == mode
 
 
+def test_a_user_without_a_home_needs_no_cache(shard, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", mock.Mock(side_effect=KeyError))
+    monkeypatch.setattr(indexes, "KEPT_FROM", 0)
+    assert index_of(shard).samples == 40
+
+
 def test_an_index_that_does_not_fit_is_not_used(shard, tmp_path):
     path = shard.with_name(shard.name + SUFFIX)
     save_index(scan(shard), path)

@@ -181,7 +181,9 @@ def unpack(shard: Path, path: Path) -> str:
 
 def cache(kind: str, shard: Path) -> Path:
     """A path in the cache for this state of a shard."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmvit" / kind
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if root.startswith("~"):  # a user without a home, as in containers: nothing can be kept
+        root = os.devnull
     state = shard.stat()
     name = f"{shard.resolve()}/{state.st_size}/{state.st_mtime_ns}"
-    return root / sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:32]
+    return Path(root, "mmvit", kind, sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:32])
