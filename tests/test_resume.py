@@ -15,6 +15,7 @@ from torch import nn
 from training_runs import ALONE, MODEL, Repeat, comparable_metrics, new_session, terminate_at, train_on_shards
 
 from mmvit.config import read_toml
+from mmvit.data.stream import WorkerKilled
 from mmvit.errors import UserError
 from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier
@@ -48,6 +49,23 @@ def test_terminated_and_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny_s
     assert comparable_metrics(whole.run) == comparable_metrics(again.run)
     for name in ("best/model.safetensors", "last/model.safetensors"):
         assert_same_state(read_weights(whole.run.path / name), read_weights(again.run.path / name))
+
+
+def test_a_step_that_a_killed_worker_cut_short_is_done_again(tmp_path, tiny_shards, assert_same_state):
+    def killed(number: int, batch: dict) -> None:
+        if number == 4:
+            raise WorkerKilled("a data worker was killed")
+
+    settings = {"steps": 4, "accumulation": 2}
+    train_on_shards(new_session(tmp_path / "whole", **settings), tiny_shards)
+    with pytest.raises(WorkerKilled):
+        train_on_shards(new_session(tmp_path / "cut", **settings), tiny_shards, killed)
+    assert [folder.name for folder in (tmp_path / "cut/checkpoints").iterdir()] == ["step-00000001"]
+    train_on_shards(new_session(tmp_path / "cut", resume=True, **settings), tiny_shards)
+    whole, cut = (RunFolder(tmp_path / name) for name in ("whole", "cut"))
+    final = "step-00000004/model.safetensors"
+    assert_same_state(read_weights(whole.checkpoints / final), read_weights(cut.checkpoints / final))
+    assert comparable_metrics(whole) == comparable_metrics(cut)
 
 
 def test_an_older_checkpoint_with_an_empty_parameter_goes_on(tmp_path, tiny_shards, assert_same_state):

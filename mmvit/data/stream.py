@@ -108,7 +108,7 @@ class ShardStream:
         """The samples of an epoch."""
         return self.reader.order.total
 
-    @property
+    @cached_property
     def layout(self) -> dict[str, Any]:
         """What a position depends on."""
         return {

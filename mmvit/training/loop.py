@@ -14,7 +14,7 @@ from torch import nn
 from mmvit.data.stream import WorkerKilled
 from mmvit.data.tally import Tally
 from mmvit.errors import UserError, did_you_mean
-from mmvit.training.checkpoint import Checkpoints, undisturbed_randomness
+from mmvit.training.checkpoint import Checkpoints, random_state, set_random_state, undisturbed_randomness
 from mmvit.training.display import Display
 from mmvit.training.distributed import Processes, choose_precision
 from mmvit.training.engine import Engine, TorchEngine
@@ -114,10 +114,16 @@ def train(
         first_step = progress.step
         while progress.step < config.steps:
             started = time.perf_counter()
+            place, sums, passes = stream.state_dict(), dict(progress.sums), dict(progress.passes)
+            randomness = random_state(processes.device) if config.accumulation > 1 else None  # takes 0.2 ms
             try:
                 norm, stop = train_step(session, engine, batches, progress, interruption)
             except WorkerKilled:  # of one process perhaps, while the others wait for it in the step
                 if processes.world_size == 1:
+                    stream.load_state_dict(place)  # what the unfinished step has taken is taken again
+                    progress.sums, progress.passes = sums, passes
+                    if randomness:
+                        set_random_state(randomness, processes.device)
                     save(session, checkpoints, engine, stream, progress)
                 raise
             progress.seconds += time.perf_counter() - started
