@@ -132,8 +132,8 @@ def test_an_index_that_does_not_fit_is_not_used(shard, tmp_path):
     save_index(scan(shard), path)
     assert load_index(path, shard)
     whole = path.read_bytes()
-    for content in (b"", b"{}\n", b"[]\n", b"\xff\n", whole[:-1], whole + b"0", b'{"samples": -1}\n', b"[" * 100_000,
-                    whole.replace(b'"samples": 40', b'"samples": 1e9')):  # fmt: skip
+    for content in (b"", b"{}\n", b"[]\n", b"\xff\n", whole[:-1], whole + b"0", b'{"samples": -1}\n',
+                    b"[" * 100_000, whole.replace(b'"samples": 40', b'"samples": 1e9')):  # fmt: skip
         path.write_bytes(content)
         assert load_index(path, shard) is None
     path.write_bytes(whole)

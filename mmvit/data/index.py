@@ -174,8 +174,8 @@ def unpack(shard: Path, path: Path) -> str:
                 copy.write(chunk)
     except OSError as error:
         raise UserError(
-            f"cannot unpack {shard} into {path.parent}: {error.strerror or error}; unpack it yourself, or set "
-            "XDG_CACHE_HOME to a folder that can be written"
+            f"cannot unpack {shard} into {path.parent}: {error.strerror or error}; unpack it yourself, or "
+            "set XDG_CACHE_HOME to a folder that can be written"
         ) from None
 
 
