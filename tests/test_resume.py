@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from mmvit.errors import UserError
 from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier
 from mmvit.training import RunFolder, train
-from mmvit.training.checkpoint import Checkpoints, checksums_of, read_state, sizes_of
+from mmvit.training.checkpoint import Checkpoints, checksum_of, checksums_of, read_state, sizes_of
 from mmvit.training.interruption import Interruption
 from mmvit.training.resume import Progress, changed_settings, check_same_model
 
@@ -249,6 +250,39 @@ def test_a_flipped_bit_costs_the_newest_checkpoint_and_no_more(
     for each in ("model.safetensors", "average.safetensors"):
         one, other = (read_weights(tmp_path / run / Path(state).with_name(each)) for run in ("run", "whole"))
         assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path):
+    def write(folder: Path) -> None:
+        (folder / "model.bin").write_bytes(b"whole")
+
+    for step in (10, 20, 30):
+        Checkpoints(tmp_path, 3, ALONE).save(step, write)
+    for step in (20, 30):
+        (tmp_path / f"step-000000{step}/model.bin").write_bytes(b"harmed")
+    fewer = Checkpoints(tmp_path, 2, ALONE)
+    assert fewer.latest()[0].name == "step-00000010"
+    fewer.save(15, write)
+    assert fewer.latest()[0].name == "step-00000015"
+    for step in (20, 30, 40):
+        fewer.save(step, write)
+    assert [folder.name for folder in fewer.complete()] == ["step-00000030", "step-00000040"]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_a_damaged_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 2, ALONE)
+    for step in (1, 2):
+        folder = checkpoints.save(step, lambda folder: (folder / "model.bin").write_bytes(b"whole"))
+    with mock.patch(
+        "mmvit.training.checkpoint.checksum_of",
+        side_effect=[OSError(5, "I/O error"), checksum_of(folder / "model.bin")],
+    ):
+        found, [problem] = checkpoints.latest()
+    assert found.name == "step-00000001"
+    assert problem.endswith("a file cannot be read (I/O error)")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": ["x"]}))
+    assert checkpoints.latest()[0].name == "step-00000001"
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"bytes": 5}'])

@@ -48,7 +48,8 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             flush_folder(self.root)
-            for old in self.complete()[: -self.keep]:
+            upto = [folder for folder in self.complete() if folder <= final]  # newer ones are damaged
+            for old in upto[: -self.keep]:
                 shutil.rmtree(old)
         self.processes.barrier()
         return final
@@ -77,6 +78,14 @@ class Checkpoints:
 def problem_of(folder: Path) -> str:
     """How the files of a checkpoint differ from its manifest; "" if they do not."""
     try:
+        return difference(folder)
+    except OSError as error:  # of a disk that fails
+        return f"{Path(error.filename or '').name or 'a file'} cannot be read ({error.strerror})"
+
+
+def difference(folder: Path) -> str:
+    """As `problem_of`; raises OSError if a file cannot be read."""
+    try:
         manifest = read_json(folder / MANIFEST)
     except UserError:
         return f"{MANIFEST} is missing or unreadable"
@@ -89,7 +98,8 @@ def problem_of(folder: Path) -> str:
             return f"{name} is missing"
         if found[name] != size:
             return f"{name} has {found[name]} bytes, not {size}"
-    if checksums := manifest.get("sha256"):  # those of before 2026-12 have none
+    if "sha256" in manifest:  # those of before 2026-12 have none
+        checksums = manifest["sha256"] if isinstance(manifest["sha256"], dict) else {}
         found = checksums_of(folder)
         for name in sizes:
             if found[name] != checksums.get(name):
