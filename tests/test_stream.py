@@ -124,6 +124,7 @@ def test_an_epoch_has_every_sample_once(counts, shuffle_buffer):
 
 def test_an_order_mixes_and_stays_close_to_the_places_of_its_lanes():
     order, epoch = Order([1000] * 64, 0, 6400), [1, 2]
+    order.lanes = lambda epoch, row, count: range(count)
     places = np.array(
         [[1000 * s + n for s, n in map(order.locate, [e] * 64_000, range(64_000))] for e in epoch]
     )
@@ -132,6 +133,25 @@ def test_an_order_mixes_and_stays_close_to_the_places_of_its_lanes():
     assert 20 < np.abs(moved[np.abs(moved) < 1000]).mean() < 70  # windows of 100
     assert (np.ptp(lanes[:, :100], axis=1) < 200).mean() > 0.9  # a lane's first window
     assert abs(np.corrcoef(places)[0, 1]) < 0.4
+
+
+@pytest.mark.parametrize("batch_size", [8, 16, 32])
+def test_small_batches_have_all_classes_of_a_sorted_shard(batch_size):
+    order = Order([20_000], 0, 1000)
+    classes = np.array([order.locate(0, place)[1] // 2000 for place in range(19_200)])
+    at_random = np.random.default_rng(0).permutation(classes)
+    found, expected = (
+        np.mean([len(set(batch)) for batch in each.reshape(-1, batch_size)]) for each in (classes, at_random)
+    )
+    assert found > 0.97 * expected
+
+
+def test_a_position_in_an_order_of_before_goes_on_with_the_next_epoch(tiny_shards):
+    state = stream_of(tiny_shards, KeyOnly()).state_dict()
+    del state["layout"]["order"]
+    stream = stream_of(tiny_shards, KeyOnly())
+    with pytest.warns(UserWarning, match="other order: continuing with epoch 2"):
+        stream.load_state_dict({**state, "consumed": 49})
 
 
 def test_one_shard_is_mixed_differently_in_every_epoch(tiny_shards):

@@ -8,15 +8,18 @@ from functools import lru_cache
 import numpy as np
 
 LANES = 64
+VERSION = (
+    2  # of the order; raise it with any change, so that a position in another order is not taken for one
+)
 
 
 class Order:
     """Which sample comes at each place of each epoch.
 
     Shuffled, the shards of an epoch are laid end to end in a random order, from a random place on, and cut
-    into 64 lanes of equal length, from which samples are taken in turn. Within a lane, samples are mixed in
-    windows: all windows together hold about `shuffle_buffer` samples. Reading in this order thus stays close
-    to 64 places at a time, which follow one another.
+    into 64 lanes of equal length. The lanes give a sample each in a random order, then in another one, and so
+    on. Within a lane, samples are mixed in windows: all windows together hold about `shuffle_buffer` samples.
+    Reading in this order thus stays close to 64 places at a time, which follow one another.
 
     Args:
         counts: samples in each shard.
@@ -29,6 +32,7 @@ class Order:
         self.window = -(-shuffle_buffer // LANES)
         self.total = int(self.counts.sum())
         self.epoch = lru_cache(maxsize=2)(self._epoch)
+        self.lanes = lru_cache(maxsize=16)(self._lanes)
         self.mixed = lru_cache(maxsize=2 * LANES)(self._mixed)
 
     def __reduce__(self):  # caches cannot be sent to a worker
@@ -40,6 +44,7 @@ class Order:
         if self.shuffle_buffer:
             length, longer = divmod(self.total, LANES)
             place, lane = divmod(place, LANES)
+            lane = self.lanes(epoch, place, longer if place == length else LANES)[lane]
             start = lane * length + min(lane, longer)
             window, within = divmod(place, self.window)
             size = min(self.window, length + (lane < longer) - window * self.window)
@@ -56,6 +61,13 @@ class Order:
             rng.shuffle(shards)
             offset = rng.randrange(self.total)
         return np.array(shards), self.counts[shards].cumsum(), offset
+
+    def _lanes(self, epoch: int, row: int, count: int) -> list[int]:
+        """The order in which lanes give their sample `row`. Were it always the same, a small batch would be
+        from a few lanes, and so of a few classes where shards are sorted by class."""
+        lanes = [*range(count)]
+        random_from(self.seed, epoch, "lanes", row).shuffle(lanes)
+        return lanes
 
     def _mixed(self, epoch: int, lane: int, window: int, size: int) -> list[int]:
         places = [*range(size)]
