@@ -11,6 +11,7 @@ import tarfile
 import time
 import traceback
 from collections import Counter
+from dataclasses import asdict
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
@@ -25,6 +26,7 @@ from mmvit.data.reader import Reader
 from mmvit.data.samples import CaptionSample, ClassifierSample
 from mmvit.data.shards import read_shard
 from mmvit.data.stream import ShardStream, split_state
+from mmvit.data.tally import Tally
 from mmvit.data.writing import ShardWriter
 from mmvit.errors import UserError
 
@@ -299,6 +301,25 @@ def test_position_of_an_earlier_version_goes_on_with_the_next_epoch(tiny_shards)
     with pytest.warns(UserWarning, match="continuing with epoch 3"):
         stream.load_state_dict({"layout": {"seed": 0}, "positions": [position] * 2, "next_worker": 1})
     assert (stream.consumed, stream.tally.read) == (3 * 48, 60)
+
+
+@pytest.mark.parametrize("same_world", [True, False])
+def test_all_ranks_go_on_with_the_same_epoch_from_an_earlier_version(tiny_shards, same_world):
+    """There, one rank could be in the next epoch already."""
+    states = [
+        {
+            "layout": {},
+            "positions": [{"epoch": epoch, "drawn": 5, "done": False, "tally": asdict(Tally(read))}],
+        }
+        for epoch, read in ((0, 10), (1, 11), (1, 12))
+    ]
+    streams = [stream_of(tiny_shards, KeyOnly(), rank=rank, world_size=3) for rank in range(3)]
+    for rank, stream in enumerate(streams):
+        with pytest.warns(UserWarning, match="continuing with epoch 2"):
+            stream.load_state_dict(
+                split_state([{"streams": [s]} for s in states], rank, same_world)["streams"][0]
+            )
+    assert [stream.tally.read for stream in streams] == ([10, 11, 12] if same_world else [33, 0, 0])
 
 
 def test_a_resume_reads_nothing_of_what_was_seen(tiny_shards):

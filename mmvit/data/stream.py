@@ -244,15 +244,20 @@ def from_reader_positions(state: dict[str, Any]) -> dict[str, Any]:
     return {"layout": {"samples": 1, "order": "of readers"}, "consumed": epoch, "tally": asdict(tally)}
 
 
-def split_state(states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
-    """The state of a stream in another number of ranks than the `states` are of: the position is that of all,
-    and rank 0 has all of their counts."""
+def split_state(states: Sequence[dict[str, Any]], rank: int, same_world: bool = False) -> dict[str, Any]:
+    """The state of this rank of a stream of which all ranks had the `states`. The position is that of all; in
+    another number of ranks, rank 0 has all of their counts."""
     first = states[0]
     if "streams" in first:  # several
         parts = zip(*(state["streams"] for state in states), strict=True)
-        return {"streams": [split_state(part, rank) for part in parts]}
-    tallies = (Tally(**state["tally"]) for state in states) if "tally" in first and rank == 0 else ()
-    return first if "tally" not in first else {**first, "tally": asdict(reduce(Tally.plus, tallies, Tally()))}
+        return {"streams": [split_state(part, rank, same_world) for part in parts]}
+    states = [from_reader_positions(state) if "positions" in state else state for state in states]
+    if "tally" not in states[0]:
+        return states[rank] if same_world else first
+    furthest = max(states, key=lambda state: state["consumed"])  # readers were not in the same epoch
+    counted = states[rank : rank + 1] if same_world else states if rank == 0 else ()
+    tallies = (Tally(**state["tally"]) for state in counted)
+    return {**furthest, "tally": asdict(reduce(Tally.plus, tallies, Tally()))}
 
 
 class Deliveries(IterableDataset):

@@ -174,9 +174,8 @@ def resume(session: Session, folder: Path, engine: Engine, stream: Stream) -> tu
         progress, saved = Progress(**state["progress"]), state["processes"]
         same_world = len(saved) == processes.world_size
         own = saved[processes.rank if same_world else 0]
-        place, randomness = own["stream"], own["random"]
-        if not same_world:
-            place = split_state([each["stream"] for each in saved], processes.rank)
+        randomness = own["random"]
+        place = split_state([each["stream"] for each in saved], processes.rank, same_world)
     except (LookupError, TypeError):
         raise damaged(folder, f"{STATE} does not hold the state of a run") from None
     engine.load(folder)
