@@ -126,7 +126,6 @@ def test_an_epoch_has_every_sample_once(counts, shuffle_buffer):
 
 def test_an_order_mixes_and_stays_close_to_the_places_of_its_lanes():
     order, epoch = Order([1000] * 64, 0, 6400), [1, 2]
-    order.lanes = lambda epoch, row, count: range(count)
     places = np.array(
         [[1000 * s + n for s, n in map(order.locate, [e] * 64_000, range(64_000))] for e in epoch]
     )
@@ -135,6 +134,13 @@ def test_an_order_mixes_and_stays_close_to_the_places_of_its_lanes():
     assert 20 < np.abs(moved[np.abs(moved) < 1000]).mean() < 70  # windows of 100
     assert (np.ptp(lanes[:, :100], axis=1) < 200).mean() > 0.9  # a lane's first window
     assert abs(np.corrcoef(places)[0, 1]) < 0.4
+
+
+@pytest.mark.parametrize("world", [2, 4, 64])
+def test_ranks_that_divide_the_lanes_read_shards_of_their_own(world):
+    order = Order([100] * 640, 0, 1000)
+    read = [{order.locate(0, place)[0] for place in range(rank, order.total, world)} for rank in range(world)]
+    assert sum(map(len, read)) <= 640 + 2 * LANES  # those at the ends of lanes are read by two
 
 
 @pytest.mark.parametrize("batch_size", [8, 16, 32])

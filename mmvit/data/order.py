@@ -8,18 +8,18 @@ from functools import lru_cache
 import numpy as np
 
 LANES = 64
-VERSION = (
-    2  # of the order; raise it with any change, so that a position in another order is not taken for one
-)
+VERSION = 2  # of the order: raised with any change, so that no position in another order is taken for one
 
 
 class Order:
     """Which sample comes at each place of each epoch.
 
     Shuffled, the shards of an epoch are laid end to end in a random order, from a random place on, and cut
-    into 64 lanes of equal length. The lanes give a sample each in a random order, then in another one, and so
-    on. Within a lane, samples are mixed in windows: all windows together hold about `shuffle_buffer` samples.
-    Reading in this order thus stays close to 64 places at a time, which follow one another.
+    into 64 lanes of equal length, from which samples are taken in turn. Lanes are numbered at random: as they
+    lie, they would give a small batch few classes where shards are sorted by class. Within a lane, samples
+    are mixed in windows: all windows together hold about `shuffle_buffer` samples. Reading in this order thus
+    stays close to 64 places at a time, which follow one another, and of ranks whose number divides 64 each
+    reads lanes of its own.
 
     Args:
         counts: samples in each shard.
@@ -32,7 +32,6 @@ class Order:
         self.window = -(-shuffle_buffer // LANES)
         self.total = int(self.counts.sum())
         self.epoch = lru_cache(maxsize=2)(self._epoch)
-        self.lanes = lru_cache(maxsize=16)(self._lanes)
         self.mixed = lru_cache(maxsize=2 * LANES)(self._mixed)
 
     def __reduce__(self):  # caches cannot be sent to a worker
@@ -40,34 +39,30 @@ class Order:
 
     def locate(self, epoch: int, place: int) -> tuple[int, int]:
         """The shard, and the number of the sample within it, at `place` (from 0) of an epoch."""
-        shards, ends, offset = self.epoch(epoch)
+        shards, ends, starts, offset = self.epoch(epoch)
         if self.shuffle_buffer:
             length, longer = divmod(self.total, LANES)
             place, lane = divmod(place, LANES)
-            lane = self.lanes(epoch, place, longer if place == length else LANES)[lane]
-            start = lane * length + min(lane, longer)
             window, within = divmod(place, self.window)
             size = min(self.window, length + (lane < longer) - window * self.window)
-            place = start + window * self.window + self.mixed(epoch, lane, window, size)[within]
+            place = starts[lane] + window * self.window + self.mixed(epoch, lane, window, size)[within]
             place = (place + offset) % self.total
         at = int(np.searchsorted(ends, place, side="right"))
         return int(shards[at]), int(place - ends[at] + self.counts[shards[at]])
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """The order of the shards, where each of them ends, and where the first lane begins."""
-        shards, offset = [*range(len(self.counts))], 0
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, list[int], int]:
+        """The order of the shards, where each of them ends, where each lane begins, and from where."""
+        shards, starts, offset = [*range(len(self.counts))], [0] * LANES, 0
         if self.shuffle_buffer:
             rng = random_from(self.seed, epoch, "shards")
             rng.shuffle(shards)
             offset = rng.randrange(self.total)
-        return np.array(shards), self.counts[shards].cumsum(), offset
-
-    def _lanes(self, epoch: int, row: int, count: int) -> list[int]:
-        """The order in which lanes give their sample `row`. Were it always the same, a small batch would be
-        from a few lanes, and so of a few classes where shards are sorted by class."""
-        lanes = [*range(count)]
-        random_from(self.seed, epoch, "lanes", row).shuffle(lanes)
-        return lanes
+            length, longer = divmod(self.total, LANES)
+            start = 0
+            for lane in rng.sample(range(LANES), LANES):
+                starts[lane] = start
+                start += length + (lane < longer)
+        return np.array(shards), self.counts[shards].cumsum(), starts, offset
 
     def _mixed(self, epoch: int, lane: int, window: int, size: int) -> list[int]:
         places = [*range(size)]
