@@ -295,9 +295,25 @@ def test_position_of_other_shards_or_another_order_warns_and_takes_the_next_epoc
             stream.load_state_dict(saved.state_dict())
         assert stream.consumed == 48
     fewer = ShardStream(tiny_shards / "train-000000.tar", KeyOnly(), 4, shuffle_buffer=20)
-    with pytest.warns(UserWarning, match="other shards, samples: continuing with epoch 1"):
+    with pytest.warns(UserWarning, match="other shards, samples, samples_per_shard: continuing with epoch 1"):
         fewer.load_state_dict(saved.state_dict())
     assert fewer.consumed == 10
+
+
+def test_position_in_shards_of_which_two_have_changed_places_takes_the_next_epoch(tmp_path, tiny_shards):
+    """They have the same names, and as many samples in all."""
+    for number in range(5):
+        other = {0: 4, 4: 0}.get(number, number)  # of 10 and of 8 samples
+        shutil.copy(tiny_shards / f"train-00000{other}.tar", tmp_path / f"train-00000{number}.tar")
+    saved = stream_of(tiny_shards, KeyOnly())
+    take(saved, 2)
+    state = saved.state_dict()
+    stream = stream_of(tmp_path, KeyOnly())
+    with pytest.warns(UserWarning, match="saved with other samples_per_shard: continuing with epoch 1"):
+        stream.load_state_dict(state)
+    del state["layout"]["samples_per_shard"]  # as of an earlier version
+    stream.load_state_dict(state)
+    assert stream.consumed == 8
 
 
 def test_position_of_an_earlier_version_goes_on_with_the_next_epoch(tiny_shards):

@@ -4,6 +4,7 @@ number, whatever reads them."""
 import random
 from collections.abc import Sequence
 from functools import lru_cache
+from hashlib import sha256
 
 import numpy as np
 
@@ -36,6 +37,11 @@ class Order:
 
     def __reduce__(self):  # caches cannot be sent to a worker
         return Order, (self.counts, self.seed, self.shuffle_buffer)
+
+    @property
+    def digest(self) -> str:
+        """Of the counts: equal for shards that hold as many samples each."""
+        return sha256(self.counts.astype("<i8").tobytes()).hexdigest()[:16]
 
     def locate(self, epoch: int, place: int) -> tuple[int, int]:
         """The shard, and the number of the sample within it, at `place` (from 0) of an epoch."""

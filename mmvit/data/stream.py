@@ -114,6 +114,7 @@ class ShardStream:
         return {
             "shards": [shard.name for shard in self.shards],
             "samples": self.samples,
+            "samples_per_shard": self.reader.order.digest,
             "seed": self.seed,
             "shuffle_buffer": self.shuffle_buffer,
             "order": VERSION,
@@ -222,7 +223,8 @@ class ShardStream:
         """
         if "positions" in state:
             state = from_reader_positions(state)
-        before, layout = state["layout"], self.layout
+        layout = self.layout
+        before = {"samples_per_shard": layout["samples_per_shard"], **state["layout"]}  # new in 2026-12
         changed = [name for name, value in layout.items() if before.get(name) != value]
         self.consumed = state["consumed"]
         if changed:
