@@ -154,6 +154,17 @@ def test_small_batches_have_all_classes_of_a_sorted_shard(batch_size):
     assert found > 0.97 * expected
 
 
+def test_the_places_of_a_large_buffer_are_mixed_fast_and_small():
+    order = Order([64 * 2**17], 0, 64 * 2**17)
+    assert order.version == 3
+    places = order.mixed(0, 0, 0, 2**17)
+    assert places.nbytes == 4 * 2**17
+    assert sorted(places.tolist()) == [*range(2**17)]
+    assert (order.mixed(0, 1, 0, 2**17) != places).any()
+    small = Order([640_000], 0, 640_000)
+    assert (small.version, small.locate(0, 64)) == (2, (0, 247_930))  # as ever: a checkpoint counts on it
+
+
 def test_a_position_in_an_order_of_before_goes_on_with_the_next_epoch(tiny_shards):
     state = stream_of(tiny_shards, KeyOnly()).state_dict()
     del state["layout"]["order"]

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmvit.data.index import index_of
-from mmvit.data.order import VERSION, Order
+from mmvit.data.order import Order
 from mmvit.data.reader import Batch, Decode, Delivery, Reader
 from mmvit.data.shards import BadShard, expand_shards
 from mmvit.data.tally import Tally
@@ -117,7 +117,7 @@ class ShardStream:
             "samples_per_shard": self.reader.order.digest,
             "seed": self.seed,
             "shuffle_buffer": self.shuffle_buffer,
-            "order": VERSION,
+            "order": self.reader.order.version,
         }
 
     def __iter__(self) -> Iterator[Batch]:
