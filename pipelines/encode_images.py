@@ -32,6 +32,7 @@ from mmvit.data.augment import Augment, AugmentConfig
 from mmvit.data.captions import read_caption, read_captions
 from mmvit.data.codes import MAX_CODES, pack_codes
 from mmvit.data.images import decode_image, has_shape, measure_image, parse_size, to_unit_range
+from mmvit.data.lock import sole_writer
 from mmvit.data.samples import AUGMENTED, IMAGE_EXTENSIONS, image_bytes
 from mmvit.data.shards import BadSample, Sample, expand_shards, split_of
 from mmvit.data.writing import (
@@ -40,7 +41,6 @@ from mmvit.data.writing import (
     inherited_facts,
     read_dataset_card,
     read_samples,
-    sole_writer,
     write_dataset_card,
 )
 from mmvit.errors import UserError

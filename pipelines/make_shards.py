@@ -30,6 +30,7 @@ from typer import Argument, Option
 
 from mmvit.cli import run_script
 from mmvit.data.images import Fit, ImageFacts, fit_image, has_shape, measure_image, open_image, parse_size
+from mmvit.data.lock import sole_writer
 from mmvit.data.shards import HELD_OUT, BadSample
 from mmvit.data.sources import STORED_AS_IS, CaptionLines, Entry, find_entries, read_file
 from mmvit.data.writing import (
@@ -38,7 +39,6 @@ from mmvit.data.writing import (
     in_order,
     read_dataset_card,
     refuse_other_data,
-    sole_writer,
     write_dataset_card,
 )
 from mmvit.errors import UserError, refuse_source

@@ -3,8 +3,8 @@
 import errno
 import gzip
 import os
-import socket
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -169,15 +169,14 @@ def test_a_full_disk_names_the_shards_and_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_second_process_does_not_write_to_the_same_folder(tmp_path):
     lock = tmp_path / ".writing.lock"
-    child = subprocess.Popen(["sleep", "60"])
-    try:
-        lock.write_text(f"{child.pid} {socket.gethostname()}")
+    hold = f"from mmvit.data.lock import *; take_lock(Path({str(tmp_path)!r})); print(); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", hold], **pipes) as child:
+        child.stdout.readline()
         with pytest.raises(UserError, match=f"is being written to by process {child.pid} on"):
             write(tmp_path, [{"txt": b"x"}])
         assert list(tmp_path.iterdir()) == [lock]
-    finally:
-        child.kill()
-        child.wait()
+        child.kill()  # which leaves its file
     (tmp_path / ".train-000000.tar.7.partial").write_bytes(b"left by a process that was killed")
     with ShardWriter(tmp_path, "train") as writer, ShardWriter(tmp_path, "test") as other:
         writer.write("0", {"txt": b"x"})

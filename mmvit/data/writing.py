@@ -2,11 +2,10 @@
 
 import json
 import os
-import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,78 +15,12 @@ from rich.table import Table
 from webdataset.writer import TarWriter
 
 from mmvit.data.images import measure_image
+from mmvit.data.lock import sole_writer
 from mmvit.data.shards import HELD_OUT, OLD_HELD_OUT, BadShard, Sample, read_shard
 from mmvit.errors import UserError, refuse_source
 from mmvit.hub import write_json
 
 MOST_CLASSES = 40  # in the closing table
-
-
-LOCK = ".writing.lock"  # in a folder that shards are being written to: process id and host
-locks_held: Counter[Path] = Counter()  # by this process
-
-
-@contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Makes `folder` and keeps other processes from writing shards there; may be nested.
-
-    Raises:
-        UserError: if another process writes there, or the folder cannot be written.
-    """
-    folder = Path(folder).resolve()
-    if not locks_held[folder]:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot create the folder {folder}: {error.strerror}") from None
-        take_lock(folder)
-        for left in folder.glob(".*.tar*.partial"):  # by a process that was killed
-            left.unlink(missing_ok=True)
-    locks_held[folder] += 1
-    try:
-        yield
-    finally:
-        locks_held[folder] -= 1
-        if not locks_held[folder]:
-            (folder / LOCK).unlink(missing_ok=True)
-
-
-def take_lock(folder: Path) -> None:
-    path = folder / LOCK
-    if path.exists():
-        refuse_running(folder)
-        path.unlink(missing_ok=True)
-    try:
-        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError:  # another process was faster
-        refuse_running(folder)
-        raise UserError(f"{folder} is being written to; wait, or name another folder") from None
-    except OSError as error:
-        raise UserError(f"cannot write in the folder {folder}: {error.strerror}") from None
-    with os.fdopen(file, "w") as stream:
-        stream.write(f"{os.getpid()} {socket.gethostname()}")
-
-
-def refuse_running(folder: Path) -> None:
-    """Raises UserError if the process that holds the lock of `folder` is still running, as far as known."""
-    path = folder / LOCK
-    try:
-        process, _, host = path.read_text(errors="replace").partition(" ")
-    except OSError:
-        return
-    if host == socket.gethostname() and os.name == "posix" and process.isdecimal():
-        try:
-            os.kill(int(process), 0)
-        except (ProcessLookupError, OverflowError):
-            return
-        except PermissionError:  # of another user
-            pass
-        if int(process) == os.getpid():  # a container counts from 1 each time
-            return
-    raise UserError(
-        f"{folder} is being written to by process {process or 'of unknown id'}{host and f' on {host}'}; wait "
-        f"until it ends, or name another folder (if it is not running, remove {path})"
-    )
 
 
 class ShardWriter:
