@@ -13,7 +13,7 @@ from typing import Annotated
 from typer import Argument
 
 from mmvit.cli import run_script
-from mmvit.data.index import SUFFIX, save_index, scan
+from mmvit.data.index import beside, save_index, scan
 from mmvit.data.shards import BadShard, expand_shards
 from mmvit.errors import UserError
 from mmvit.progress import with_progress
@@ -29,7 +29,7 @@ def main(shards: Annotated[list[str], Argument(help="folders, globs or tar files
     for shard in with_progress(found, len(found), "indexing shards"):
         index = scan(shard)
         try:
-            save_index(index, shard.with_name(shard.name + SUFFIX))
+            save_index(index, beside(shard))
         except OSError as error:
             raise UserError(f"cannot write beside {shard}: {error.strerror}") from None
         samples += index.samples

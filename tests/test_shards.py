@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from webdataset.writer import TarWriter
 
+from mmvit.data.index import beside, load_index, scan
 from mmvit.data.shards import BadShard, expand_shards, read_shard, shards_of
 from mmvit.data.writing import ShardWriter, read_dataset_card
 from mmvit.errors import UserError
@@ -24,6 +25,10 @@ def write(folder: Path, samples: list[dict[str, bytes]], split: str = "train") -
         for number, files in enumerate(samples):
             writer.write(f"{number:04d}", files)
     return folder / f"{split}-000000.tar"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_patterns_expand_to_shards(tiny_shards):
@@ -70,7 +75,7 @@ def test_shards_named_heldout_by_an_earlier_version_are_found_and_replaced(tmp_p
     for found in (expand_shards(tmp_path / "held-out-*.tar"), shards_of(tmp_path, "held-out")):
         assert found == [old]
     new = write(tmp_path, [{"txt": b"new"}], "held-out")
-    assert list(tmp_path.iterdir()) == [new]
+    assert sorted(tmp_path.iterdir()) == [new, beside(new)]
 
 
 def test_a_glob_of_a_split_leaves_out_splits_whose_names_begin_with_it(tmp_path):
@@ -146,7 +151,7 @@ def test_failed_writing_leaves_the_earlier_shards_alone(tmp_path):
 
     with pytest.raises(RuntimeError, match="interrupted"):
         fail_half_way()
-    assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]
+    assert names(tmp_path) == ["train-000000.tar", "train-000000.tar.index"]
     assert (tmp_path / "train-000000.tar").read_bytes() == before
 
 
@@ -162,7 +167,7 @@ def test_a_full_disk_names_the_shards_and_leaves_nothing(tmp_path, monkeypatch):
             writer.write("0", {"txt": b"new"})
 
     for disk in ("write", "close"):  # the second when buffers are flushed
-        with pytest.raises(UserError, match=r"cannot write .*out/train-\*\.tar: No space left on device"):
+        with pytest.raises(UserError, match=r"cannot write .*out/train-000000\.tar: No space left on device"):
             fill(disk)
         assert list((tmp_path / "out").iterdir()) == []
 
@@ -182,7 +187,10 @@ def test_a_second_process_does_not_write_to_the_same_folder(tmp_path):
         writer.write("0", {"txt": b"x"})
         other.write("0", {"txt": b"x"})
         assert lock.read_text().split()[0] == str(os.getpid())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["test-000000.tar", "train-000000.tar"]
+    assert [name for name in names(tmp_path) if "index" not in name] == [
+        "test-000000.tar",
+        "train-000000.tar",
+    ]
 
 
 def test_no_split_is_replaced_when_another_cannot_be_finished(tmp_path, monkeypatch):
@@ -206,7 +214,8 @@ def test_no_split_is_replaced_when_another_cannot_be_finished(tmp_path, monkeypa
 
     with pytest.raises(UserError, match="No space left"):
         write_both()
-    assert {path.name[:-11]: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path.name[:-11]: path.read_bytes() for path in tmp_path.glob("*.tar")} == before
+    assert len(names(tmp_path)) == 4  # with their indexes
 
 
 def test_a_header_with_a_number_out_of_range_is_damage(tmp_path):
@@ -225,12 +234,19 @@ def test_progress_tells_the_time_left():
     assert progress_line("writing", 5000, 6000, 10.0, is_done=True) == "writing: 5,000 of 6,000, 500/s"
 
 
+def test_a_shard_is_written_with_its_index(tmp_path):
+    for text in (b"red", b"a longer caption than fits into one block" * 20):
+        shard = write(tmp_path, [{"txt": text}] * 3)
+        index = load_index(beside(shard), shard)
+        assert (index.ranges == scan(shard).ranges).all()
+
+
 def test_fewer_shards_replace_all_earlier_ones_of_the_split(tmp_path):
     with ShardWriter(tmp_path, "train", samples_per_shard=1) as writer:
         for number in range(3):
             writer.write(str(number), {"txt": b""})
     write(tmp_path, [{"txt": b"a"}])
-    assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]
+    assert names(tmp_path) == ["train-000000.tar", "train-000000.tar.index"]
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def index_of(shard: Path) -> Index:
         UserError: if the shard cannot be opened, or unpacked.
     """
     is_packed = shard.suffix != ".tar"
-    if not is_packed and (found := load_index(shard.with_name(shard.name + SUFFIX), shard)):
+    if not is_packed and (found := load_index(beside(shard), shard)):
         return found
     place = cache("shards", shard).with_suffix(".tar") if is_packed else shard
     cached = cache("index", shard)
@@ -85,6 +85,11 @@ def index_of(shard: Path) -> Index:
         with suppress(OSError):  # a cache is no duty
             save_index(index, cached)
     return index
+
+
+def beside(shard: Path) -> Path:
+    """The place of a shard's index beside it."""
+    return shard.with_name(shard.name + SUFFIX)
 
 
 def scan(shard: Path) -> Index:

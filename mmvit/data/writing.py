@@ -5,7 +5,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,60 @@ from rich.table import Table
 from webdataset.writer import TarWriter
 
 from mmvit.data.images import measure_image
+from mmvit.data.index import beside, save_index, scan
 from mmvit.data.lock import sole_writer
 from mmvit.data.shards import HELD_OUT, OLD_HELD_OUT, BadShard, Sample, read_shard
 from mmvit.errors import UserError, refuse_source
 from mmvit.hub import write_json
 
 MOST_CLASSES = 40  # in the closing table
+
+
+class WholeShard:
+    """A shard that is written under a hidden name, and gets its own, with an index beside it, once it is
+    whole. The same samples give the same bytes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:  # a fixed time and owner, and no encoder: bytes in, the same bytes out
+            self.tar = TarWriter(str(self.partial), encoder=False, mtime=0, user="", group="", compress=False)
+        except OSError as error:
+            raise self.failed(error) from None
+
+    def write(self, key: str, files: dict[str, bytes]) -> None:
+        """Adds a sample. Raises UserError when the disk is full or cannot be written."""
+        try:
+            self.tar.write({"__key__": key, **files})
+        except OSError as error:
+            raise self.failed(error) from None
+
+    def finish(self) -> None:
+        """Writes what is still in memory. Raises UserError when the disk is full."""
+        try:
+            if self.tar is not None:
+                self.tar.close()
+        except OSError as error:
+            raise self.failed(error) from None
+        finally:
+            self.tar = None
+
+    def publish(self) -> None:
+        """Replaces what has the shard's name, and its index."""
+        index = scan(self.partial)
+        beside(self.path).unlink(missing_ok=True)
+        self.partial.replace(self.path)
+        index.shard = self.path
+        with suppress(OSError):  # on a full disk: a shard without an index is as good
+            save_index(index, beside(self.path))
+
+    def discard(self) -> None:
+        with suppress(UserError):  # what the last buffer holds does not fit either
+            self.finish()
+        self.partial.unlink(missing_ok=True)
+
+    def failed(self, error: OSError) -> UserError:
+        return UserError(f"cannot write {self.path}: {error.strerror or error}")
 
 
 class ShardWriter:
@@ -38,8 +86,7 @@ class ShardWriter:
         self.samples_per_shard = samples_per_shard
         self.num_samples = 0
         self.keys: set[str] = set()
-        self.partial: list[Path] = []
-        self.tar: TarWriter | None = None
+        self.shards: list[WholeShard] = []
         self.lock = ExitStack()
 
     def __enter__(self) -> "ShardWriter":
@@ -60,59 +107,41 @@ class ShardWriter:
             raise ValueError(f"sample key {key!r} is already in {self.split}")
         if not files:
             raise ValueError(f"sample {key!r} has no files")
-        try:
-            if self.num_samples % self.samples_per_shard == 0:
-                self.next_shard()
-            self.tar.write({"__key__": key, **files})
-        except OSError as error:
-            raise self.failed(error) from None
+        if self.num_samples % self.samples_per_shard == 0:
+            self.finish()
+            self.shards.append(WholeShard(self.folder / f"{self.split}-{len(self.shards):06d}.tar"))
+        self.shards[-1].write(key, files)
         self.keys.add(key)
         self.num_samples += 1
-
-    def next_shard(self) -> None:
-        if self.tar is not None:
-            self.tar.close()
-        path = self.folder / f".{self.split}-{len(self.partial):06d}.tar.{os.getpid()}.partial"
-        self.partial.append(path)
-        # A fixed time and owner, and no encoder: bytes in, the same bytes out.
-        self.tar = TarWriter(str(path), encoder=False, mtime=0, user="", group="", compress=False)
 
     def finish(self) -> None:
         """Writes what is still in memory, so that several writers can fail before the first replaces shards.
         Raises UserError when the disk is full."""
-        try:
-            if self.tar is not None:
-                self.tar.close()
-        except OSError as error:
-            raise self.failed(error) from None
-        finally:
-            self.tar = None
+        if self.shards:
+            self.shards[-1].finish()
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         with self.lock:
             try:
-                self.finish()
-            except UserError:  # what the last buffer holds does not fit either
-                self.remove_partial()
                 if kind is None:
-                    raise
-                return
-            if kind is not None:
-                self.remove_partial()
-                return
-            new = [self.folder / f"{self.split}-{number:06d}.tar" for number in range(len(self.partial))]
-            for path, name in zip(self.partial, new, strict=True):
-                path.replace(name)
-            for split in (self.split, OLD_HELD_OUT) if self.split == HELD_OUT else (self.split,):
-                for old in {*self.folder.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9][0-9].tar")} - {*new}:
-                    old.unlink()
+                    self.finish()
+                    self.publish()
+            finally:
+                for shard in self.shards:
+                    shard.discard()
 
-    def remove_partial(self) -> None:
-        for path in self.partial:
-            path.unlink(missing_ok=True)
+    def publish(self) -> None:
+        for shard in self.shards:
+            shard.publish()
+        new = {shard.path for shard in self.shards}
+        for split in (self.split, OLD_HELD_OUT) if self.split == HELD_OUT else (self.split,):
+            for old in {*self.folder.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9][0-9].tar")} - new:
+                remove_shard(old)
 
-    def failed(self, error: OSError) -> UserError:
-        return UserError(f"cannot write {self.folder}/{self.split}-*.tar: {error.strerror or error}")
+
+def remove_shard(shard: Path) -> None:
+    shard.unlink()
+    beside(shard).unlink(missing_ok=True)
 
 
 class Outcome:
