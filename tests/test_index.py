@@ -1,6 +1,7 @@
 """Where samples lie: indexes beside shards and in the cache, and what makes them stale."""
 
 import gzip
+import os
 import pickle
 import shutil
 import warnings
@@ -12,7 +13,7 @@ import pytest
 from test_tar import NAMES, tar_of
 
 from mmvit.data import index as indexes
-from mmvit.data.index import SUFFIX, Index, index_of, load_index, save_index, scan
+from mmvit.data.index import SUFFIX, Index, beside, index_of, load_index, save_index, scan
 from mmvit.data.shards import read_shard
 from mmvit.data.stream import ShardStream
 from mmvit.data.tally import Tally
@@ -68,6 +69,25 @@ def test_an_index_is_taken_from_beside_the_shard(shard, run_script):
     assert ran.stdout.endswith("40 samples in 1 shard\n"), ran.stderr
     with mock.patch.object(indexes, "scan", side_effect=AssertionError):
         assert (index_of(shard).ranges == scan(shard).ranges).all()
+
+
+def test_an_interrupted_index_goes_on_and_makes_stale_ones_again(shard, run_script):
+    shards = [shard, *(Path(shutil.copy(shard, shard.with_name(f"train-{n:06d}.tar"))) for n in range(1, 5))]
+    assert run_script("pipelines/index_shards.py", shard.parent, "--workers", 2).returncode == 0
+    right = [beside(each).read_bytes() for each in shards]
+    beside(shards[1]).unlink()
+    beside(shards[2]).write_bytes(right[2][:-1])
+    shards[3].write_bytes(tar_of(NAMES[::-1]))  # of the same size
+    os.utime(beside(shards[3]))
+    shards[4].write_bytes(tar_of([*NAMES[:1], *NAMES[5:9], *NAMES[1:5], *NAMES[9:]]))
+    os.utime(beside(shards[4]), (0, 0))  # of the same three headers
+    scanned = []
+    with mock.patch.object(indexes, "scan", lambda path: scanned.append(path) or scan(path)):
+        ran = run_script("pipelines/index_shards.py", shard.parent, "--workers", 0)
+    assert ran.stdout.endswith("200 samples in 5 shards\n"), ran.stderr
+    assert scanned == shards[1:]
+    assert [beside(each).read_bytes() for each in shards[:3]] == right[:3]
+    assert (load_index(beside(shards[3]), shards[3]).ranges == scan(shards[3]).ranges).all()
 
 
 def test_a_large_shard_is_indexed_once_and_kept_in_the_cache(shard, monkeypatch):
@@ -196,8 +216,8 @@ def fix_checksum(shard: Path, start: int) -> None:
 
 
 def test_a_reader_can_be_sent_to_a_worker(shard):
-    for beside in (False, True):
-        if beside:
+    for has_own in (False, True):
+        if has_own:
             save_index(scan(shard), shard.with_name(shard.name + SUFFIX))
         stream = ShardStream(shard, key, 10, seed=1)
         sent = pickle.loads(pickle.dumps(stream.reader))

@@ -53,6 +53,13 @@ class Index:
             raise UserError(f"{self.path} is not of {self.shard} as it is now: run mmvit index again")
         return ranges
 
+    def fits(self) -> bool:
+        """Whether the ranges are of the shard as it is now, as far as the headers of three samples tell."""
+        try:
+            return self.ranges is not None
+        except (UserError, OSError):
+            return False
+
     def __reduce__(self):
         if self.path is None:
             return Index.of, (self.shard, self.ranges, self.problem)
@@ -90,6 +97,24 @@ def index_of(shard: Path) -> Index:
 def beside(shard: Path) -> Path:
     """The place of a shard's index beside it."""
     return shard.with_name(shard.name + SUFFIX)
+
+
+def write_index(shard: Path) -> tuple[int, str]:
+    """Writes a shard's index beside it, unless one that fits is there; returns the number of samples, and
+    what could not be read.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    path = beside(shard)
+    try:
+        index = load_index(path, shard)
+        if index is None or path.stat().st_mtime_ns < shard.stat().st_mtime_ns or not index.fits():
+            index = scan(shard)
+            save_index(index, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    return index.samples, index.problem
 
 
 def scan(shard: Path) -> Index:
