@@ -24,10 +24,10 @@ from mmvit.data.tally import Tally
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.accuracy import classification_metrics
 from mmvit.evaluation.likelihood import mean_loss
-from mmvit.hub import read_weights, write_json
+from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.training import OptimizerConfig, Processes, Recipe, RunFolder, Session, TrainConfig, train
-from mmvit.training.checkpoint import MANIFEST, checksums_of, read_json, read_state, write_state
+from mmvit.training.checkpoint import read_state, write_manifest, write_state
 from mmvit.training.deepspeed_engine import DeepSpeedEngine
 from mmvit.training.distributed import open_processes
 from mmvit.training.muon import Muon
@@ -192,8 +192,7 @@ def resume_on_disks_apart(folder: Path, processes: Processes) -> None:
         state = read_state(nodes[1] / STEP_5 / STATE)
         state["progress"]["seconds"] = 123.0
         write_state(state, nodes[1] / STEP_5 / STATE)
-        manifest = read_json(nodes[1] / STEP_5 / MANIFEST) | {"sha256": checksums_of(nodes[1] / STEP_5)}
-        write_json(manifest, nodes[1] / STEP_5 / MANIFEST)
+        write_manifest(nodes[1] / STEP_5, 5)
 
     def refused(steps: int, message: str) -> None:
         with pytest.raises((UserError, SystemExit)) as caught:

@@ -1,5 +1,6 @@
 """Stopping and going on: signals, checkpoints, an uninterrupted run's equal, and what is refused."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from mmvit.errors import UserError
 from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier
 from mmvit.training import RunFolder, train
-from mmvit.training.checkpoint import Checkpoints, checksum_of, checksums_of, read_state, sizes_of
+from mmvit.training.checkpoint import Checkpoints, checksum_of, problem_of, read_state, write_manifest
 from mmvit.training.interruption import Interruption
 from mmvit.training.resume import Progress, changed_settings, check_same_model
 
@@ -280,9 +281,25 @@ def test_a_checkpoint_that_cannot_be_read_is_a_damaged_one(tmp_path):
         found, [problem] = checkpoints.latest()
     assert found.name == "step-00000001"
     assert problem.endswith("a file cannot be read (I/O error)")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": ["x"]}))
-    assert checkpoints.latest()[0].name == "step-00000001"
+
+
+def test_no_change_of_a_manifest_goes_unnoticed(tmp_path):
+    folder = Checkpoints(tmp_path, 2, ALONE).save(7, lambda folder: (folder / "model.bin").write_bytes(b"w"))
+    path = folder / "manifest.json"
+    whole = path.read_bytes()
+    assert problem_of(folder) == ""
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert json_of(path) == json.loads(whole) or "manifest.json" in problem_of(folder), path.read_text()
+    path.write_bytes(whole)
+    folder.rename(tmp_path / "step-00000009")
+    assert "manifest.json has changed" in problem_of(tmp_path / "step-00000009")
+
+
+def json_of(path: Path) -> object:
+    """None if it is none."""
+    with contextlib.suppress(ValueError):
+        return json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"bytes": 5}'])
@@ -294,13 +311,16 @@ def test_a_manifest_without_sizes_is_a_damaged_checkpoint(tmp_path, text):
     assert problem.endswith("step-00000002 is damaged: manifest.json lists no files")
 
 
-def test_checkpoints_without_checksums_are_those_of_earlier_versions(tmp_path, tiny_shards):
-    train_on_shards(new_session(tmp_path / "run", steps=2), tiny_shards)
-    path = tmp_path / "run/checkpoints/step-00000002/manifest.json"
+def test_manifests_of_earlier_versions_are_taken(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 2, ALONE)
+    folder = checkpoints.save(7, lambda folder: (folder / "model.bin").write_bytes(b"whole"))
+    path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
-    del manifest["sha256"]
-    path.write_text(json.dumps(manifest))
-    assert Checkpoints(path.parent.parent, 2, ALONE).latest() == (path.parent, [])
+    for gone in (["version", "own_sha256"], ["sha256"]):
+        for key in gone:
+            del manifest[key]
+        path.write_text(json.dumps(manifest))
+        assert checkpoints.latest() == (folder, [])
 
 
 @pytest.mark.parametrize("state", [{}, [1], {"progress": {"gone": 1}, "processes": [{}]}])
@@ -308,9 +328,7 @@ def test_a_training_state_without_its_parts_is_a_damaged_checkpoint(tmp_path, ti
     train_on_shards(new_session(tmp_path / "run", steps=2), tiny_shards)
     folder = tmp_path / "run/checkpoints/step-00000002"
     torch.save(state, folder / "training.pt")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["bytes"], manifest["sha256"] = sizes_of(folder), checksums_of(folder)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, 2)
     with pytest.raises(UserError, match=r"is damaged: training\.pt does not hold the state of a run"):
         train_on_shards(new_session(tmp_path / "run", resume=True, steps=4), tiny_shards)
 

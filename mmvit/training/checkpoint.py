@@ -21,6 +21,8 @@ from mmvit.hub import write_json
 from mmvit.training.distributed import Processes
 
 MANIFEST = "manifest.json"
+VERSION = 2  # of the manifest, which from then on vouches for itself
+KEYS = {"step", "bytes", "sha256"}  # of version 1; before that, there were no checksums
 
 
 class Checkpoints:
@@ -42,8 +44,7 @@ class Checkpoints:
         write(partial)
         self.processes.barrier()
         if self.processes.is_main:
-            listed = {"bytes": sizes_of(partial), "sha256": checksums_of(partial)}
-            write_json({"step": step, **listed}, partial / MANIFEST)
+            write_manifest(partial, step)
             flush_to_disk(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
@@ -92,19 +93,43 @@ def difference(folder: Path) -> str:
     sizes = manifest.get("bytes") if isinstance(manifest, dict) else None
     if not isinstance(sizes, dict):
         return f"{MANIFEST} lists no files"
+    if not is_as_written(manifest) or manifest["step"] != int(folder.name[5:]):
+        return f"the content of {MANIFEST} has changed since it was written"
     found = sizes_of(folder)
     for name, size in sizes.items():
         if name not in found:
             return f"{name} is missing"
         if found[name] != size:
             return f"{name} has {found[name]} bytes, not {size}"
-    if "sha256" in manifest:  # those of before 2026-12 have none
-        checksums = manifest["sha256"] if isinstance(manifest["sha256"], dict) else {}
-        found = checksums_of(folder)
-        for name in sizes:
-            if found[name] != checksums.get(name):
-                return f"the content of {name} has changed since it was written"
+    checksums = manifest.get("sha256", {})
+    found = checksums_of(folder) if checksums else {}
+    for name in checksums:
+        if found[name] != checksums[name]:
+            return f"the content of {name} has changed since it was written"
     return ""
+
+
+def write_manifest(folder: Path, step: int) -> None:
+    """Lists the files of `folder`, with their sizes and checksums."""
+    manifest = {"version": VERSION, "step": step, "bytes": sizes_of(folder), "sha256": checksums_of(folder)}
+    write_json({**manifest, "own_sha256": digest_of(manifest)}, folder / MANIFEST)
+
+
+def is_as_written(manifest: dict[str, Any]) -> bool:
+    """Whether a manifest is one of this version or of an earlier one, without any damage that it can tell."""
+    if manifest.keys() == KEYS - {"sha256"}:
+        return True
+    checksums = manifest.get("sha256")
+    if not (isinstance(checksums, dict) and checksums.keys() == manifest["bytes"].keys()):
+        return False
+    rest = {key: value for key, value in manifest.items() if key != "own_sha256"}
+    return manifest.keys() == KEYS or (
+        manifest.get("version") == VERSION and manifest.get("own_sha256") == digest_of(rest)
+    )
+
+
+def digest_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path) -> Any:
