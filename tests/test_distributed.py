@@ -95,7 +95,7 @@ def new_session(
         "steps": STEPS,
         "batch_size": 8,
         "precision": "fp32",
-        "log_every": 1,
+        "log_every": 3,
         "evaluate_every": 3,
         "ema_decay": 0.8,
     }
@@ -245,7 +245,12 @@ def main() -> None:
             processes.on_main(lambda: shutil.copytree(folder / mode, on))  # noqa: B023
             check_decay_after_resuming(on, processes, MODES[mode])
         run_training(new_session(folder / "zero2-bf16", processes, MODES["zero2"], precision="bf16"))
-        run_training(new_session(folder / "zero3-bf16", processes, MODES["zero3"], precision="bf16"))
+        settings = {"deepspeed": MODES["zero3"], "precision": "bf16"}
+        run_training(new_session(folder / "zero3-bf16", processes, **settings))
+        cut = folder / "zero3-bf16-cut"
+        with pytest.raises(SystemExit, match="143"):
+            run_training(new_session(cut, processes, **settings, evaluate_every=8), stop_before=5)
+        run_training(new_session(cut, processes, **settings, resume=True, evaluate_every=2))
 
 
 def start_two(script: str | Path, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -284,7 +289,7 @@ def losses(run: Path, kind: str) -> list[float]:
 def test_two_processes_reach_the_loss_of_one(two_processes, one_process, mode):
     run, reference = two_processes / mode, one_process / ("plain" if mode == "zero3" else "averaged")
     expected = losses(reference, "train")
-    assert len(expected) == STEPS
+    assert len(expected) == 3
     assert expected[-1] < 0.85 * expected[0]
     assert losses(run, "train") == pytest.approx(expected, rel=1e-4)
     assert losses(run, "held_out") == pytest.approx(losses(reference, "held_out"), rel=1e-4)
@@ -320,13 +325,26 @@ def test_bf16_autocast_keeps_fp32_weights(two_processes, one_process, mode):
     assert expected != losses(one_process / "plain", "train")
 
 
+def test_neither_stops_nor_evaluations_change_a_run_under_zero_3_in_bf16(two_processes):
+    whole, cut = two_processes / "zero3-bf16", two_processes / "zero3-bf16-cut"
+    assert losses(cut, "train") == losses(whole, "train")
+    left, right = (read_weights(run / "last/model.safetensors") for run in (whole, cut))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert not all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in left.values())
+
+
 def test_checkpoint_of_two_processes_resumes_in_one(two_processes, tmp_path):
-    shutil.copytree(two_processes / "ddp", tmp_path / "run")
+    """Amid two lines of metrics: the means of both processes so far are in the next one."""
+    shutil.copytree(two_processes / "ddp-cut", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
     alone = Processes(0, 1, torch.device("cpu"))
-    session = new_session(tmp_path / "run", alone, resume=True, steps=STEPS + 2)
+    session = new_session(tmp_path / "run", alone, resume=True, accumulation=2)
     run_training(session)
     steps = [record["step"] for record in session.run.read_metrics() if record["kind"] == "train"]
-    assert steps == list(range(1, STEPS + 3))
+    assert steps == [3, 6, 8]
+    assert losses(session.run.path, "train") == pytest.approx(
+        losses(two_processes / "ddp", "train"), rel=1e-4
+    )
 
 
 def test_checkpoints_of_other_engines_are_refused(two_processes, tmp_path):

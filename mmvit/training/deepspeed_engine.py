@@ -127,13 +127,17 @@ class DeepSpeedEngine:
             self.model.train()
 
     def whole_model(self) -> nn.Module:
-        """The model with all its weights in this process; every process must call it."""
+        """The model with all its weights in this process; every process must call it.
+
+        What is whole already (small weights, after a step) must stay so: gathered again for the next pass, it
+        would come in bf16, and training would depend on when it was evaluated.
+        """
         if self.gathered is None:
             return self.model
         with torch.no_grad():
             for whole, part in zip(tensors_of(self.gathered), tensors_of(self.model), strict=True):
-                gathering = self.zero_parameters(part) if hasattr(part, "ds_id") else nullcontext()
-                with gathering:
+                is_whole = not hasattr(part, "ds_id") or part.ds_status.name == "AVAILABLE"
+                with nullcontext() if is_whole else self.zero_parameters(part):
                     whole.copy_(part)
         return self.gathered
 
