@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, Protocol
 
 from pydantic import ValidationError
@@ -89,14 +90,20 @@ def save(
 ) -> None:
     """Writes a checkpoint; every process must call it."""
     processes = session.processes
-    own = {"stream": stream.state_dict(), "random": random_state(processes.device)}
-    everyone = processes.gather(own)
     progress.sums = {name: float(total) for name, total in progress.sums.items()}
+    own = {
+        "stream": stream.state_dict(),
+        "random": random_state(processes.device),
+        "sums": progress.sums,
+    }
+    everyone = processes.gather(own)
 
     def write(folder: Path) -> None:
         engine.save(folder)
         if processes.is_main:
-            write_state({"progress": asdict(progress), "processes": everyone}, folder / STATE)
+            means = {name: fmean(each["sums"][name] for each in everyone) for name in progress.sums}
+            shared = {**asdict(progress), "sums": means}
+            write_state({"progress": shared, "processes": everyone}, folder / STATE)
             write_json(session.recipe.model_dump(mode="json"), folder / RECIPE)
 
     checkpoints.save(progress.step, write)
@@ -175,6 +182,8 @@ def resume(session: Session, folder: Path, engine: Engine, stream: Stream) -> tu
         same_world = len(saved) == processes.world_size
         own = saved[processes.rank if same_world else 0]
         randomness = own["random"]
+        if same_world:
+            progress.sums = own.get("sums", progress.sums)  # before 2026-12, only those of rank 0 were kept
         place = split_state([each["stream"] for each in saved], processes.rank, same_world)
     except (LookupError, TypeError):
         raise damaged(folder, f"{STATE} does not hold the state of a run") from None
