@@ -24,6 +24,7 @@ from mmvit.sampling.any_order import group_bounds
 from mmvit.sampling.candidates import any_order_likelihoods, log_likelihood
 from mmvit.sampling.decoding import decode, default_steps, draw, filter_logits, sample_codes, uniforms
 from mmvit.sampling.generator import Generator
+from mmvit.sampling.settings import SamplingSettings
 
 CORE = TransformerConfig(width=32, depth=2, num_heads=2)
 CAPTIONS = torch.tensor([[3, 4, 0], [5, 0, 0]])
@@ -343,6 +344,8 @@ def test_an_edit_keeps_the_pixels_outside_its_mask(tokenizer):
 @pytest.mark.parametrize("order", ["any", "raster"])
 def test_an_image_is_extended_where_positions_go_on(tokenizer, order, run_script, tmp_path):
     generator = tiny_generator(tokenizer, order, positions="rotary_2d")
+    generator.defaults = SamplingSettings(temperature=0.9)
+    assert generator.with_grid((3, 5)).defaults == generator.defaults
     image = Image.effect_noise((24, 16), 80).convert("RGB")
     codes = []
     draw = Generator.draw

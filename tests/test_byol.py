@@ -11,7 +11,9 @@ from mmvit.core.transformer import TransformerConfig
 from mmvit.data.views import Views, ViewsConfig
 from mmvit.errors import UserError
 from mmvit.models.byol import BYOL, BYOLConfig, target_momentum
+from mmvit.models.classification import FitBatch
 from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.places import load_script
 from mmvit.recipes.pretraining import PretrainingRecipe
 
 CORE = TransformerConfig(width=16, depth=1, num_heads=2)
@@ -128,6 +130,23 @@ def test_a_representation_layer_which_would_stay_random_is_refused():
     values["model"]["representation_width"] = 8
     with pytest.raises(UserError, match=r"model\.representation_width is a layer of a classifier's head"):
         build_config(PretrainingRecipe, {**values, "method": "byol"}, "recipe")
+
+
+def test_the_script_builds_the_objective_of_the_recipe():
+    values = {"output": "run", "data": {"train": "a", "held_out": "b"}, "method": "byol"}
+    values["model"] = {
+        "image_size": 8,
+        "patch_size": 4,
+        "channels": 1,
+        "num_classes": 3,
+        "core": CORE.model_dump(),
+    }
+    values |= {"train": {"steps": 7, "accumulation": 2}, "byol": SMALL.model_dump()}
+    recipe = build_config(PretrainingRecipe, values, "recipe")
+    model = load_script("pipelines/pretrain_classifier.py").build_objective(recipe)
+    assert (model.total, model.accumulation, model.config) == (7, 2, SMALL)
+    batch = FitBatch(recipe.model)(views())  # grey
+    assert model.loss(batch)[0].isfinite()
 
 
 def test_views_differ_between_images_and_from_each_other():

@@ -117,14 +117,21 @@ def test_cached_core_equals_uncached(parts):
 
 
 @pytest.mark.parametrize("parts", VARIANTS.values(), ids=VARIANTS)
-def test_activation_checkpointing_gives_the_same_gradients(parts):
-    gradients = []
+def test_activation_checkpointing_gives_the_same_gradients_and_stores_less_for_them(parts):
+    gradients, stored = [], []
     for checkpointing in (False, True):
         core = random_core(**parts, activation_checkpointing=checkpointing, dropout=0.2).train()
         torch.manual_seed(1)
-        core(torch.ones(2, 5, 32)).square().sum().backward()
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, kept=kept: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
+        ):
+            loss = core(torch.ones(2, 5, 32)).square().sum()
+        loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in core.parameters()]))
+        stored.append(sum(kept))
     torch.testing.assert_close(*gradients)
+    assert stored[1] < stored[0] / 4
 
 
 def test_rotary_logits_depend_on_relative_place_alone():
@@ -185,7 +192,7 @@ def test_queries_and_keys_have_norms_of_their_own():
 
 def test_weights_that_write_into_the_residual_stream_begin_smaller():
     torch.manual_seed(0)
-    core = Transformer(TransformerConfig(width=256, depth=8, num_heads=4))
+    core = Transformer(TransformerConfig(width=256, depth=8, num_heads=4, layer_scale=0.1))
     for name, parameter in core.named_parameters():
         if name.endswith((".qkv.weight", ".up.weight")):
             assert parameter.std().item() == pytest.approx(0.02, rel=0.02), name
@@ -193,6 +200,8 @@ def test_weights_that_write_into_the_residual_stream_begin_smaller():
             assert parameter.std().item() == pytest.approx(0.02 / 4, rel=0.02), name  # √(2 · 8)
         elif name.endswith(".bias"):
             assert not parameter.any(), name
+        elif name.endswith(".scale"):
+            assert parameter.eq(0.1).all(), name
 
 
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])

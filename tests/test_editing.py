@@ -252,8 +252,10 @@ def test_a_kept_upper_half_stays_in_every_image(generator):
     drawn = generator.generate_codes("pear", 3, given=given)
     assert (drawn[:, 0] == codes[:, 0]).all()
     assert [one.tobytes() for one in generator.images(drawn)] == [one.tobytes() for one in images]
-    two = complete(generator, [image, image], torch.stack([kept, ~kept]), ["pear", "red apple"])
-    assert len(two) == 2
+    given = torch.tensor([[[1, 2, 3], [-1] * 3], [[-1] * 3, [4, 5, 6]]])
+    drawn = generator.generate_codes(["pear", "red apple"], 2, given=given)
+    assert torch.equal(drawn[:2, 0], given[[0, 0], 0])  # both versions of the first image
+    assert torch.equal(drawn[2:, 1], given[[1, 1], 1])
 
 
 def test_variations_keep_their_share(generator):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from mmvit.data.writing import ShardWriter
 from mmvit.evaluation.accuracy import classification_metrics, shifted_and_mirrored
 from mmvit.evaluation.attention_maps import attention_maps, attention_weights, rollout
 from mmvit.evaluation.calibration import calibration_error, confusion_matrix, draw_confusion
+from mmvit.evaluation.classifier_report import evaluate_classifier, read_out
 from mmvit.evaluation.frozen import (
     draw_shots,
     few_shot_accuracy,
@@ -236,6 +239,48 @@ def test_saliency_finds_the_patch_that_decides_where_attention_does_not():
     assert (found.amax((1, 2)) == 1).all()
     assert hits(found) > 0.7  # the deviation from the mean colour alone finds 54%
     assert hits(attention_maps(model, pixels)) < 0.5  # the stem's norms have told all other patches
+
+
+class Flat(torch.nn.Module):
+    """A classifier of two classes whose features are its two pixels, and whose head doubles them."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = ClassifierConfig(image_size=(1, 2), patch_size=1, channels=1, num_classes=2)
+        self.head = torch.nn.Linear(2, 2, bias=False)
+        self.head.weight.data = 2 * torch.eye(2)
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.flatten(1)
+
+
+def test_augmented_copies_vote_with_probabilities():
+    pixels, labels = (
+        torch.tensor([[0.9, -0.3], [0.1, 0.2]])[:, None, None].expand(2, 3, 1, 2),
+        torch.tensor([0, 1]),
+    )
+    with mock.patch(
+        "mmvit.evaluation.classifier_report.batches_of", return_value=[{"pixels": pixels, "labels": labels}]
+    ):
+        found = read_out(
+            Flat(), Path(), "test", precision=torch.float32, copies=lambda x: [x, x.flip(-1), -x]
+        )
+    x = pixels[:, 0, 0]
+    shares = torch.stack([(2 * each).softmax(1) for each in (x, x.flip(-1), -x)]).mean(0)
+    torch.testing.assert_close(found["logits"].softmax(1), shares)
+    torch.testing.assert_close(found["features"], x)  # of the image itself
+
+
+def test_probes_learn_from_the_training_split(tiny_shards, tmp_path):
+    core = TransformerConfig(width=16, depth=1, num_heads=2)
+    model = Classifier(ClassifierConfig(image_size=16, patch_size=8, num_classes=4, core=core))
+    with mock.patch("mmvit.evaluation.classifier_report.frozen_figures", return_value={}) as probes:
+        evaluate_classifier(model.save_pretrained(tmp_path), tiny_shards, "held-out", probe=True)
+    known, labels, held_out, truth = probes.call_args.args
+    assert known.shape == (48, 16)
+    assert held_out.shape == (8, 16)
+    assert labels.tolist() == [number % 4 for number in range(48)]
+    assert truth.tolist() == [number % 4 for number in range(8)]
 
 
 def test_the_script_measures_and_draws(run_script, tiny_shards, tmp_path):

@@ -6,10 +6,12 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from mmvit import ImageClassifier
 from mmvit.errors import UserError
-from mmvit.hub import SHIPPED, check_writable, find_model_folder, whole_file, write_json
+from mmvit.hub import SHIPPED, check_writable, find_model_folder, read_weights, whole_file, write_json
+from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
 from mmvit.models.registry import load_image_tokenizer
 
 
@@ -92,3 +94,14 @@ def test_what_cannot_be_written_is_found_out_beforehand(tmp_path):
     with full, pytest.raises(UserError, match=r"sheet\.png cannot be written: No space left on device"):
         check_writable(tmp_path / "sheet.png")
     assert [*tmp_path.iterdir()] == [tmp_path / "file"]
+
+
+def test_weights_are_saved_in_the_precision_asked_for(tmp_path):
+    model = DiscreteVAE(DiscreteVAEConfig(codebook_size=16, width=8, blocks_per_group=1, code_width=4))
+    weights = read_weights(model.save_pretrained(tmp_path, torch.bfloat16) / "model.safetensors")
+    assert weights.pop("passes").dtype == torch.int64
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    again = DiscreteVAE.from_pretrained(tmp_path)
+    assert not again.training
+    for name, tensor in weights.items():
+        assert torch.equal(again.state_dict()[name], tensor.float()), name

@@ -141,3 +141,26 @@ def test_dalles_recipes_train_as_published(name):
     if name == "dalle":
         assert (train.batch_size, train.steps, optimizer.warmup_steps) == (1024, 430_000, 5000)
         assert (model.core.width, model.core.depth, model.core.num_heads) == (3968, 64, 62)
+
+
+def test_models_import_nothing_heavy_but_torch():
+    code = """
+import importlib, pkgutil, sys
+import mmvit.core, mmvit.models
+for room in (mmvit.core, mmvit.models):
+    for module in pkgutil.iter_modules(room.__path__):
+        importlib.import_module(f"{room.__name__}.{module.name}")
+print(*{name.partition(".")[0] for name in sys.modules})
+"""
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    heavy = {
+        "kornia",
+        "matplotlib",
+        "torchmetrics",
+        "transformers",
+        "deepspeed",
+        "webdataset",
+        "PIL",
+        "scipy",
+    }
+    assert not {*ran.stdout.split()} & heavy

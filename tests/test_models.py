@@ -1,8 +1,6 @@
 """Classifier and generator: exact sizes, losses by hand, and one core for both."""
 
 import math
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
@@ -80,29 +78,6 @@ def test_every_preset_builds_on_the_meta_device():
         with torch.device("meta"):
             model = build_model(config)
         assert sum(p.numel() for p in model.parameters()) > 1e6, name
-
-
-def test_models_import_nothing_heavy_but_torch():
-    code = """
-import importlib, pkgutil, sys
-import mmvit.core, mmvit.models
-for room in (mmvit.core, mmvit.models):
-    for module in pkgutil.iter_modules(room.__path__):
-        importlib.import_module(f"{room.__name__}.{module.name}")
-print(*{name.partition(".")[0] for name in sys.modules})
-"""
-    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    heavy = {
-        "kornia",
-        "matplotlib",
-        "torchmetrics",
-        "transformers",
-        "deepspeed",
-        "webdataset",
-        "PIL",
-        "scipy",
-    }
-    assert not {*ran.stdout.split()} & heavy
 
 
 def test_an_unknown_preset_names_the_nearest():
@@ -423,6 +398,25 @@ def test_labels_are_smoothed_in_training_alone():
     for training, expected in ((True, 0.8 * sharp - 0.2 * logs.mean()), (False, sharp)):
         metrics = model.train(training).loss({"caption_ids": captions, "codes": codes})[1]
         torch.testing.assert_close(metrics["image_loss"], expected)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda core: small_generator(core=core),
+        lambda core: randomise(Classifier(ClassifierConfig(image_size=16, num_classes=4, core=core))),
+    ],
+)
+def test_dropout_reaches_the_embedded_tokens(build):
+    model, read = build(CORE.model_copy(update={"dropout": 0.5})), []
+    model.core.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    captions, codes = captions_and_codes(32)
+    pixels, labels = torch.randn(32, 3, 16, 16), torch.zeros(32, dtype=torch.long)
+    for training, share in ((True, 0.5), (False, 0.0)):
+        model.train(training).loss(
+            {"caption_ids": captions, "codes": codes, "pixels": pixels, "labels": labels}
+        )
+        assert (read.pop() == 0).float().mean().item() == pytest.approx(share, abs=0.05)
 
 
 def test_codes_that_look_alike_start_alike():

@@ -141,6 +141,18 @@ def test_smoothed_labels_by_hand():
     torch.testing.assert_close(classification_loss(logits, mixed, 0.2)[0], expected)
 
 
+def test_both_kinds_of_classifier_smooth_their_labels():
+    batch = {"pixels": torch.randn(5, 3, 8, 8), "labels": torch.tensor([0, 1, 2, 3, 3])}
+    shared = {"image_size": 8, "num_classes": 4, "label_smoothing": 0.2}
+    for model in (
+        Classifier(ClassifierConfig(patch_size=4, core=CORE, **shared)),
+        ResNet(ResNetConfig(width=32, depths=(1,), root="small", **shared)),
+    ):
+        nn.init.normal_(model.head.weight)
+        expected = classification_loss(model(batch["pixels"]), batch["labels"], 0.2)[0]
+        torch.testing.assert_close(model.loss(batch)[0], expected)
+
+
 def test_accuracy_of_mixed_labels_is_that_of_the_largest_share():
     shares = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.4, 0.6], [0.6, 0.3, 0.1], [0.1, 0.2, 0.7]])
     logits = torch.eye(3)[[0, 2, 0, 0]]  # the last one is wrong

@@ -96,6 +96,9 @@ def test_images_are_fitted_to_the_classifier():
     assert (distance(pixels, pixels + 0.5) > 1e-3).all()
     grey = torch.full((1, 3, 40, 24), 0.25)
     torch.testing.assert_close(fit_pixels(grey, distance.classifier.config), torch.full((1, 1, 16, 16), 0.25))
+    stripes = torch.ones(1, 3, 48, 48)
+    stripes[..., ::2] = -1  # too fine for 16 pixels
+    assert fit_pixels(stripes, distance.classifier.config).abs().max() < 0.2
     with pytest.raises(UserError, match="a classifier of 2 channels cannot compare images, which have 3"):
         FeatureDistance(small_classifier(channels=2))
 

@@ -8,11 +8,14 @@ import pytest
 import torch
 from generator_scripts import SMALL, refused
 
+from mmvit.config import build_config
 from mmvit.data.captions import TextTokenizer
 from mmvit.hub import read_weights
 from mmvit.models.generator_transformer import GeneratorTransformer
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.models.vqgan import VQGAN, VQGANConfig
+from mmvit.places import load_script
+from mmvit.recipes.generator import GeneratorRecipe
 from mmvit.sampling.generator import Generator
 
 
@@ -29,6 +32,17 @@ def test_a_run_leaves_models_curves_and_samples(generator_run):
     ]
     assert [line["step"] for line in held_out] == [2, 4]
     assert held_out[1]["image_loss"] < held_out[0]["image_loss"]
+
+
+def test_codes_start_from_the_codebook_unless_the_recipe_says_no():
+    small = {"codebook_size": 16, "grid": (2, 2), "core": {"width": 16, "depth": 1, "num_heads": 2}}
+    values = {"output": "run", "data": {"train": "a", "held_out": "b"}, "model": small}
+    start = load_script("pipelines/train_caption_to_image.py").starting_model
+    data = mock.Mock(image_tokenizer=VQModel(VQConfig(codebook_size=16)))
+    for section, starts in (({}, True), ({"codebook": False}, False)):
+        recipe = build_config(GeneratorRecipe, {**values, "start": section}, "recipe")
+        model = start(mock.Mock(recipe=recipe, continues=False), data)
+        assert bool(model.image_head.weight.any()) == starts  # a head of zeros otherwise
 
 
 def test_codes_of_another_tokenizer_are_refused(encoded, run_script, tmp_path):

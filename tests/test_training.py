@@ -18,7 +18,15 @@ from mmvit.errors import UserError
 from mmvit.evaluation.accuracy import classification_metrics
 from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier
-from mmvit.training import OptimizerConfig, Processes, RunFolder, TrainConfig, open_session, train
+from mmvit.training import (
+    OptimizerConfig,
+    Processes,
+    RunFolder,
+    TrainConfig,
+    open_session,
+    train,
+    training_stream,
+)
 from mmvit.training.distributed import choose_device
 from mmvit.training.optim import rate_scale
 from mmvit.training.resume import Progress
@@ -85,6 +93,20 @@ def test_processes_draw_different_dropout_from_one_seed(tmp_path):
     assert drawn(0, 7, "again") == first
     assert not {*drawn(1, 7, "rank")} & {*first}
     assert not {*drawn(0, 8, "seed")} & {*first}
+
+
+def test_the_seed_chooses_the_first_weights_and_the_order_of_samples(tmp_path, tiny_shards):
+    def begin(number: int, seed: int) -> tuple[list[float], list[str]]:
+        recipe = ClassifierRecipe(output=tmp_path / str(number), train=TrainConfig(seed=seed, num_workers=0))
+        with open_session(recipe) as session:
+            decode = ClassifierSample((16, 16), 4)
+            batches = iter(training_stream(session, [f"{tiny_shards}/train-*.tar"], decode, 100))
+            return Classifier(MODEL).stem.proj.weight.flatten().tolist(), next(batches)["keys"]
+
+    first, again, other = begin(0, 7), begin(1, 7), begin(2, 8)
+    assert first == again
+    assert first[0] != other[0]
+    assert first[1] != other[1]
 
 
 def test_run_folder_is_complete_and_its_models_load(tmp_path, tiny_shards):

@@ -197,6 +197,18 @@ def test_kmeans_starts_the_codes_where_the_vectors_are():
     assert (codebook.vectors() * before).sum(-1).min() > 0.99
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_kmeans_moves_every_centre_to_the_middle_of_its_vectors_so_many_times(steps):
+    vectors, codebook = F.normalize(noise(64, 4), dim=-1), Codebook(VQConfig(**SMALL, kmeans_steps=steps))
+    with mock.patch("torch.randperm", return_value=torch.arange(64)):
+        codebook.start(vectors)
+    centres = vectors[:16]
+    for _ in range(steps):
+        nearest = (vectors @ centres.T).argmax(-1)
+        centres = torch.stack([F.normalize(vectors[nearest == code].sum(0), dim=0) for code in range(16)])
+    torch.testing.assert_close(codebook.sums, centres)
+
+
 def test_a_codebook_of_the_optimizer_is_pulled_to_its_vectors_and_revived():
     torch.manual_seed(0)
     settings = {**SMALL, "codebook_update": "gradient", "codebook_decay": 0.9}
