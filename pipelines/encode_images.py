@@ -2,10 +2,15 @@
 
     mmvit encode data/emoji data/emoji-codes
     mmvit encode data/photos data/photos-codes --tokenizer runs/photos-image --size 96
+    torchrun --nproc_per_node 8 -m mmvit encode data/photos data/photos-codes --tokenizer runs/photos-image
 
-The first takes 20 s for 3,953 emoji on 2 cores. Every split of the source is encoded; a sample keeps its
-captions and class, loses its image and gains `codes.npy` (rows, columns). dataset.json says which image
-tokenizer made the codes, and training checks it.
+The first takes 20 s for 3,953 emoji on 2 cores. Every split of the source is encoded, each shard to one of
+the same name; a sample keeps its captions and class, loses its image and gains `codes.npy` (rows, columns).
+dataset.json says which image tokenizer made the codes, and training checks it.
+
+Processes that torchrun starts share out the shards. Finished shards are kept when the command is interrupted,
+and the same command goes on from there, on any number of processes; a shard is encoded again only if its
+source, the tokenizer or an option has changed. The result is the same, byte for byte.
 
     mmvit encode data/emoji data/emoji-augmented --augmented 8 --flip-unless "left right"
 
@@ -15,32 +20,39 @@ caption, in any language, has a word that begins with "left" or "right" ("leftwa
 """
 
 import itertools
-import random
 import re
-import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import signal
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from typer import Argument, Option
 
 from mmvit.cli import run_script
-from mmvit.data.augment import Augment, AugmentConfig
-from mmvit.data.captions import read_caption, read_captions
 from mmvit.data.codes import MAX_CODES, pack_codes
-from mmvit.data.images import decode_image, has_shape, measure_image, parse_size, to_unit_range
+from mmvit.data.encoding import Copies, DecodeImages, Part, read_parts, split_for
+from mmvit.data.finished import FinishedShards, is_file
+from mmvit.data.images import parse_size, to_unit_range
+from mmvit.data.index import beside, load_index
 from mmvit.data.lock import sole_writer
-from mmvit.data.samples import AUGMENTED, IMAGE_EXTENSIONS, image_bytes
-from mmvit.data.shards import BadSample, Sample, expand_shards, split_of
+from mmvit.data.samples import AUGMENTED
+from mmvit.data.shards import BadShard, Sample, expand_shards, read_shard
+from mmvit.data.workers import default_workers, map_ahead
 from mmvit.data.writing import (
     Outcome,
-    ShardWriter,
+    WholeShard,
     inherited_facts,
     read_dataset_card,
-    read_samples,
+    remove_shard,
     write_dataset_card,
 )
 from mmvit.errors import UserError
@@ -48,10 +60,12 @@ from mmvit.hub import fingerprint, trained_size
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.registry import load_image_tokenizer
 from mmvit.progress import with_progress
+from mmvit.training.distributed import open_processes
 
 BATCH = 64
-FIRST_JOINED = "\u0590"  # Hebrew, Arabic, Indic, Thai, Chinese, ...: behind Latin, Greek and Cyrillic
 TRAIN = "train"  # the split whose images get augmented copies
+RECORDS = ".encoded"  # of finished shards
+FOREVER = timedelta(days=365)  # that a process waits for the others' last shards
 
 
 def main(
@@ -72,141 +86,188 @@ def main(
     flip_unless: Annotated[
         str, Option(help='flip every second copy, unless a caption has a word that begins so: "left right"')
     ] = "",
+    workers: Annotated[
+        int | None,
+        Option(
+            min=0,
+            help="processes that decode images ahead, for each that encodes (default: one for each core but "
+            "one, at most 8)",
+        ),
+    ] = None,
 ) -> None:
     facts = inherited_facts(source, out)
     height, width = parse_size(size) if size else trained_size(tokenizer)
-    model = load_image_tokenizer(tokenizer, "cuda" if torch.cuda.is_available() else "cpu")
+    copies = Copies(
+        augmented, shift, tuple(re.split(r"[\s,]+", flip_unless.strip(" ,"))) if flip_unless else ()
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with finished_are_kept(), open_processes(device) as processes, ExitStack() as stack:
+        model = load_image_tokenizer(tokenizer, processes.device)
+        made = describe_tokenizer(model, tokenizer, height, width)
+        how = {name: fact for name, fact in made.items() if name != "path"} | {"copies": asdict(copies)}
+        shards = name_shards(expand_shards(source))
+        finished = FinishedShards(out, RECORDS, how)
+        several = processes.world_size > 1
+        group = dist.new_group(backend="gloo", timeout=FOREVER) if several else None
+        chosen: list[list[str]] = [[]]
+
+        def begin() -> None:
+            chosen[0] = to_encode(shards, finished)
+            refuse_other_shards(out, shards)
+            refuse_damaged({name: shards[name] for name in chosen[0]}, out)
+            stack.enter_context(sole_writer(out))
+            (out / "dataset.json").unlink(missing_ok=True)  # which says what made codes of before
+            finished.records.mkdir(exist_ok=True)
+
+        processes.on_main(begin)
+        if several:
+            dist.broadcast_object_list(chosen, group=group)
+        own = {name: shards[name] for name in chosen[0][processes.rank :: processes.world_size]}
+        if workers is None:
+            workers = default_workers()
+        decode = DecodeImages((height, width), {TRAIN: copies})
+        ahead = map_ahead(decode, read_parts(own.values()), workers if own else 0)
+        parts = stack.enter_context(closing(ahead))
+        if processes.is_main:
+            of_all = f" (process 1 of {processes.world_size})" if several else ""
+            parts = with_progress(
+                parts, count_samples(own.values()), f"encoding{of_all}", attrgetter("num_read")
+            )
+        encode_shards(model, own, parts, finished)
+        if several:
+            dist.barrier(group=group)
+        processes.on_main(lambda: complete(source, out, shards, finished, facts, made))
+
+
+@contextmanager
+def finished_are_kept() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    earlier = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(
+            "interrupted: finished shards are kept, and the same command goes on from there", file=sys.stderr
+        )
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+def describe_tokenizer(model: ImageTokenizer, path: str, height: int, width: int) -> dict[str, Any]:
+    """What dataset.json says of the image tokenizer. Raises UserError if images of this size do not fit."""
     try:
         grid = model.grid(height, width)
     except UserError as error:
-        raise UserError(f"--size {height}x{width} does not fit {tokenizer}: {error}") from None
+        raise UserError(f"--size {height}x{width} does not fit {path}: {error}") from None
     if model.codebook_size > MAX_CODES:
-        raise UserError(f"{tokenizer} has {model.codebook_size:,} codes; shards hold at most {MAX_CODES:,}")
-    splits = find_splits(source)
-    numbers = read_dataset_card(source).get("samples", {})
-    if any(out.glob("*.tar")):
-        refuse_damaged(splits, sum(numbers.values()) or None)
-    with sole_writer(out):
-        make_room(out, splits)
-        outcome = Outcome(numbers)
-        copies = Copies(
-            augmented, shift, tuple(re.split(r"[\s,]+", flip_unless.strip(" ,"))) if flip_unless else ()
+        raise UserError(f"{path} has {model.codebook_size:,} codes; shards hold at most {MAX_CODES:,}")
+    return {
+        "path": path,
+        "size": [height, width],
+        "grid": list(grid),
+        "codebook_size": model.codebook_size,
+        "fingerprint": fingerprint(model),
+    }
+
+
+def name_shards(shards: Iterable[Path]) -> dict[str, Path]:
+    """The shard of images by the name of its shard of codes, `train-000000.tar`."""
+    named: dict[str, Path] = {}
+    for shard in shards:
+        name = shard.name.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar") + ".tar"
+        if name in named:
+            raise UserError(f"{named[name]} and {shard} would both become {name}: remove one of them")
+        named[name] = shard
+    return named
+
+
+def to_encode(shards: Mapping[str, Path], finished: FinishedShards) -> list[str]:
+    """The names of the shards that are not finished, or whose source is another one since."""
+    left = [name for name, shard in shards.items() if not finished.find(name, partial(is_file, shard))]
+    if kept := len(shards) - len(left):
+        print(f"{kept:,} of {len(shards):,} shards are encoded already", flush=True)
+    if again := [name for name in left if finished.record(name).exists()]:
+        print(
+            f"encoding {len(again):,} again, {again[0]} for one: the images, the tokenizer or an option has "
+            "changed since",
+            flush=True,
         )
-        for split, shards in splits.items():
-            samples = read_images(shards, (height, width), outcome, copies if split == TRAIN else Copies())
-            with ShardWriter(out, split) as writer:
-                shown = with_progress(samples, numbers.get(split), f"encoding {split}")
-                for sample, codes in encode(model, shown):
-                    files = {
-                        name: data for name, data in sample.files.items() if name not in IMAGE_EXTENSIONS
-                    }
-                    files["codes.npy"] = pack_codes(codes[0])
-                    if len(codes) > 1:
-                        files[AUGMENTED] = pack_codes(codes[1:])
-                    writer.write(sample.key, files)
-                    outcome.wrote(split)
-        if not outcome.written:
-            outcome.print(out)
-            raise UserError(f"no image in {source} could be encoded")
-        made = {
-            "path": tokenizer,
-            "size": [height, width],
-            "grid": list(grid),
-            "codebook_size": model.codebook_size,
-            "fingerprint": fingerprint(model),
-        }
-        own = {name: fact for name, fact in facts.items() if not name.startswith("image_")}  # sizes, modes
-        write_dataset_card(out, outcome, **own, image_tokenizer=made)
-    outcome.print(out)
+    return left
 
 
-@dataclass(frozen=True)
-class Copies:
-    """How many augmented copies an image gets, how far each is shifted (pixels, each way), and which
-    beginnings of words in a caption forbid flipping every second one. Without such words none is flipped."""
-
-    number: int = 0
-    shift: int = 0
-    flip_unless: tuple[str, ...] = ()
-
-    def of(self, sample: Sample, pixels: np.ndarray) -> list[np.ndarray]:
-        """uint8 (height, width, 3) → the image and its copies, drawn from a generator seeded by its key."""
-        rng = random.Random(sample.key)
-        may_flip = False
-        if self.number and self.flip_unless:
-            captions = [read_caption(sample, (), rng)] if "txt" in sample.files else []
-            captions += read_captions(sample).values() if "json" in sample.files else []
-            if not captions:
-                raise BadSample("no caption", "neither a txt nor captions in a json say whether to flip it")
-            text = normalized(" ".join(captions))
-            may_flip = not any(re.search(beginning(word), text) for word in self.flip_unless)
-        images = [pixels]
-        for number in range(self.number):
-            flip = float(may_flip and number % 2 == 1)
-            images.append(Augment(AugmentConfig(crop_padding=self.shift, flip=flip))(pixels, rng))
-        return images
-
-
-def normalized(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).lower()
-
-
-def beginning(word: str) -> str:
-    """A pattern for where a word begins; for anywhere in scripts that join words or write them together."""
-    word = normalized(word)
-    is_joined = any(character >= FIRST_JOINED for character in word)
-    return ("" if is_joined else r"(?<!\w)") + re.escape(word)
-
-
-def find_splits(folder: Path) -> dict[str, list[Path]]:
-    """The shards `train-000000.tar`, ... by split."""
-    splits: dict[str, list[Path]] = {}
-    for shard in expand_shards(folder):
-        splits.setdefault(split_of(shard), []).append(shard)
-    return splits
-
-
-def refuse_damaged(splits: Mapping[str, list[Path]], total: int | None) -> None:
-    """Raises UserError for a damaged source, before all of its codes are replaced by fewer."""
-    read = Outcome()
-    shards = [shard for members in splits.values() for shard in members]
-    for _ in with_progress(read_samples(shards, read), total, "checking the source"):
-        pass
-    for damaged in itertools.chain(*read.examples.values()):
-        raise UserError(f"{damaged}; encoding again would leave fewer codes: repair it, or encode elsewhere")
-
-
-def make_room(out: Path, splits: Iterable[str]) -> None:
-    """Deletes the dataset.json that says which tokenizer made earlier codes, before these are replaced.
-
-    Raises:
-        UserError: if `out` holds shards without codes, or splits that the source does not have.
-    """
-    there = {split_of(shard) for shard in out.glob("*.tar")}
-    if there and "image_tokenizer" not in read_dataset_card(out):
+def refuse_other_shards(out: Path, shards: Mapping[str, Path]) -> None:
+    """Raises UserError if `out` holds shards without codes, or splits that the source does not have."""
+    there = {split_for(shard) for shard in out.glob("*.tar")}
+    if there and not ("image_tokenizer" in read_dataset_card(out) or (out / RECORDS).is_dir()):
         raise UserError(f"{out} holds shards that mmvit encode did not make; name another folder")
-    if left := there - set(splits):
+    if left := there - {split_for(Path(name)) for name in shards}:
         raise UserError(
             f"{out} holds shards of {', '.join(sorted(left))}, which the source does not have; remove them, "
             "or name another folder"
         )
-    (out / "dataset.json").unlink(missing_ok=True)
 
 
-def read_images(
-    shards: list[Path], size: tuple[int, int], outcome: Outcome, copies: Copies
-) -> Iterator[tuple[Sample, np.ndarray]]:
-    """Samples with the pixels of their image and its copies, (1 + copies, 3, height, width) in [-1, 1]; those
-    without a readable image are counted."""
-    for sample in read_samples(shards, outcome):
+def refuse_damaged(shards: Mapping[str, Path], out: Path) -> None:
+    """Raises UserError for a damaged shard whose codes of before would be replaced by fewer."""
+    if not read_dataset_card(out):
+        return
+    replaced = [shard for name, shard in shards.items() if (out / name).exists()]
+    for shard in with_progress(replaced, len(replaced), "checking the source"):
         try:
-            data = image_bytes(sample)
-            images = copies.of(sample, decode_image(data, size))
-            if not has_shape(measure_image(data).size, size):
-                outcome.note("cropped around the centre (mmvit shards --fit pad keeps all)", sample.key)
-            yield sample, np.stack([to_unit_range(each) for each in images])
-        except BadSample as bad:
-            outcome.skip(bad.reason, sample.key)
+            for _ in read_shard(shard, only=()):
+                pass
+        except BadShard as error:
+            raise UserError(
+                f"{error}; encoding again would leave fewer codes: repair it, or encode elsewhere"
+            ) from None
+
+
+def count_samples(shards: Collection[Path]) -> int | None:
+    """As far as they have indexes."""
+    indexes = [load_index(beside(shard), shard) for shard in shards]
+    return sum(index.samples for index in indexes) if all(indexes) else None
+
+
+def encode_shards(
+    model: ImageTokenizer, shards: Mapping[str, Path], parts: Iterable[Part], finished: FinishedShards
+) -> None:
+    """Writes the codes of each of `shards`, of which `parts` come in their order."""
+    of_shards = itertools.groupby(parts, attrgetter("shard"))
+    for (name, shard), (_, own) in zip(shards.items(), of_shards, strict=True):
+        outcome, split, written = Outcome(), split_for(shard), WholeShard(finished.folder / name)
+        source: list[dict[str, Any]] = []
+        try:
+            for sample, codes in encode(model, samples_of(own, outcome, source)):
+                files = {**sample.files, "codes.npy": pack_codes(codes[0])}
+                if len(codes) > 1:
+                    files[AUGMENTED] = pack_codes(codes[1:])
+                written.write(sample.key, files)
+                outcome.wrote(split)
+            finished.add(written, source[0], outcome)
+        finally:
+            written.discard()
+
+
+def samples_of(
+    parts: Iterable[Part], outcome: Outcome, source: list[dict[str, Any]]
+) -> Iterator[tuple[Sample, np.ndarray]]:
+    """The samples of one shard with the pixels of their image and its copies, (1 + copies, 3, height, width)
+    in [-1, 1]. Adds to `outcome` what is counted, and to `source` what the shard is."""
+    keys: set[str] = set()
+    for part in parts:
+        outcome.add(part.outcome)
+        source += [part.source] if part.source else []
+        for sample, pixels in zip(part.samples, part.pixels, strict=True):
+            if not sample.key or sample.key in keys:
+                outcome.skip("no key of its own in the shard", sample.key)
+                continue
+            keys.add(sample.key)
+            yield sample, np.stack([to_unit_range(each) for each in pixels])
 
 
 def encode(
@@ -230,6 +291,37 @@ def encode_group(
     pixels = torch.from_numpy(np.stack([pixels for _, pixels in group])).to(device)
     codes = tokenizer.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]).cpu().numpy()
     return zip((sample for sample, _ in group), codes, strict=True)
+
+
+def complete(
+    source: Path,
+    out: Path,
+    shards: Mapping[str, Path],
+    finished: FinishedShards,
+    facts: Mapping[str, Any],
+    made: Mapping[str, Any],
+) -> None:
+    """Removes shards of before, writes dataset.json and prints what all processes, in this and interrupted
+    jobs, have counted."""
+    outcome = Outcome(read_dataset_card(source).get("samples", {}))
+    for name, shard in shards.items():
+        counted = finished.find(name, partial(is_file, shard))
+        if counted is None:
+            raise UserError(
+                f"{out / name} is not there, or {shard} has changed: see that all processes write to the "
+                "same disk, and start the same command again"
+            )
+        outcome.add(counted)
+    if not outcome.written:
+        outcome.print(out)
+        raise UserError(f"no image in {source} could be encoded")
+    for old in out.glob("*.tar"):
+        if old.name not in shards:
+            remove_shard(old)
+    finished.forget_all_but(shards)
+    own = {name: fact for name, fact in facts.items() if not name.startswith("image_")}  # sizes, modes
+    write_dataset_card(out, outcome, **own, image_tokenizer=made)
+    outcome.print(out)
 
 
 if __name__ == "__main__":

@@ -24,3 +24,9 @@ def make_shards(run_script, source: Path, out: Path, *arguments: object) -> tupl
     done = run_script("pipelines/make_shards.py", source, out, "--held-out-share", 0, *arguments)
     assert done.returncode == 0, done.stderr
     return read_split(out, "train"), done.stdout
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, with those in folders in it."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

@@ -16,6 +16,7 @@ from generator_scripts import refused
 
 from mmvit.data.augment import Augment, AugmentConfig
 from mmvit.data.codes import pack_codes, unpack_codes
+from mmvit.data.encoding import Copies
 from mmvit.data.images import decode_image, to_unit_range
 from mmvit.data.samples import CaptionCodesSample
 from mmvit.data.shards import BadSample, Sample, read_shard
@@ -130,7 +131,7 @@ def test_augmented_copies_are_shifted_and_flipped_where_the_caption_allows(
     ],
 )
 def test_an_image_is_flipped_where_no_caption_forbids_it(english, german, words, flips):
-    copies = load_script("pipelines/encode_images.py").Copies(2, 0, tuple(words))
+    copies = Copies(2, 0, tuple(words))
     captions = json.dumps({"captions": {"en": english, "de": german}}).encode()
     pixels = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
     images = copies.of(Sample("one", Path("shard"), {"txt": english.encode(), "json": captions}), pixels)
@@ -175,7 +176,7 @@ def test_codes_that_are_being_replaced_do_not_say_whose_they_are(encoded, tiny_s
         load_script("pipelines/encode_images.py"), "pack_codes", side_effect=OSError("the disk is full")
     )
     with full, pytest.raises(OSError, match="the disk is full"):
-        run_script("pipelines/encode_images.py", *arguments)
+        run_script("pipelines/encode_images.py", *arguments, "--augmented", 1)
     assert not (tmp_path / "codes/dataset.json").exists()
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from generator_scripts import refused
 from PIL import Image
+from shard_scripts import contents
 
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.captions import TextTokenizer
@@ -176,10 +177,10 @@ def test_a_damaged_shard_is_counted_and_not_measured(
     )
     refused(ran, damaged.name, "would not compare")
     shutil.copytree(encoded / "codes", tmp_path / "whole")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    before = contents(tmp_path / "whole")
     ran = run_script("pipelines/encode_images.py", shards, tmp_path / "whole", *settings)
     refused(ran, damaged.name, "encoding again would leave fewer codes")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()} == before
+    assert contents(tmp_path / "whole") == before
     within = damaged / "codes"
     ran = run_script("pipelines/encode_images.py", tiny_shards, within, *settings)
     refused(ran, f"the folder {within}: ", "Not a directory")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from rich.console import Console
@@ -186,6 +186,36 @@ class Outcome:
     def remark(self, text: str) -> None:
         """A sentence to print below the closing table."""
         self.remarks.append(text)
+
+    def counted(self) -> dict[str, Any]:
+        """The counts and examples as plain values."""
+        return {
+            **{name: dict(getattr(self, name)) for name in ("written", "skipped", "noted", "modes")},
+            "examples": self.examples,
+            "of_class": {split: dict(members) for split, members in self.of_class.items()},
+            "sizes": [[*size, number] for size, number in self.sizes.items()],
+        }
+
+    @classmethod
+    def of(cls, counted: Mapping[str, Any]) -> Self:
+        """The inverse of `counted`."""
+        outcome = cls()
+        for name in ("written", "skipped", "noted", "modes"):
+            getattr(outcome, name).update(counted[name])
+        outcome.examples = dict(counted["examples"])
+        outcome.of_class = {split: Counter(members) for split, members in counted["of_class"].items()}
+        outcome.sizes = Counter({(height, width): number for height, width, number in counted["sizes"]})
+        return outcome
+
+    def add(self, other: "Outcome") -> None:
+        """Adds what another part of the work has counted."""
+        for name in ("written", "skipped", "noted", "sizes", "modes"):
+            getattr(self, name).update(getattr(other, name))
+        for split, members in other.of_class.items():
+            self.of_class.setdefault(split, Counter()).update(members)
+        for reason, examples in other.examples.items():
+            for example in examples:
+                self.show(reason, example)
 
     def reasons(self) -> str:
         """Why samples were skipped, for an error message."""

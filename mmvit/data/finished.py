@@ -1,0 +1,80 @@
+"""Shards made one by one, each from its own source alone, so that an interrupted command keeps those that are
+finished, and goes on."""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from mmvit.data.writing import Outcome, WholeShard
+from mmvit.hub import write_json
+
+STAMPS = ("st_size", "st_mtime_ns", "st_ctime_ns")
+
+
+class FinishedShards:
+    """The finished shards of a folder. Each has a record: of what it was made and how, its checksum, and what
+    was counted.
+
+    Args:
+        records: the folder of the records, in `folder`; its name tells commands apart.
+        how: all that shards depend on beside their source.
+    """
+
+    def __init__(self, folder: Path, records: str, how: dict[str, Any]):
+        self.folder, self.records = folder, folder / records
+        self.how = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()
+
+    def find(self, name: str, fits: Callable[[Any], bool]) -> Outcome | None:
+        """What was counted when the shard `name` was made; None if it is to be made again.
+
+        Args:
+            fits: whether a recorded source is still the shard's.
+        """
+        try:
+            record = json.loads(self.record(name).read_text(encoding="utf-8"))
+            if record["how"] != self.how or not fits(record["source"]):
+                return None
+            return Outcome.of(record["counted"]) if is_file(self.folder / name, record["shard"]) else None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return None  # a record that is damaged is none
+
+    def add(self, shard: WholeShard, source: Any, outcome: Outcome) -> None:
+        """Gives a shard its name, and keeps what was counted when it was made of `source`."""
+        shard.finish()
+        shard.publish()
+        made = {"how": self.how, "source": source, "shard": describe_file(shard.path)}
+        self.records.mkdir(exist_ok=True)
+        write_json({**made, "counted": outcome.counted()}, self.record(shard.path.name))
+
+    def forget_all_but(self, names: Collection[str]) -> None:
+        """Removes records of other shards."""
+        for record in self.records.glob("*.json"):
+            if record.stem not in names:
+                record.unlink()
+
+    def record(self, name: str) -> Path:
+        return self.records / f"{name}.json"
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """A file's size, times and checksum."""
+    before = stamps_of(path)
+    with open(path, "rb") as file:
+        return {"stamps": before, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def stamps_of(path: Path) -> list[int]:
+    """What changes when a file does, but also when it is only copied or given other rights."""
+    found = path.stat()
+    return [getattr(found, name) for name in STAMPS]
+
+
+def is_file(path: Path, described: dict[str, Any]) -> bool:
+    """Whether `path` holds what `describe_file` saw; it is read only where the size is the same but the times
+    are not."""
+    stamps = stamps_of(path)
+    if stamps == described["stamps"]:
+        return True
+    return stamps[0] == described["stamps"][0] and describe_file(path)["sha256"] == described["sha256"]
