@@ -1,13 +1,9 @@
 """Run folders and checkpoints: written whole or not at all, and read without running code."""
 
-import itertools
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -16,75 +12,9 @@ from pydantic import Field
 from mmvit.config import Config, build_config, read_toml
 from mmvit.errors import UserError
 from mmvit.training import Processes, Recipe, RunFolder, open_session
-from mmvit.training.checkpoint import Checkpoints, read_state
+from mmvit.training.checkpoint import read_state
 
 ALONE = Processes(rank=0, world_size=1, device=torch.device("cpu"))
-
-
-def test_process_killed_while_writing_leaves_the_old_checkpoint(tmp_path):
-    checkpoints = Checkpoints(tmp_path, 2, ALONE)
-    checkpoints.save(1, lambda folder: (folder / "weights").write_bytes(b"good") and None)
-    killed = """
-import os, sys, torch
-from pathlib import Path
-from mmvit.training.checkpoint import Checkpoints
-from mmvit.training.distributed import Processes
-def write(folder):
-    (folder / "weights").write_bytes(b"ha")
-    os.kill(os.getpid(), 9)
-Checkpoints(Path(sys.argv[1]), 2, Processes(0, 1, torch.device("cpu"))).save(2, write)
-"""
-    ended = subprocess.run([sys.executable, "-c", killed, str(tmp_path)], cwd=Path(__file__).parent.parent)
-    assert ended.returncode == -9
-    assert (tmp_path / ".writing-step-00000002" / "weights").is_file()
-    assert checkpoints.latest() == (tmp_path / "step-00000001", [])
-    checkpoints.save(3, lambda folder: (folder / "weights").write_bytes(b"new") and None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
-
-
-def test_an_export_that_is_killed_at_any_point_leaves_a_whole_model(tmp_path):
-    """The old one or the new one, once the run is opened to resume."""
-
-    class Killed(BaseException):
-        pass
-
-    def killed_at(number: int, action: Callable) -> Callable:
-        def counted(*arguments, **more):
-            if next(calls) == number:
-                raise Killed
-            return action(*arguments, **more)
-
-        return counted
-
-    def write(text: str) -> Callable[[Path], None]:
-        def write_into(folder: Path) -> None:
-            folder.mkdir()
-            (folder / "model").write_text(text)
-
-        return write_into
-
-    found = []
-    for number in itertools.count():
-        run = RunFolder(tmp_path / str(number))
-        run.open(resume=False)
-        run.export(run.last, write("old"))
-        calls = itertools.count()  # of what moves or removes folders
-        try:
-            with (
-                mock.patch.object(Path, "rename", killed_at(number, Path.rename)),
-                mock.patch.object(shutil, "rmtree", killed_at(number, shutil.rmtree)),
-            ):
-                run.export(run.last, write("new"))
-        except Killed:
-            RunFolder(run.path).open(resume=True)
-            found.append((run.last / "model").read_text())
-            run.export(run.last, write("newer"))
-            assert (run.last / "model").read_text() == "newer"
-        else:
-            break
-    assert {"old", "new"} == set(found)
-    run.close()
-    assert [path.name for path in run.path.iterdir()] == ["last"]
 
 
 def test_a_run_folder_in_use_is_refused_with_the_process_that_holds_it(tmp_path):

@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import os
 import pickle
 import random
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ import torch
 
 from mmvit.errors import UserError
 from mmvit.hub import write_json
+from mmvit.training.disk import put_in_place, put_right, remove, writing
 from mmvit.training.distributed import Processes
 
 MANIFEST = "manifest.json"
@@ -36,22 +35,20 @@ class Checkpoints:
 
         A process killed half-way leaves earlier checkpoints untouched.
         """
-        final, partial = self.root / f"step-{step:08d}", self.root / f".writing-step-{step:08d}"
+        final = self.root / f"step-{step:08d}"
+        partial = writing(final)
         if self.processes.is_main:
-            self.remove_partial()
+            put_right(self.root)
             partial.mkdir(parents=True)
         self.processes.barrier()
         write(partial)
         self.processes.barrier()
         if self.processes.is_main:
             write_manifest(partial, step)
-            flush_to_disk(partial)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            flush_folder(self.root)
+            put_in_place(final)
             upto = [folder for folder in self.complete() if folder <= final]  # newer ones are damaged
             for old in upto[: -self.keep]:
-                shutil.rmtree(old)
+                remove(old)
         self.processes.barrier()
         return final
 
@@ -70,10 +67,6 @@ class Checkpoints:
                 return folder, problems
             problems.append(f"the checkpoint {folder} is damaged: {problem}")
         return None, problems
-
-    def remove_partial(self) -> None:
-        for folder in self.root.glob(".writing-step-*"):
-            shutil.rmtree(folder)
 
 
 def problem_of(folder: Path) -> str:
@@ -181,22 +174,6 @@ def checksum_of(path: Path) -> str:
 def files_of(folder: Path) -> list[Path]:
     """All files under `folder` but the manifest."""
     return [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
-
-
-def flush_to_disk(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    flush_folder(folder)
-
-
-def flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

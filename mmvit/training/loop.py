@@ -54,7 +54,7 @@ def train(
     select = config.select or session.recipe.selects
     engine = build_engine(session, model)
     checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints, processes)
-    progress, changes = Progress(), {}
+    progress, changes, folder = Progress(), {}, None
     seed_everything(config.seed + 1 + processes.rank)  # dropout differs between processes
     if session.resume:
         folder, problems = find_checkpoint(checkpoints, processes)
@@ -97,6 +97,7 @@ def train(
                 display.say("nothing left to train; raise train.steps to go on")
                 if not recorded:
                     display.say(f"{run.path / 'config.toml'} keeps the settings of its training")
+            if folder:
                 with engine.evaluating() as trained:  # the run may have died before it could export this
                     export_to(run.last, trained)
         if session.recipe.optimizer.warmup_steps >= config.steps:

@@ -98,6 +98,9 @@ def save(
     }
     everyone = processes.gather(own)
 
+    if processes.is_main:
+        session.run.flush_metrics()
+
     def write(folder: Path) -> None:
         engine.save(folder)
         if processes.is_main:

@@ -12,6 +12,7 @@ from typing import Any
 from mmvit.config import Config, to_toml
 from mmvit.errors import UserError
 from mmvit.hub import whole_file
+from mmvit.training.disk import flush, put_in_place, put_right, writing
 
 try:
     import fcntl
@@ -60,7 +61,8 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"output: cannot make the folder {self.path}: {error.strerror}") from None
         self.lock()
-        self.finish_exports()
+        put_right(self.path)
+        put_right(self.checkpoints)
 
     def close(self) -> None:
         """Lets other processes open the folder."""
@@ -142,6 +144,11 @@ class RunFolder:
         except OSError as error:  # which names no file where the disk is full
             raise UserError(f"{self.metrics} cannot be written: {error.strerror}") from None
 
+    def flush_metrics(self) -> None:
+        """Brings metrics.jsonl to the disk, before a checkpoint that is of a later step."""
+        if self.metrics.exists():
+            flush(self.metrics)
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl: `kind` is "train" or "held_out", `step` the optimizer step. Damaged
         lines are left out."""
@@ -159,21 +166,9 @@ class RunFolder:
 
     def export(self, folder: Path, write: Callable[[Path], Any]) -> None:
         """Replaces `folder`, `best` or `last`, by what `write(folder)` puts there."""
-        new, old = beside(folder)
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-        write(new)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def finish_exports(self) -> None:
-        """Puts in place what an `export` had written when it was killed."""
-        for folder in (self.best, self.last):
-            new, old = beside(folder)
-            if not folder.exists() and old.exists() and new.exists():  # between its two renames
-                new.rename(folder)
+        shutil.rmtree(writing(folder), ignore_errors=True)
+        write(writing(folder))
+        put_in_place(folder)
 
     def draw_curves(self) -> None:
         """Plots every training and held-out metric over the steps in curves.png, losses first."""
@@ -202,11 +197,6 @@ class RunFolder:
             axes.grid(alpha=0.3)
             axes.legend(frameon=False)
         figure.savefig(self.curves, dpi=100)
-
-
-def beside(folder: Path) -> tuple[Path, Path]:
-    """Where an export of `folder` is written, and where the earlier one is until that is in place."""
-    return folder.with_name(f".writing-{folder.name}"), folder.with_name(f".replaced-{folder.name}")
 
 
 def metrics_of(record: dict[str, Any]) -> dict[str, float]:
