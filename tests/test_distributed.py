@@ -463,6 +463,15 @@ def test_a_bug_in_a_data_worker_of_one_process_ends_both(tmp_path, tiny_shards):
     assert re.search(r"RuntimeError: the decoder has a bug\n.*while decoding train-025 in", ended.stderr)
 
 
+def test_a_full_disk_under_deepspeed_is_told_in_one_line(tmp_path, capsys):
+    engine = object.__new__(DeepSpeedEngine)
+    engine.engine = mock.Mock()
+    engine.engine.save_checkpoint.side_effect = RuntimeError("[enforce fail at inline_container.cc:672] ...")
+    with pytest.raises(SystemExit, match="2"):
+        engine.save(tmp_path)
+    assert "error: the shards in " in capsys.readouterr().err
+
+
 def test_ready_settings_differ_in_their_stage_alone():
     for stage, path in enumerate(ZERO.values()):
         assert json.loads(path.read_text()) == {"zero_optimization": {"stage": stage}}

@@ -1,7 +1,12 @@
-"""A run that is killed between any two changes on disk goes on to what an uninterrupted one leaves."""
+"""A run that is killed between any two changes on disk, or whose disk is full, goes on to what one leaves
+that is not."""
 
+import contextlib
+import io
 import itertools
 import os
+import re
+import resource
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,6 +18,7 @@ from torch import nn
 from training_runs import ALONE
 
 from mmvit.data.tally import Tally
+from mmvit.errors import UserError
 from mmvit.hub import write_weights
 from mmvit.training import OptimizerConfig, Recipe, RunFolder, Session, TrainConfig, disk, train
 from mmvit.training.checkpoint import read_state
@@ -26,7 +32,7 @@ class Model(nn.Linear):
     """Its loss depends on the position, the weights and chance."""
 
     def loss(self, batch):
-        return self(torch.rand(2, 2) + batch["number"]).square().mean(), {}
+        return self(torch.rand(2, 1000) + batch["number"]).square().mean(), {}
 
     def save_pretrained(self, folder: Path) -> None:
         write_weights(self.state_dict(), folder / "model.safetensors")
@@ -54,7 +60,9 @@ def run_to(step: int, output: Path, resume: bool = True) -> None:
     """Trains to `step` of 4; every step is a line of metrics, every second one an evaluation, then a
     checkpoint."""
     settings = {"steps": 4, "batch_size": 2, "log_every": 1, "evaluate_every": 2, "checkpoint_every": 2}
-    recipe = Recipe(task="any", output=output, train=TrainConfig(**settings), optimizer=OptimizerConfig(lr=1))
+    recipe = Recipe(
+        task="any", output=output, train=TrainConfig(**settings), optimizer=OptimizerConfig(lr=1e-3)
+    )
     run = RunFolder(output)
     run.open(resume)
 
@@ -70,34 +78,38 @@ def run_to(step: int, output: Path, resume: bool = True) -> None:
 
     torch.manual_seed(0)
     try:
-        train(Session(recipe, ALONE, run, resume), Model(2, 1), Numbers(), evaluate, stop)
+        train(Session(recipe, ALONE, run, resume), Model(1000, 1), Numbers(), evaluate, stop)
     except Stop:
         pass
     finally:
         run.close()
 
 
-def in_fork(action: Callable[[], None], kill_before: int, changes: tuple[str, ...]) -> int:
-    """Runs `action` in a process that ends at once before number `kill_before` of the `changes` it makes on
-    disk; returns the exit status."""
+def in_fork(action: Callable[[], None]) -> int:
+    """The exit status of a process that does `action`."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            action()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def die_before(number: int, changes: tuple[str, ...]) -> None:
+    """Ends this process at once before number `number` of the `changes` it makes on disk."""
     numbers = itertools.count()
 
     def count(event: str, details: tuple) -> None:
         reads = event == "open" and not details[2] & (os.O_WRONLY | os.O_RDWR)
-        if event in changes and not reads and next(numbers) == kill_before:
+        if event in changes and not reads and next(numbers) == number:
             os._exit(KILLED)
 
-    try:
-        exchange = disk.exchange
-        disk.exchange = lambda *paths: (count("exchange", paths), exchange(*paths))[1]
-        sys.addaudithook(count)
-        action()
-        os._exit(0)
-    finally:
-        os._exit(1)
+    exchange = disk.exchange
+    disk.exchange = lambda *paths: (count("exchange", paths), exchange(*paths))[1]
+    sys.addaudithook(count)
 
 
 def content(run: Path) -> dict[str, object]:
@@ -131,7 +143,7 @@ def test_a_run_killed_before_any_change_on_disk_resumes_to_the_same(tmp_path, mo
     for kills in itertools.count():
         shutil.rmtree(tmp_path / "run")
         shutil.copytree(tmp_path / "half", tmp_path / "run")
-        status = in_fork(lambda: run_to(4, tmp_path / "run"), kills, changes)
+        status = in_fork(lambda: (die_before(kills, changes), run_to(4, tmp_path / "run")))  # noqa: B023
         if status != KILLED:
             break
         if can_exchange:
@@ -148,3 +160,24 @@ def test_a_resume_makes_up_for_the_export_that_a_kill_prevented(tmp_path):
     run_to(2, tmp_path)  # stops before its first checkpoint
     checkpoint = tmp_path / "checkpoints/step-00000002/model.safetensors"
     assert (tmp_path / "last/model.safetensors").read_bytes() == checkpoint.read_bytes()
+
+
+@pytest.mark.parametrize(("limit", "name"), [(3000, "model.safetensors"), (6000, "optimizer.pt")])
+def test_a_full_disk_names_the_file_and_leaves_the_checkpoint_before(tmp_path, limit, name):
+    """The largest size of a file, set to `limit` bytes, has the same effect."""
+    run_to(2, tmp_path, resume=False)
+    before = sorted(tmp_path.rglob("*"))
+    said = tmp_path.parent / "said"
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            run_to(4, tmp_path)
+        except UserError as error:
+            said.write_text(str(error))
+
+    assert in_fork(fill) == 0
+    assert re.search(f"{name} cannot be written: .*File too large", said.read_text())
+    assert sorted(tmp_path.rglob("*")) == before
+    run_to(4, tmp_path)
+    assert (tmp_path / "checkpoints/step-00000004").is_dir()

@@ -5,6 +5,7 @@ import json
 import pickle
 import random
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import numpy
 import torch
 
 from mmvit.errors import UserError
-from mmvit.hub import write_json
+from mmvit.hub import whole_file, write_json
 from mmvit.training.disk import put_in_place, put_right, remove, writing
 from mmvit.training.distributed import Processes
 
@@ -33,23 +34,30 @@ class Checkpoints:
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
         """Calls `write(folder)` in every process with a temporary folder, then moves it into place at once.
 
-        A process killed half-way leaves earlier checkpoints untouched.
+        Earlier checkpoints stay as they are if that is killed or fails (UserError, where the disk is full).
         """
         final = self.root / f"step-{step:08d}"
         partial = writing(final)
-        if self.processes.is_main:
+
+        def begin() -> None:
             put_right(self.root)
             partial.mkdir(parents=True)
-        self.processes.barrier()
-        write(partial)
-        self.processes.barrier()
-        if self.processes.is_main:
+
+        def finish() -> None:
             write_manifest(partial, step)
             put_in_place(final)
             upto = [folder for folder in self.complete() if folder <= final]  # newer ones are damaged
             for old in upto[: -self.keep]:
                 remove(old)
-        self.processes.barrier()
+
+        try:
+            self.processes.on_main(begin)
+            self.processes.together(lambda: write(partial))
+            self.processes.on_main(finish)
+        except BaseException:
+            if self.processes.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         return final
 
     def complete(self) -> list[Path]:
@@ -133,7 +141,15 @@ def read_json(path: Path) -> Any:
 
 
 def write_state(state: dict[str, Any], path: Path) -> None:
-    torch.save(state, path)
+    with whole_file(path) as partial, partial.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            if isinstance(
+                error.__context__, OSError
+            ):  # torch's own message does not say that the disk is full
+                raise error.__context__ from None
+            raise
 
 
 def read_state(path: Path) -> dict[str, Any]:

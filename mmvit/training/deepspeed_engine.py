@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmvit.errors import UserError
+from mmvit.errors import UserError, refuse
 from mmvit.hub import WEIGHTS, write_json, write_weights
 from mmvit.training.checkpoint import damaged, read_json
 from mmvit.training.config import OptimizerConfig, TrainConfig
@@ -142,7 +142,12 @@ class DeepSpeedEngine:
         return self.gathered
 
     def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        try:
+            self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        except RuntimeError as error:
+            if "inline_container" not in str(error):  # where torch writes files
+                raise
+            refuse(f"the shards in {folder / TAG} cannot be written, likely because the disk is full")
         model = self.whole_model()
         if self.processes.is_main:
             write_json(self.layout, folder / LAYOUT)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mmvit.errors import UserError
+from mmvit.errors import OF_FILES, UserError
 
 
 @dataclass(frozen=True)
@@ -52,23 +52,26 @@ class Processes:
         dist.gather_object(value, values)
         return values or []
 
-    def on_main(self, action: Callable[[], Any]) -> None:
-        """Runs `action` in the main process while the others wait; a `UserError` ends them all."""
+    def together(self, action: Callable[[], Any]) -> None:
+        """Runs `action` in every process. A `UserError` in one, or a full or read-only disk, ends them all."""
         problem = None
-        if self.is_main:
-            try:
-                action()
-            except UserError as error:
-                problem = error
+        try:
+            action()
+        except UserError as error:
+            problem = error
+        except OSError as error:
+            if error.errno not in OF_FILES:
+                raise
+            problem = UserError(f"{error.filename or 'a file'}: {error.strerror}")
         [failed] = self.largest(int(problem is not None))
         if problem:
             raise problem
         if failed:
             raise SystemExit(2)
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+    def on_main(self, action: Callable[[], Any]) -> None:
+        """Runs `action` in the main process while the others wait."""
+        self.together(action if self.is_main else lambda: None)
 
 
 @contextmanager

@@ -167,8 +167,12 @@ class RunFolder:
     def export(self, folder: Path, write: Callable[[Path], Any]) -> None:
         """Replaces `folder`, `best` or `last`, by what `write(folder)` puts there."""
         shutil.rmtree(writing(folder), ignore_errors=True)
-        write(writing(folder))
-        put_in_place(folder)
+        try:
+            write(writing(folder))
+            put_in_place(folder)
+        except BaseException:
+            shutil.rmtree(writing(folder), ignore_errors=True)
+            raise
 
     def draw_curves(self) -> None:
         """Plots every training and held-out metric over the steps in curves.png, losses first."""
@@ -196,7 +200,8 @@ class RunFolder:
             axes.set(title=name.replace("_", " "), xlabel="step")
             axes.grid(alpha=0.3)
             axes.legend(frameon=False)
-        figure.savefig(self.curves, dpi=100)
+        with whole_file(self.curves) as partial:
+            figure.savefig(partial, dpi=100)
 
 
 def metrics_of(record: dict[str, Any]) -> dict[str, float]:
