@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # Threads that wait sleep after this many turns: by default they spin on, which beside other programs is slow.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test soak lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -28,6 +28,9 @@ demo: .venv/installed ## train a generator on emoji and draw captions that it ha
 
 test: .venv/tested ## run the tests (6 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+soak: .venv/tested ## do harm to runs, shards and models, and print what was held (30 minutes on 2 cores)
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python tests/soak/soak.py
 
 lint: .venv/tested ## check style with ruff
 	$(BIN)/ruff check .
