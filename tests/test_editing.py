@@ -17,7 +17,7 @@ from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransfo
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.sampling.candidates import CaptionScorer, caption_evidence, log_likelihood, rank_captions
 from mmvit.sampling.decoding import draw, filter_logits, sample_codes, uniforms
-from mmvit.sampling.editing import complete, edit, variations
+from mmvit.sampling.editing import complete, edit, kept_codes, variations
 from mmvit.sampling.generator import Generator
 
 CORE = TransformerConfig(width=32, depth=2, num_heads=2)
@@ -287,6 +287,13 @@ def test_editing_is_one_line(generator, tmp_path):
     shared = [one.tobytes() for one in generator.edit(image, "pear", keep=0.5, **settings)]
     assert shared == [one.tobytes() for one in variations(generator, image, "pear", keep=0.5, **settings)]
     assert generator.edit(image, "pear", **settings)[0].tobytes() not in shared
+
+
+def test_halves_are_those_of_the_grid():
+    row, column = torch.arange(2)[:, None].expand(2, 6), torch.arange(6)[None].expand(2, 6)
+    halves = {"top": row < 1, "bottom": row >= 1, "left": column < 3, "right": column >= 3}
+    for name, kept in halves.items():
+        assert torch.equal(kept_codes(name, (2, 6), (48, 16)), kept), name
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,17 @@ from mmvit.sampling.generator import Generator
 def test_sampling_writes_a_grid_and_single_images(generator_run, run_script, tmp_path):
     captions = tmp_path / "captions.txt"
     captions.write_text("blue square\n\n赤リンゴ\n🍎\n", encoding="utf-8")
-    ran = run_script(
-        "pipelines/sample_images.py", "--model", generator_run, "red square", "--captions-file", captions,
-        "--num", 2, "--guidance-scale", 2, "--temperature", 0.9, "--top-k", 10, "--top-p", 0.95, "--seed", 5,
-        "--out", tmp_path / "grid.png",
-    )  # fmt: skip
+    with mock.patch.object(Generator, "draw", autospec=True, side_effect=Generator.draw) as draw:
+        ran = run_script(
+            "pipelines/sample_images.py", "--model", generator_run, "red square", "--captions-file", captions,
+            "--num", 2, "--guidance-scale", 2, "--temperature", 0, "--top-k", 10, "--top-p", 0.95, "--seed", 5,
+            "--negative", "green", "--out", tmp_path / "grid.png",
+        )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
+    assert draw.call_args.kwargs == {
+        "guidance_scale": 2, "temperature": 0, "top_k": 10, "top_p": 0.95, "seed": 5, "negative": "green",
+        "candidates": 1, "scorer": None,
+    }  # fmt: skip
     assert sorted(path.name for path in (tmp_path / "grid").iterdir()) == [
         f"{i:03d}-{name}-seed{seed}.png"
         for i, name in enumerate(["red-square", "blue-square", "赤リンゴ", "1f34e"])

@@ -1,7 +1,28 @@
-"""The classifier trained on tiny data by its script: resuming, mistakes, and what evaluations skip."""
+"""The classifier trained on tiny data by its script: resuming, mistakes, and what evaluations skip; and what
+every script that reads images trains and evaluates on."""
 
 import json
 from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from mmvit.config import build_config
+from mmvit.data.augment import AugmentConfig
+from mmvit.data.paired import PairedStream
+from mmvit.places import load_script
+from mmvit.recipes.tasks import TASKS, recipe_class
+from mmvit.training import open_session
+
+CORE = {"width": 16, "depth": 1, "num_heads": 2}
+IMAGES = {"kind": "vit", "image_size": 16, "patch_size": 8, "num_classes": 4, "core": CORE}
+MODELS = {
+    "classifier": IMAGES,
+    "pretraining": IMAGES,
+    "clip": {"image": IMAGES, "text": CORE, "vocab_size": 4096},
+    "image-tokenizer": {"kind": "vq", "codebook_size": 16, "encoder_width": 16, "decoder_widths": [16, 8]},
+    "joint": {"core": CORE, "classifier": IMAGES, "generator": {"codebook_size": 16, "grid": [2, 2]}},
+}
 
 
 def classifier_recipe(run: Path, shards: Path, held_out: Path | None = None) -> str:
@@ -48,3 +69,40 @@ def test_what_evaluations_skip_is_counted_at_the_end(tmp_path, tiny_shards, run_
     assert "3 steps of 8 samples in float32, a line every 1\n" in ran.stdout
     (line,) = [line for line in ran.stdout.splitlines() if line.startswith("all evaluations: ")]
     assert f"0 skipped, and parts of 1 broken shard, the first: {shard} is truncated" in line
+
+
+@pytest.mark.parametrize("task", MODELS)
+def test_training_images_are_augmented_and_held_out_ones_are_not(task, tiny_shards, encoded, tmp_path):
+    augment = AugmentConfig(crop_padding=2, flip=0.5)
+    data = {split: f"{tiny_shards}/{split.replace('_', '-')}-*.tar" for split in ("train", "held_out")}
+    data["augment"] = augment.model_dump()
+    values = {"output": str(tmp_path / "run"), "data": data, "model": MODELS[task]}
+    if task == "pretraining":
+        values["method"] = "mae"
+    if task == "image-tokenizer":
+        data["image_size"] = 16
+    if task == "clip":
+        data["bpe_dropout"] = 0.5
+    if task == "joint":
+        codes = {
+            split: data[split].replace(str(tiny_shards), f"{encoded}/codes")
+            for split in ("train", "held_out")
+        }
+        values |= {
+            "classes": values.pop("data"),
+            "captions": {**codes, "image_tokenizer": f"{encoded}/tokenizer"},
+        }
+    script = load_script(TASKS[task].script)
+    recipe = build_config(recipe_class(task, ""), values, "recipe")
+    with mock.patch.object(script, "train") as train, open_session(recipe) as session:
+        script.train_session(session)
+        stream = train.call_args.args[2]
+        trained_on = (stream.streams[0] if isinstance(stream, PairedStream) else stream).settings["decode"]
+        held_out = [each.settings["decode"] for each in session.evaluated]
+    assert trained_on.augment.config == augment
+    assert held_out
+    for decode in held_out:
+        if hasattr(decode, "augment"):  # images
+            assert decode.augment.config == AugmentConfig()
+    if task == "clip":
+        assert (trained_on.dropout, held_out[0].dropout) == (0.5, 0.0)
