@@ -17,8 +17,9 @@ neighbours, and a linear probe.
 A generator: held-out loss in nats per image code; retrieval@1 and @5, the share of captions whose generated
 image has its own real image as the nearest, or among the five nearest, in pixels, of all images of the data
 set (the same for reconstructions is the most that any generator on these codes can reach); the Fréchet
-distance; copies, which agree with a training image, as the tokenizer shows it, to 34 dB. OUT shows caption,
-real image, reconstruction and generated image, from worst to best. 405 captions take 15 s on 2 cores.
+distance; copies, which agree with a training image, as the tokenizer shows it, to 34 dB. Of a large data set
+these are a sample (--sample), and the figures say of how many. OUT shows caption, real image, reconstruction
+and generated image, from worst to best. 405 captions take 15 s on 2 cores.
 
 An image tokenizer: PSNR, SSIM, L1 and the Fréchet distance of reconstructions, and the codes that the split
 uses. OUT shows reconstructions from worst to best, OUT-codes.png how often each code occurs.
@@ -59,8 +60,8 @@ def main(
     limit: Annotated[
         int | None,
         Option(
-            help="measure this many samples, evenly spread over the split (default: all); of a generator, "
-            "copies are then counted only with --train, as this decodes all training images"
+            help="measure this many samples, evenly spread over the split (default: all; of a CLIP 10,000); "
+            "of a generator, copies are then counted only with --train"
         ),
     ] = None,
     features: Annotated[
@@ -77,6 +78,14 @@ def main(
     train: Annotated[
         str | None,
         Option(help="the split that --probe learns from, and generators copy from (default: train)"),
+    ] = None,
+    sample: Annotated[
+        int | None,
+        Option(
+            help="of larger data sets use so many images, evenly spread: for --probe to learn from (default: "
+            "100,000), or for retrieval and copies of a generator to look among (default: as many as take "
+            "4 GiB, 87,381 of 64x64 pixels)"
+        ),
     ] = None,
     size: Annotated[
         str | None,
@@ -138,7 +147,7 @@ def main(
     scorer: ScorerOption = None,
 ) -> None:
     options = explicit_options(
-        rows=rows, limit=limit, features=features, train=train,
+        rows=rows, limit=limit, features=features, train=train, sample=sample,
         language=language,
         size=parse_size(size) if size else None, shift=shift, mirror=mirror or None, precision=precision,
         probe=probe or None, keys=keys, seeds=seeds, captioned=captioned, clip=clip, classifier=classifier,
@@ -149,10 +158,12 @@ def main(
     show(figures)
     drawn = figures.get("generator", figures)
     if "retrieval@1" in drawn:
+        sampled = drawn["candidates"] < drawn["images_of_data"]
+        of_all = f" (a sample of {drawn['images_of_data']:,})" if sampled else ""
         print(
             f"{drawn['retrieval@1']:.1%} of {drawn['captions']} captions find their own image among "
-            f"{drawn['candidates']}, {drawn['retrieval@5']:.1%} among the five nearest; reconstructions "
-            f"{drawn['reconstruction_retrieval@1']:.1%}"
+            f"{drawn['candidates']}{of_all}, {drawn['retrieval@5']:.1%} among the five nearest; "
+            f"reconstructions {drawn['reconstruction_retrieval@1']:.1%}"
         )
     print(f"images: {out.resolve()} and beside it")
 

@@ -13,7 +13,7 @@ from shard_scripts import contents
 
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.captions import TextTokenizer
-from mmvit.data.samples import CaptionSample, PixelsSample
+from mmvit.data.samples import CaptionSample, PixelsSample, image_bytes
 from mmvit.errors import UserError
 from mmvit.evaluation.evaluate import evaluate
 from mmvit.evaluation.frechet import FeatureSpace, feature_space, frechet_distance
@@ -197,6 +197,32 @@ def test_a_few_captions_need_no_reconstruction_of_the_training_images(generator_
         assert ("copies" in figures) == ("train" in options)
         assert figures["candidates"] == whole["candidates"] == 56
         assert figures.keys() <= whole.keys()
+
+
+def test_of_a_large_data_set_a_stated_sample_is_in_memory(generator_run, tiny_shards, mmvit_command):
+    """Its reconstructions, and so its copies, are of the sample; the captions' own images always belong."""
+    arguments = (tiny_shards, "--sample", 14, "--limit", 3, "--train", "train")
+    with mock.patch("mmvit.evaluation.generator_report.report_generator", wraps=report_generator) as measured:
+        ran = mmvit_command("evaluate", generator_run, *arguments, "--out", generator_run / "sheet.png")
+    assert ran.returncode == 0, ran.stderr
+    held_out = measured.call_args.args[1]
+    assert held_out.keys == ["held-out-000", "held-out-004", "held-out-007"]
+    real = read_split(tiny_shards, "held-out", PixelsSample((16, 16)))["pixels"]
+    assert torch.equal(held_out.pixels, real[[0, 4, 7]])
+    spread = torch.linspace(0, 55, 14).round().long().tolist()
+    assert held_out.trained_keys == [f"train-{place - 8:03d}" for place in spread if place >= 8]
+    figures = json.loads((generator_run / "evaluation-held-out-3.json").read_text())
+    assert (
+        figures["candidates"] == len(held_out.everything) == 15
+    )  # two of the three are in the sample anyway
+    assert (figures["copies_among"], figures["images_of_data"]) == (12, 56)
+    assert "of 3 captions find their own image among 15 (a sample of 56)" in ran.stdout
+    with mock.patch("mmvit.data.samples.image_bytes", side_effect=image_bytes) as decoded:
+        read_split(tiny_shards, "train", PixelsSample((16, 16)), most=5)
+    numbers = [int(call.args[0].key.removeprefix("train-")) for call in decoded.call_args_list]
+    assert numbers == [0, 12, 24, 35, 47]
+    with pytest.raises(UserError, match="--sample must be at least 1, got 0"):
+        evaluate(generator_run, tiny_shards, sample=0)
 
 
 def test_copies_of_training_images_are_counted(generator_run, tiny_shards):
@@ -409,7 +435,7 @@ def test_what_takes_long_shows_how_far_it_is(generator_run, tiny_shards, capsys)
         evaluate(generator_run, tiny_shards, captioned=2, seeds=2, language="en,de")
     shown = capsys.readouterr().out
     for what in (
-        "reading all splits: 56", "reading held-out: 8", "reading train: 48", "reconstructing images: 8 of 8",
+        "reading all splits: 56", "reading held-out: 8", "reconstructing images: 8 of 8",
         "reconstructing training images: 48 of 48", "generating images: 8 of 8", "measuring the loss: 8 of 8",
         "generating 2 images of each caption: 8 of 8", "searching captions of images: 1 of 2",
         "comparing with real images: 8 of 8", "comparing with training images: 8 of 8", "language 2 of 2: de",

@@ -260,7 +260,8 @@ def test_augmented_copies_vote_with_probabilities():
         torch.tensor([0, 1]),
     )
     with mock.patch(
-        "mmvit.evaluation.classifier_report.batches_of", return_value=[{"pixels": pixels, "labels": labels}]
+        "mmvit.evaluation.classifier_report.batches_of",
+        return_value=[{"keys": ["a", "b"], "pixels": pixels, "labels": labels}],
     ):
         found = read_out(
             Flat(), Path(), "test", precision=torch.float32, copies=lambda x: [x, x.flip(-1), -x]
@@ -281,6 +282,10 @@ def test_probes_learn_from_the_training_split(tiny_shards, tmp_path):
     assert held_out.shape == (8, 16)
     assert labels.tolist() == [number % 4 for number in range(48)]
     assert truth.tolist() == [number % 4 for number in range(8)]
+    with mock.patch("mmvit.evaluation.classifier_report.frozen_figures", return_value={}) as probes:
+        figures = evaluate_classifier(tmp_path, tiny_shards, "held-out", probe=True, sample=5)
+    assert probes.call_args.args[1].tolist() == [number % 4 for number in (0, 12, 24, 35, 47)]
+    assert figures["learnt_from"] == 5
 
 
 def test_the_script_measures_and_draws(run_script, tiny_shards, tmp_path):

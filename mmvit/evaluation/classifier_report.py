@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmvit.data.images import images_from_pixels
-from mmvit.data.samples import ClassifierSample
+from mmvit.data.samples import ClassifierSample, PixelsSample
 from mmvit.errors import UserError
 from mmvit.evaluation.accuracy import shifted_and_mirrored
 from mmvit.evaluation.attention_maps import attention_maps
@@ -21,7 +21,7 @@ from mmvit.evaluation.frozen import frozen_figures
 from mmvit.evaluation.held_out import evenly_spread
 from mmvit.evaluation.image_classifier import UNTRAINED, ImageClassifier
 from mmvit.evaluation.saliency import saliency_maps
-from mmvit.evaluation.splits import batches_of
+from mmvit.evaluation.splits import Only, batches_of, read_split
 from mmvit.hub import whole_file, write_json
 from mmvit.models.classification import fit_pixels
 from mmvit.models.classifier import Classifier
@@ -30,6 +30,7 @@ from mmvit.sampling.grids import labelled_grid
 from mmvit.training.distributed import choose_precision
 
 DRAWN = 16  # images with what matters in them
+MOST_TO_LEARN_FROM = 100_000  # images, by default
 
 
 def evaluate_classifier(
@@ -43,6 +44,7 @@ def evaluate_classifier(
     precision: Literal["fp32", "bf16"] = "fp32",
     probe: bool = False,
     train: str = "train",
+    sample: int = MOST_TO_LEARN_FROM,
 ) -> dict[str, Any]:
     """Top-1 and top-5 accuracy, loss, calibration error and the accuracy of every class.
 
@@ -52,6 +54,10 @@ def evaluate_classifier(
         shift, mirror: test-time augmentation, the mean probability over copies of each image that are shifted
             by so many pixels, and mirrored (`shifted_and_mirrored`).
         probe: also judges the frozen features (`frozen_figures`), which learn from the split `train`.
+        sample: of a split `train` with more images, so many are learnt from, evenly spread.
+
+    In memory are the features and class scores of the images measured and learnt from, and their pixels a
+    batch at a time.
 
     Raises:
         UserError: if the classifier is untrained or knows other classes than the data.
@@ -65,7 +71,7 @@ def evaluate_classifier(
     names, network = classifier.check_classes(data), classifier.model
     copies = partial(shifted_and_mirrored, shift=shift, mirror=mirror)
     read = partial(read_out, network, data, precision=choose_precision(precision, device))
-    held_out = read(split, copies=copies, with_pixels=out is not None)
+    held_out = read(split, copies=copies)
     logits, labels = held_out["logits"], held_out["labels"]
     counts = confusion_matrix(logits.argmax(1), labels, len(names))
     hits = logits.topk(min(5, len(names))).indices == labels[:, None]
@@ -85,7 +91,8 @@ def evaluate_classifier(
         },
     }
     if probe:
-        known = read(train)
+        known = read(train, most=sample)
+        figures["learnt_from"] = len(known["labels"])
         figures |= frozen_figures(
             known["features"], known["labels"], held_out["features"], held_out["labels"]
         )
@@ -93,7 +100,7 @@ def evaluate_classifier(
         write_json(figures, out.with_suffix(".json"))
         draw_confusion(counts, names, out)
         with whole_file(out.with_name(f"{out.stem}-saliency.png")) as file:
-            draw_saliency(network, held_out, names).save(file)
+            draw_saliency(network, data, split, held_out, names).save(file)
     return figures
 
 
@@ -105,15 +112,15 @@ def read_out(
     *,
     precision: torch.dtype,
     copies: Callable[[Tensor], list[Tensor]] = lambda pixels: [pixels],
-    with_pixels: bool = False,
-) -> dict[str, Tensor]:
-    """`labels`, `features` and `logits` of a split, for several `copies` of each image the logarithm of their
-    mean probability; and its `pixels`, in 256 levels, if asked for."""
+    most: int | None = None,
+) -> dict[str, Any]:
+    """`keys`, `labels`, `features` and `logits` of a split, or of `most` images evenly spread over it; for
+    several `copies` of each image the logarithm of their mean probability."""
     config, device = model.config, next(model.parameters()).device
     parts: dict[str, list[Tensor]] = {"labels": [], "features": [], "logits": []}
-    if with_pixels:
-        parts["pixels"] = []
-    for batch in batches_of(data, split, ClassifierSample(config.height_width, config.num_classes)):
+    keys: list[str] = []
+    decode = ClassifierSample(config.height_width, config.num_classes)
+    for batch in batches_of(data, split, decode, most=most):
         pixels = batch["pixels"]
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             features, *others = map(model.features, copies(fit_pixels(pixels.to(device), config)))
@@ -121,17 +128,20 @@ def read_out(
         parts["features"].append(features.float().cpu())
         parts["logits"].append(logits.softmax(-1).mean(0).log() if others else logits[0])
         parts["labels"].append(batch["labels"])
-        if with_pixels:
-            parts["pixels"].append(((pixels + 1) * 127.5).round().byte())
-    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+        keys += batch["keys"]
+    return {"keys": keys, **{name: torch.cat(tensors) for name, tensors in parts.items()}}
 
 
-def draw_saliency(model: Classifier | ResNet, held_out: dict[str, Tensor], names: list[str]) -> Image.Image:
+def draw_saliency(
+    model: Classifier | ResNet, data: Path, split: str, held_out: dict[str, Any], names: list[str]
+) -> Image.Image:
     """Images beside what their prediction depends on (`saliency_maps`) and, of a ViT, attention rollout, from
     the most confident mistakes to the most confident hits."""
     truth = held_out["logits"].log_softmax(1).gather(1, held_out["labels"][:, None])[:, 0]
     places = truth.argsort()[evenly_spread(len(truth), DRAWN)]
-    pixels = held_out["pixels"][places] / 127.5 - 1
+    drawn = [held_out["keys"][place] for place in places]
+    found = read_split(data, split, Only(drawn, PixelsSample(model.config.height_width)))
+    pixels = torch.stack([found["pixels"][found["keys"].index(key)] for key in drawn])
     shown = fit_pixels(pixels.to(next(model.parameters()).device), model.config)
     columns = [images_from_pixels(pixels), overlaid(pixels, saliency_maps(model, shown).cpu())]
     headings = ["true class", "image", "what matters"]

@@ -1,13 +1,13 @@
 """How often a CLIP finds each image's caption among all captions, and each caption's image among all."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmvit.data.reader import Decode
+from mmvit.data.reader import Batch, Decode
 from mmvit.data.samples import CaptionSample, PixelsSample
 from mmvit.data.shards import Sample
 from mmvit.errors import UserError
@@ -15,17 +15,25 @@ from mmvit.evaluation.retrieval import caption_ranks, recalls
 from mmvit.evaluation.splits import batches_of, listed
 from mmvit.hub import write_json
 from mmvit.models.clip import CLIP
-from mmvit.progress import with_progress
 from mmvit.sampling.candidates import CaptionScorer
+
+MOST_PAIRS = 10_000  # by default: their scores alone take 400 MB
 
 
 def evaluate_clip(
-    model: Path, data: Path, split: str, out: Path | None = None, *, language: str | Sequence[str] = ()
+    model: Path,
+    data: Path,
+    split: str,
+    out: Path | None = None,
+    *,
+    language: str | Sequence[str] = (),
+    limit: int = MOST_PAIRS,
 ) -> dict[str, Any]:
     """`retrieval` among the images and captions of a split, and how many there are.
 
     Args:
         out: writes the figures to OUT.json.
+        limit: of a larger split, so many pairs, evenly spread, are compared with each other.
         language: of the captions, English by default; each further one is measured, too, as "en,de" or a
             list.
     """
@@ -39,14 +47,8 @@ def evaluate_clip(
         def decode(sample: Sample, rng: random.Random, captions: Decode = captions) -> dict[str, Any]:
             return {**pixels(sample, rng), **captions(sample, rng)}
 
-        batches = list(batches_of(data, split, decode, f"reading {code} captions of"))
-        for batch in batches:
-            batch["caption_ids"] = scorer.text_tokenizer.encode(batch["captions"], config.text_length)[0]
-        pairs = sum(len(batch["keys"]) for batch in batches)
-        shown = with_progress(
-            batches, pairs, f"embedding images and {code} captions", lambda b: len(b["keys"])
-        )
-        found[code] = {"pairs": pairs, **retrieval(scorer.clip, shown)}
+        batches = batches_of(data, split, decode, f"embedding images and {code} captions:", most=limit)
+        found[code] = measure(scorer, batches)
     first = next(iter(found))
     figures = {"split": split, "language": first, **found[first]}
     if len(found) > 1:
@@ -54,6 +56,21 @@ def evaluate_clip(
     if out is not None:
         write_json(figures, out.with_suffix(".json"))
     return figures
+
+
+def measure(scorer: CaptionScorer, batches: Iterable[Batch]) -> dict[str, Any]:
+    """The number of `pairs` in batches with `pixels` and `captions`, and `retrieval` among them."""
+    pairs = 0
+
+    def with_ids() -> Iterator[Batch]:
+        nonlocal pairs
+        for batch in batches:
+            pairs += len(batch["captions"])
+            ids, _ = scorer.text_tokenizer.encode(batch["captions"], scorer.clip.config.text_length)
+            yield {**batch, "caption_ids": ids}
+
+    figures = retrieval(scorer.clip, with_ids())
+    return {"pairs": pairs, **figures}
 
 
 @torch.no_grad()
@@ -80,8 +97,8 @@ def retrieval(model: CLIP, batches: Iterable[dict[str, Any]]) -> dict[str, float
         raise UserError("no samples to evaluate on")
     with torch.autocast(device.type, enabled=False):  # in bfloat16 close scores would tie
         cosines = torch.cat(image_parts) @ torch.cat(caption_parts).T  # (images, captions)
-    ids = torch.cat(id_parts)
-    belongs = (ids[:, None] == ids[None]).all(-1)
+    _, caption = torch.cat(id_parts).unique(dim=0, return_inverse=True)
+    belongs = caption[:, None] == caption
     return {
         **recalls("caption_at_", caption_ranks(cosines, belongs)),
         **recalls("image_at_", caption_ranks(cosines.T, belongs.T)),

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mmvit.progress import with_progress
 
+AT_ONCE = 4096  # references
 COPY = 0.02  # a generated image closer than this to a training image counts as its copy: 34 dB
 
 
@@ -17,11 +18,16 @@ def nearest(images: Tensor, references: Tensor, chunk: int = 128) -> tuple[Tenso
     """
     if images.shape[1:] != references.shape[1:]:
         raise ValueError(f"images are {tuple(images.shape[1:])}, references {tuple(references.shape[1:])}")
-    candidates = references.flatten(1).double()
-    parts = with_progress(images.split(chunk), len(images), "comparing with training images", len)
-    found = [torch.cdist(part.flatten(1).double(), candidates).min(1) for part in parts]
-    scale = 2 * candidates.shape[1] ** 0.5
-    return torch.cat([one.values for one in found]) / scale, torch.cat([one.indices for one in found])
+    distances, places = [], []
+    for part in with_progress(images.split(chunk), len(images), "comparing with training images", len):
+        own = part.flatten(1).double()
+        # in double precision a part of the references at a time
+        found = [torch.cdist(own, some.double()).min(1) for some in references.flatten(1).split(AT_ONCE)]
+        least = torch.stack([each.values for each in found]).min(0)
+        within = torch.stack([each.indices for each in found]).gather(0, least.indices[None])[0]
+        distances.append(least.values)
+        places.append(least.indices * AT_ONCE + within)
+    return torch.cat(distances) / (2 * images[0].numel() ** 0.5), torch.cat(places)
 
 
 def diversity(images: Tensor) -> tuple[float, float]:

@@ -15,15 +15,23 @@ from torch import Tensor
 
 from mmvit.data.images import images_from_pixels
 from mmvit.data.samples import CaptionSample, ClassSample, PixelsSample
-from mmvit.data.shards import Sample
-from mmvit.errors import UserError
+from mmvit.data.shards import Sample, split_of
+from mmvit.errors import MissingData, UserError
 from mmvit.evaluation.frechet import FeatureSpace, feature_space
 from mmvit.evaluation.generated import COPY, diversity, nearest
 from mmvit.evaluation.held_out import HeldOut, evenly_spread
 from mmvit.evaluation.image_classifier import ImageClassifier
 from mmvit.evaluation.likelihood import generator_loss
 from mmvit.evaluation.retrieval import caption_ranks, pixel_ranks, recalls
-from mmvit.evaluation.splits import check_memory, find_split, listed, read_split, split_sizes
+from mmvit.evaluation.splits import (
+    BYTES_PER_PIXEL,
+    Only,
+    check_memory,
+    find_split,
+    listed,
+    num_samples,
+    read_split,
+)
 from mmvit.evaluation.tokenizer_report import reconstruct
 from mmvit.hub import whole_file, write_json
 from mmvit.models.classification import fit_pixels
@@ -37,6 +45,7 @@ from mmvit.sampling.settings import SAVED_FIELDS, explicit_options
 from mmvit.training.distributed import choose_precision
 
 TRAIN = "train"
+SAMPLE_MEMORY = 4  # GiB
 IN_MEMORY = 3  # copies of each measured image: real, reconstructed, generated
 OF_LANGUAGE = ("held_out_loss", "retrieval@1", "retrieval@5")  # figures of each further language
 
@@ -66,26 +75,34 @@ def evaluate_generator(
     seed: int = 0,
     candidates: int = 1,
     scorer: str | Path | None = None,
+    sample: int | None = None,
 ) -> dict[str, Any]:
     """Generates an image for every caption of a split and measures it (`report_generator`).
+
+    In memory are pixels of the captions' own images, generated images and reconstructions, and of a sample of
+    the data set among which retrieval and copies look.
 
     Args:
         out: draws the captions there from worst to best, `rows` on either side, and writes the figures to
             MODEL/evaluation-SPLIT.json.
         limit: measures so many captions, evenly spread over the split, and searches copies only if `train`
-            is named: this decodes all training images.
+            is named: this reconstructs the training images of the sample.
         keys: measures only the samples in whose key this regular expression is found.
         language: of the captions, English by default; loss and retrieval are also measured in further ones,
             as "en,de" or a list.
         train: the split that the generator was trained on, searched for copies; `train` by default.
         classes: shards with the classes of the same images, for `classifier`; `data` by default.
         guidance_scale, temperature, top_k, top_p, num_steps: by default those that the model's folder names.
+        sample: of a larger data set, so many images, evenly spread, and the captions' own are candidates of
+            retrieval; copies are searched among those of them that are of `train`. By default as many as take
+            4 GiB: 87,381 of 64x64 pixels.
 
     Raises:
         UserError: for figures that the data do not allow.
     """
     for name, number, least in (
-        ("rows", rows, 1), ("seeds", seeds, 1), ("limit", limit, 1), ("captioned", captioned, 0)
+        ("rows", rows, 1), ("seeds", seeds, 1), ("limit", limit, 1), ("captioned", captioned, 0),
+        ("sample", sample, 1),
     ):  # fmt: skip
         if number is not None and number < least:
             raise UserError(f"--{name} must be at least {least}, got {number}")
@@ -96,23 +113,31 @@ def evaluate_generator(
     if scorer and candidates == 1:
         raise UserError("--scorer chooses among candidates: add --candidates 2 or more")
     generator = Generator.from_pretrained(model)
-    sizes = split_sizes(data)
-    check_memory(sum(sizes.values()) + IN_MEMORY * sizes.get(split, 1), generator.size)
-    real = read_split(data, "*", PixelsSample(generator.size))
-    trained = [] if limit and train is None else keys_of_train(data, split, train)
+    of_train = split_of_train(data, split, train)
+    there, measured = num_samples(data, "*"), num_samples(data, split)
+    most = min(there, sample or sample_of_memory(generator.size))
+    check_memory(most + IN_MEMORY * min(measured, limit or measured), generator.size)
 
-    def captions_of(split: str, language: str) -> dict[str, Any]:
-        return read_split(data, split, CaptionSample([language], falls_back=not languages))
+    def captions_of(split: str, language: str, most: int | None = None) -> dict[str, Any]:
+        return read_split(data, split, CaptionSample([language], falls_back=not languages), most)
 
-    def held_out_in(language: str) -> HeldOut:
-        whole = HeldOut.of(captions_of(split, language), real, trained)
+    def chosen(captions: dict[str, Any], real: dict[str, Any], trained: Sequence[str] = ()) -> HeldOut:
+        whole = HeldOut.of(captions, real, trained)
         whole = whole.matching(keys) if keys else whole
         return whole.spread(limit) if limit else whole
 
     languages = listed(language)
     first, *others = languages or ["en"]
-    held_out = held_out_in(first)
-    further = {code: held_out_in(code) for code in others}  # captions that are missing are found at once
+    captions = {code: captions_of(split, code) for code in (first, *others)}
+    real = read_split(data, "*", PixelsOfSplit(generator.size), most)
+    if most < there:
+        own = {key for each in captions.values() for key in chosen(each, {**each, "pixels": None}).keys}
+        add_missing(real, own, data, split, generator.size)
+        captions = {code: only_of(each, own) for code, each in captions.items()}
+    trained = [key for key, name in zip(real["keys"], real["splits"], strict=True) if name == of_train]
+    trained = [] if limit and train is None else trained
+    held_out = chosen(captions[first], real, trained)
+    further = {code: chosen(captions[code], real, trained) for code in others}
     how = generator.defaults.replace(
         explicit_options(
             guidance_scale=guidance_scale,
@@ -138,13 +163,13 @@ def evaluate_generator(
         feature_space(features),
         seeds=seeds,
         captioned=captioned,
-        all_captions=captions_of("*", first)["captions"] if captioned else (),
+        all_captions=captions_of("*", first, most)["captions"] if captioned else (),
         clip=CaptionScorer.from_pretrained(clip) if clip else None,
         classifier=network,
         labels=labels,
         **drawing,
     )
-    figures = {"split": split, "language": first, **report.figures}
+    figures = {"split": split, "language": first, **report.figures, "images_of_data": there}
     if others:
         figures["languages"] = {first: {name: figures[name] for name in OF_LANGUAGE}}
     for number, (code, own) in enumerate(further.items(), start=2):
@@ -165,36 +190,55 @@ def evaluate_generator(
     return figures
 
 
-def keys_of_train(data: Path, split: str, train: str | None) -> list[str]:
-    """The keys of the training split; none if that is what is measured, or if there is none and it was not
-    asked for."""
+def sample_of_memory(size: tuple[int, int]) -> int:
+    """How many images of `size` pixels take as much memory as a sample may by default."""
+    return int(SAMPLE_MEMORY * 2**30 // (size[0] * size[1] * BYTES_PER_PIXEL))
+
+
+class PixelsOfSplit(PixelsSample):
+    """→ {"pixels": as of PixelsSample, "splits": str}."""
+
+    def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
+        return {**super().__call__(sample, rng), "splits": split_of(sample.shard)}
+
+
+def split_of_train(data: Path, split: str, train: str | None) -> str | None:
+    """The training split; None if that is what is measured, or if there is none and it was not asked for."""
     name = train or TRAIN
     if split == name or (train is None and not any(data.glob(f"{name}-*.tar"))):
-        return []
-    return read_split(data, find_split(data, name), keys_alone)["keys"]
+        return None
+    return find_split(data, name)
 
 
-def keys_alone(sample: Sample, rng: random.Random) -> dict[str, Any]:
-    """Decodes nothing: the keys are added anyway."""
-    return {}
+def add_missing(real: dict[str, Any], keys: set[str], data: Path, split: str, size: tuple[int, int]) -> None:
+    """Adds the images of `keys`, of `split`, to a sample of all splits."""
+    if missing := keys - {*real["keys"]}:
+        own = read_split(data, split, Only(missing, PixelsOfSplit(size)))
+        real["keys"], real["splits"] = real["keys"] + own["keys"], real["splits"] + own["splits"]
+        real["pixels"] = torch.cat([real["pixels"], own["pixels"]])
+
+
+def only_of(captions: dict[str, Any], keys: set[str]) -> dict[str, Any]:
+    pairs = [pair for pair in zip(captions["keys"], captions["captions"], strict=True) if pair[0] in keys]
+    return {"keys": [key for key, _ in pairs], "captions": [caption for _, caption in pairs]}
 
 
 def read_labels(
     classifier: str | Path, data: Path, keys: Sequence[str]
 ) -> tuple[Classifier | ResNet, dict[str, int]]:
-    """A classifier, and the class of every image in `data` by its key. Raises UserError if the classifier is
+    """A classifier, and the class of every image of `keys` in `data`. Raises UserError if the classifier is
     untrained or knows other classes, or if no image of `keys` has a class."""
     found = ImageClassifier.from_pretrained(classifier, "cpu")
     if not found.is_trained:
         raise UserError(f"--classifier {classifier}: its head is all zeros, so it knows no classes yet")
     found.check_classes(data)
-    whole = read_split(data, "*", ClassSample(found.model.config.num_classes))
-    labels = dict(zip(whole["keys"], whole["labels"].tolist(), strict=True))
-    if not labels.keys() & set(keys):
+    try:
+        whole = read_split(data, "*", Only({*keys}, ClassSample(found.model.config.num_classes)))
+    except MissingData:
         raise UserError(
             f"no measured image has a class in {data}: pass shards with the same keys with --classes"
-        )
-    return found.model, labels
+        ) from None
+    return found.model, dict(zip(whole["keys"], whole["labels"].tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -249,6 +293,7 @@ def report_generator(
         distances, places = nearest(generated, trained)
         found = (distances < COPY).nonzero().flatten().tolist()
         copies = {held_out.keys[i]: held_out.trained_keys[places[i]] for i in found}
+        figures["copies_among"] = len(trained)
         figures["copies"] = len(copies)
         figures["copies_among_reconstructions"] = int((nearest(reconstructed, trained)[0] < COPY).sum())
     if seeds > 1 and len(held_out.keys) > 1:

@@ -1,4 +1,4 @@
-"""What a generator is measured on: the captions of a split, and all images of its data set."""
+"""What a generator is measured on: the captions of a split, and images of its data set."""
 
 import re
 from collections import Counter
@@ -14,8 +14,8 @@ from mmvit.errors import UserError
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The captions of a split and, among all images of the data set (`everything`, pixels (images, 3, height,
-    width)), the places of their own images and of the training images."""
+    """The captions of a split and, among images of the data set (`everything`, pixels (images, 3, height,
+    width): all of them, or a sample), the places of their own images and of the training images."""
 
     keys: list[str]
     captions: list[str]
@@ -35,7 +35,7 @@ class HeldOut:
 
         Args:
             captions: the `keys` and `captions` of the split.
-            real: the `keys` and `pixels` of all splits.
+            real: the `keys` and `pixels` of all splits, or of a sample of them.
             trained: the keys of the training images.
 
         Raises:

@@ -6,6 +6,7 @@ from torch import Tensor
 from mmvit.errors import UserError
 from mmvit.progress import with_progress
 
+AT_ONCE = 4096  # images
 TIE = 1e-6  # relative: images that are equal pixel for pixel must not outrank each other by rounding
 
 
@@ -24,19 +25,23 @@ def pixel_ranks(generated: Tensor, references: Tensor, own: Tensor, chunk: int =
         raise ValueError(
             f"generated images are {tuple(generated.shape[1:])}, references {tuple(references.shape[1:])}"
         )
-    candidates = references.flatten(1).double()
-    sizes = candidates.square().sum(1)
+    parts_of_references = references.flatten(1).split(AT_ONCE)  # in double precision a part at a time
+    tie = TIE * sum(part.double().square().sum().item() for part in parts_of_references) / len(references)
     ranks = []
     parts = list(zip(generated.split(chunk), own.split(chunk), strict=True))
     for part, places in with_progress(
         parts, len(own), "comparing with real images", lambda pair: len(pair[0])
     ):
         images = part.flatten(1).double()
-        squares = images.square().sum(1, keepdim=True) + sizes - 2 * images @ candidates.T
-        if not squares.isfinite().all():
+        if not images.isfinite().all():
             raise UserError("generated images contain NaN or infinity: the model's weights are damaged")
-        true = squares.gather(1, places.unsqueeze(1))
-        ranks.append((squares < true - TIE * sizes.mean()).sum(1))
+        true = (images - references[places].flatten(1).double()).square().sum(1, keepdim=True)
+        nearer = torch.zeros(len(images), dtype=torch.long)
+        for candidates in map(Tensor.double, parts_of_references):
+            sizes = candidates.square().sum(1)
+            squares = images.square().sum(1, keepdim=True) + sizes - 2 * images @ candidates.T
+            nearer += (squares < true - tie).sum(1)
+        ranks.append(nearer)
     return torch.cat(ranks)
 
 

@@ -1,18 +1,21 @@
-"""Splits of a data set: which of them is held out, and reading one into memory."""
+"""Splits of a data set: which of them is held out, and reading one, or a sample of it, into memory."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmvit.data.order import Order
 from mmvit.data.reader import Batch, Decode
-from mmvit.data.shards import HELD_OUT, OLD_HELD_OUT, expand_shards, read_shard, shards_of, split_of
+from mmvit.data.shards import HELD_OUT, OLD_HELD_OUT, Sample, expand_shards, read_shard, shards_of, split_of
 from mmvit.data.stream import ShardStream
-from mmvit.data.writing import read_dataset_card
-from mmvit.errors import UserError, did_you_mean
+from mmvit.errors import MissingData, UserError, did_you_mean
+from mmvit.evaluation.held_out import evenly_spread
 from mmvit.progress import with_progress
 
 # names that held-out splits go by; the first one that a data set has is measured by default
@@ -46,11 +49,6 @@ def listed(names: str | Sequence[str]) -> list[str]:
     return [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
 
 
-def split_sizes(folder: Path) -> dict[str, int]:
-    """Samples by split as dataset.json counts them; empty without one."""
-    return read_dataset_card(folder).get("samples", {})
-
-
 def files_of(folder: Path, split: str) -> set[str]:
     """The extensions of a split's first sample."""
     for sample in itertools.chain.from_iterable(map(read_shard, shards_of(folder, split))):
@@ -58,14 +56,22 @@ def files_of(folder: Path, split: str) -> set[str]:
     return set()
 
 
-def read_split(folder: Path, split: str, decode: Decode) -> dict[str, Any]:
-    """All samples of a split, `*` for all splits, in order: {"keys": [...], ...} with what `decode` returns,
+def num_samples(folder: Path, split: str) -> int:
+    """How many samples a split, `*` for all splits, has."""
+    return in_order(folder, split, keys_alone).samples
+
+
+def read_split(folder: Path, split: str, decode: Decode, most: int | None = None) -> dict[str, Any]:
+    """The samples of a split, `*` for all splits, in order: {"keys": [...], ...} with what `decode` returns,
     tensors stacked into one and the rest as lists.
+
+    Args:
+        most: of a split with more samples, only so many are read, evenly spread over it.
 
     Raises:
         UserError: if the split has no samples or a shard is damaged.
     """
-    batches = list(batches_of(folder, split, decode))
+    batches = list(batches_of(folder, split, decode, most=most))
     whole: dict[str, Any] = {}
     for name, value in batches[0].items():
         parts = [batch[name] for batch in batches]
@@ -74,25 +80,68 @@ def read_split(folder: Path, split: str, decode: Decode) -> dict[str, Any]:
     return whole
 
 
-def batches_of(folder: Path, split: str, decode: Decode, what: str = "reading") -> Iterator[Batch]:
+def batches_of(
+    folder: Path, split: str, decode: Decode, what: str = "reading", most: int | None = None
+) -> Iterator[Batch]:
     """The batches of a split, `*` for all splits, in order, with progress.
+
+    Args:
+        most: as for `read_split`.
 
     Raises:
         UserError: if the split has no samples, or at its end if a shard is damaged: figures of the rest would
             not compare with others.
     """
-    stream = ShardStream(shards_of(folder, split), decode, READ_AT_ONCE, shuffle_buffer=0, repeat=False)
-    sizes = split_sizes(folder)
-    total = sum(sizes.values()) if split == "*" else sizes.get(split)
+    stream = in_order(folder, split, decode)
     name = "all splits" if split == "*" else split
+    if most is not None and most < stream.samples:
+        name = f"{most:,} of the {stream.samples:,} samples of {name}"
+        stream.reader = replace(stream.reader, order=Spread(stream.reader.order, most))
     is_empty = True
-    for batch in with_progress(stream, total or None, f"{what} {name}", lambda batch: len(batch["keys"])):
+    for batch in with_progress(stream, stream.samples, f"{what} {name}", lambda batch: len(batch["keys"])):
         is_empty = False
         yield batch
     for problem in stream.report()["broken_shards"].values():
         raise UserError(f"{problem}; figures of the rest would not compare with others: write it again")
     if is_empty:
-        raise UserError(f"{folder}/{split}-*.tar holds no samples")
+        reasons = stream.tally.reasons()
+        usable = f" that can be used: {reasons}" if reasons else ""
+        raise MissingData(f"{folder}/{split}-*.tar holds no samples{usable}")
+
+
+def in_order(folder: Path, split: str, decode: Decode) -> ShardStream:
+    return ShardStream(shards_of(folder, split), decode, READ_AT_ONCE, shuffle_buffer=0, repeat=False)
+
+
+class Spread:
+    """`total` places, evenly spread over an order that has more."""
+
+    def __init__(self, order: Order, total: int):
+        self.order, self.seed, self.total = order, order.seed, total
+        self.places = evenly_spread(order.total, total).clamp(max=order.total - 1).tolist()
+
+    def locate(self, epoch: int, place: int) -> tuple[int, int]:
+        return self.order.locate(epoch, self.places[place])
+
+
+def keys_alone(sample: Sample, rng: random.Random) -> dict[str, Any]:
+    """Decodes nothing: the keys are added anyway."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Only:
+    """Decodes the samples of these keys and passes over the others."""
+
+    keys: Collection[str]
+    decode: Decode
+
+    @property
+    def needs(self) -> Sequence[Sequence[str]]:
+        return getattr(self.decode, "needs", ())
+
+    def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any] | None:
+        return self.decode(sample, rng) if sample.key in self.keys else None
 
 
 def check_memory(images: int, size: tuple[int, int]) -> None:
@@ -100,5 +149,5 @@ def check_memory(images: int, size: tuple[int, int]) -> None:
     if (needed := images * size[0] * size[1] * BYTES_PER_PIXEL / 2**30) > MOST_MEMORY:
         raise UserError(
             f"{images:,} images of {size[0]}x{size[1]} pixels take {needed:,.0f} GiB of memory, more than "
-            f"{MOST_MEMORY}: take fewer with mmvit subset"
+            f"{MOST_MEMORY}: measure fewer with --limit"
         )

@@ -15,7 +15,7 @@ from mmvit.evaluation.code_use import draw_code_use, use_metrics
 from mmvit.evaluation.frechet import FeatureSpace, feature_space
 from mmvit.evaluation.held_out import evenly_spread
 from mmvit.evaluation.reconstruction import image_psnr, image_ssim
-from mmvit.evaluation.splits import check_memory, read_split, split_sizes
+from mmvit.evaluation.splits import check_memory, num_samples, read_split
 from mmvit.hub import trained_size, whole_file, write_json
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.registry import load_image_tokenizer
@@ -60,12 +60,10 @@ def evaluate_image_tokenizer(
             f"--size {height}x{width}: both sides must be multiples of {tokenizer.factor}, the factor of "
             f"{model}"
         )
-    check_memory(IN_MEMORY * split_sizes(data).get(split, 1), size)
+    there = num_samples(data, split)
+    check_memory(IN_MEMORY * min(there, limit or there), size)
     space = feature_space(features)
-    held_out = read_split(data, split, PixelsSample(size))
-    if limit:
-        chosen = evenly_spread(len(held_out["keys"]), limit)
-        held_out = {"keys": [held_out["keys"][i] for i in chosen], "pixels": held_out["pixels"][chosen]}
+    held_out = read_split(data, split, PixelsSample(size), most=limit)
     if len(held_out["pixels"]) < 2:
         raise UserError(f"the split {split} has one image; the Fréchet distance needs at least two")
     report = report_tokenizer(tokenizer, held_out["pixels"], space)
