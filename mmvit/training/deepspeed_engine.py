@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mmvit.errors import UserError, refuse
-from mmvit.hub import WEIGHTS, write_json, write_weights
-from mmvit.training.checkpoint import damaged, read_json
+from mmvit.hub import WEIGHTS, shorten, write_json, write_weights
+from mmvit.training.checkpoint import MANIFEST, damaged, problem_of, read_json, sizes_of
 from mmvit.training.config import OptimizerConfig, TrainConfig
 from mmvit.training.distributed import Processes, choose_precision
 from mmvit.training.engine import (
@@ -22,7 +23,7 @@ from mmvit.training.engine import (
     LossModule,
     WeightAverage,
     cpu_weights,
-    read_average,
+    load_average,
     tensors_of,
     tensors_to,
 )
@@ -148,6 +149,8 @@ class DeepSpeedEngine:
             if "inline_container" not in str(error):  # where torch writes files
                 raise
             refuse(f"the shards in {folder / TAG} cannot be written, likely because the disk is full")
+        self.processes.largest(0)  # all have written now
+        self.processes.on_main(lambda: self.check_all_shards(folder))
         model = self.whole_model()
         if self.processes.is_main:
             write_json(self.layout, folder / LAYOUT)
@@ -156,20 +159,57 @@ class DeepSpeedEngine:
                 write_weights(cpu_weights(self.average.model), folder / AVERAGE)
 
     def load(self, folder: Path) -> None:
-        if not (folder / LAYOUT).is_file():
-            raise UserError(f"{folder} was written without DeepSpeed: resume without --deepspeed")
-        layout = read_json(folder / LAYOUT)
-        if layout != self.layout:
-            raise UserError(
-                f"{folder} was sharded for {layout}; this run has {self.layout}. Resume with the same "
-                "stage and number of processes, or start a new run"
-            )
+        def read_manifest() -> tuple[dict[str, int], list[int]]:
+            if not (folder / LAYOUT).is_file():
+                raise UserError(f"{folder} was written without DeepSpeed: resume without --deepspeed")
+            layout = read_json(folder / LAYOUT)
+            if layout != self.layout:
+                raise UserError(
+                    f"{folder} was sharded for {layout}; this run has {self.layout}. Resume with the same "
+                    "stage and number of processes, or start a new run"
+                )
+            return read_json(folder / MANIFEST)["bytes"], identity(folder)
+
+        sizes, read_through = self.processes.from_main(read_manifest)
+        self.processes.together(lambda: self.check_own_copy(folder, sizes, read_through))
         with settings_kept(self.engine.optimizer):
             path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise damaged(folder, f"DeepSpeed finds no state in {TAG}/")
         if self.average is not None:
-            read_average(self.average.model, folder)
+            load_average(self.average.model, folder, self.processes)
+
+    def check_all_shards(self, folder: Path) -> None:
+        """Raises UserError if the shards of other processes are not in `folder`."""
+        shards = [
+            f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(self.processes.world_size)
+        ]
+        missing = [name for name in shards if self.stage and not (folder / TAG / name).is_file()]
+        if missing:
+            raise UserError(
+                f"{folder / TAG} lacks {shorten(missing)}: under ZeRO each process writes its shard, so the "
+                "run folder must be on a disk that all hosts share"
+            )
+
+    def check_own_copy(self, folder: Path, sizes: dict[str, int], read_through: list[int]) -> None:
+        """Raises UserError unless this process sees the shards that the main one does, or a whole copy."""
+        found = sizes_of(folder)
+        missing = [name for name, size in sizes.items() if name.startswith(TAG) and found.get(name) != size]
+        problem = f"{shorten(missing)} missing" if missing else ""
+        if not problem and identity(folder) != read_through:
+            problem = problem_of(folder)
+        if problem:
+            raise UserError(
+                f"rank {self.processes.rank} on {socket.gethostname()} cannot resume from "
+                f"{folder.resolve()}: {problem}. Under ZeRO each process reads its shard: put the run folder "
+                "on a disk that all hosts share, or copy it to each"
+            )
+
+
+def identity(folder: Path) -> list[int]:
+    """What tells a checkpoint from its copy, also over a network."""
+    found = (folder / MANIFEST).stat()
+    return [found.st_ino, found.st_mtime_ns]
 
 
 def loose_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -11,8 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mmvit.errors import OF_FILES, UserError
+
+
+class FailedElsewhere(SystemExit):
+    """Ends this process for an error that another one reports."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,11 @@ class Processes:
         return values or []
 
     def together(self, action: Callable[[], Any]) -> None:
-        """Runs `action` in every process. A `UserError` in one, or a full or read-only disk, ends them all."""
-        problem = None
+        """Runs `action` in every process. A `UserError`, or a full or read-only disk, in one ends all."""
+        problem: BaseException | None = None
         try:
             action()
-        except UserError as error:
+        except (UserError, FailedElsewhere) as error:  # the latter where `action` calls this, too
             problem = error
         except OSError as error:
             if error.errno not in OF_FILES:
@@ -67,11 +73,37 @@ class Processes:
         if problem:
             raise problem
         if failed:
-            raise SystemExit(2)
+            raise FailedElsewhere(2)
 
     def on_main(self, action: Callable[[], Any]) -> None:
         """Runs `action` in the main process while the others wait."""
         self.together(action if self.is_main else lambda: None)
+
+    def from_main(self, action: Callable[[], Any]) -> Any:
+        """What `action` returns in the main process, in all: containers of tensors, numbers and strings.
+
+        Tensors travel one by one. A `UserError` of `action` ends all.
+        """
+        found: list[Any] = []
+        self.on_main(lambda: found.append(action()))
+        if self.world_size == 1:
+            return found[0]
+        tensors = [each for each in tree_leaves(found) if isinstance(each, Tensor)]
+        outline = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), found or [None])
+        dist.broadcast_object_list(outline)
+        own = iter(tensors)
+
+        def sent(shape: Tensor) -> Tensor:
+            tensor = next(own, None)
+            tensor = torch.empty(shape.shape, dtype=shape.dtype) if tensor is None else tensor.contiguous()
+            if tensor.numel():
+                content = tensor.reshape(-1).view(torch.uint8)
+                moved = content.to(self.device)
+                dist.broadcast(moved, 0)
+                content.copy_(moved)
+            return tensor
+
+        return tree_map_only(Tensor, sent, outline[0])
 
 
 @contextmanager

@@ -43,7 +43,8 @@ class Engine(Protocol):
         """Writes weights, average and optimizer into `folder`; every process must call it."""
 
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote; every process must call it."""
+        """Reads what `save` wrote; every process must call it. What all hold alike, the main process reads
+        and sends to the others."""
 
 
 class LossModule(nn.Module):
@@ -148,12 +149,19 @@ class TorchEngine:
         write_state({"optimizer": self.optimizer.state_dict()}, folder / OPTIMIZER)
 
     def load(self, folder: Path) -> None:
-        if not (folder / OPTIMIZER).is_file():
-            raise UserError(f"{folder} was written under DeepSpeed: resume with the same --deepspeed file")
-        load_weights(self.model, read_weights(folder / WEIGHTS), source=str(folder / WEIGHTS))
+        def read_optimizer() -> dict[str, Any]:
+            if not (folder / OPTIMIZER).is_file():
+                raise UserError(
+                    f"{folder} was written under DeepSpeed: resume with the same --deepspeed file"
+                )
+            return read_state(folder / OPTIMIZER)["optimizer"]
+
+        optimizer = self.processes.from_main(read_optimizer)
+        weights = self.processes.from_main(lambda: read_weights(folder / WEIGHTS))
+        load_weights(self.model, weights, source=str(folder / WEIGHTS))
         if self.average is not None:
-            read_average(self.average.model, folder)
-        self.optimizer.load_state_dict(read_state(folder / OPTIMIZER)["optimizer"])
+            load_average(self.average.model, folder, self.processes)
+        self.optimizer.load_state_dict(optimizer)
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
@@ -161,10 +169,15 @@ def tensors_of(model: nn.Module) -> Iterator[Tensor]:
     yield from model.buffers()
 
 
-def read_average(average: nn.Module, folder: Path) -> None:
-    if not (folder / AVERAGE).is_file():
-        raise UserError(f"{folder} has no averaged weights, because train.ema_decay was 0: set it back to 0")
-    load_weights(average, read_weights(folder / AVERAGE), source=str(folder / AVERAGE))
+def load_average(average: nn.Module, folder: Path, processes: Processes) -> None:
+    def read() -> dict[str, Tensor]:
+        if not (folder / AVERAGE).is_file():
+            raise UserError(
+                f"{folder} has no averaged weights, because train.ema_decay was 0: set it back to 0"
+            )
+        return read_weights(folder / AVERAGE)
+
+    load_weights(average, processes.from_main(read), source=str(folder / AVERAGE))
 
 
 def tensors_to(batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]:

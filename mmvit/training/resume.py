@@ -3,7 +3,7 @@
 import socket
 from collections.abc import Generator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +16,7 @@ from mmvit.config import flatten
 from mmvit.data.stream import split_state
 from mmvit.data.tally import Tally
 from mmvit.errors import UserError
-from mmvit.hub import shorten, write_json
+from mmvit.hub import write_json
 from mmvit.training.checkpoint import (
     MANIFEST,
     Checkpoints,
@@ -113,59 +113,72 @@ def save(
 
 
 @dataclass(frozen=True)
-class Finding:
-    """The newest whole checkpoint as one process sees it, and what is wrong with newer ones."""
+class View:
+    """The newest checkpoint that one process sees, and the content of the one that is to be taken."""
 
     rank: int
-    host: str
-    root: Path
-    found: str = "none"
-    problems: tuple[str, ...] = ()
+    where: str
+    newest: str | None
+    content: str | None
 
 
-def find_checkpoint(checkpoints: Checkpoints, processes: Processes) -> tuple[Path | None, tuple[str, ...]]:
-    """The newest whole checkpoint, the same for all processes; None if there is none. Every process calls it.
+def find_checkpoint(checkpoints: Checkpoints, processes: Processes) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of the main process, under this process's path; None if there is none.
+
+    The main process alone reads it through. Others may lack it: they are sent what they need.
 
     Returns:
         its folder, and what is wrong with newer ones.
 
     Raises:
-        UserError: when all are damaged, or when the processes see different ones, as they do where each host
-            has a run folder of its own; then the other processes exit.
+        UserError: when all are damaged, or another process sees a newer one, or another one of the same step;
+            then the other processes exit.
     """
-    folder, problems = checkpoints.latest()
-    root = checkpoints.root.resolve()
-    own = Finding(processes.rank, socket.gethostname(), root, problems=tuple(problems))
-    if folder is not None:
-        digest = sha256((folder / MANIFEST).read_bytes())
-        digest.update((folder / STATE).read_bytes() if (folder / STATE).is_file() else b"")
-        own = replace(own, found=f"step {int(folder.name[5:])} (content {digest.hexdigest()[:8]})")
-    findings = processes.gather(own)
-    processes.on_main(lambda: check_same_checkpoint(findings))
-    return folder, own.problems
 
+    def newest() -> tuple[str | None, list[str]]:
+        folder, problems = checkpoints.latest()
+        if problems and folder is None:
+            alone = "; there is no other one: put its files back, or start a new run"
+            raise UserError(problems[0] + alone)
+        return folder and folder.name, problems
 
-def check_same_checkpoint(findings: list[Finding]) -> None:
-    """Raises UserError unless all processes see the same whole checkpoint, or none at all."""
-    is_same = len({(finding.found, len(finding.problems)) for finding in findings}) == 1
-    for finding in findings:
-        if finding.problems and (finding.found == "none" or not is_same):
-            where = f" (rank {finding.rank} on {finding.host}, in {finding.root})"
-            alone = "; there is no other one: put its files back, or start a new run" if is_same else ""
-            raise UserError(finding.problems[0] + (where if len(findings) > 1 else "") + alone)
-    if len({finding.found for finding in findings}) == 1:
-        return
-    ranks: dict[str, list[str]] = {}
-    for finding in findings:
-        view = f"on {finding.host} has {finding.found} in {finding.root}"
-        ranks.setdefault(view, []).append(str(finding.rank))
-    views = [f"rank{'s' * (len(own) > 1)} {shorten(own)} {view}" for view, own in ranks.items()]
-    more = f"; and {len(views) - 5} more" if len(views) > 5 else ""
-    raise UserError(
-        f"cannot resume: the processes see different checkpoints: {'; '.join(views[:5])}{more}. Put the run "
-        "folder on a disk that all hosts share, or copy it from the host of rank 0 to the others; if they "
-        "share it already, its listing is out of date on some: wait and try again"
+    name, problems = processes.from_main(newest)
+    seen, root = checkpoints.complete(), checkpoints.root.resolve()
+    folder = checkpoints.root / name if name else None
+    own = View(
+        processes.rank,
+        f"on {socket.gethostname()} in {root}",
+        seen[-1].name if seen else None,
+        content_of(folder) if folder else None,
     )
+    views = processes.gather(own)
+    processes.on_main(lambda: check_same_checkpoint(views))
+    return folder, problems
+
+
+def content_of(folder: Path) -> str | None:
+    """A digest of the manifest of a checkpoint, which has the checksums of its files."""
+    with suppress(OSError):
+        return sha256((folder / MANIFEST).read_bytes()).hexdigest()[:8]
+    return None
+
+
+def check_same_checkpoint(views: list[View]) -> None:
+    """Raises UserError if another process than the main one sees a newer checkpoint, or another one."""
+    main = views[0]
+    for view in views[1:]:
+        if (view.newest or "") > (main.newest or ""):
+            found = [view.newest, main.newest or "none"]
+        elif view.content not in (main.content, None):
+            found = [f"a checkpoint of content {content}" for content in (view.content, main.content)]
+        else:
+            continue
+        raise UserError(
+            f"cannot resume: the processes see different checkpoints: rank {view.rank} {view.where} has "
+            f"{found[0]}, and rank 0 {main.where} has {found[1]}. Copy the run folder to the host of rank 0, "
+            f"or remove that of rank {view.rank}; if they share it, its listing is out of date on some: wait "
+            "and try again"
+        )
 
 
 def resume(session: Session, folder: Path, engine: Engine, stream: Stream) -> tuple[Progress, dict[str, str]]:
@@ -178,8 +191,8 @@ def resume(session: Session, folder: Path, engine: Engine, stream: Stream) -> tu
         UserError: if the checkpoint is damaged, or of another model (naming the settings that differ).
     """
     processes = session.processes
-    changes = check_same_model(folder, session.recipe)
-    state = read_state(folder / STATE)
+    changes = processes.from_main(lambda: check_same_model(folder, session.recipe))
+    state = processes.from_main(lambda: read_state(folder / STATE))
     try:
         progress, saved = Progress(**state["progress"]), state["processes"]
         same_world = len(saved) == processes.world_size
