@@ -37,6 +37,9 @@ class TrainConfig(Config):
     keep_checkpoints: int = Field(2, ge=1)
     log_every: int = Field(20, ge=1)
     num_workers: int = Field(1, ge=0, description="data workers per training process")
+    timeout: float = Field(
+        600, gt=0, description="seconds that processes wait for one another before the run ends"
+    )
     tensorboard: bool = False
     wandb: bool = False
 

@@ -7,11 +7,13 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from mmvit.errors import UserError, refuse
 from mmvit.hub import WEIGHTS, shorten, write_json, write_weights
@@ -85,6 +87,8 @@ class DeepSpeedEngine:
                 "torch_autocast": {"enabled": self.precision != torch.float32, "dtype": "bfloat16"},
             },
         )
+        for group in distributed_c10d._world.pg_map:  # DeepSpeed's own groups wait half an hour
+            distributed_c10d._set_pg_timeout(timedelta(seconds=train.timeout), group)
         self.model = model
         self.passes = 0
         if self.stage == 3:

@@ -2,11 +2,15 @@
 
 import gc
 import os
+import signal
 import socket
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from threading import Thread, current_thread, main_thread
 from typing import Any
 
 import torch
@@ -107,32 +111,121 @@ class Processes:
 
 
 @contextmanager
-def open_processes(device: str = "auto", needs_group: bool = False) -> Iterator[Processes]:
+def open_processes(
+    device: str = "auto", needs_group: bool = False, timeout: float = 600
+) -> Iterator[Processes]:
     """Joins the process group described by the launcher's environment, and leaves it at the end.
 
     Args:
         device: "auto" or a torch device; on CUDA each process takes the GPU of its local rank.
         needs_group: makes a group of one for a process without a launcher (DeepSpeed needs it).
+        timeout: seconds to wait for the others, at the start and in every exchange.
+
+    Raises:
+        UserError: when others do not come, or do not answer (in one of those that have waited for them).
     """
     rank, world_size = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
     own_device = choose_device(device, environment_number("LOCAL_RANK", 0))
+    processes = Processes(rank, world_size, own_device)
     if own_device.type == "cuda":
         torch.cuda.set_device(own_device)
-    grouped = world_size > 1 or needs_group
-    if grouped:
-        warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
-        for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
-            os.environ.setdefault(name, str(value))
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
-        dist.init_process_group("nccl" if own_device.type == "cuda" else "gloo")
+    if world_size == 1 and not needs_group:
+        yield processes
+        return
+    store = join_group(processes, timeout)
     try:
-        yield Processes(rank, world_size, own_device)
-        if grouped:
+        with failures_told_once(processes, store, timeout):
+            yield processes
             dist.barrier()  # a process that leaves early would break what the others still exchange
     finally:
-        if grouped:
-            gc.collect()  # engines hold on to the group in cycles
-            dist.destroy_process_group()
+        gc.collect()  # engines hold on to the group in cycles
+        dist.destroy_process_group()
+
+
+def join_group(processes: Processes, timeout: float) -> dist.Store:
+    """Makes the default process group. Returns the store by which the processes have found one another."""
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, str(value))
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
+    longest = timedelta(seconds=timeout)
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=longest))
+        backend = "nccl" if processes.device.type == "cuda" else "gloo"
+        group = dist.PrefixStore("group", store)
+        dist.init_process_group(backend, store=group, rank=rank, world_size=world_size, timeout=longest)
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"rank {processes.rank} has not found all {processes.world_size} processes at {where} within "
+            f"train.timeout = {timeout:g} s: {str(error).splitlines()[0]}"
+        ) from None
+    store.set(f"process/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
+    return store
+
+
+@contextmanager
+def failures_told_once(processes: Processes, store: dist.Store, timeout: float) -> Iterator[None]:
+    """A context in which one process says why all of them end: the one that has failed, or one of those that
+    have waited for it in vain."""
+    try:
+        yield
+    except BaseException as error:
+        is_waiting = isinstance(error, dist.DistError) or (
+            "gloo" in str(error) and type(error) is RuntimeError
+        )
+        is_late = "imed out" in str(error)
+        answers: list[list[str] | None] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):
+                answers.append(
+                    silent_processes(processes, store, is_waiting, min(10, timeout) if is_late else 2)
+                )
+
+        if is_waiting and current_thread() is main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, before anything is said
+        asking = Thread(target=ask, daemon=True)  # who is cut off from the store gets no answer, nor an error
+        asking.start()
+        asking.join(15 if is_waiting else 2)
+        if not is_waiting:
+            raise
+        if not answers:
+            raise UserError(
+                f"rank {processes.rank} has lost rank 0, which says why, unless the network between their "
+                "hosts is down"
+            ) from None
+        if answers == [None]:
+            raise FailedElsewhere(2) from None
+        if answers == [[]]:  # all wait
+            raise
+        how = f"did not answer within train.timeout = {timeout:g} s" if is_late else "is gone"
+        raise UserError(
+            f"{' and '.join(answers[0])} {how}: look at what it said last, the memory of its host, and the "
+            "network"
+        ) from None
+
+
+def silent_processes(
+    processes: Processes, store: dist.Store, is_waiting: bool, patience: float
+) -> list[str] | None:
+    """Says in the store whether this process ends because it waits for others. Returns those that say
+    nothing for `patience` seconds; None if another process tells the user."""
+
+    def have_said(word: str) -> set[int]:
+        return {rank for rank in range(processes.world_size) if store.check([f"{word}/{rank}"])}
+
+    store.set(f"{'waiting' if is_waiting else 'failed'}/{processes.rank}", "")
+    ends = time.monotonic() + patience
+    while is_waiting and not have_said("failed"):
+        waiting = have_said("waiting")
+        silent = {*range(processes.world_size)} - waiting
+        if not silent or time.monotonic() > ends:
+            if processes.rank > min(waiting):
+                return None
+            return [f"rank {rank} ({store.get(f'process/{rank}').decode()})" for rank in sorted(silent)]
+        time.sleep(0.1)
+    return None
 
 
 def environment_number(name: str, default: int) -> int:

@@ -59,7 +59,8 @@ def open_session(
         UserError: if the run folder cannot be used, or another process uses it, or the batch does not divide
             over the processes.
     """
-    with open_processes(recipe.train.device, needs_group=deepspeed is not None) as processes:
+    needs_group = deepspeed is not None
+    with open_processes(recipe.train.device, needs_group, recipe.train.timeout) as processes:
         check_batch_divides(recipe.train, processes.world_size)
         run = RunFolder(recipe.output)
         try:

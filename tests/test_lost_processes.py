@@ -1,0 +1,97 @@
+"""A process that fails, dies or stays silent ends the others, and one of them says so."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mmvit.errors import run_script
+from mmvit.training import Processes
+from mmvit.training.distributed import free_port, open_processes
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+
+
+def end_of_processes(
+    folder: Path, action: Callable[[Processes], None], started: int = 2, world_size: int = 2
+) -> list[tuple[int, str]]:
+    """The exit status of each of the processes that do `action`, and what it says on stderr. They wait for
+    one another for a second; one that sleeps is killed once the others have ended, as a launcher does."""
+    port, children = free_port(), []
+    for rank in range(started):
+        children.append(os.fork())
+        if children[-1] == 0:
+            place = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in place.items()})
+            try:
+                with (folder / str(rank)).open("w") as file, contextlib.redirect_stderr(file):
+                    run_script(lambda: enter(action))
+                os._exit(0)
+            except SystemExit as end:
+                os._exit(end.code)
+            finally:
+                os._exit(1)
+    statuses = {}
+    for child in children[:1] + children[:0:-1]:  # rank 1, which may sleep, is the last
+        if len(statuses) == 2:
+            os.kill(child, signal.SIGKILL)
+        statuses[child] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return [(statuses[child], (folder / str(rank)).read_text()) for rank, child in enumerate(children)]
+
+
+def enter(action: Callable[[Processes], None]) -> None:
+    with open_processes("cpu", timeout=1) as processes:
+        action(processes)
+        processes.largest(1)
+
+
+def test_a_process_that_does_not_answer_is_named_once(tmp_path):
+    def sleep_in_rank_1(processes: Processes) -> None:
+        if processes.rank == 1:
+            time.sleep(60)
+
+    ended = end_of_processes(tmp_path, sleep_in_rank_1, started=3, world_size=3)
+    assert [status for status, _ in ended] == [2, -signal.SIGKILL, 2]
+    where = rf"process \d+ on {re.escape(socket.gethostname())}"
+    expected = rf"error: rank 1 \({where}\) did not answer within train\.timeout = 1 s: .*\n"
+    assert re.fullmatch(expected, ended[0][1]), ended
+    assert ended[2][1] == ""
+
+
+def test_a_process_that_dies_is_named(tmp_path):
+    def die_in_rank_1(processes: Processes) -> None:
+        if processes.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ended = end_of_processes(tmp_path, die_in_rank_1)
+    assert [status for status, _ in ended] == [2, -signal.SIGKILL]
+    assert re.fullmatch(r"error: rank 1 \(process \d+ on .*\) is gone: .*\n", ended[0][1]), ended
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_exception_of_one_process_is_told_by_it_alone(tmp_path, failing):
+    def fail(processes: Processes) -> None:
+        if processes.rank == failing:
+            raise ValueError("a bug")
+
+    ended = end_of_processes(tmp_path, fail)
+    lost = (
+        "error: rank 1 has lost rank 0, which says why.*\n" if failing == 0 else ""
+    )  # and its store with it
+    assert ended[1 - failing][0] == 2
+    assert re.fullmatch(f"({lost})?", ended[1 - failing][1])
+    assert ended[failing][0] == 1
+
+
+def test_a_process_that_does_not_come_is_missed(tmp_path):
+    [(status, said)] = end_of_processes(tmp_path, lambda processes: None, started=1)
+    assert status == 2
+    assert re.fullmatch(
+        r"error: rank 0 has not found all 2 processes at 127\.0\.0\.1:\d+ within .* 1 s: .*\n", said
+    )
