@@ -29,7 +29,7 @@ FLOORS = {  # a room may import from rooms on lower floors, and from its own
     "recipes": 4,
     "cli": 4,  # scripts and the command
 }
-ANYWHERE = {"errors", "config", "hub", "memory", "places", "progress"}
+ANYWHERE = {"errors", "config", "hub", "lock", "memory", "places", "progress"}
 
 
 def imported_names(path: Path) -> set[str]:

@@ -1,9 +1,15 @@
 """Run folders and checkpoints: written whole or not at all, and read without running code."""
 
+import errno
+import fcntl
+import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -29,9 +35,13 @@ time.sleep(60)
 """
     holder = subprocess.Popen([sys.executable, "-c", holding, tmp_path / "run"], stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"open\n"
+    host = re.escape(socket.gethostname())
     try:
         for resume in (False, True):
-            with pytest.raises(UserError, match=rf"run is in use: process {holder.pid} is training in it"):
+            with pytest.raises(
+                UserError,
+                match=rf"run is in use by process {holder.pid} on {host} since 20\d\d.* \(-c .*run\)",
+            ):
                 RunFolder(tmp_path / "run").open(resume)
     finally:
         holder.kill()
@@ -42,9 +52,32 @@ time.sleep(60)
     assert not run.path.exists()
 
 
+def test_where_there_are_no_locks_the_word_of_a_dead_process_counts_on_its_host_alone(tmp_path):
+    def refuse_to_lock(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    run, lock = RunFolder(tmp_path), tmp_path / ".lock"
+    lock.write_text("torn")
+    owner = {"process": dead.pid, "host": socket.gethostname(), "since": "then", "command": "mmvit train"}
+    with mock.patch.object(fcntl, "lockf", refuse_to_lock):
+        run.open(resume=False)
+        run.close()
+        lock.write_text(json.dumps(owner))
+        run.open(resume=False)
+        run.close()
+        for other in ({"process": os.getppid()}, {"host": "node7"}):
+            lock.write_text(json.dumps(owner | other))
+            with pytest.raises(
+                UserError, match=r"in use by process .* \(mmvit train\).*If that has ended, remove"
+            ):
+                run.open(resume=False)
+
+
 def test_a_session_leaves_no_lock(tmp_path):
     with open_session(Recipe(task="any", output=tmp_path / "run")) as session:
-        assert (session.run.path / ".lock").read_text() == f"{os.getpid()}\n"
+        assert json.loads((session.run.path / ".lock").read_text())["process"] == os.getpid()
     assert not (tmp_path / "run" / ".lock").exists()
 
 

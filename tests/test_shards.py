@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import json
 import os
 import subprocess
 import sys
@@ -174,7 +175,9 @@ def test_a_full_disk_names_the_shards_and_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_second_process_does_not_write_to_the_same_folder(tmp_path):
     lock = tmp_path / ".writing.lock"
-    hold = f"from mmvit.data.lock import *; take_lock(Path({str(tmp_path)!r})); print(); input()"
+    hold = (
+        f"from mmvit.data.lock import *; w = sole_writer({str(tmp_path)!r}); w.__enter__(); print(); input()"
+    )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", hold], **pipes) as child:
         child.stdout.readline()
@@ -186,7 +189,7 @@ def test_a_second_process_does_not_write_to_the_same_folder(tmp_path):
     with ShardWriter(tmp_path, "train") as writer, ShardWriter(tmp_path, "test") as other:
         writer.write("0", {"txt": b"x"})
         other.write("0", {"txt": b"x"})
-        assert lock.read_text().split()[0] == str(os.getpid())
+        assert json.loads(lock.read_text())["process"] == os.getpid()
     assert [name for name in names(tmp_path) if "index" not in name] == [
         "test-000000.tar",
         "train-000000.tar",

@@ -1,8 +1,6 @@
 """The run folder: config.toml, metrics.jsonl, curves.png, checkpoints/, previews/, best/ and last/ models."""
 
-import errno
 import json
-import os
 import shutil
 import tomllib
 from collections.abc import Callable
@@ -12,12 +10,8 @@ from typing import Any
 from mmvit.config import Config, to_toml
 from mmvit.errors import UserError
 from mmvit.hub import whole_file
+from mmvit.lock import release_lock, take_lock
 from mmvit.training.disk import flush, put_in_place, put_right, writing
-
-try:
-    import fcntl
-except ImportError:  # Windows, where a run is not locked
-    fcntl = None
 
 CONFIG, LOCK = "config.toml", ".lock"
 
@@ -67,40 +61,13 @@ class RunFolder:
     def close(self) -> None:
         """Lets other processes open the folder."""
         if self.lock_file is not None:
-            (self.path / LOCK).unlink(missing_ok=True)
-            os.close(self.lock_file)
+            release_lock(self.path / LOCK, self.lock_file)
             self.lock_file = None
 
     def lock(self) -> None:
-        """Holds the folder for this process. Its lock ends with it however it dies, and data workers do not
-        inherit it, as they would one of `flock`.
-
-        Raises:
-            UserError: if another process holds the folder, or nothing can be written in it.
-        """
-        path = self.path / LOCK
-        while fcntl and self.lock_file is None:
-            try:
-                file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            except OSError as error:
-                raise UserError(f"output: cannot write in the folder {self.path}: {error.strerror}") from None
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                holder = os.read(file, 20).decode(errors="replace").strip()
-                os.close(file)
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    raise UserError(
-                        f"{self.path} is in use: process {holder or 'of unknown id'} is training in it; wait "
-                        "for it to end, or choose another folder with --output"
-                    ) from None
-                return  # a file system without locks
-            if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file))):
-                os.close(file)  # its earlier holder removed it in between
-                continue
-            os.ftruncate(file, 0)
-            os.write(file, f"{os.getpid()}\n".encode())
-            self.lock_file = file
+        if self.lock_file is None:
+            advice = "wait for it to end, or choose another folder with --output"
+            self.lock_file = take_lock(self.path / LOCK, "is in use by", advice)
 
     def holds_results(self) -> bool:
         """Whether there is more in the folder than what a start that failed before it trained leaves."""
