@@ -366,8 +366,9 @@ def test_a_setting_that_is_newer_than_the_checkpoint_had_its_default(tmp_path, t
     del recipe["model"]["pooling"], recipe["train"]["compile"]
     path.write_text(json.dumps(recipe))
     assert changed_settings(path.parent, session.recipe) == {}
-    recipe["model"]["gone"] = 1
+    recipe["model"]["gone"], recipe["optimizer"]["schedule"] = 1, "stairs"
     path.write_text(json.dumps(recipe))
+    assert [*changed_settings(path.parent, session.recipe)] == ["optimizer.schedule", "model.gone"]
     with pytest.raises(UserError, match=r"holds another model: .*model\.gone was 1 and is now None"):
         check_same_model(path.parent, session.recipe)
 

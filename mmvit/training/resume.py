@@ -3,7 +3,9 @@
 import socket
 from collections.abc import Generator
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +14,7 @@ from typing import Any, Literal, Protocol
 from pydantic import ValidationError
 from torch import Tensor
 
-from mmvit.config import flatten
+from mmvit.config import find_setting, flatten, merged
 from mmvit.data.stream import split_state
 from mmvit.data.tally import Tally
 from mmvit.errors import UserError
@@ -227,11 +229,22 @@ def changed_settings(folder: Path, recipe: Recipe) -> dict[str, str]:
     then = read_json(folder / RECIPE)
     if not isinstance(then, dict):
         raise damaged(folder, f"{RECIPE} holds no recipe")
-    with suppress(ValidationError):  # otherwise a setting has gone, and is named below
-        then = type(recipe).model_validate(then).model_dump(mode="json")
-    before, after = flatten(then), flatten(recipe.model_dump(mode="json"))
+    before, after = flatten(with_defaults(type(recipe), then)), flatten(recipe.model_dump(mode="json"))
     return {
         key: f"{key} was {before.get(key)} and is now {after.get(key)}"
         for key in {**after, **before}
         if before.get(key) != after.get(key)
     }
+
+
+def with_defaults(kind: type[Recipe], values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of an earlier version, with the defaults of the settings that it lacks. Settings that have
+    gone since, or allow other values, stay as they are."""
+    try:
+        return kind.model_validate(values).model_dump(mode="json")
+    except ValidationError as error:
+        known = deepcopy(values)
+        for problem in error.errors():
+            *sections, last = find_setting(kind, problem["loc"])[0]
+            reduce(lambda section, name: section.get(name, {}), sections, known).pop(last, None)
+        return merged(with_defaults(kind, known), values) if known != values else values
