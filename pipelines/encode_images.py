@@ -21,10 +21,8 @@ caption, in any language, has a word that begins with "left" or "right" ("leftwa
 
 import itertools
 import re
-import signal
-import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -40,7 +38,7 @@ from typer import Argument, Option
 from mmvit.cli import run_script
 from mmvit.data.codes import MAX_CODES, pack_codes
 from mmvit.data.encoding import Copies, DecodeImages, Part, read_parts, split_for
-from mmvit.data.finished import FinishedShards, is_file
+from mmvit.data.finished import FinishedShards, is_file, kept_when_interrupted
 from mmvit.data.images import parse_size, to_unit_range
 from mmvit.data.index import beside, load_index
 from mmvit.data.lock import sole_writer
@@ -101,7 +99,7 @@ def main(
         augmented, shift, tuple(re.split(r"[\s,]+", flip_unless.strip(" ,"))) if flip_unless else ()
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with finished_are_kept(), open_processes(device) as processes, ExitStack() as stack:
+    with kept_when_interrupted(), open_processes(device) as processes, ExitStack() as stack:
         model = load_image_tokenizer(tokenizer, processes.device)
         made = describe_tokenizer(model, tokenizer, height, width)
         how = {name: fact for name, fact in made.items() if name != "path"} | {"copies": asdict(copies)}
@@ -137,25 +135,6 @@ def main(
         if several:
             dist.barrier(group=group)
         processes.on_main(lambda: complete(source, out, shards, finished, facts, made))
-
-
-@contextmanager
-def finished_are_kept() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    earlier = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(
-            "interrupted: finished shards are kept, and the same command goes on from there", file=sys.stderr
-        )
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, earlier)
 
 
 def describe_tokenizer(model: ImageTokenizer, path: str, height: int, width: int) -> dict[str, Any]:

@@ -12,30 +12,33 @@ a list are relative to it; in JSON lines `captions` may hold {language: caption}
 Without splits of its own, a share of the images is held out, chosen by a hash of the key; images of one
 `group` stay together. Images keep their bytes, unless --size, --fit or --max-side changes them or they are
 not JPEG, PNG or WebP. Training later crops what is not square; --fit pad keeps all of every image.
+
+Several shards are written at a time. The same command goes on where it was interrupted, and the shards appear
+in OUT together, once all are finished.
 """
 
 import hashlib
-import io
 import itertools
-import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from functools import partial
+from contextlib import closing
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
-from PIL import Image, ImageColor
+from PIL import ImageColor
 from typer import Argument, Option
 
 from mmvit.cli import run_script
-from mmvit.data.images import Fit, ImageFacts, fit_image, has_shape, measure_image, open_image, parse_size
+from mmvit.data.finished import FinishedShards, kept_when_interrupted
+from mmvit.data.images import Fit, ImageFacts, has_shape, parse_size
 from mmvit.data.lock import sole_writer
-from mmvit.data.shards import HELD_OUT, BadSample
-from mmvit.data.sources import STORED_AS_IS, CaptionLines, Entry, find_entries, read_file
+from mmvit.data.packing import STAGING, Pack, Plan, Shape, image_files, plan_shards, publish
+from mmvit.data.shards import HELD_OUT, OLD_HELD_OUT, BadSample, split_of
+from mmvit.data.sources import CaptionLines, Entry, find_entries
+from mmvit.data.workers import default_workers, map_ahead
 from mmvit.data.writing import (
     Outcome,
-    ShardWriter,
     in_order,
     read_dataset_card,
     refuse_other_data,
@@ -69,6 +72,12 @@ def main(
     pad_colour: Annotated[str, Option(help="for --fit pad: a name, or #rrggbb")] = "white",
     max_side: Annotated[int | None, Option(help="shrink images so that no side is longer, in pixels")] = None,
     samples_per_shard: Annotated[int, Option(help="samples in one tar file")] = 1000,
+    workers: Annotated[
+        int | None,
+        Option(
+            min=0, help="processes that read images and write shards (default: one for each core but one)"
+        ),
+    ] = None,
 ) -> None:
     if held_out_share is not None and not 0 <= held_out_share < 1:
         raise UserError(f"--held-out-share: expected a number from 0 to below 1, got {held_out_share}")
@@ -85,15 +94,19 @@ def main(
         raise UserError(f"nothing usable in {source}: {outcome.reasons() or 'it is empty'}")
     classes = name_classes(entries, source)
     entries = in_mixed_order(entries)
-    images = {entry.key: partial(image_files, entry.path, shape) for entry in entries}
-    choose_splits(entries, held_out_share, lambda entry: is_usable(images[entry.key]), outcome)
+    choose_splits(entries, held_out_share, lambda entry: is_usable(entry, shape), outcome)
     facts = {"classes": classes} if classes else {}
     if shape.fit:
         facts["image_fit"] = shape.fit
-    with sole_writer(out):
-        seen = write(entries, images, classes, source, out, samples_per_shard, outcome)
+    plans = plan_shards(entries, samples_per_shard)
+    workers = min(default_workers() if workers is None else workers, len(plans) // 2)
+    numbers = {name: number for number, name in enumerate(classes)}
+    pack = Pack(FinishedShards(out / STAGING, "records", {}), shape, numbers)
+    with kept_when_interrupted(), sole_writer(out):
+        write(entries, pack, source, out, plans, workers, outcome)
         write_dataset_card(out, outcome, source=str(source), **facts)
-    remark_on_images(seen, shape, outcome)
+        shutil.rmtree(pack.finished.folder)
+    remark_on_images(outcome.originals, shape, outcome)
     remark_on_captions(entries, outcome)
     remark_on_classes(classes, outcome)
     if not outcome.written.get(HELD_OUT) and not outcome.written.get("test") and held_out_share != 0:
@@ -102,27 +115,6 @@ def main(
             "recipe needs some."
         )
     outcome.print(out)
-
-
-class Shape(NamedTuple):
-    """What is done to the shape of images before they are stored."""
-
-    size: tuple[int, int] | None
-    fit: Fit | None
-    pad_colour: str
-    max_side: int | None
-
-    def apply(self, image: Image.Image) -> Image.Image:
-        if self.max_side is not None:
-            image.thumbnail((self.max_side, self.max_side), Image.Resampling.BICUBIC)
-        if self.fit is None:
-            return image
-        side = max(image.size) if self.fit == "pad" else min(image.size)
-        return fit_image(image, self.size or (side, side), self.fit, self.pad_colour)
-
-    def changes(self, image: Image.Image) -> bool:
-        fits = not self.fit or image.size == (self.size[::-1] if self.size else (image.width, image.width))
-        return not fits or (self.max_side is not None and max(image.size) > self.max_side)
 
 
 def check_colour(name: str) -> None:
@@ -238,74 +230,57 @@ def splits_of_groups(entries: Iterable[Entry]) -> dict[str, set[str]]:
 
 def write(
     entries: list[Entry],
-    images: dict[str, Callable[[], tuple[dict[str, bytes], ImageFacts]]],
-    classes: list[str],
+    pack: Pack,
     source: Path,
     out: Path,
-    samples_per_shard: int,
+    plans: list[Plan],
+    workers: int,
     outcome: Outcome,
-) -> Counter[ImageFacts]:
-    """Writes every split; counts what the images were before they were stored."""
-    numbers = {name: number for number, name in enumerate(classes)}
-    before = read_dataset_card(out).get("samples", {})  # splits of an earlier run are replaced, too
-    splits = dict.fromkeys([TRAIN, HELD_OUT, *sorted({entry.split for entry in entries}), *before])
-    seen: Counter[ImageFacts] = Counter()
-    with ExitStack() as stack:
-        writers = {split: stack.enter_context(ShardWriter(out, split, samples_per_shard)) for split in splits}
-        for entry in with_progress(entries, len(entries), "writing shards"):
-            try:
-                image, facts = images[entry.key]()
-            except BadSample as bad:
-                outcome.skip(bad.reason, entry.name)
-                continue
-            writers[entry.split].write(entry.key, {**image, **text_files(entry, numbers)})
-            outcome.wrote(entry.split, *image.values(), label=entry.label)
-            seen[facts] += 1
-        if not outcome.written:  # nothing has been replaced yet
-            raise UserError(f"no image of {source} could be used: {outcome.reasons()}")
-        used = {name for members in outcome.of_class.values() for name in members}
-        if empty := [name for name in classes if name not in used]:
-            raise UserError(
-                f"no image of the class{'es' if len(empty) > 1 else ''} {shorten(empty)} could be used: "
-                f"{outcome.reasons()}; repair them, or leave these classes out"
-            )
-        for writer in writers.values():
-            writer.finish()
-    return seen
-
-
-def is_usable(read: Callable[[], object]) -> bool:
+) -> None:
+    """Writes every split, and counts what was written."""
+    staged = pack.finished.folder
+    if there := [*staged.glob("*.tar")]:
+        print(f"going on from an interrupted run, which finished {len(there):,} of {len(plans):,} shards")
+    pack.finished.records.mkdir(parents=True, exist_ok=True)
+    for left in staged.glob(".*.partial"):
+        left.unlink()
+    with closing(map_ahead(pack, plans, workers)) as packed:
+        shown = with_progress(packed, len(entries), "writing shards", num_read)
+        for done in shown:
+            outcome.add(done)
     try:
-        read()
+        refuse_unusable(outcome, pack.numbers, source)
+    except UserError:  # nothing has been replaced yet
+        shutil.rmtree(staged)
+        raise
+    before = read_dataset_card(out).get("samples", {})  # splits of an earlier run are replaced, too
+    splits = {TRAIN, HELD_OUT, OLD_HELD_OUT, *(entry.split for entry in entries), *before}
+    names = [plan.name for plan in plans if outcome.written[split_of(Path(plan.name))]]
+    publish(staged, out, names, splits)
+
+
+def refuse_unusable(outcome: Outcome, classes: Iterable[str], source: Path) -> None:
+    """Raises UserError if no image, or none of a class, could be used."""
+    if not outcome.written:
+        raise UserError(f"no image of {source} could be used: {outcome.reasons()}")
+    used = {name for members in outcome.of_class.values() for name in members}
+    if empty := [name for name in classes if name not in used]:
+        raise UserError(
+            f"no image of the class{'es' if len(empty) > 1 else ''} {shorten(empty)} could be used: "
+            f"{outcome.reasons()}; repair them, or leave these classes out"
+        )
+
+
+def num_read(done: Outcome) -> int:
+    return done.written.total() + done.skipped.total()
+
+
+def is_usable(entry: Entry, shape: Shape) -> bool:
+    try:
+        image_files(entry.path, shape)
     except BadSample:
         return False
     return True
-
-
-def image_files(path: Path, shape: Shape) -> tuple[dict[str, bytes], ImageFacts]:
-    """The image to store under its extension, and what the file holds. Raises BadSample."""
-    data = read_file(path)
-    image = open_image(data)
-    facts = measure_image(data)
-    extension = STORED_AS_IS.get(path.suffix.lower())
-    if extension and not shape.changes(image):
-        return {extension: data}, facts
-    buffer = io.BytesIO()
-    is_photo = extension in ("jpg", "webp")
-    options = {"quality": 95} if is_photo else {}
-    shape.apply(image).save(buffer, "JPEG" if is_photo else "PNG", **options)
-    return {"jpg" if is_photo else "png": buffer.getvalue()}, facts
-
-
-def text_files(entry: Entry, numbers: dict[str, int]) -> dict[str, bytes]:
-    files = {}
-    if entry.caption is not None:
-        files["txt"] = entry.caption.encode()
-    if entry.captions:
-        files["json"] = json.dumps({"captions": entry.captions}, ensure_ascii=False, sort_keys=True).encode()
-    if entry.label is not None:
-        files["cls"] = str(numbers[entry.label]).encode()
-    return files
 
 
 def remark_on_images(seen: Counter[ImageFacts], shape: Shape, outcome: Outcome) -> None:

@@ -4,13 +4,16 @@ import json
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from PIL import Image
-from shard_scripts import make_shards, read_split, save_image
+from shard_scripts import contents, make_shards, read_split, save_image
 
 from mmvit.data.images import decode_image
+from mmvit.data.writing import WholeShard
 
 
 def test_folder_with_captions_beside_the_images(run_script, tmp_path):
@@ -197,6 +200,48 @@ def test_shards_of_another_source_are_not_replaced(run_script, tmp_path, monkeyp
     (tmp_path / "photos/a.txt").write_text("told anew")
     samples, _ = make_shards(run_script, Path("photos"), out)  # the same source, named in another way
     assert samples["a"].files["txt"] == b"told anew"
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_bytes(run_script, tmp_path):
+    source, out, whole = (tmp_path / name for name in ("pets", "out", "whole"))
+    for number in range(20):
+        save_image(source / ("cat", "dog")[number % 2] / f"{number}.png", (10 + number, 12))
+    (source / "cat" / "8.png").write_bytes(b"no image")
+    options = ("--held-out-share", 0.3, "--samples-per-shard", 3, "--fit", "pad", "--workers")
+
+    def run(folder: Path, workers: int):
+        return run_script("pipelines/make_shards.py", source, folder, *options, workers)
+
+    assert run(out, 0).returncode == 0
+    before = contents(out)
+    save_image(source / "dog" / "19.png", (8, 8), "blue")
+    expected = run(whole, 2)
+    assert expected.returncode == 0, expected.stderr
+
+    def stop_at(number: int, signal_number: int):
+        def publish(shard: WholeShard) -> None:
+            if not next(left, None):
+                os.kill(os.getpid(), signal_number)
+            real(shard)
+
+        left, real = iter([True] * number), WholeShard.publish
+        return mock.patch.object(WholeShard, "publish", publish)
+
+    with stop_at(2, signal.SIGTERM):
+        ran = run(out, 0)
+    assert ran.returncode == 130
+    assert "interrupted: finished shards are kept" in ran.stderr
+    assert {name: data for name, data in contents(out).items() if name[0] != "."} == before
+    next((out / ".packed/records").iterdir()).write_text("{}")
+    if (child := os.fork()) == 0:
+        with stop_at(3, signal.SIGKILL):
+            run(out, 0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    with mock.patch("mmvit.data.packing.WholeShard", side_effect=WholeShard) as made:
+        ran = run(out, 0)
+    assert f"an interrupted run, which finished 4 of {4 + made.call_count} shards" in ran.stdout
+    assert contents(out) == contents(whole)
+    assert ran.stdout.partition("┏")[2] == expected.stdout.partition("┏")[2]  # the closing table
 
 
 # Splits and groups

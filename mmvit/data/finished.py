@@ -3,7 +3,10 @@ finished, and goes on."""
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
+import signal
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,24 @@ class FinishedShards:
 
     def record(self, name: str) -> Path:
         return self.records / f"{name}.json"
+
+
+@contextmanager
+def kept_when_interrupted() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, with a line on what that means."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    earlier = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        said = "interrupted: finished shards are kept, and the same command goes on from there"
+        print(said, file=sys.stderr, flush=True)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def describe_file(path: Path) -> dict[str, Any]:

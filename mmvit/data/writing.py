@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from webdataset.writer import TarWriter
 
-from mmvit.data.images import measure_image
+from mmvit.data.images import ImageFacts, measure_image
 from mmvit.data.index import beside, save_index, scan
 from mmvit.data.lock import sole_writer
 from mmvit.data.shards import HELD_OUT, OLD_HELD_OUT, BadShard, Sample, read_shard
@@ -156,6 +156,7 @@ class Outcome:
         self.of_class: dict[str, Counter[str]] = {}  # by split
         self.sizes: Counter[tuple[int, int]] = Counter()  # (height, width) of images
         self.modes: Counter[str] = Counter()
+        self.originals: Counter[ImageFacts] = Counter()  # what images were before they were stored
         self.remarks: list[str] = []
 
     def wrote(self, split: str, image: bytes | None = None, label: str | None = None) -> None:
@@ -194,6 +195,7 @@ class Outcome:
             "examples": self.examples,
             "of_class": {split: dict(members) for split, members in self.of_class.items()},
             "sizes": [[*size, number] for size, number in self.sizes.items()],
+            "originals": [[*facts, number] for facts, number in self.originals.items()],
         }
 
     @classmethod
@@ -205,11 +207,14 @@ class Outcome:
         outcome.examples = dict(counted["examples"])
         outcome.of_class = {split: Counter(members) for split, members in counted["of_class"].items()}
         outcome.sizes = Counter({(height, width): number for height, width, number in counted["sizes"]})
+        outcome.originals = Counter(
+            {ImageFacts(tuple(size), *facts): number for size, *facts, number in counted["originals"]}
+        )
         return outcome
 
     def add(self, other: "Outcome") -> None:
         """Adds what another part of the work has counted."""
-        for name in ("written", "skipped", "noted", "sizes", "modes"):
+        for name in ("written", "skipped", "noted", "sizes", "modes", "originals"):
             getattr(self, name).update(getattr(other, name))
         for split, members in other.of_class.items():
             self.of_class.setdefault(split, Counter()).update(members)
