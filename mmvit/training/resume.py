@@ -230,6 +230,8 @@ def changed_settings(folder: Path, recipe: Recipe) -> dict[str, str]:
     if not isinstance(then, dict):
         raise damaged(folder, f"{RECIPE} holds no recipe")
     before, after = flatten(with_defaults(type(recipe), then)), flatten(recipe.model_dump(mode="json"))
+    for settings in (before, after):
+        settings["train.select"] = settings.get("train.select") or recipe.selects
     return {
         key: f"{key} was {before.get(key)} and is now {after.get(key)}"
         for key in {**after, **before}

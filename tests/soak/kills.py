@@ -15,7 +15,13 @@ import mmvit
 
 WATCHED = tuple(
     str(Path(mmvit.__file__).parent / name)
-    for name in ("training/checkpoint.py", "training/resume.py", "training/run.py", "hub.py")
+    for name in (
+        "training/checkpoint.py",
+        "training/disk.py",
+        "training/resume.py",
+        "training/run.py",
+        "hub.py",
+    )
 )
 REFUSED = [("joint", "zero3")]  # mmvit does not train these
 ENDS_WITHIN = 30  # seconds, for the ranks beside a killed one
