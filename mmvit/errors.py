@@ -4,6 +4,7 @@ traceback)."""
 import difflib
 import errno
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -16,12 +17,32 @@ OF_FILES = {getattr(errno, name) for name in (
 )}  # fmt: skip
 
 
+MASK = "***"  # in place of a secret
+HARMLESS = {"versionid", "generation", "revision", "download", "raw"}  # parts of a query that are no secret
+
+
 class UserError(Exception):
     """Something that the user can mend: the message says what was found, where, and what to do."""
 
 
 class MissingData(UserError):
     """A place where data should be, and are not."""
+
+
+def without_secrets(text: str) -> str:
+    """`text` with the addresses in it as all may read them: without user and password, and without the values
+    of a query, which may be a signature or a token. Names of environment variables (`$TOKEN`) stay."""
+
+    def masked(query: re.Match[str]) -> str:
+        pairs = [pair.partition("=") for pair in query[2].split("&")]
+        shown = [
+            name + equals + (value if value[:1] == "$" or name.lower() in HARMLESS or not equals else MASK)
+            for name, equals, value in pairs
+        ]
+        return f"{query[1]}?{'&'.join(shown)}"
+
+    text = re.sub(r"://(?!\$\w+(?::\$\w+)?@)[^/@\s]+@", f"://{MASK}@", text)
+    return re.sub(r"([a-z][a-z0-9+.-]*://[^\s?]*)\?([^\s\"'<>]*)", masked, text)
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:
@@ -83,7 +104,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def refuse(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {without_secrets(message)}", file=sys.stderr)
     sys.stderr.flush()
     sys.exit(2)
 
@@ -91,4 +112,4 @@ def refuse(message: str) -> None:
 def show_warning(message: Warning | str, category: type[Warning], *place: object, **more: object) -> None:
     """A warning in one line; where in the code it was given is added only where that is for a programmer."""
     name = "" if category is UserWarning else f" ({category.__name__} at {place[0]}:{place[1]})"
-    print(f"warning: {message}{name}", file=sys.stderr, flush=True)
+    print(f"warning: {without_secrets(str(message))}{name}", file=sys.stderr, flush=True)

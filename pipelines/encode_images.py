@@ -36,6 +36,7 @@ import torch.distributed as dist
 from typer import Argument, Option
 
 from mmvit.cli import run_script
+from mmvit.data.address import place
 from mmvit.data.codes import MAX_CODES, pack_codes
 from mmvit.data.encoding import Copies, DecodeImages, Part, read_parts, split_for
 from mmvit.data.finished import FinishedShards, is_file, kept_when_interrupted
@@ -67,7 +68,7 @@ FOREVER = timedelta(days=365)  # that a process waits for the others' last shard
 
 
 def main(
-    source: Annotated[Path, Argument(help="folder of shards with images")],
+    source: Annotated[Path, Argument(help="folder of shards with images", parser=place)],
     out: Annotated[Path, Argument(help="folder to write shards of codes to")],
     tokenizer: Annotated[str, Option(help="image tokenizer: a folder, run or Hub repository")] = (
         "tokenizers/emoji-image"

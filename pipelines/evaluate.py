@@ -33,6 +33,7 @@ from typing import Annotated, Any, Literal
 from typer import Argument, Option
 
 from mmvit.cli import run_script
+from mmvit.data.address import place
 from mmvit.data.images import parse_size
 from mmvit.evaluation.evaluate import Part, evaluate
 from mmvit.sampling.settings import (
@@ -50,7 +51,7 @@ CLASSIFIER, GENERATOR, TOKENIZER = "For a classifier", "For a generator", "For a
 
 def main(
     model: Annotated[str, Argument(help="a run, a model's folder or a Hub repository")],
-    data: Annotated[Path, Argument(help="a folder of shards with images")],
+    data: Annotated[Path, Argument(help="a folder of shards with images", parser=place)],
     split: Annotated[str | None, Option(help="the split (default: the held-out one that there is)")] = None,
     part: Annotated[
         Part | None, Option("--as", help="measure this part of a joint model (default: both)")
@@ -130,7 +131,7 @@ def main(
         str | None, Option(help="a classifier that looks for the caption's class in generated images")
     ] = None,
     classes: Annotated[
-        Path | None, Option(help="shards with the classes of the same images (default: DATA)")
+        Path | None, Option(help="shards with the classes of the same images (default: DATA)", parser=place)
     ] = None,
     guidance_scale: GuidanceScaleOption = None,
     temperature: TemperatureOption = None,

@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from mmvit.cli import run_script
+from mmvit.data.address import place
 from mmvit.data.images import decode_image
 from mmvit.data.samples import image_bytes
 from mmvit.data.shards import BadSample, Sample, expand_shards
@@ -38,7 +39,7 @@ VARIATION_SELECTOR = "fe0f"
 
 
 def main(
-    source: Annotated[Path, Argument(help="folder of shards made by mmvit prepare emoji")],
+    source: Annotated[Path, Argument(help="folder of shards made by mmvit prepare emoji", parser=place)],
     out: Annotated[Path, Argument(help="folder to write the shards to")],
     by: Annotated[Literal["category", "subcategory"], Option(help="what the classes are")] = "category",
 ) -> None:

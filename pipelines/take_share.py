@@ -14,6 +14,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from mmvit.cli import run_script
+from mmvit.data.address import place
 from mmvit.data.shards import shards_of
 from mmvit.data.writing import (
     Outcome,
@@ -28,7 +29,7 @@ from mmvit.progress import with_progress
 
 
 def main(
-    source: Annotated[Path, Argument(help="folder of shards with cls")],
+    source: Annotated[Path, Argument(help="folder of shards with cls", parser=place)],
     out: Annotated[Path, Argument(help="folder to write the shards to")],
     share: Annotated[float, Option(help="share of each class, above 0 and up to 1")],
     seed: Annotated[int, Option(help="another seed takes other samples")] = 0,

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mmvit.data.address import Address
+from mmvit.data.remote import facts_of
 from mmvit.data.writing import Outcome, WholeShard
 from mmvit.hub import write_json
 
@@ -79,23 +81,30 @@ def kept_when_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, earlier)
 
 
-def describe_file(path: Path) -> dict[str, Any]:
+def describe_file(path: Path | Address) -> dict[str, Any]:
     """A file's size, times and checksum."""
     before = stamps_of(path)
+    if isinstance(path, Address):  # its version changes with its content
+        return {"stamps": before, "sha256": None}
     with open(path, "rb") as file:
         return {"stamps": before, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def stamps_of(path: Path) -> list[int]:
+def stamps_of(path: Path | Address) -> list[int | str]:
     """What changes when a file does, but also when it is only copied or given other rights."""
+    if isinstance(path, Address):
+        facts = facts_of(path)
+        return [facts.size, facts.version]
     found = path.stat()
     return [getattr(found, name) for name in STAMPS]
 
 
-def is_file(path: Path, described: dict[str, Any]) -> bool:
+def is_file(path: Path | Address, described: dict[str, Any]) -> bool:
     """Whether `path` holds what `describe_file` saw; it is read only where the size is the same but the times
     are not."""
     stamps = stamps_of(path)
     if stamps == described["stamps"]:
         return True
-    return stamps[0] == described["stamps"][0] and describe_file(path)["sha256"] == described["sha256"]
+    if stamps[0] != described["stamps"][0] or isinstance(path, Address):
+        return False
+    return describe_file(path)["sha256"] == described["sha256"]

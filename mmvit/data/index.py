@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
 from mmap import PROT_READ, mmap
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from mmvit.data.address import Address
+from mmvit.data.cache import key_of, xdg_cache
+from mmvit.data.pieces import RemoteFile, opened
+from mmvit.data.remote import facts_of
 from mmvit.data.shards import groups_of, open_shard, summary
 from mmvit.data.tar import BLOCK, CHUNK, MOST_BYTES
 from mmvit.errors import UserError
@@ -39,7 +42,7 @@ class Index:
     problem: str = ""
     path: Path | None = None  # where the ranges are, from byte `start` on, until they are needed
     start: int = 0
-    checksum: int = 0
+    checksum: int | None = None  # of some headers; None if they need not be compared
 
     @cached_property
     def ranges(self) -> np.ndarray:
@@ -49,7 +52,7 @@ class Index:
         with open(self.path, "rb") as file:
             content = mmap(file.fileno(), 0, prot=PROT_READ)
         ranges = np.frombuffer(content, "<i8", offset=self.start).reshape(-1, 2)
-        if self.checksum != headers_checksum(self.shard, ranges):
+        if self.checksum is not None and self.checksum != headers_checksum(self.shard, ranges):
             raise UserError(f"{self.path} is not of {self.shard} as it is now: run mmvit index again")
         return ranges
 
@@ -134,7 +137,7 @@ def save_index(index: Index, path: Path) -> None:
     """Writes an index, whole or not at all; several processes may do so at once."""
     head = {
         "format": FORMAT,
-        "size": index.shard.stat().st_size,
+        "size": length_of(index.shard),
         "samples": index.samples,
         "headers": headers_checksum(index.shard, index.ranges),
         "problem": index.problem,
@@ -152,7 +155,7 @@ def whole_copy(path: Path, shard: Path) -> Iterator[BinaryIO]:
         try:
             yield file
             file.flush()
-            with suppress(OSError):  # a file system without modes
+            with suppress(OSError, TypeError):  # a file system without modes, or an address
                 shutil.copymode(shard, file.name)
             os.replace(file.name, path)
         except BaseException:
@@ -168,23 +171,24 @@ def load_index(path: Path, shard: Path) -> Index | None:
             start = file.tell()
             length = os.fstat(file.fileno()).st_size - start
         samples, problem, checksum = head["samples"], head["problem"], head["headers"]
-        if (head["format"], head["size"], samples * 16) != (FORMAT, os.stat(shard).st_size, length):
+        if (head["format"], head["size"], samples * 16) != (FORMAT, length_of(shard), length):
             return None
         return Index(shard, int(samples), str(problem), path, start, checksum)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
+def length_of(shard: Path | Address) -> int:
+    return facts_of(shard).size if isinstance(shard, Address) else shard.stat().st_size
+
+
 def headers_checksum(shard: Path, ranges: np.ndarray) -> int:
     """Of the headers at which the first, the middle and the last sample begin."""
-    checksum = 0
-    with open(shard, "rb") as file:
-        length = os.fstat(file.fileno()).st_size
-        for number in {0, len(ranges) // 2, len(ranges) - 1} if len(ranges) else ():
-            start = int(ranges[number][0])
-            if 0 <= start < length:  # that of a false index may be anything
-                file.seek(start)
-                checksum ^= zlib.crc32(file.read(BLOCK))
+    checksum, file = 0, opened(shard)
+    for number in {0, len(ranges) // 2, len(ranges) - 1} if len(ranges) else ():
+        start = int(ranges[number][0])
+        if 0 <= start < file.length:  # that of a false index may be anything
+            checksum ^= zlib.crc32(file.peek(start, start + BLOCK))
     return checksum
 
 
@@ -211,9 +215,8 @@ def unpack(shard: Path, path: Path) -> str:
 
 def cache(kind: str, shard: Path) -> Path:
     """A path in the cache for this state of a shard."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if root.startswith("~"):  # a user without a home, as in containers: nothing can be kept
-        root = os.devnull
+    if isinstance(shard, Address):
+        return xdg_cache() / kind / RemoteFile(shard).key
     state = shard.stat()
     name = f"{shard.resolve()}/{state.st_size}/{state.st_mtime_ns}"
-    return Path(root, "mmvit", kind, sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:32])
+    return xdg_cache() / kind / key_of(name)

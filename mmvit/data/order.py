@@ -1,10 +1,12 @@
 """The order of samples: a function of seed, epoch, shards and their sample counts, so that a position is one
 number, whatever reads them."""
 
+import math
 import random
 from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import sha256
+from typing import NamedTuple
 
 import numpy as np
 
@@ -61,6 +63,37 @@ class Order:
         at = int(np.searchsorted(ends, place, side="right"))
         return int(shards[at]), int(place - ends[at] + self.counts[shards[at]])
 
+    def spans(self, epoch: int, place: int, rank: int, world_size: int) -> list[list["Span"]]:
+        """What is read from `place` of an epoch on: the samples of each lane that has places `rank`, `rank` +
+        `world_size`, ..., or, where samples keep their order, all in one."""
+        if not self.shuffle_buffer:
+            return [self._spans(epoch, 0, place, self.total, 0)]
+        starts, offset = self.epoch(epoch)[2:]
+        length, longer = divmod(self.total, LANES)
+        begin = place // LANES // self.window * self.window
+        apart = math.gcd(world_size, LANES)
+        return [
+            self._spans(epoch, lane, begin, length + (lane < longer), starts[lane] + offset)
+            for lane in range(rank % apart, LANES, apart)
+        ]
+
+    def _spans(self, epoch: int, lane: int, begin: int, end: int, offset: int) -> list["Span"]:
+        shards, ends, *_ = self.epoch(epoch)
+        spans = []
+        while begin < end:
+            place = (begin + offset) % self.total
+            at = int(np.searchsorted(ends, place, side="right"))
+            first = int(place - ends[at] + self.counts[shards[at]])
+            number = min(end - begin, int(ends[at]) - place)
+            spans.append(Span(int(shards[at]), first, first + number, lane, begin))
+            begin += number
+        return spans
+
+    def earliest(self, span: "Span", sample: int) -> int:
+        """The place from which on a sample of a span may be read."""
+        within = span.begin + sample - span.first
+        return within // self.window * self.window * LANES + span.lane if self.window else within
+
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, list[int], int]:
         """The order of the shards, where each of them ends, where each lane begins, and from where."""
         shards, starts, offset = [*range(len(self.counts))], [0] * LANES, 0
@@ -84,6 +117,16 @@ class Order:
             places = [*range(size)]
             rng.shuffle(places)
         return np.array(places, dtype=np.uint32)  # a tenth of a list's memory, and all lanes hold one
+
+
+class Span(NamedTuple):
+    """Samples of a shard, from number `first` to `last`, that lie in a lane from `begin` on."""
+
+    shard: int
+    first: int
+    last: int
+    lane: int
+    begin: int
 
 
 def random_from(*parts: object) -> random.Random:

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmvit.data.ahead import Ahead, Plan
 from mmvit.data.index import Index
 from mmvit.data.order import LANES, Order, random_from
+from mmvit.data.pieces import opened
 from mmvit.data.shards import BadSample, BadShard, Sample, read_shard, split_name
 from mmvit.data.tally import Tally
 from mmvit.data.tar import MOST_BYTES, BadTar, Problem, read_files
@@ -64,7 +65,7 @@ class Reader:
         for shard in self.shards:
             self.copies.append(named[shard])
             named[shard] += 1
-        self.opened = lru_cache(maxsize=2 * LANES)(Opened)
+        self.opened = lru_cache(maxsize=2 * LANES)(opened)
         self.all_lack_files = lru_cache(maxsize=None)(self._all_lack_files)
 
     def __reduce__(self):  # caches and open files cannot be sent to a worker
@@ -77,16 +78,21 @@ class Reader:
         text: the loader would add a traceback."""
         tally = Tally()
         try:
-            for number in itertools.count(worker, num_workers):
-                first = start + number * self.batch_size * self.world_size
-                if not self.repeat and first >= self.order.total:
-                    return
-                samples = self.read(first, tally, ended)
-                if ended():
-                    return
-                yield Delivery(worker, copy.deepcopy(tally), collate(samples) if samples else None)
+            with Ahead(self.plan(start), self.repeat) as ahead:
+                for number in itertools.count(worker, num_workers):
+                    first = start + number * self.batch_size * self.world_size
+                    if not self.repeat and first >= self.order.total:
+                        return
+                    ahead.reach(first)
+                    samples = self.read(first, tally, ended)
+                    if ended():
+                        return
+                    yield Delivery(worker, copy.deepcopy(tally), collate(samples) if samples else None)
         except UserError as error:
             yield Delivery(worker, tally, None, error=str(error))
+
+    def plan(self, start: int) -> Plan:
+        return Plan(self.order, self.indexes, start, self.rank, self.world_size)
 
     def read(self, first: int, tally: Tally, ended: Callable[[], bool] = never) -> list[dict[str, Any]]:
         """The decoded samples of this rank's batch of those from number `first` on. With `repeat`, one that
@@ -195,19 +201,6 @@ class Reader:
             return all(self.missing_files(sample) for sample in read_shard(shard))
         except BadShard:
             return True
-
-
-class Opened:
-    """An open file; closed when nothing refers to it any more."""
-
-    def __init__(self, path: Path):
-        try:
-            self.file = open(path, "rb", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"cannot open shard {path}: {error.strerror}") from None
-
-    def read(self, start: int, end: int) -> bytes:
-        return os.pread(self.file.fileno(), end - start, start)
 
 
 def collate(samples: list[dict[str, Any]]) -> Batch:

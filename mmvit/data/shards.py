@@ -1,6 +1,7 @@
 """Shards: the tar files that a pattern names, and the samples in one, grouped by key."""
 
 import difflib
+import fnmatch
 import glob
 import gzip
 import re
@@ -13,6 +14,9 @@ from typing import Annotated, BinaryIO
 
 from pydantic import BeforeValidator, Field
 
+from mmvit.data.address import Address, place
+from mmvit.data.pieces import RemoteStream
+from mmvit.data.remote import files_in
 from mmvit.data.tar import BadTar, File, Problem, read_files
 from mmvit.errors import MissingData, UserError
 
@@ -58,30 +62,29 @@ ShardPatterns = Annotated[
 ]
 
 
-def expand_shards(pattern: str | Path | list[str | Path]) -> list[Path]:
+def expand_shards(pattern: str | Path | Address | list[str | Path | Address]) -> list[Path | Address]:
     """The shards that `pattern` names, sorted.
 
     Args:
         pattern: `dir/train-{000000..000003}.tar`, a glob `dir/train-*.tar` (not the shards of a split
-            train-dev), a tar file, a folder (all of its shards), or a list of these, which may name a shard
-            several times.
+            train-dev), a tar file, a folder (all of its shards), one of these at an address
+            (`s3://bucket/dir`), or a list of these, which may name a shard several times.
 
     Raises:
-        UserError: if nothing matches, a file of a brace range is missing, or the pattern is a URL or a
-            `pipe:`.
+        UserError: if nothing matches, a local file of a brace range is missing, an address cannot be listed,
+            or the pattern is a `pipe:`.
     """
     if isinstance(pattern, list):
         if not pattern:
             raise UserError("the list of shard patterns is empty; give a folder, a glob or a tar file")
         return [shard for part in pattern for shard in expand_shards(part)]
-    text = str(pattern)
-    if text.startswith("pipe:") or "://" in text:
-        raise UserError(
-            f"{text}: shards are read from files only (a pipe: would run a shell command); copy or mount them"
-        )
+    if str(pattern).startswith("pipe:"):
+        raise UserError(f"{pattern}: refused, as it would run a shell command; name the shards' address")
+    if isinstance(path := place(pattern), Address):
+        return remote_shards(path)
+    text = str(path) if pattern else ""
     if not text:
         raise UserError("the shard pattern is empty; give a folder, a glob or dir/train-{000000..000003}.tar")
-    path = Path(text)
     if path.is_dir():
         shards = sorted(
             file for file in path.iterdir() if file.name.endswith(SHARD_SUFFIXES) and file.name[0] != "."
@@ -103,14 +106,33 @@ def expand_shards(pattern: str | Path | list[str | Path]) -> list[Path]:
 
 
 def matches(path: Path) -> list[Path]:
-    """The files that a glob matches, sorted. `train-*.tar` means train-NUMBER.tar if there are any such:
-    those of a split train-dev are others."""
-    found = sorted(Path(name) for name in glob.glob(str(path)))
+    """The files that a glob matches, sorted."""
+    return of_split(path, sorted(Path(name) for name in glob.glob(str(path))))
+
+
+def of_split(path: Path | Address, found: list[Path | Address]) -> list[Path | Address]:
+    """Of the files that a glob matches, those of its split: `train-*.tar` means train-NUMBER.tar if there are
+    any such, as those of a split train-dev are others."""
     split = path.name.removesuffix("-*.tar")
     if split == path.name or glob.has_magic(split):
         return found
     number = re.compile(rf"{re.escape(split)}-\d+\.tar")
     return [shard for shard in found if number.fullmatch(shard.name)] or found
+
+
+def remote_shards(pattern: Address) -> list[Address]:
+    """`expand_shards` of an address. A range needs no listing."""
+    if "{" in pattern.parts[1]:
+        return [Address(text) for text in expand_braces(pattern.text)]
+    if pattern.name.endswith(SHARD_SUFFIXES) and not glob.has_magic(pattern.name):
+        return [pattern]
+    folder = pattern.parent if glob.has_magic(pattern.name) else pattern
+    files = [file for file in files_in(folder) if file.name.endswith(SHARD_SUFFIXES)]
+    found = files if folder == pattern else [f for f in files if fnmatch.fnmatchcase(f.name, pattern.name)]
+    if not found:
+        held = f"it holds {', '.join(file.name for file in files[:4])}" if files else "it holds no .tar files"
+        raise MissingData(f"no shards match {pattern}; {held}")
+    return of_split(pattern, found)
 
 
 def refuse_special_file(shard: Path) -> None:
@@ -119,12 +141,12 @@ def refuse_special_file(shard: Path) -> None:
         raise UserError(f"{shard} is not an ordinary file; move it away, or name the shards without it")
 
 
-def shards_of(folder: Path, split: str) -> list[Path]:
+def shards_of(folder: Path | Address, split: str) -> list[Path | Address]:
     """The shards `SPLIT-NUMBER.tar` of a folder, sorted; `*` means all splits.
 
     A split whose name merely begins with `split` is another one. Raises UserError if there are no shards.
     """
-    shards = expand_shards(f"{folder}/{split}-*.tar")
+    shards = expand_shards(place(folder) / f"{split}-*.tar")
     names = (split, OLD_HELD_OUT) if split == HELD_OUT else (split,)
     if own := [shard for shard in shards if split == "*" or split_of(shard) in names]:
         return own
@@ -138,7 +160,7 @@ def split_of(shard: Path) -> str:
 
 def expand_braces(text: str) -> list[str]:
     """`a-{08..10}.tar` → `a-08.tar, a-09.tar, a-10.tar`; `{a,b}` → both. Several braces multiply."""
-    found = re.search(r"\{([^{}]*)\}", text)
+    found = re.search(r"(?<!\$)\{([^{}]*)\}", text)
     if not found:
         return [text]
     inner = found.group(1)
@@ -208,6 +230,8 @@ def read_shard(path: Path, only: Collection[str] | None = None) -> Iterator[Samp
 
 def open_shard(path: Path) -> BinaryIO:
     """Raises UserError if the file cannot be opened, or is no ordinary file."""
+    if isinstance(path, Address):
+        return RemoteStream(path)
     refuse_special_file(path)
     try:
         return open(path, "rb", buffering=1 << 20)

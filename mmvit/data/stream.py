@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import cached_property, partial, reduce
@@ -19,15 +19,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from mmvit.data.index import index_of
 from mmvit.data.order import Order
 from mmvit.data.reader import Batch, Decode, Delivery, Reader
+from mmvit.data.remote_index import indexes_of
 from mmvit.data.shards import BadShard, expand_shards
 from mmvit.data.tally import Tally
 from mmvit.errors import UserError
-from mmvit.progress import with_progress
 
-SLOW_TO_INDEX = 2**30  # bytes of shards without an index
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent is gone
 
 
@@ -96,10 +94,7 @@ class ShardStream:
 
     @cached_property
     def reader(self) -> Reader:
-        shards: Iterable[Path] = self.shards
-        if sum(shard.stat().st_size for shard in shards) > SLOW_TO_INDEX:
-            shards = with_progress(shards, len(self.shards), "indexing shards")
-        indexes = [index_of(shard) for shard in shards]
+        indexes = indexes_of(self.shards)
         order = Order([index.samples for index in indexes], self.seed, self.shuffle_buffer)
         return Reader(self.shards, indexes, order, **self.settings)
 
@@ -158,6 +153,7 @@ class ShardStream:
         self.tally.check(self.max_bad)
 
     def deliveries(self) -> Generator[Delivery, None, None]:
+        self.reader.plan(self.consumed).prepare()
         if self.num_workers == 0:
             yield from self.reader.deliver(0, 1, self.consumed)
             return

@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from webdataset.writer import TarWriter
 
+from mmvit.data.address import Address, place
 from mmvit.data.images import ImageFacts, measure_image
 from mmvit.data.index import beside, save_index, scan
 from mmvit.data.lock import sole_writer
+from mmvit.data.remote import read_file
 from mmvit.data.shards import HELD_OUT, OLD_HELD_OUT, BadShard, Sample, read_shard
 from mmvit.errors import UserError, refuse_source
 from mmvit.hub import write_json
@@ -340,17 +342,19 @@ def inherited_facts(source: Path, out: Path) -> dict[str, Any]:
     return facts
 
 
-def read_dataset_card(folder: Path) -> dict[str, Any]:
+def read_dataset_card(folder: Path | Address) -> dict[str, Any]:
     """The `dataset.json` of a folder of shards; {} if there is none.
 
     Raises:
         UserError: if it is not JSON, or what this library reads of it has another form.
     """
-    path = Path(folder) / "dataset.json"
-    if not path.is_file():
+    path = place(folder) / "dataset.json"
+    is_remote = isinstance(path, Address)
+    data = read_file(path) if is_remote else path.read_bytes() if path.is_file() else None
+    if data is None:
         return {}
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); prepare the data again or delete it") from None
     if not isinstance(card, dict):

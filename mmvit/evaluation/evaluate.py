@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from mmvit.data.address import Address, place
 from mmvit.errors import UserError, did_you_mean
 from mmvit.evaluation.classifier_report import evaluate_classifier
 from mmvit.evaluation.clip_report import evaluate_clip
@@ -30,7 +31,7 @@ EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {
 
 def evaluate(
     model: str | Path,
-    data: str | Path,
+    data: str | Path | Address,
     split: str | None = None,
     *,
     part: Part | None = None,
@@ -43,7 +44,7 @@ def evaluate(
 
     Args:
         model: a folder, a run (see `mmvit.hub.find_model_folder`) or a Hub repository.
-        data: a folder of shards.
+        data: a folder of shards, or its address (`s3://bucket/photos`).
         split: by default the held-out split that the data have (`find_split`).
         part: of a joint model; by default both, as far as the data have classes and captions.
         out: an image to draw, beside which the figures are written; None writes nothing.
@@ -56,7 +57,7 @@ def evaluate(
     Raises:
         UserError: if there is no such model or split, or an option does not apply to the model.
     """
-    folder, data = find_model_folder(model), Path(data)
+    folder, data = find_model_folder(model), place(data)
     split = find_split(data, split)
     kind = read_description(folder)["kind"]
     if kind == Joint.kind:
@@ -75,8 +76,8 @@ def evaluate(
     figures = {}
     for name, measure in evaluations.items():
         own = {option: value for option, value in options.items() if option in options_of(measure)}
-        place = out.with_name(f"{out.stem}-{name}{out.suffix}") if out and len(evaluations) > 1 else out
-        figures[name] = measure(Path(model), data, split, place, **own)
+        drawn = out.with_name(f"{out.stem}-{name}{out.suffix}") if out and len(evaluations) > 1 else out
+        figures[name] = measure(Path(model), data, split, drawn, **own)
     return figures if kind == Joint.kind else figures[kind]
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmvit.data.address import Address, place
 from mmvit.data.images import images_from_pixels
 from mmvit.data.samples import CaptionSample, ClassSample, PixelsSample
 from mmvit.data.shards import Sample, split_of
@@ -31,6 +32,7 @@ from mmvit.evaluation.splits import (
     listed,
     num_samples,
     read_split,
+    splits_in,
 )
 from mmvit.evaluation.tokenizer_report import reconstruct
 from mmvit.hub import whole_file, write_json
@@ -155,7 +157,7 @@ def evaluate_generator(
         "scorer": CaptionScorer.from_pretrained(scorer) if scorer else None,
     }
     network, labels = (
-        read_labels(classifier, Path(classes or data), held_out.keys) if classifier else (None, None)
+        read_labels(classifier, place(classes or data), held_out.keys) if classifier else (None, None)
     )
     report = report_generator(
         generator,
@@ -182,7 +184,9 @@ def evaluate_generator(
         kept |= {"keys": keys} if keys else {}
         part = (f"-{limit}" if limit else "") + ("-of-keys" if keys else "")
         folder = model if model.is_dir() else out.parent
-        kept = {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
+        kept = {
+            name: str(value) if isinstance(value, Path | Address) else value for name, value in kept.items()
+        }
         write_json(kept, folder / f"evaluation-{split}{part}.json")
         heading = "caption" if split == (train or TRAIN) else "held-out caption"
         with whole_file(out) as partial:
@@ -205,7 +209,7 @@ class PixelsOfSplit(PixelsSample):
 def split_of_train(data: Path, split: str, train: str | None) -> str | None:
     """The training split; None if that is what is measured, or if there is none and it was not asked for."""
     name = train or TRAIN
-    if split == name or (train is None and not any(data.glob(f"{name}-*.tar"))):
+    if split == name or (train is None and name not in splits_in(data)):
         return None
     return find_split(data, name)
 

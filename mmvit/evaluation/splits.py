@@ -30,7 +30,7 @@ def find_split(folder: Path, split: str | None = None) -> str:
     Raises:
         UserError: if there is no such split; the message lists those that there are.
     """
-    there = list(dict.fromkeys(split_of(shard) for shard in expand_shards(folder)))
+    there = splits_in(folder)
     if split is not None:
         if split not in there and not (split == HELD_OUT and OLD_HELD_OUT in there):
             raise UserError(f"{folder} has no split {split!r}{did_you_mean(split, there)}")
@@ -42,6 +42,10 @@ def find_split(folder: Path, split: str | None = None) -> str:
         f"{folder} has no held-out split ({', '.join(HELD_OUT_SPLITS)}), only {', '.join(there)}: choose one "
         "with --split"
     )
+
+
+def splits_in(folder: Path) -> list[str]:
+    return list(dict.fromkeys(split_of(shard) for shard in expand_shards(folder)))
 
 
 def listed(names: str | Sequence[str]) -> list[str]:

@@ -1,13 +1,27 @@
 """Sections of recipes that say what to train on."""
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from mmvit.config import Config
 from mmvit.data.augment import AugmentConfig
+from mmvit.data.cache import DEFAULT_SIZE, checked_size
 from mmvit.data.shards import ShardPatterns
 
 
-class ImagesConfig(Config):
+class CacheConfig(Config):
+    """Where pieces of remote shards are kept, in every process of a machine."""
+
+    cache: str | None = Field(
+        None, description="folder for pieces of remote shards (default: ~/.cache/mmvit/remote)"
+    )
+    cache_size: Annotated[str, AfterValidator(checked_size)] | None = Field(
+        None, description=f"most bytes of it, such as {DEFAULT_SIZE}, which is the default"
+    )
+
+
+class ImagesConfig(CacheConfig):
     """Shards with `png|jpg|webp`, for some tasks with `cls`, and how training images are augmented."""
 
     train: ShardPatterns
@@ -16,7 +30,7 @@ class ImagesConfig(Config):
     augment: AugmentConfig = AugmentConfig()
 
 
-class CaptionsConfig(Config):
+class CaptionsConfig(CacheConfig):
     """Shards with captions (`txt` or `json`), and how they become tokens."""
 
     train: ShardPatterns

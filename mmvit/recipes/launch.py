@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mmvit.config import to_toml
+from mmvit.data.cache import used_cache
 from mmvit.data.shards import expand_shards
 from mmvit.errors import UserError
 from mmvit.places import find, load_script, shipped
@@ -52,7 +53,12 @@ def run_recipe(
 ) -> RunFolder:
     """Opens a session and runs the task's script in it."""
     json = find_deepspeed(deepspeed) if deepspeed else None
-    with open_session(recipe, resume=resume, deepspeed=json) as session:
+    data = data_sections(recipe)
+    cache = used_cache(
+        next((each.cache for each in data if each.cache), None),
+        next((each.cache_size for each in data if each.cache_size), None),
+    )
+    with cache, open_session(recipe, resume=resume, deepspeed=json) as session:
         for note in notes:
             session.say(note)
         (train_session or load_script(TASKS[recipe.task].script).train_session)(session)
@@ -61,11 +67,16 @@ def run_recipe(
 
 def has_data(recipe: Recipe) -> bool:
     """Whether the shards that a recipe names are there."""
-    sections = [getattr(recipe, name) for name in type(recipe).model_fields]
     try:
-        return all(expand_shards(section.train) for section in sections if hasattr(section, "held_out"))
+        return all(expand_shards(section.train) for section in data_sections(recipe))
     except UserError:
         return False
+
+
+def data_sections(recipe: Recipe) -> list[Any]:
+    """The sections that name shards to train on."""
+    sections = [getattr(recipe, name) for name in type(recipe).model_fields]
+    return [section for section in sections if hasattr(section, "held_out")]
 
 
 def find_deepspeed(path: str | Path) -> Path:

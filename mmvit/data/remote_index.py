@@ -1,0 +1,157 @@
+"""Indexes of many shards, local and remote: how many samples each has, and, when needed, where they lie.
+
+Of a remote shard the count comes from the first of these that exists: a list of shards that names it or lies
+beside it, as `mmvit index` and webdataset's wids write; the index beside it; img2dataset's statistics.
+Otherwise the shard is fetched.
+"""
+
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmvit.data.address import Address, place
+from mmvit.data.cache import xdg_cache
+from mmvit.data.index import FORMAT, Index, beside, headers_checksum, index_of, load_index, save_index, scan
+from mmvit.data.pieces import RemoteFile
+from mmvit.data.remote import read_file
+from mmvit.errors import UserError
+from mmvit.progress import with_progress
+
+LIST = "shards.json"  # beside shards: {"shardlist": [{"url": NAME, "nsamples": 500}, ...]}
+AT_ONCE = 16
+SLOW_TO_INDEX = 2**30  # bytes of shards without an index
+
+
+class CountedShard:
+    """The `Index` of a remote shard of which the count is known; the rest is fetched when needed."""
+
+    def __init__(self, shard: Address, samples: int):
+        self.shard, self.samples, self.problem = shard, samples, ""
+        self.index: Index | None = None
+
+    @property
+    def ranges(self) -> np.ndarray:
+        if self.index is None:
+            index = remote_index(self.shard)
+            if index.samples != self.samples:
+                raise UserError(
+                    f"{self.shard} has {index.samples:,} samples, not {self.samples:,}, as {LIST} or the "
+                    "statistics beside it say: run mmvit index again"
+                )
+            self.index = index
+        return self.index.ranges
+
+
+def indexes_of(shards: list[Path | Address]) -> list[Index | CountedShard]:
+    """The index of every shard. Raises UserError if one cannot be read."""
+    local = [shard for shard in shards if isinstance(shard, Path)]
+    remote = [shard for shard in shards if isinstance(shard, Address)]
+    is_slow = sum(shard.stat().st_size for shard in local) > SLOW_TO_INDEX
+    each: Iterable[Path] = with_progress(local, len(local), "indexing shards") if is_slow else local
+    found: dict[Path | Address, Index | CountedShard] = {shard: index_of(shard) for shard in each}
+    listed = {
+        name: count for folder in {s.parent for s in remote} for name, count in list_beside(folder).items()
+    }
+    todo: list[Address] = []
+    for shard in dict.fromkeys(remote):
+        samples = listed.get(str(shard)) if shard.samples is None else shard.samples
+        if samples is None:
+            todo.append(shard)
+        else:
+            found[shard] = CountedShard(shard, samples)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        try:
+            indexes = with_progress(pool.map(counted, todo), len(todo), "indexing remote shards")
+            found |= zip(todo, indexes, strict=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return [found[shard] for shard in shards]
+
+
+def counted(shard: Address) -> Index | CountedShard:
+    if shard.suffix != ".tar":
+        return index_of(shard)
+    index = kept(shard) or of_file_beside(shard)
+    if index is None and (samples := of_img2dataset(shard)) is not None:
+        return CountedShard(shard, samples)
+    return index or remote_index(shard)
+
+
+def remote_index(shard: Address) -> Index:
+    """Where the samples of a remote shard lie: from the cache, from the file beside it, or from its headers,
+    for which all of it is read."""
+    if (index := kept(shard) or of_file_beside(shard)) is None:
+        index = scan(shard)
+        keep(index)
+    return index
+
+
+def place_of(shard: Address) -> Path:
+    return xdg_cache() / "remote-index" / RemoteFile(shard).key
+
+
+def kept(shard: Address) -> Index | None:
+    if index := load_index(place_of(shard), shard):
+        index.checksum = None  # its place says the state of the shard
+    return index
+
+
+def keep(index: Index) -> None:
+    with suppress(OSError):  # a cache is no duty
+        save_index(index, place_of(index.shard))
+
+
+def of_file_beside(shard: Address) -> Index | None:
+    """The index that lies beside a shard; None if there is none that fits."""
+    try:
+        head, _, body = (read_file(beside(shard)) or b"").partition(b"\n")
+        head, ranges = json.loads(head), np.frombuffer(body, "<i8").reshape(-1, 2)
+        expected = (FORMAT, RemoteFile(shard).length, len(ranges), headers_checksum(shard, ranges))
+        if (head["format"], head["size"], head["samples"], head["headers"]) != expected:
+            return None
+        index = Index.of(shard, ranges, str(head["problem"]))
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    keep(index)
+    return index
+
+
+def of_img2dataset(shard: Address) -> int | None:
+    """`00000.tar` → the successes in `00000_stats.json`."""
+    return number_in(read_json(shard.with_name(f"{shard.stem}_stats.json")), "successes")
+
+
+def list_beside(folder: Address) -> dict[str, int]:
+    """The samples of the shards of a folder, by address, as its `LIST` has them; {} without one."""
+    return {str(shard): shard.samples for shard in shards_listed(folder / LIST) if shard.samples is not None}
+
+
+def shards_listed(file: Address) -> list[Address]:
+    """The shards of a list such as wids has, with their samples; [] if it is none."""
+    content = read_json(file)
+    entries = content.get("shardlist") if isinstance(content, dict) else None
+    shards = []
+    for entry in entries if isinstance(entries, list) else []:
+        if isinstance(entry, dict) and isinstance(url := entry.get("url"), str) and url:
+            shard = place(url)
+            shard = shard if isinstance(shard, Address) else file.with_name(url)
+            shards.append(Address(shard.text, number_in(entry, "nsamples")))
+    return shards
+
+
+def number_in(content: Any, name: str) -> int | None:
+    number = content.get(name) if isinstance(content, dict) else None
+    return number if type(number) is int and number >= 0 else None
+
+
+def read_json(file: Address) -> Any:
+    """None if there is no such file, or it holds no JSON."""
+    try:
+        return json.loads(read_file(file) or b"")
+    except (ValueError, RecursionError):
+        return None
