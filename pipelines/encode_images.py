@@ -59,7 +59,7 @@ from mmvit.hub import fingerprint, trained_size
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.registry import load_image_tokenizer
 from mmvit.progress import with_progress
-from mmvit.training.distributed import open_processes
+from mmvit.training.distributed import choose_device, environment_number, open_processes
 
 BATCH = 64
 TRAIN = "train"  # the split whose images get augmented copies
@@ -99,28 +99,30 @@ def main(
     copies = Copies(
         augmented, shift, tuple(re.split(r"[\s,]+", flip_unless.strip(" ,"))) if flip_unless else ()
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with kept_when_interrupted(), open_processes(device) as processes, ExitStack() as stack:
-        model = load_image_tokenizer(tokenizer, processes.device)
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(kind, environment_number("LOCAL_RANK", 0))
+    model = load_image_tokenizer(tokenizer, device)
+    with kept_when_interrupted(), open_processes("cpu") as processes, ExitStack() as stack:
         made = describe_tokenizer(model, tokenizer, height, width)
         how = {name: fact for name, fact in made.items() if name != "path"} | {"copies": asdict(copies)}
         shards = name_shards(expand_shards(source))
         finished = FinishedShards(out, RECORDS, how)
         several = processes.world_size > 1
-        group = dist.new_group(backend="gloo", timeout=FOREVER) if several else None
+        patient = dist.new_group(timeout=FOREVER) if several else None
         chosen: list[list[str]] = [[]]
 
         def begin() -> None:
-            chosen[0] = to_encode(shards, finished)
             refuse_other_shards(out, shards)
-            refuse_damaged({name: shards[name] for name in chosen[0]}, out)
             stack.enter_context(sole_writer(out))
-            (out / "dataset.json").unlink(missing_ok=True)  # which says what made codes of before
+            chosen[0] = to_encode(shards, finished)
+            refuse_damaged({name: shards[name] for name in chosen[0]}, out)
+            if chosen[0]:
+                (out / "dataset.json").unlink(missing_ok=True)  # which says what made codes of before
             finished.records.mkdir(exist_ok=True)
 
         processes.on_main(begin)
         if several:
-            dist.broadcast_object_list(chosen, group=group)
+            dist.broadcast_object_list(chosen)
         own = {name: shards[name] for name in chosen[0][processes.rank :: processes.world_size]}
         if workers is None:
             workers = default_workers()
@@ -134,7 +136,7 @@ def main(
             )
         encode_shards(model, own, parts, finished)
         if several:
-            dist.barrier(group=group)
+            dist.barrier(group=patient)
         processes.on_main(lambda: complete(source, out, shards, finished, facts, made))
 
 
