@@ -16,8 +16,8 @@ def test_sampling_writes_a_grid_and_single_images(generator_run, run_script, tmp
     with mock.patch.object(Generator, "draw", autospec=True, side_effect=Generator.draw) as draw:
         ran = run_script(
             "pipelines/sample_images.py", "--model", generator_run, "red square", "--captions-file", captions,
-            "--num", 2, "--guidance-scale", 2, "--temperature", 0, "--top-k", 10, "--top-p", 0.95, "--seed", 5,
-            "--negative", "green", "--out", tmp_path / "grid.png",
+            "--num", 2, "--guidance-scale", 2, "--temperature", 0, "--top-k", 10, "--top-p", 0.95,
+            "--seed", 5, "--negative", "green", "--out", tmp_path / "grid.png",
         )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert draw.call_args.kwargs == {
