@@ -77,6 +77,12 @@ def test_weights_that_should_not_decay_do_not():
     assert all(p.ndim == 1 or names[id(p)].startswith(("cls_token", "positions.")) for p in plain)
     assert "head.weight" in {names[id(p)] for p in decayed}
     assert len(decayed) + len(plain) + len(matrices) == len(names)
+    for name in ("adamw", "muon", "sgd", "lars"):
+        parts = Optimizer(model, OptimizerConfig(name=name, weight_decay=0.2), total_steps=1).parts
+        groups = [group for part in parts for group in part.param_groups]
+        decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+        assert {decay[id(parameter)] for parameter in plain} == {0}
+        assert {decay[id(parameter)] for parameter in [*decayed, *matrices]} == {0.2}
     tied = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "head": nn.Linear(4, 5)})
     tied["head"].weight = tied["embedding"].weight
     assert [len(part) for part in split_parameters(tied)] == [0, 2, 0]

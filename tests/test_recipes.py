@@ -84,10 +84,13 @@ def test_a_presets_vocabulary_and_grid_are_left_to_the_data(recipe, encoded):
     assert (model.attention, model.text_length) == ("dalle", 256)
 
 
-def test_a_run_of_fewer_steps_shrinks_what_is_counted_in_steps(recipe):
+def test_a_run_of_fewer_steps_shrinks_what_is_counted_in_steps(recipe, tmp_path):
     more = "[train]\nsteps = 1000\nevaluate_every = 200\n[optimizer]\nwarmup_steps = 50\n"
-    short = recipe("", {"train.steps": 100, "train.checkpoint_every": 30}, more=more)
+    settings = {"train.steps": 100, "train.checkpoint_every": 30}
+    short = recipe("", settings, more=more)
     assert (short.train.evaluate_every, short.train.checkpoint_every) == (20, 30)
+    (note,) = resolve(tmp_path / "recipe.toml", settings, read_data=False).notes
+    assert note == "100 of the recipe's 1000 steps, so train.evaluate_every 20, optimizer.warmup_steps 5"
     assert short.optimizer.warmup_steps == 5
     assert recipe("", {"train.steps": 2000}, more=more).train.evaluate_every == 200
     tokenizer = recipe(

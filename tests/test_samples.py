@@ -19,7 +19,13 @@ from tokenizers.processors import TemplateProcessing
 from mmvit.data.augment import Augment, AugmentConfig
 from mmvit.data.captions import TextTokenizer, caption_lengths, read_caption, read_caption_file
 from mmvit.data.codes import check_codes_fit, pack_codes, unpack_codes
-from mmvit.data.images import measure_image, open_image, pixels_from_images
+from mmvit.data.images import (
+    images_from_pixels,
+    measure_image,
+    open_image,
+    pixels_from_images,
+    to_unit_range,
+)
 from mmvit.data.samples import CaptionCodesSample, CaptionPixelsSample, PixelsSample
 from mmvit.data.shards import BadSample, Sample, read_shard
 from mmvit.data.stream import ShardStream
@@ -48,6 +54,12 @@ def saved(image: Image.Image, form: str, **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
+
+
+def test_pixels_give_every_level_back():
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    (image,) = images_from_pixels(torch.from_numpy(to_unit_range(levels)).unsqueeze(0))
+    assert np.array_equal(np.asarray(image), levels)
 
 
 def test_exif_orientation_turns_the_image_upright():
