@@ -17,7 +17,7 @@ from pydantic import Field
 
 from mmvit.config import Config, build_config, read_toml
 from mmvit.errors import UserError
-from mmvit.training import Processes, Recipe, RunFolder, open_session
+from mmvit.training import Processes, Recipe, RunFolder, disk, open_session
 from mmvit.training.checkpoint import read_state
 
 ALONE = Processes(rank=0, world_size=1, device=torch.device("cpu"))
@@ -79,6 +79,16 @@ def test_a_session_leaves_no_lock(tmp_path):
     with open_session(Recipe(task="any", output=tmp_path / "run")) as session:
         assert json.loads((session.run.path / ".lock").read_text())["process"] == os.getpid()
     assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_disk_that_flushes_no_folders_and_exchanges_none_will_do(tmp_path):
+    run = RunFolder(tmp_path)
+    flush = mock.patch.object(os, "fsync", side_effect=OSError(errno.EINVAL, "Invalid argument"))
+    with flush, mock.patch.object(disk, "exchange", return_value=False):
+        for text in ("old", "new"):
+            run.export(run.last, lambda folder: (folder.mkdir(), (folder / "model").write_text(text)))  # noqa: B023
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+    assert (run.last / "model").read_text() == "new"
 
 
 def test_lines_of_metrics_that_are_no_records_are_left_out(tmp_path):

@@ -1,6 +1,7 @@
 """Folders on disk: replaced whole in one step, flushed, and put right after a kill."""
 
 import ctypes
+import errno
 import os
 import shutil
 import sys
@@ -40,7 +41,7 @@ def put_right(root: Path) -> None:
         if not folder.exists():
             old.rename(folder)
     for left in [*root.glob(".replaced-*"), *root.glob(".writing-*")]:
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:
@@ -69,5 +70,8 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that flush no folders
+            raise
     finally:
         os.close(descriptor)
