@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+from ranks import start_two
 from torch import nn
 
 from mmvit.core.transformer import TransformerConfig
@@ -240,13 +241,6 @@ def main() -> None:
         with pytest.raises(SystemExit, match="143"):
             run_training(new_session(cut, processes, **settings, evaluate_every=8), stop_before=5)
         run_training(new_session(cut, processes, **settings, resume=True, evaluate_every=2))
-
-
-def start_two(script: str | Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs a script in two processes under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
