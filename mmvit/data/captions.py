@@ -18,6 +18,8 @@ from mmvit.places import find
 from mmvit.progress import with_progress
 
 PAD = "[PAD]"
+MOST_BYTES = 2**20  # of a sample's txt or json
+LONGEST_WORD = 1000  # characters that BPE dropout merges at a time, as its time grows with their square
 
 
 class TextTokenizer:
@@ -108,7 +110,10 @@ class TextTokenizer:
         text = self.tokenizer.normalizer.normalize_str(caption) if self.tokenizer.normalizer else caption
         words = self.tokenizer.pre_tokenizer.pre_tokenize_str(text)
         return [
-            self.tokenizer.token_to_id(token) for word, _ in words for token in self.merge(word, dropout, rng)
+            self.tokenizer.token_to_id(token)
+            for word, _ in words
+            for start in range(0, len(word), LONGEST_WORD)
+            for token in self.merge(word[start : start + LONGEST_WORD], dropout, rng)
         ]
 
     def merge(self, word: str, dropout: float, rng: random.Random) -> list[str]:
@@ -177,7 +182,7 @@ def read_captions(sample: Sample) -> dict[str, str]:
     """The captions by language in a sample's `json`: {"captions": {language: caption}}.
 
     Raises:
-        BadSample: not UTF-8, not JSON, or of another form.
+        BadSample: not UTF-8, too long, not JSON, or of another form.
     """
     text = read_text(sample, "json")
     try:
@@ -187,11 +192,24 @@ def read_captions(sample: Sample) -> dict[str, str]:
     captions = facts.get("captions", {}) if isinstance(facts, dict) else {}
     if not isinstance(captions, dict):
         raise BadSample("json is invalid", 'captions are not {"captions": {language: caption}}')
-    return {language: caption for language, caption in captions.items() if isinstance(caption, str)}
+    captions = {language: caption for language, caption in captions.items() if isinstance(caption, str)}
+    check_text(*captions, *captions.values())
+    return captions
+
+
+def check_text(*texts: str) -> None:
+    """Raises BadSample for what UTF-8 cannot hold: JSON may write half of a surrogate pair."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise BadSample("text with a lone surrogate", "") from None
 
 
 def read_text(sample: Sample, extension: str) -> str:
+    """The text of a sample's file. Raises BadSample if it is not UTF-8, or longer than any caption."""
     data = sample.files[extension]
+    if len(data) > MOST_BYTES:
+        raise BadSample("text is too long", f"{extension} has {len(data):,} bytes of at most {MOST_BYTES:,}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,6 +1,7 @@
 """Image codes in shards: `codes.npy` per sample, and `dataset.json` that names their image tokenizer."""
 
 import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +36,8 @@ def unpack_codes(
         UserError: the array does not have the shape `grid`, or has codes of `codebook_size` or more.
     """
     try:
-        codes = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except Exception:  # numpy raises a dozen kinds for damaged files, from TokenError to MemoryError
+        codes = read_npy(data)
+    except Exception:  # numpy raises a dozen kinds for damaged headers, from TokenError to RecursionError
         raise BadSample(
             "unreadable codes", f"{len(data)} bytes that are not an .npy file of numbers"
         ) from None
@@ -49,6 +50,21 @@ def unpack_codes(
         wrong = codes.min() if codes.min() < 0 else codes.max()
         raise UserError(f"found code {wrong}, but the codebook ends at {codebook_size - 1}; {ENCODE_AGAIN}")
     return codes.astype(np.int64)
+
+
+def read_npy(data: bytes) -> np.ndarray:
+    """The array in an .npy file, a view of its bytes: whatever shape the header claims, it takes no memory.
+
+    Raises:
+        Exception: of any kind, if it is not one of numbers and exactly as long as its header says.
+    """
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, is_fortran, dtype = read[version](file)  # version 3 is for names of fields
+    if math.prod(shape) * dtype.itemsize != len(data) - file.tell():
+        raise ValueError("the length is not that of the header")
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if is_fortran else "C")
 
 
 def check_codes_fit(

@@ -14,9 +14,9 @@ from torch import Tensor
 from mmvit.data.shards import BadSample
 from mmvit.errors import UserError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # nothing that starts another program, as EPS does
-MAX_PIXELS = 64_000_000
-PILLOW_ERRORS = (OSError, ValueError, TypeError, SyntaxError, EOFError, MemoryError)  # on damaged files
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # nothing that starts another program, as EPS does
+MAX_PIXELS = 64_000_000  # at most 12 bytes of memory each
+BAND = 2**20  # pixels that are converted at a time
 EXIF_ORIENTATION = 0x0112  # 1 (upright) to 8; from 5 on, width and height are exchanged
 Fit = Literal["crop", "pad"]
 
@@ -48,7 +48,7 @@ def decode_image(
 
     Args:
         size: (height, width) to resize (bicubic, antialiased) and centre-crop to; None keeps the size.
-        max_pixels: larger images are refused before they are decompressed.
+        max_pixels: larger images are refused before they are decompressed; 12 bytes a pixel are needed.
 
     Raises:
         BadSample: undecodable, truncated or oversize.
@@ -56,23 +56,36 @@ def decode_image(
     return np.asarray(open_image(data, size, max_pixels))
 
 
-def open_image(data: bytes, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """As `decode_image`, but a Pillow image of mode RGB."""
+def open_image(
+    data: bytes,
+    size: tuple[int, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    formats: Sequence[str] = FORMATS,
+) -> Image.Image:
+    """As `decode_image`, but a Pillow image of mode RGB, and of any of the `formats`."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap is below
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            warnings.simplefilter("ignore")  # of damage that Pillow mends, and of sizes below our own cap
+            image = Image.open(io.BytesIO(data), formats=formats)
         width, height = image.size
         if width * height > max_pixels:
             raise BadSample("oversize image", f"{width}x{height} pixels, the limit is {max_pixels:,} in all")
         if size is not None:  # a JPEG far larger than needed decodes at 1/2, 1/4 or 1/8
             image.draft(None, (2 * size[1], 2 * size[0]))
-        image = to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        image = to_rgb(image)
+        return image if size is None else fit_image(image, size)
+    except BadSample:
+        raise
     except Image.DecompressionBombError as error:
         raise BadSample("oversize image", str(error)) from None
-    except PILLOW_ERRORS as error:
+    except Exception as error:  # Pillow raises all kinds for damaged files, struct.error and KeyError too
         raise BadSample("undecodable image", f"{error} ({len(data)} bytes)") from None
-    return image if size is None else fit_image(image, size)
+
+
+def formats_of(path: Path) -> Sequence[str]:
+    """The formats that a file of your own may have: TIFF too, which nobody else's is read as."""
+    return (*FORMATS, "TIFF") if path.suffix.lower() in (".tif", ".tiff") else FORMATS
 
 
 def fit_image(
@@ -92,9 +105,9 @@ def has_shape(size: tuple[int, int], target: tuple[int, int]) -> bool:
     return size[0] * target[1] == size[1] * target[0]
 
 
-def measure_image(data: bytes) -> ImageFacts:
+def measure_image(data: bytes, formats: Sequence[str] = FORMATS) -> ImageFacts:
     """Reads little more than the header. Expects an image that `open_image` has decoded."""
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    image = Image.open(io.BytesIO(data), formats=formats)
     exif = image.getexif() if "exif" in image.info else {}  # for a PNG without, it would decode the pixels
     orientation = exif.get(EXIF_ORIENTATION, 1)
     if orientation not in range(1, 9):  # Pillow ignores it, too
@@ -104,7 +117,17 @@ def measure_image(data: bytes) -> ImageFacts:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode → RGB."""
+    """Any Pillow mode → RGB; a large image in bands, which take less memory than copies of the whole."""
+    if image.width * image.height <= BAND or (image.mode == "RGB" and not image.has_transparency_data):
+        return whole_to_rgb(image)
+    rgb, rows = Image.new("RGB", image.size), max(1, BAND // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        rgb.paste(whole_to_rgb(band), (0, top))
+    return rgb
+
+
+def whole_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit greyscale; convert("RGB") would clip it at 255
         levels = np.asarray(image).astype(np.int64)
         image = Image.fromarray(((levels.clip(0, 65535) * 255 + 32767) // 65535).astype(np.uint8))
@@ -131,7 +154,7 @@ def encode_png(image: Image.Image | np.ndarray) -> bytes:
 def read_image(path: Path) -> Image.Image:
     """The RGB image in a file. Raises UserError when it cannot be read."""
     try:
-        return open_image(path.read_bytes())
+        return open_image(path.read_bytes(), formats=formats_of(path))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except BadSample as bad:

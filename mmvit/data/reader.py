@@ -3,8 +3,10 @@
 import copy
 import itertools
 import random
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from io import BytesIO
@@ -67,6 +69,7 @@ class Reader:
             named[shard] += 1
         self.opened = lru_cache(maxsize=2 * LANES)(opened)
         self.all_lack_files = lru_cache(maxsize=None)(self._all_lack_files)
+        self.none_fits = lru_cache(maxsize=None)(self._none_fits)
 
     def __reduce__(self):  # caches and open files cannot be sent to a worker
         return Reader, tuple(getattr(self, field.name) for field in fields(self))
@@ -142,15 +145,19 @@ class Reader:
         return {**sample, "keys": key}
 
     def decode_sample(self, sample: Sample, rng: random.Random) -> dict[str, Any] | None:
+        """Raises BadSample for whatever its decoder raises, UserError if that is true of all samples."""
         try:
             return self.decode(sample, rng)
-        except UserError as error:  # likely true of all samples
-            raise UserError(f"{sample.key} in {sample.shard}: {error}") from None
         except BadSample:
             raise
+        except UserError as error:
+            if self.none_fits(sample.shard):
+                raise UserError(f"{sample.key} in {sample.shard}: {error}") from None
+            raise BadSample("does not fit", str(error)) from None
         except Exception as error:
-            error.add_note(f"while decoding {sample.key} in {sample.shard}")
-            raise
+            raised = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(raised.filename).name}:{raised.lineno}"
+            raise BadSample(f"{type(error).__name__} in {where}", str(error)) from None
 
     def check_files(self, sample: Sample) -> None:
         """Raises BadSample if a file is missing that `decode` needs, UserError if all samples lack it."""
@@ -202,16 +209,29 @@ class Reader:
         except BadShard:
             return True
 
+    def _none_fits(self, shard: Path) -> bool:
+        """Whether every sample of a shard is refused as that of other settings."""
+        with suppress(BadShard):
+            for sample in read_shard(shard):
+                with suppress(Exception):
+                    self.decode(sample, random.Random(0))
+                    return False
+        return True
+
 
 def collate(samples: list[dict[str, Any]]) -> Batch:
     """Stacks the entries of samples: arrays and numbers become tensors, strings lists."""
     batch: Batch = {}
     for name, first in samples[0].items():
-        values = [sample[name] for sample in samples]
-        if isinstance(first, str):
-            batch[name] = values
-        elif isinstance(first, torch.Tensor):
-            batch[name] = torch.stack(values)
-        else:
-            batch[name] = torch.from_numpy(np.stack(values))
+        try:
+            values = [sample[name] for sample in samples]
+            if isinstance(first, str):
+                batch[name] = values
+            elif isinstance(first, torch.Tensor):
+                batch[name] = torch.stack(values)
+            else:
+                batch[name] = torch.from_numpy(np.stack(values))
+        except Exception as error:
+            error.add_note(f"while stacking {name} of {', '.join(sample['keys'] for sample in samples)}")
+            raise
     return batch

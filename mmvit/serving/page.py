@@ -14,7 +14,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import:
 import gradio as gr
 from PIL import Image
 
-from mmvit.data.images import FORMATS, PILLOW_ERRORS
+from mmvit.data.images import FORMATS
 from mmvit.errors import UserError
 from mmvit.serving.studio import MOST_CHARACTERS, MOST_IMAGES, MOST_PIXELS, Code, Studio, check_size
 
@@ -221,7 +221,9 @@ def opened(file: Any, **how: Any) -> Image.Image | None:
         image = Image.open(BytesIO(data), formats=FORMATS)
         check_size(image)
         image.load()
-    except (*PILLOW_ERRORS, Image.DecompressionBombError):
+    except UserError:
+        raise
+    except Exception:  # Pillow raises all kinds
         raise UserError(
             "this file is not an image, or a damaged one: expected "
             f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]} of at most {MOST_PIXELS:,} pixels"
