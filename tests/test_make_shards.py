@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +15,8 @@ from PIL import Image
 from shard_scripts import contents, make_shards, read_split, save_image
 
 from mmvit.data.images import decode_image
+from mmvit.data.shards import BadSample
+from mmvit.data.sources import MOST_BYTES, read_file
 from mmvit.data.writing import WholeShard
 
 
@@ -382,6 +386,54 @@ def test_hostile_files_and_lists_are_counted(run_script, tmp_path):
     (source / "list.csv").write_text(f"path,caption\ngood.png,{'a' * 200_000}\n\0.png,x\n2.png,y\n")
     samples, _ = make_shards(run_script, source / "list.csv", tmp_path / "csv")
     assert sorted(samples) == ["2", "good"]
+
+
+def test_hostile_shapes_of_folders_and_files_are_counted(run_script, tmp_path):
+    source = tmp_path / "source"
+    save_image(source / "good.png")
+    save_image(source / "also.png")
+    (source / "loop").symlink_to("loop")
+    (source / "up").symlink_to("..")
+    save_image(source / "long.png", (16_000, 1))
+    Image.new("RGB", (70_000, 1)).save(source / "no-jpeg.webp", "PNG")
+    Image.new("RGB", (8, 8)).save(source / "a-tiff.png", "TIFF")
+    with (source / "endless.png").open("wb") as file:
+        file.truncate(MOST_BYTES + 1)
+    depth = sys.getrecursionlimit() + 100
+    deepest = source / "/".join("d" * depth)
+    subprocess.run(["mkdir", "-p", deepest], check=True)  # too deep for Python, and so for pytest to remove
+    shutil.copy(source / "good.png", deepest / "deep.png")
+    _, printed = make_shards(run_script, source, tmp_path / "shrunk", "--unlabelled", "--max-side", 66_000)
+    assert "skipped: image that cannot be stored" in printed.replace("│", " ")
+    (source / "no-jpeg.webp").unlink()
+    samples, printed = make_shards(run_script, source, tmp_path / "out", "--unlabelled", "--fit", "pad")
+    subprocess.run(["rm", "-r", source / "d"], check=True)
+    assert sorted(key.removeprefix("d_" * depth) for key in samples) == ["also", "deep", "good"]
+    told = " ".join(printed.replace("│", " ").split())
+    for line in (
+        "skipped: link to a folder, not followed 1",
+        "skipped: too long to be padded 1",
+        "skipped: undecodable image 1 a-tiff.png",
+        "skipped: more than 268,435,456 bytes 1 endless.png",
+    ):
+        assert line in told
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.jsonl"])
+def test_a_line_without_end_is_not_read_into_memory(run_script, tmp_path, name):
+    save_image(tmp_path / "a.png")
+    with (tmp_path / name).open("w") as file:
+        file.write("path,caption\na.png,x\n")
+        file.truncate(2**32)
+    ended = run_script("pipelines/make_shards.py", tmp_path / name, tmp_path / "out")
+    assert ended.returncode == 2
+    assert ":3: expected a line of at most" in ended.stderr
+
+
+def test_what_is_opened_is_checked_and_not_its_name(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BadSample, match="not an ordinary file"), mock.patch.object(Path, "stat"):
+        read_file(tmp_path / "pipe")  # put there after a look at its name
 
 
 # Shapes

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from mmvit.data.finished import FinishedShards
-from mmvit.data.images import Fit, ImageFacts, fit_image, measure_image, open_image
+from mmvit.data.images import MAX_PIXELS, Fit, ImageFacts, fit_image, formats_of, measure_image, open_image
 from mmvit.data.index import beside
 from mmvit.data.shards import BadSample
 from mmvit.data.sources import STORED_AS_IS, Entry, read_file
@@ -38,7 +38,10 @@ class Shape(NamedTuple):
         if self.fit is None:
             return image
         side = max(image.size) if self.fit == "pad" else min(image.size)
-        return fit_image(image, self.size or (side, side), self.fit, self.pad_colour)
+        size = self.size or (side, side)
+        if size[0] * size[1] > MAX_PIXELS:
+            raise BadSample("too long to be padded", f"a side of {side:,} has over {MAX_PIXELS:,} pixels")
+        return fit_image(image, size, self.fit, self.pad_colour)
 
     def changes(self, image: Image.Image) -> bool:
         fits = not self.fit or image.size == (self.size[::-1] if self.size else (image.width, image.width))
@@ -47,16 +50,19 @@ class Shape(NamedTuple):
 
 def image_files(path: Path, shape: Shape) -> tuple[dict[str, bytes], ImageFacts]:
     """The image to store under its extension, and what the file holds. Raises BadSample."""
-    data = read_file(path)
-    image = open_image(data)
-    facts = measure_image(data)
+    data, formats = read_file(path), formats_of(path)
+    image = open_image(data, formats=formats)
+    facts = measure_image(data, formats)
     extension = STORED_AS_IS.get(path.suffix.lower())
     if extension and not shape.changes(image):
         return {extension: data}, facts
     buffer = io.BytesIO()
     is_photo = extension in ("jpg", "webp")
     options = {"quality": 95} if is_photo else {}
-    shape.apply(image).save(buffer, "JPEG" if is_photo else "PNG", **options)
+    try:
+        shape.apply(image).save(buffer, "JPEG" if is_photo else "PNG", **options)
+    except (ValueError, OSError) as error:  # for one, a JPEG has at most 65,500 pixels a side
+        raise BadSample("image that cannot be stored", str(error)) from None
     return {"jpg" if is_photo else "png": buffer.getvalue()}, facts
 
 

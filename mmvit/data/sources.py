@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import itertools
 import json
 import os
 import re
@@ -11,9 +12,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
-from mmvit.data.captions import read_text
+from mmvit.data.captions import check_text, read_text
 from mmvit.data.shards import HELD_OUT, BadSample, Sample
 from mmvit.data.writing import Outcome, printable
 from mmvit.errors import UserError
@@ -29,6 +30,8 @@ NOT_READ = {
     **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf"), CONVERT),
 }
 LISTS = (".csv", ".tsv", ".jsonl")
+LONGEST_LINE = 2**22  # characters of a list
+MOST_BYTES = 2**28  # of an image or text
 COLUMNS = ("path", "caption", "captions", "class", "split", "group")
 OTHER_NAMES = {  # of these columns in other people's lists
     **dict.fromkeys(("label", "labels", "category", "target"), "class"),
@@ -163,15 +166,23 @@ def files_of_folder(folder: Path, outcome: Outcome) -> tuple[list[Path], dict[Pa
 def walk(folder: Path, outcome: Outcome) -> Iterator[tuple[Path, list[str]]]:
     """Every folder in `folder` with the names of its files, sorted; hidden ones are passed over."""
 
-    def skip(error: OSError) -> None:
-        outcome.skip("unreadable folder", f"{error.filename}: {error.strerror}")
-
-    for place, folders, names in os.walk(folder, onerror=skip):
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        for name in folders:
-            if os.path.islink(os.path.join(place, name)):
-                outcome.skip("link to a folder, not followed", os.path.join(place, name))
-        yield Path(place), sorted(name for name in names if name[0] != ".")
+    left = [str(folder)]  # a stack, as folders may lie deeper in one another than calls of a function
+    while left:
+        place, names, folders = left.pop(), [], []
+        try:
+            with os.scandir(place) as found:
+                for entry in found:
+                    if entry.name[0] != ".":
+                        is_folder = os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
+                        (folders if is_folder else names).append(entry.name)
+        except OSError as error:
+            outcome.skip("unreadable folder", f"{place}: {error.strerror}")
+        for path in sorted((os.path.join(place, name) for name in folders), reverse=True):
+            if os.path.islink(path):
+                outcome.skip("link to a folder, not followed", path)
+            else:
+                left.append(path)
+        yield Path(place), sorted(names)
 
 
 def find_wrapper(places: Iterable[Sequence[str]], deeper: int) -> int:
@@ -303,7 +314,7 @@ def entry_of_row(row: Any, folder: Path, unlabelled: bool) -> Entry:
             raise BadSample("the split is not a name of letters and digits", split)
     entry = Entry(folder / path, path, split=split, group=group)
     if unlabelled:
-        check_text(path, group)
+        check_text(path, group or "")
         return entry
     if not isinstance(caption, str | None):
         raise BadSample("caption is not text", "")
@@ -313,18 +324,9 @@ def entry_of_row(row: Any, folder: Path, unlabelled: bool) -> Entry:
         raise BadSample("captions are not {language: caption}", "")
     if caption is None and not captions and label is None:
         raise BadSample("neither caption nor class", "")
-    check_text(path, group, caption, label, *(captions or {}), *(captions or {}).values())
+    check_text(path, group or "", caption or "", label or "", *(captions or {}), *(captions or {}).values())
     entry.caption, entry.captions, entry.label = caption, captions, label
     return entry
-
-
-def check_text(*texts: str | None) -> None:
-    """Raises BadSample for what UTF-8 cannot hold: JSON may write half of a surrogate pair."""
-    for text in texts:
-        try:
-            (text or "").encode()
-        except UnicodeEncodeError:
-            raise BadSample("text with a lone surrogate", "") from None
 
 
 def read_rows(source: Path) -> Iterator[tuple[int, Any]]:
@@ -334,7 +336,8 @@ def read_rows(source: Path) -> Iterator[tuple[int, Any]]:
     """
     try:
         with source.open(encoding="utf-8-sig", newline="") as lines:
-            rows = read_csv(source, lines) if source.suffix.lower() != ".jsonl" else read_json(lines)
+            is_json = source.suffix.lower() == ".jsonl"
+            rows = read_json(bounded(lines, source)) if is_json else read_csv(source, lines)
             for number, row in rows:
                 if isinstance(row, dict):
                     row = {tidy(name): value for name, value in row.items()}
@@ -346,16 +349,26 @@ def read_rows(source: Path) -> Iterator[tuple[int, Any]]:
         raise UserError(f"{source} is not a CSV file: {error}") from None
 
 
+def bounded(lines: TextIO, source: Path) -> Iterator[str]:
+    """The lines of a list. Raises UserError for one that is none: it would be read into memory whole."""
+    for number in itertools.count(1):
+        if not (line := lines.readline(LONGEST_LINE + 1)):
+            return
+        if len(line) > LONGEST_LINE:
+            raise UserError(f"{source}:{number}: expected a line of at most {LONGEST_LINE:,} characters")
+        yield line
+
+
 def tidy(column: str) -> str:
     return column.strip().lower()
 
 
-def read_csv(source: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    csv.field_size_limit(2**31 - 1)  # a caption may well have more than the default of 131,072 characters
-    header = lines.readline()
+def read_csv(source: Path, lines: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(LONGEST_LINE)  # the default is 131,072
+    header = lines.readline(LONGEST_LINE)
     lines.seek(0)
     delimiter = max(",;\t", key=header.count)
-    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
+    reader = csv.DictReader(bounded(lines, source), delimiter=delimiter, skipinitialspace=True)
     if "path" not in map(tidy, reader.fieldnames or []):
         found = ", ".join(reader.fieldnames or []) or "nothing"
         raise UserError(
@@ -416,8 +429,12 @@ def read_file(path: Path) -> bytes:
     """The bytes of an ordinary file. Raises BadSample for anything else: a pipe would wait for ever, a device
     never end."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise BadSample("not an ordinary file", str(path))
-        return path.read_bytes()
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+            status = os.fstat(file.fileno())  # of what was opened: its name may be another file's by now
+            if not stat.S_ISREG(status.st_mode):
+                raise BadSample("not an ordinary file", str(path))
+            if status.st_size > MOST_BYTES:
+                raise BadSample(f"more than {MOST_BYTES:,} bytes", str(path))
+            return file.read(MOST_BYTES)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise BadSample("missing or unreadable file", str(error)) from None
