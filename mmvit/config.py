@@ -84,7 +84,7 @@ def first_few(problems: list[str]) -> list[str]:
 def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of too many digits, and nested too deep
         raise UserError(f"{path} is not valid TOML: {error}") from None
 
 

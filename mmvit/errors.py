@@ -65,6 +65,25 @@ def refuse_source(out: Path, *sources: Path) -> None:
 
 
 @contextmanager
+def refuse_damage(source: object) -> Iterator[None]:
+    """Raises UserError that names `source` for whatever goes wrong while something that others made is read:
+    no list of what its decoders raise is complete. A file that cannot be opened, and a device without
+    memory, stay what they are."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"  # of a library in Rust; not an Exception
+        if not (isinstance(error, Exception) or is_panic) or is_out_of_memory(error):
+            raise
+        if isinstance(error, OSError) and error.errno in OF_FILES:
+            raise
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
+        raise UserError(f"{source} is damaged, or not what it should be ({reason})") from error
+
+
+@contextmanager
 def reported_errors() -> Iterator[None]:
     """Ends the program on a user's mistake with one `error:` line and exit code 2 instead of a traceback.
 
@@ -93,7 +112,7 @@ def reported_errors() -> Iterator[None]:
         refuse(f"{where}{os.strerror(error.errno)}")
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device ran out of memory: on a GPU the exception's class says so, on a CPU its message."""
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 

@@ -2,25 +2,36 @@
 the Hugging Face Hub."""
 
 import hashlib
+import itertools
 import json
+import math
 import os
 import tempfile
 import tomllib
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from mmvit.config import Config, build_config
-from mmvit.errors import UserError, nearest
+from mmvit.errors import UserError, nearest, refuse_damage
 from mmvit.places import find, shipped
 
+DRAWN = torch.Tensor.normal_, torch.Tensor.uniform_
+SCALED = torch.Tensor.mul, torch.Tensor.div
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+MOST_JSON = 2**24  # bytes of a file of settings, and of the header of weights
+MOST_TABLES = 2**29  # bytes of masks and fixed positions
+MOST_PACKED = 2**28  # bytes that any archive may unpack to
+MOST_RATIO = 16  # to its own size, for larger ones
 SHIPPED = shipped("generators/emoji")
 JOINT = "joint"  # the kind of a folder with several models on one core
 IN_WORDS = {
@@ -68,11 +79,14 @@ class Pretrained:
         description = read_part_description(folder, cls.kind)
         if description["kind"] != cls.kind:
             raise UserError(f"{folder} holds {in_words(description['kind'])}, not {in_words(cls.kind)}")
-        model = cls(build_config(cls.config_class, description["config"], source=str(folder / CONFIG)))
-        weights = read_weights(folder / WEIGHTS)
-        if read_description(folder)["kind"] != cls.kind:
-            weights = weights_of_part(weights, cls.kind)
-        load_weights(model, weights, source=str(folder / WEIGHTS))
+        is_part = read_description(folder)["kind"] != cls.kind
+        path, part = folder / WEIGHTS, weights_of_part if is_part else lambda weights, _: weights
+        with refuse_damage(folder):
+            config = build_config(cls.config_class, description["config"], source=str(folder / CONFIG))
+            shapes = part(read_shapes(path), cls.kind)
+            check_fit(outline(lambda: cls(config), 4 * len(shapes), str(folder / CONFIG)), shapes, str(path))
+            model = cls(config)
+            load_weights(model, part(read_weights(path), cls.kind), source=str(path))
         return model.to(device).eval()
 
 
@@ -107,8 +121,8 @@ def run_exports(run: Path) -> list[Path]:
 def setting_of_run(run: Path, section: str, name: str) -> Any:
     """A setting of a run's recipe; None for a model alone, or what is no run."""
     try:
-        return tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).get(section, {}).get(name)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, AttributeError):
+        return tomllib.loads(read_bounded(run / "config.toml").decode()).get(section, {}).get(name)
+    except (OSError, ValueError, RecursionError, AttributeError):
         return None
 
 
@@ -117,7 +131,8 @@ def trained_size(model: str | Path) -> tuple[int, int]:
     export in it; (64, 64) for a tokenizer alone, which does not know."""
     folder = find(model)
     found = (setting_of_run(place, "data", "image_size") for place in (folder, folder.parent))
-    return next((tuple(size) for size in found if size), (64, 64))
+    sizes = (tuple(size) for size in found if isinstance(size, list))
+    return next((size for size in sizes if [type(side) for side in size] == [int, int]), (64, 64))
 
 
 def download(path: str | Path, patterns: Sequence[str] = ("*.json", "*.safetensors")) -> Path:
@@ -156,22 +171,17 @@ def nearest_folder(path: Path) -> Path | None:
 
 def read_description(folder: Path) -> dict:
     """The parsed config.json of a model folder: `{"kind": ..., "config": {...}}`."""
-    description: Any = None
-    try:
-        description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        kind, config = description["kind"], description["config"]
-        if not (isinstance(kind, str) and isinstance(config, dict)):
-            raise TypeError
+    description = read_json(folder / CONFIG)
+    facts = description if isinstance(description, dict) else {}
+    kind, config = facts.get("kind"), facts.get("config")
+    if isinstance(kind, str) and isinstance(config, dict):
         return {"kind": kind, "config": config}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        whose = {"architecture": "timm", "model_type": "transformers"}
-        for key in whose.keys() & (description if isinstance(description, dict) else {}):
-            raise UserError(
-                f"{folder} holds a model of {whose[key]}; convert it with: mmvit convert {folder} OUT"
-            ) from None
-        raise UserError(
-            f"{folder / CONFIG} does not describe an mmvit model (expected JSON with 'kind' and 'config')"
-        ) from None
+    for key, whose in {"architecture": "timm", "model_type": "transformers"}.items():
+        if key in facts:
+            raise UserError(f"{folder} holds a model of {whose}; convert it with: mmvit convert {folder} OUT")
+    raise UserError(
+        f"{folder / CONFIG} does not describe an mmvit model (expected JSON with 'kind' and 'config')"
+    )
 
 
 def read_part_description(folder: Path, *kinds: str) -> dict:
@@ -186,8 +196,9 @@ def read_part_description(folder: Path, *kinds: str) -> dict:
     return description
 
 
-def weights_of_part(weights: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
-    """The weights of the model `kind` out of several models on one core, under the names it has alone."""
+def weights_of_part(weights: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The weights, or their shapes, of the model `kind` out of several models on one core, under the names it
+    has alone."""
     core = {name: tensor for name, tensor in weights.items() if name.startswith("core.")}
     own = f"{kind}."
     return core | {name.removeprefix(own): t for name, t in weights.items() if name.startswith(own)}
@@ -209,12 +220,68 @@ def read_core(path: str | Path) -> tuple[Path, dict, dict[str, torch.Tensor]]:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise UserError(f"no weights at {path}")
+    check_header(path)
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except Exception as error:  # SafetensorError, and KeyError for numbers of an unknown kind
         raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights, of which nothing is read."""
+    check_header(path)
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
+
+
+def check_header(path: Path) -> None:
+    """Raises UserError if there are no weights, or their header holds far more than names and shapes."""
+    if not path.is_file():
+        raise UserError(f"no weights at {path}")
+    with path.open("rb") as file:
+        if (length := int.from_bytes(file.read(8), "little")) > MOST_JSON:
+            raise UserError(f"{path} is damaged or not a safetensors file: a header of {length:,} bytes")
+
+
+def check_unpacked_size(path: Path) -> None:
+    """Raises UserError for an .npz, .pth or .bin that unpacks to far more than it is."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > max(MOST_PACKED, MOST_RATIO * path.stat().st_size):
+        raise UserError(f"{path} unpacks to {size:,} bytes, which no weights do: it is not read")
+
+
+def outline(build: Callable[[], nn.Module], most: int, source: str) -> nn.Module:
+    """The model that `build` makes, without memory for its weights, so that they can be checked first.
+
+    Raises:
+        UserError: if it has more than `most` weights, sizes beyond all numbers, or fixed tables too large.
+    """
+    numbers = itertools.count()
+
+    def check(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        if next(numbers) > most + 1000:
+            raise UserError(f"{source} describes a model of far more layers than there are weights for")
+
+    try:
+        with torch.device("meta"), Undrawn(), register_module_parameter_registration_hook(check):
+            model = build()
+    except (RuntimeError, OverflowError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{source} describes no model that can be built: {reason}") from error
+    weights = model.state_dict()
+    if (
+        size := sum(table.nbytes for name, table in model.named_buffers() if name not in weights)
+    ) > MOST_TABLES:
+        raise UserError(
+            f"{source} describes a model with tables of {size:,} bytes of at most {MOST_TABLES:,}"
+        )
+    return model
 
 
 def check_writable(path: Path, megabytes: float = 1) -> None:
@@ -241,6 +308,39 @@ def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
     with whole_file(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
         partial.chmod(0o644)  # safetensors makes files that nobody else can read
+
+
+class Undrawn(TorchFunctionMode):
+    """Within it, weights are not drawn, nor scaled: on the meta device that takes seconds of imports."""
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        is_scaled = function in SCALED and isinstance(args[1], int | float)
+        if is_scaled or function in DRAWN or getattr(function, "__module__", "") == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return (torch.empty if function is torch.randn else function)(*args, **(kwargs or {}))
+
+
+def read_bounded(path: Path) -> bytes:
+    """What is in a file of settings. Raises ValueError if it is far larger than any."""
+    with path.open("rb") as file:
+        if len(data := file.read(MOST_JSON + 1)) > MOST_JSON:
+            raise ValueError(f"more than {MOST_JSON:,} bytes")
+    return data
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises UserError if it cannot be read, is no JSON, or no text that could be
+    written again: JSON may write half of a surrogate pair."""
+    try:
+        value = json.loads(read_bounded(path).decode())
+        json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError) as error:  # too large, numbers of too many digits, nested too deep
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def write_json(value: Any, path: Path) -> None:
@@ -271,25 +371,31 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Copies `weights` into `model`. Raises UserError for names and shapes that do not match, by name; empty
-    tensors that the model lacks are ignored."""
+    """Copies `weights` into `model`. Raises UserError as `check_fit` does."""
+    check_fit(model, {name: tensor.shape for name, tensor in weights.items()}, source)
     own = model.state_dict()
-    weights = {name: tensor for name, tensor in weights.items() if tensor.numel() or name in own}
+    model.load_state_dict({name: t for name, t in weights.items() if t.numel() or name in own})
+
+
+def check_fit(model: nn.Module, shapes: Mapping[str, Sequence[int]], source: str) -> None:
+    """Raises UserError for names and shapes of weights that do not match, by name; empty ones that the model
+    lacks are ignored."""
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(shape) for name, shape in shapes.items() if math.prod(shape) or name in own}
     problems = []
-    if missing := sorted(own.keys() - weights.keys()):
+    if missing := sorted(own.keys() - shapes.keys()):
         problems.append(f"missing: {shorten(missing)}")
-    if unexpected := sorted(weights.keys() - own.keys()):
+    if unexpected := sorted(shapes.keys() - own.keys()):
         problems.append(f"unexpected: {shorten(unexpected)}")
     misshapen = [
-        f"{name} is {list(weights[name].shape)}, expected {list(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in weights and weights[name].shape != tensor.shape
+        f"{name} is {list(shapes[name])}, expected {list(shape)}"
+        for name, shape in own.items()
+        if shapes.get(name, shape) != shape
     ]
     if misshapen:
         problems.append(shorten(misshapen))
     if problems:
         raise UserError(f"{source} does not fit this {type(model).__name__}: " + "; ".join(problems))
-    model.load_state_dict(weights)
 
 
 def shorten(names: list[str], most: int = 5, separator: str = ", ") -> str:

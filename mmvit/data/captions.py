@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from mmvit.data.shards import BadSample, BadShard, Sample, ShardPatterns, expand_shards, read_shard
-from mmvit.errors import UserError
+from mmvit.errors import UserError, refuse_damage
 from mmvit.places import find
 from mmvit.progress import with_progress
 
@@ -72,11 +72,14 @@ class TextTokenizer:
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise UserError(f"no text tokenizer at {path}; tokenizers/emoji-text ships with mmvit")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the Rust library raises a bare Exception
-            raise UserError(f"{path} is not a tokenizer.json of Hugging Face tokenizers: {error}") from None
-        return cls(tokenizer, str(path))
+        with refuse_damage(path):
+            try:
+                tokenizer = Tokenizer.from_file(str(path))
+            except Exception as error:  # the Rust library raises a bare Exception
+                raise UserError(
+                    f"{path} is not a tokenizer.json of Hugging Face tokenizers: {error}"
+                ) from None
+            return cls(tokenizer, str(path))
 
     def save(self, path: str | Path) -> None:
         self.tokenizer.save(str(path))

@@ -1,6 +1,5 @@
 """A trained classifier with the names of its classes: Pillow images in, names out."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -12,7 +11,7 @@ from torch import Tensor
 from mmvit.data.images import Fit, check_images, pixels_from_images
 from mmvit.data.writing import read_dataset_card
 from mmvit.errors import UserError
-from mmvit.hub import find_model_folder, write_json
+from mmvit.hub import find_model_folder, read_json, write_json
 from mmvit.models.classification import fit_pixels
 from mmvit.models.classifier import Classifier
 from mmvit.models.registry import load_classifier
@@ -132,10 +131,7 @@ def read_classes(path: Path) -> list[str] | None:
     names."""
     if not path.is_file():
         return None
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    names = read_json(path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path} is not a list of names: expected one for each class")
     return names

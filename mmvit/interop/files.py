@@ -1,9 +1,7 @@
 """Other projects' weight files: read without running what is in them, refused by the name of what does not
 fit."""
 
-import json
 import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,21 +11,14 @@ import torch
 from torch import Tensor
 
 from mmvit.errors import UserError
-from mmvit.hub import CONFIG, read_weights, run_exports, shorten
-
-UNREADABLE = (
-    zipfile.BadZipFile, RuntimeError, EOFError, AttributeError, ValueError, LookupError, TypeError, OSError
-)  # fmt: skip
+from mmvit.hub import CONFIG, check_unpacked_size, read_json, read_weights, run_exports, shorten
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The settings in a config.json. Raises UserError if it is missing or not a JSON object."""
     if not path.is_file():
         raise UserError(f"no file {path}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(
             f"{path}: expected the settings of a model as a JSON object, got a {type(config).__name__}"
@@ -54,13 +45,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"no file {path}")
     try:
+        check_unpacked_size(path)
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         weights = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError:
         raise UserError(f"{path} is damaged or holds more than tensors; nothing else is unpickled") from None
-    except UNREADABLE as error:
+    except Exception as error:
         raise UserError(f"{path} is damaged or not a file of weights: {type(error).__name__}") from None
     for key in ("model", "state_dict"):
         if isinstance(weights, Mapping) and isinstance(weights.get(key), Mapping):
@@ -68,6 +62,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path} holds no state dict: expected names mapped to tensors")
     return dict(weights)
+
+
+def refuse_spread(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raises UserError for tensors larger than what is stored of them, which a model would need whole."""
+    for name, tensor in weights.items():
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, of which fewer numbers are stored")
 
 
 def refuse_misfits(expected: Mapping[str, Sequence[int]], weights: Mapping[str, Tensor], whose: str) -> None:

@@ -8,7 +8,6 @@ class that they name becomes an `Inert` object, from which the weights are colle
 torch before 1.6 cannot be read this way.)
 """
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmvit.errors import UserError
-from mmvit.hub import read_weights
-from mmvit.interop.files import refuse_misfits
+from mmvit.errors import UserError, refuse_damage
+from mmvit.hub import check_unpacked_size, outline, read_weights
+from mmvit.interop.files import refuse_misfits, refuse_spread
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
 
 CLASSES = (
@@ -46,7 +45,8 @@ def load_openai_dvae(encoder: str | Path, decoder: str | Path) -> DiscreteVAE:
         UserError: for a file that is missing or not a pickled module of openai/DALL-E, and for weights that
             are missing, unexpected, or of shapes that do not fit each other, by name.
     """
-    return dvae_from_openai(read_module(Path(encoder)), read_module(Path(decoder)))
+    with refuse_damage(f"{encoder} or {decoder}"):
+        return dvae_from_openai(read_module(Path(encoder)), read_module(Path(decoder)))
 
 
 def read_module(path: Path) -> dict[str, Tensor]:
@@ -56,15 +56,19 @@ def read_module(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":  # a state dict, as `dvae_to_openai` gives it
         return read_weights(path)
     try:
+        check_unpacked_size(path)
         with torch.serialization.safe_globals([(Inert, name) for name in CLASSES]):
             module = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError, LookupError) as error:
+        weights = dict(collect(module, ""))
+    except UserError:
+        raise
+    except Exception as error:
         said = re.search(r"WeightsUnpickler error:\s*([^\n]+)", str(error))  # not torch's advice to trust it
         reason = said[1] if said else type(error).__name__
         raise UserError(f"{path} is not an encoder.pkl or decoder.pkl of openai/DALL-E: {reason}") from None
-    weights = dict(collect(module, ""))
     if not weights:
         raise UserError(f"{path} holds no weights: expected a module, got a {type(module).__name__}")
+    refuse_spread(weights, path)
     return weights
 
 
@@ -96,9 +100,11 @@ def dvae_from_openai(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> 
         )
     except KeyError as error:
         raise UserError(f"OpenAI's weights lack {error.args[0]}; is one file a copy of the other?") from None
+    own = outline(lambda: DiscreteVAE(config), 4 * len(weights), "OpenAI's weights").state_dict()
+    refuse_misfits(
+        {name: t.shape for name, t in own.items() if name != "passes"}, weights, "OpenAI's weights"
+    )
     model = DiscreteVAE(config)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name != "passes"}
-    refuse_misfits(expected, weights, "OpenAI's weights")
     model.load_state_dict({**weights, "passes": model.passes})
     return model.eval()
 

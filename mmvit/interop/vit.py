@@ -24,8 +24,9 @@ from torch import Tensor
 
 from mmvit.config import build_config
 from mmvit.core.transformer import TransformerConfig
-from mmvit.errors import UserError, did_you_mean
-from mmvit.interop.files import read_config, read_tensors, refuse_misfits
+from mmvit.errors import UserError, did_you_mean, refuse_damage
+from mmvit.hub import outline
+from mmvit.interop.files import read_config, read_tensors, refuse_misfits, refuse_spread
 from mmvit.interop.vit_names import Naming, entries
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.resnet import stem_stride
@@ -68,8 +69,11 @@ def load_vit(path: str | Path, **settings: Any) -> Classifier:
         file = find_weights(path)
         if (path / "config.json").is_file():
             described = read_config(path / "config.json")
-    naming, weights = recognise(read_tensors(file), file)
-    return vit_from_weights(weights, naming, {**describe(described, path), **settings}, str(file))
+    with refuse_damage(path):
+        weights = read_tensors(file)
+        refuse_spread(weights, file)
+        naming, weights = recognise(weights, file)
+        return vit_from_weights(weights, naming, {**describe(described, path), **settings}, str(file))
 
 
 def class_names(folder: str | Path) -> list[str] | None:
@@ -186,8 +190,7 @@ def vit_from_weights(
     if not with_head:
         heads = {name for part in HEAD_PARTS for name in names_of(naming, part)}
         weights = {name: tensor for name, tensor in weights.items() if name not in heads}
-    model = Classifier(config)
-    own = model.state_dict()
+    own = outline(lambda: Classifier(config), 4 * len(weights), source).state_dict()
     table = entries(naming, config, with_head)
     expected = {
         name: tensor.shape
@@ -199,6 +202,8 @@ def vit_from_weights(
         )
     }
     refuse_misfits(expected, weights, f"{source}: the weights of a ViT as {naming} names them")
+    model = Classifier(config)
+    own = model.state_dict()
     for entry in table:
         parts = [weights[name].float() for name in entry.theirs]
         own[entry.ours].copy_(entry.layout.read(parts, config))  # shares its memory with the model

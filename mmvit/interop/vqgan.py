@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from mmvit.config import build_config
-from mmvit.errors import UserError
+from mmvit.errors import UserError, refuse_damage
+from mmvit.hub import outline, read_shapes
 from mmvit.interop.files import read_config, refuse_misfits
 from mmvit.models.vqgan import VQGAN, VQGANConfig
 
@@ -90,10 +91,11 @@ def load_vqgan(folder: str | Path, **settings: Any) -> VQGAN:
         "chameleon": vqgan_from_chameleon,
     }
     kind = config.get("_class_name", config.get("model_type"))
-    if kind not in readers:
+    if not isinstance(kind, str) or kind not in readers:
         what = kind or "nothing with _class_name or model_type"
         raise UserError(f"{folder / 'config.json'}: expected one of {', '.join(readers)}, got {what}")
-    return readers[kind](config, read_weights(folder), source=str(folder), **settings)
+    with refuse_damage(folder):
+        return readers[kind](config, read_weights(folder), source=str(folder), **settings)
 
 
 def holds_vqgan(path: Path) -> bool:
@@ -266,9 +268,11 @@ def build(
 ) -> VQGAN:
     """The model that `values` configure, in float32, with weights of the names and shapes that `to_theirs`
     gives."""
-    model = VQGAN(build_config(VQGANConfig, values, source))
-    expected = {name: tensor.shape for name, tensor in to_theirs(model).items()}
+    config = build_config(VQGANConfig, values, source)
+    expected_of = outline(lambda: VQGAN(config), 4 * len(weights), source)
+    expected = {name: tensor.shape for name, tensor in to_theirs(expected_of).items()}
     refuse_misfits(expected, weights, f"{source}: the weights")
+    model = VQGAN(config)
     ours = zip(model.state_dict().items(), expected, strict=True)  # in the same order
     model.load_state_dict({name: weights[theirs].reshape(tensor.shape) for (name, tensor), theirs in ours})
     return model.eval()
@@ -313,7 +317,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{folder} holds no *.safetensors; pickled weights (.bin, .ckpt, .pt) are not read")
     places: dict[str, Path] = {}
     for path in files:
-        for name in read_names(path):
+        for name in read_shapes(path):
             if name in places:
                 raise UserError(f"{path} and {places[name]} both hold {name}: remove one of them")
             places[name] = path
@@ -325,11 +329,3 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             for name in [name for name in inner if places[name] == path]:
                 weights[inner[name]] = file.get_tensor(name)
     return weights
-
-
-def read_names(path: Path) -> list[str]:
-    try:
-        with safe_open(path, "pt") as file:
-            return list(file.keys())
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None

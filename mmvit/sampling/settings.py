@@ -12,7 +12,7 @@ from typer import Option
 
 from mmvit.config import Config, build_config
 from mmvit.errors import UserError, did_you_mean
-from mmvit.hub import SHIPPED, write_json
+from mmvit.hub import SHIPPED, read_json, write_json
 
 FILE = "generation_config.json"  # in a generator's folder
 SAVED_FIELDS = (
@@ -93,10 +93,7 @@ class SamplingSettings(Config):
         else."""
         if not (path := folder / FILE).is_file():
             return cls()
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from None
+        found = read_json(path)
         if not isinstance(found, dict):
             fields = ", ".join(SAVED_FIELDS)
             raise UserError(f"{path}: expected {{{fields}}} with numbers, got {json.dumps(found)[:40]}")

@@ -16,7 +16,7 @@ import numpy
 import torch
 
 from mmvit.errors import UserError
-from mmvit.hub import whole_file, write_json
+from mmvit.hub import check_unpacked_size, whole_file, write_json
 from mmvit.training.disk import put_in_place, put_right, remove, writing
 from mmvit.training.distributed import Processes
 
@@ -136,7 +136,7 @@ def digest_of(manifest: dict[str, Any]) -> str:
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise damaged(path.parent, f"{path.name} is missing or unreadable") from None
 
 
@@ -154,14 +154,18 @@ def write_state(state: dict[str, Any], path: Path) -> None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """What `write_state` wrote: tensors, numbers, strings and containers; nothing else is unpickled."""
+    if not path.is_file():  # a device would never end
+        raise damaged(path.parent, f"{path.name} is missing")
     try:
+        check_unpacked_size(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise damaged(path.parent, f"{path.name} is missing") from None
+    except UserError:
+        raise
     except pickle.UnpicklingError:  # its text advises to load the file unsafely
         raise damaged(path.parent, f"{path.name} cannot be read (not what mmvit writes)") from None
-    except (RuntimeError, EOFError) as error:
-        raise damaged(path.parent, f"{path.name} cannot be read ({str(error).splitlines()[0]})") from None
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise damaged(path.parent, f"{path.name} cannot be read ({reason})") from None
 
 
 def damaged(folder: Path, problem: str) -> UserError:
