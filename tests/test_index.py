@@ -120,6 +120,17 @@ def test_what_is_wrong_with_a_compressed_shard_is_known_in_every_run(tmp_path):
             assert problem in found
 
 
+def test_a_shard_that_unpacks_to_far_more_is_read_in_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(indexes, "MOST_UNPACKED", 2**18)
+    shard = tmp_path / "train-000000.tar.gz"
+    shard.write_bytes(gzip.compress(tar_of(NAMES) + bytes(2**27)))
+    index = index_of(shard)
+    most = 200 * shard.stat().st_size
+    assert f"it unpacks to more than {most:,} bytes" in index.problem
+    assert index.shard.stat().st_size <= most < 2**26
+    assert index.samples == len(NAMES) - 1  # the last one may lack files
+
+
 @pytest.mark.parametrize("cache", ["/dev/null", "/proc/none"])
 def test_a_cache_that_cannot_be_written_matters_to_compressed_shards_only(shard, monkeypatch, cache):
     monkeypatch.setenv("XDG_CACHE_HOME", cache)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mmvit.data.index import scan
 from mmvit.data.shards import BadShard, Sample, read_shard
 from mmvit.data.tar import BLOCK, MOST_BYTES, RECORD, BadTar, File, Problem, read_files
 
@@ -208,6 +209,28 @@ def test_names_that_are_not_utf_8_are_told_apart(shard):
     samples, problem = read(shard, content)
     assert [sample.key for sample in samples] == ["\\xff1", "k1", "\\xff2", "k2"]
     assert not problem
+
+
+def test_names_do_nothing_to_a_terminal_and_have_an_end(shard):
+    content = tar_of(["\x1b[31m\n", "a" * 4090, "a" * 4093, "z"], tarfile.PAX_FORMAT)
+    samples, problem = read(shard, content)
+    assert [sample.key for sample in samples] == ["\\x1b[31m\\n", "a" * 4090, "z"]
+    assert "aaa... has a name of 4,097 characters" in problem
+    assert len(problem) < 500
+
+
+def test_a_sample_of_many_files_is_bounded_too(shard, monkeypatch):
+    monkeypatch.setattr("mmvit.data.shards.MOST_BYTES", 3 * 2**20)
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name in ("a.txt", *(f"bomb.{number}" for number in range(20)), "z.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 2**20
+            tar.addfile(member, io.BytesIO(bytes(2**20)))
+    samples, problem = read(shard, out.getvalue())
+    assert [sample.key for sample in samples] == ["a", "z"]
+    assert "a sample of more than 3,145,728 bytes" in problem
+    assert scan(shard).samples == 2
 
 
 def test_what_is_no_tar_is_told(shard):

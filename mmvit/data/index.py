@@ -21,11 +21,13 @@ from mmvit.data.cache import key_of, xdg_cache
 from mmvit.data.pieces import RemoteFile, opened
 from mmvit.data.remote import facts_of
 from mmvit.data.shards import groups_of, open_shard, summary
-from mmvit.data.tar import BLOCK, CHUNK, MOST_BYTES
+from mmvit.data.tar import BLOCK, CHUNK
 from mmvit.errors import UserError
 
 FORMAT = "mmvit-index-1"
 MOST_HEADER = 2**20
+MOST_UNPACKED = 2**30  # bytes that any compressed shard may have unpacked
+MOST_RATIO = 200  # to its own size, for larger ones: zeros pack to a thousandth
 SUFFIX = ".index"
 KEPT_FROM = 2**23  # bytes of a shard: smaller ones are indexed again faster than this is worth
 
@@ -127,9 +129,6 @@ def scan(shard: Path) -> Index:
     with open_shard(shard) as stream:
         for group in groups_of(stream, problems, wanted=()):
             ranges.append((group[0].start, group[-1].end))
-            if group[-1].end - group[0].start > MOST_BYTES:
-                problems.append(f"a sample of more than {MOST_BYTES:,} bytes at byte {group[0].start:,}")
-                ranges.pop()
     return Index.of(shard, np.array(ranges, dtype="<i8").reshape(-1, 2), summary(problems))
 
 
@@ -194,6 +193,7 @@ def headers_checksum(shard: Path, ranges: np.ndarray) -> int:
 
 def unpack(shard: Path, path: Path) -> str:
     """Writes what can be unpacked of a compressed shard to `path`; returns why the rest cannot, or ""."""
+    most = max(MOST_UNPACKED, MOST_RATIO * shard.stat().st_size)
     try:
         with open_shard(shard) as packed, gzip.open(packed) as file, whole_copy(path, shard) as copy:
             while True:
@@ -205,6 +205,8 @@ def unpack(shard: Path, path: Path) -> str:
                     return ""
                 if shutil.disk_usage(path.parent).free < 2 * CHUNK:
                     raise UserError(f"no space left in {path.parent} to unpack {shard}: unpack it yourself")
+                if copy.tell() + len(chunk) > most:
+                    return f"it unpacks to more than {most:,} bytes"
                 copy.write(chunk)
     except OSError as error:
         raise UserError(

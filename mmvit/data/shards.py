@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field
 from mmvit.data.address import Address, place
 from mmvit.data.pieces import RemoteStream
 from mmvit.data.remote import files_in
-from mmvit.data.tar import BadTar, File, Problem, read_files
+from mmvit.data.tar import MOST_BYTES, BadTar, File, Problem, read_files
 from mmvit.errors import MissingData, UserError
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -271,6 +271,9 @@ def groups_of(
             group, extensions, key = [], set(), own
         group.append(item)
         extensions.add(extension)
+        if item.end - group[0].start > MOST_BYTES:
+            problems.append(f"a sample of more than {MOST_BYTES:,} bytes at byte {group[0].start:,}")
+            broken, group = own, []
     if group:
         yield group
 

@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple
 BLOCK = 512
 RECORD = 20 * BLOCK  # an archive's length is a multiple of this
 MOST_BYTES = 2**28  # of a file
+MOST_NAME = 4096  # characters of a path
 MOST_HEADER = 2**20  # of an extended header, which holds a name
 CHUNK = 2**20
 
@@ -100,10 +101,13 @@ def read_files(
             extended = extended.and_from(header.kind, data)
             continue
         name = (extended.name or header.name).decode("utf-8", "backslashreplace")
+        name = re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], name)  # for terminals
         size = header.size if extended.size is None else extended.size
         fault, extended = extended.fault, Extended()
         if header.kind == FOLDER:
             continue
+        if len(name) > MOST_NAME:
+            name, fault = f"{name[:80]}...", f"has a name of {len(name):,} characters"
         if size > MOST_BYTES:
             fault = f"has {size:,} bytes, more than {MOST_BYTES:,}"
         if header.kind not in FILES:
