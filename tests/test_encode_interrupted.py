@@ -102,10 +102,8 @@ def interrupt() -> None:
     ("place", "number", "kept"),
     [
         ("script.pack_codes", 37, 3),
-        ("mmvit.data.writing.scan", 4, 4),
         ("mmvit.data.writing.save_index", 1, 1),
         ("mmvit.data.finished.write_json", 2, 2),
-        ("script.complete", 0, 6),
         ("script.write_dataset_card", 0, 6),
     ],
 )
