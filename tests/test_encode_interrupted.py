@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,8 @@ from unittest import mock
 import pytest
 import torch
 from generator_scripts import refused
+from ranks import start_two
 from shard_scripts import contents
-from test_distributed import ENVIRONMENT
 
 from mmvit.data.lock import sole_writer
 from mmvit.data.shards import Sample, read_shard
@@ -132,11 +131,7 @@ def test_two_processes_go_on_where_one_was_killed(source, tokenizer, whole, run_
             run_script(*arguments(source, tokenizer, tmp_path, "--workers", 2))
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert len(list((tmp_path / ".encoded").iterdir())) == 3
-    launcher = [sys.executable, *["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]]
-    ran = subprocess.run(
-        [*launcher, "-m", "mmvit", "encode", *map(str, arguments(source, tokenizer, tmp_path)[1:])],
-        env=ENVIRONMENT, capture_output=True, text=True,
-    )  # fmt: skip
+    ran = start_two(*arguments(source, tokenizer, tmp_path))
     assert ran.returncode == 0, ran.stderr
     assert "3 of 6 shards are encoded already\n" in ran.stdout
     assert (written(tmp_path), told(ran.stdout)) == whole
