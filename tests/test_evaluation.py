@@ -94,6 +94,25 @@ def test_use_of_a_codebook_is_that_of_its_counts():
     assert figures["perplexity"] == pytest.approx(2**1.5)  # half, and two quarters: 1.5 bits
 
 
+def test_references_are_compared_in_parts(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    references = torch.randn(50, 3, 4, 4, generator=generator)
+    references[40] = references[3]  # of those that are equally near the first is named
+    own = torch.arange(0, 50, 4)
+    images = references[own] + 3 * torch.randn(13, 3, 4, 4, generator=generator)
+    images[5] = references[40]
+    squares = (images[:, None].double() - references.double()).square().flatten(2).sum(2)
+    expected = (squares < squares.gather(1, own[:, None])).sum(1)
+    assert len(expected.unique()) > 5
+    for module in ("retrieval", "generated"):
+        monkeypatch.setattr(f"mmvit.evaluation.{module}.AT_ONCE", 7)
+    assert torch.equal(pixel_ranks(images, references, own, chunk=4), expected)
+    distances, places = nearest(images, references, chunk=4)
+    assert places.tolist() == squares.argmin(1).tolist()
+    assert places[5] == 3
+    torch.testing.assert_close(distances * 2 * 48**0.5, squares.amin(1).sqrt(), atol=1e-6, rtol=1e-6)
+
+
 def test_the_nearest_image_and_its_distance():
     references = torch.stack([torch.full((3, 4, 4), level) for level in (-1.0, 0.0, 1.0)])
     images = torch.stack([torch.full((3, 4, 4), level) for level in (0.1, -0.9, 0.0)])

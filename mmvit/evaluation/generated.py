@@ -18,16 +18,18 @@ def nearest(images: Tensor, references: Tensor, chunk: int = 128) -> tuple[Tenso
     """
     if images.shape[1:] != references.shape[1:]:
         raise ValueError(f"images are {tuple(images.shape[1:])}, references {tuple(references.shape[1:])}")
-    distances, places = [], []
-    for part in with_progress(images.split(chunk), len(images), "comparing with training images", len):
-        own = part.flatten(1).double()
-        # in double precision a part of the references at a time
-        found = [torch.cdist(own, some.double()).min(1) for some in references.flatten(1).split(AT_ONCE)]
-        least = torch.stack([each.values for each in found]).min(0)
-        within = torch.stack([each.indices for each in found]).gather(0, least.indices[None])[0]
-        distances.append(least.values)
-        places.append(least.indices * AT_ONCE + within)
-    return torch.cat(distances) / (2 * images[0].numel() ** 0.5), torch.cat(places)
+    least = torch.full((len(images),), float("inf"), dtype=torch.float64)
+    places = torch.zeros(len(images), dtype=torch.long)
+    parts = references.flatten(1).split(AT_ONCE)
+    shown = with_progress(parts, len(references), "comparing with training images", len)
+    for number, candidates in enumerate(map(Tensor.double, shown)):  # which take twice the memory
+        found = [torch.cdist(part.double(), candidates).min(1) for part in images.flatten(1).split(chunk)]
+        distances = torch.cat([each.values for each in found])
+        is_nearer = distances < least
+        least = torch.where(is_nearer, distances, least)
+        own = number * AT_ONCE + torch.cat([each.indices for each in found])
+        places = torch.where(is_nearer, own, places)
+    return least / (2 * images[0].numel() ** 0.5), places
 
 
 def diversity(images: Tensor) -> tuple[float, float]:

@@ -25,24 +25,25 @@ def pixel_ranks(generated: Tensor, references: Tensor, own: Tensor, chunk: int =
         raise ValueError(
             f"generated images are {tuple(generated.shape[1:])}, references {tuple(references.shape[1:])}"
         )
-    parts_of_references = references.flatten(1).split(AT_ONCE)  # in double precision a part at a time
-    tie = TIE * sum(part.double().square().sum().item() for part in parts_of_references) / len(references)
-    ranks = []
-    parts = list(zip(generated.split(chunk), own.split(chunk), strict=True))
-    for part, places in with_progress(
-        parts, len(own), "comparing with real images", lambda pair: len(pair[0])
-    ):
-        images = part.flatten(1).double()
-        if not images.isfinite().all():
-            raise UserError("generated images contain NaN or infinity: the model's weights are damaged")
-        true = (images - references[places].flatten(1).double()).square().sum(1, keepdim=True)
-        nearer = torch.zeros(len(images), dtype=torch.long)
-        for candidates in map(Tensor.double, parts_of_references):
-            sizes = candidates.square().sum(1)
+    generated, references = generated.flatten(1), references.flatten(1)
+    if not generated.isfinite().all():
+        raise UserError("generated images contain NaN or infinity: the model's weights are damaged")
+    true = [
+        (images.double() - references[places].double()).square().sum(1, keepdim=True)
+        for images, places in zip(generated.split(chunk), own.split(chunk), strict=True)
+    ]
+    parts = references.split(AT_ONCE)
+    tie = TIE * sum(part.square().sum(dtype=torch.float64).item() for part in parts) / len(references)
+    ranks = torch.zeros(len(own), dtype=torch.long)
+    for part in with_progress(parts, len(references), "comparing with real images", len):
+        candidates = part.double()  # a part at a time, as this takes twice the memory
+        sizes = candidates.square().sum(1)
+        nearer = []
+        for images, distances in zip(map(Tensor.double, generated.split(chunk)), true, strict=True):
             squares = images.square().sum(1, keepdim=True) + sizes - 2 * images @ candidates.T
-            nearer += (squares < true - tie).sum(1)
-        ranks.append(nearer)
-    return torch.cat(ranks)
+            nearer.append((squares < distances - tie).sum(1))
+        ranks += torch.cat(nearer)
+    return ranks
 
 
 def caption_ranks(scores: Tensor, belongs: Tensor) -> Tensor:
