@@ -1,5 +1,7 @@
 """What models cost to run and to train, against the figures of the paper and of plain arithmetic."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -13,6 +15,8 @@ from mmvit.models.cost import (
     training_memory,
 )
 from mmvit.models.presets import preset
+from mmvit.models.registry import build_model
+from mmvit.recipes import plan
 
 MACS = {  # billions, at 224 and 384 pixels: plain arithmetic on the architecture
     "vit-b16": (17.563, 55.48),
@@ -56,6 +60,15 @@ def test_every_product_of_a_small_vit_is_counted():
     assert forward_macs(config) == stem + depth * (linear + attention) + head
 
 
+def test_a_dry_run_counts_three_forward_passes():
+    core = TransformerConfig(width=24, depth=2, num_heads=3, attention_kernel="plain")
+    config = ClassifierConfig(image_size=32, patch_size=8, num_classes=5, core=core)
+    with torch.device("meta"):
+        model = build_model(config)
+    recipe = SimpleNamespace(task="classifier", model=config)
+    assert plan.training_flops(model, recipe) == 3 * 2 * forward_macs(config)
+
+
 def test_the_table_is_printed(run_script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     ran = run_script("pipelines/list_presets.py", "vit-b16", "vit-l32", "vq-f8")
@@ -64,6 +77,8 @@ def test_the_table_is_printed(run_script, monkeypatch):
     assert [cell.strip() for cell in base.strip("│").split("│")] == [
         "vit-b16", "12", "768", "12", "197", "86,567,656", "17.564", "517,822", "223.5"
     ]  # fmt: skip
+    launched = ("--epochs", 14, "--local_rank=0")  # the last by DeepSpeed's launcher
+    assert " 1,035,645 " in run_script("pipelines/list_presets.py", "vit-modern", *launched).stdout
     ran = run_script("pipelines/list_presets.py", "vit-b61")
     assert ran.returncode == 2
     assert "did you mean vit-b16?" in ran.stderr
@@ -148,9 +163,11 @@ def test_a_plan_is_printed_for_each_stage(run_script, monkeypatch):
     assert "no room" in rows[0]
     assert "no room" not in rows[3]
     ran = run_script("pipelines/plan_memory.py", "dalle-12b", "--gpus", "8,1024", "--precision", "bf16")
-    assert [line.split("│")[2].strip() for line in ran.stdout.splitlines() if line.startswith("│")] == (
-        ["8"] * 4 + ["1,024"] * 4
-    )
+    rows = [line.split("│")[1:] for line in ran.stdout.splitlines() if line.startswith("│")]
+    assert [row[1].strip() for row in rows] == ["8"] * 4 + ["1,024"] * 4
+    few, many = ([float(row[3]) for row in part] for part in (rows[:4], rows[4:]))
+    assert few[0] == many[0]
+    assert all(own > shared for own, shared in zip(few[1:], many[1:], strict=True))
     ran = run_script("pipelines/plan_memory.py", "dalle-12b", "--gpus", "8,x")
     assert (ran.returncode, "--gpus: expected numbers greater than 0" in ran.stderr) == (2, True)
     ran = run_script("pipelines/plan_memory.py", "vq-f8")

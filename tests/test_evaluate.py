@@ -96,6 +96,26 @@ def test_evaluation_by_a_clip_a_classifier_and_in_two_languages(
     )
 
 
+def test_options_of_the_command_reach_the_drawing(generator_run, tiny_shards, run_script, tmp_path):
+    options = {
+        "guidance_scale": 2.0,
+        "temperature": 0.5,
+        "top_k": 3,
+        "top_p": 0.9,
+        "seed": 5,
+        "candidates": 2,
+    }
+    given = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    with mock.patch(
+        "mmvit.evaluation.generator_report.report_generator", side_effect=UserError("far enough")
+    ) as report:
+        arguments = (generator_run, tiny_shards, "--limit", 3, "--seeds", 2, "--out", tmp_path / "sheet.png")
+        refused(run_script("pipelines/evaluate.py", *arguments, *given), "far enough")
+    assert len(report.call_args.args[1].keys) == 3
+    passed = report.call_args.kwargs
+    assert {name: passed[name] for name in (*options, "seeds")} == {**options, "seeds": 2}
+
+
 def test_a_part_of_a_split_is_spread_over_it(generator_run, tiny_shards, run_script, tmp_path):
     real = read_split(tiny_shards, "*", PixelsSample((16, 16)))
     held_out = HeldOut.of(read_split(tiny_shards, "train", CaptionSample()), real, [])

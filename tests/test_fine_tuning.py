@@ -1,6 +1,8 @@
 """Fine-tuning: positions for another grid as in the sources, a new head, frozen parts, and a run from a
 start."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,8 @@ from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.fine_tuning import fine_tuned, freeze, resize_table
 from mmvit.models.resnet import ResNet, ResNetConfig
+from mmvit.places import load_script
+from mmvit.recipes.classifier import ClassifierRecipe
 
 CORE = TransformerConfig(width=16, depth=2, num_heads=2)
 CONFIG = ClassifierConfig(image_size=16, patch_size=4, num_classes=4, core=CORE)
@@ -197,6 +201,20 @@ def test_a_run_begins_from_trained_weights_and_resumes(fine_tune, tmp_path, asse
         ran = fine_tune("--data.mixing", mixing, "--resume", "--train.steps", 6, *changed)
         assert ran.returncode == 2
         assert "set start.freeze and optimizer.layer_decay back to what config.toml says" in ran.stderr
+
+
+def test_positions_are_resized_in_the_way_of_the_recipe(tmp_path):
+    source = trained()
+    start = {"model": str(source.save_pretrained(tmp_path)), "resize": "timm"}
+    model = {**CONFIG.model_dump(), "image_size": 24}
+    values = {"output": "run", "data": {"train": "a", "held_out": "b"}, "model": model, "start": start}
+    recipe = build_config(ClassifierRecipe, values, "recipe")
+    begun = load_script("pipelines/train_classifier.py").starting_model(
+        mock.Mock(recipe=recipe, continues=False)
+    )
+    tables = {mode: fine_tuned(source, recipe.model, mode).positions.table for mode in ("timm", "official")}
+    assert torch.equal(begun.positions.table, tables["timm"])
+    assert not torch.equal(begun.positions.table, tables["official"])
 
 
 def test_the_layer_in_front_of_the_trained_head_is_left_behind(fine_tune, tmp_path):

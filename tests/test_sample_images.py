@@ -1,4 +1,4 @@
-"""Images and sheets that sample_images.py draws with a tiny generator, and what it refuses."""
+"""Images and sheets that sample_images.py and edit_images.py draw, and what they refuse."""
 
 from unittest import mock
 
@@ -8,6 +8,7 @@ from generator_scripts import refused
 from PIL import Image
 
 from mmvit.sampling.generator import Generator
+from mmvit.sampling.grids import sheet_size
 
 
 def test_sampling_writes_a_grid_and_single_images(generator_run, run_script, tmp_path):
@@ -29,6 +30,7 @@ def test_sampling_writes_a_grid_and_single_images(generator_run, run_script, tmp
         for i, name in enumerate(["red-square", "blue-square", "赤リンゴ", "1f34e"])
         for seed in (5, 6)
     ]
+    assert Image.open(tmp_path / "grid.png").size == sheet_size(4, 2)
 
 
 def test_images_drawn_in_parts_are_those_of_their_seeds(generator_run, run_script, tmp_path):
@@ -52,6 +54,25 @@ def test_images_drawn_in_parts_are_those_of_their_seeds(generator_run, run_scrip
         (expected,) = generator.images(alone)
         with Image.open(tmp_path / "many" / f"000-red-square-seed{seed}.png") as image:
             assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 1  # of 255: rounding
+
+
+def test_options_of_an_edit_reach_every_part_of_it(generator_run, run_script, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "image.png")
+    parts = []
+
+    def edit(generator, image, *what, num_images, seed, **settings):
+        parts.append((*what, num_images, seed, settings))
+        return [image] * num_images
+
+    arguments = ("--keep", "left", "--num", 66, "--seed", 3, "--guidance-scale", 2, "--negative", "green")
+    with mock.patch.object(Generator, "edit", edit):
+        ran = run_script(
+            "pipelines/edit_images.py", tmp_path / "image.png", "red square", "--model", generator_run,
+            *arguments, "--out", tmp_path / "edited.png",
+        )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    settings = {"guidance_scale": 2.0, "negative": "green", "candidates": 1, "scorer": None}
+    assert parts == [("red square", "left", 64, 3, settings), ("red square", "left", 2, 67, settings)]
 
 
 def test_mistakes_in_sampling_are_named(generator_run, run_script, tmp_path):

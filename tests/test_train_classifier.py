@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from mmvit.config import build_config
 from mmvit.data.augment import AugmentConfig
@@ -21,7 +22,12 @@ MODELS = {
     "pretraining": IMAGES,
     "clip": {"image": IMAGES, "text": CORE, "vocab_size": 4096},
     "image-tokenizer": {"kind": "vq", "codebook_size": 16, "encoder_width": 16, "decoder_widths": [16, 8]},
-    "joint": {"core": CORE, "classifier": IMAGES, "generator": {"codebook_size": 16, "grid": [2, 2]}},
+    "joint": {
+        "classification_weight": 3,
+        "core": CORE,
+        "classifier": IMAGES,
+        "generator": {"codebook_size": 16, "grid": [2, 2]},
+    },
 }
 
 
@@ -79,6 +85,8 @@ def test_training_images_are_augmented_and_held_out_ones_are_not(task, tiny_shar
     values = {"output": str(tmp_path / "run"), "data": data, "model": MODELS[task]}
     if task == "pretraining":
         values["method"] = "mae"
+    if task == "classifier":
+        data["mixing"] = {"mixup": 1.0}
     if task == "image-tokenizer":
         data["image_size"] = 16
     if task == "clip":
@@ -104,5 +112,13 @@ def test_training_images_are_augmented_and_held_out_ones_are_not(task, tiny_shar
     for decode in held_out:
         if hasattr(decode, "augment"):  # images
             assert decode.augment.config == AugmentConfig()
+    if task == "classifier":
+        batch = {"pixels": torch.zeros(8, 3, 16, 16), "labels": torch.arange(8) % 4}
+        assert train.call_args.kwargs["prepare"](batch)["labels"].shape == (8, 4)  # shares
     if task == "clip":
         assert (trained_on.dropout, held_out[0].dropout) == (0.5, 0.0)
+    if task == "joint":
+        _, model, _, evaluate = train.call_args.args
+        assert model.generator.image_head.weight.any()  # it begins with the codebook
+        found = evaluate(model.eval())
+        assert found["loss"] == pytest.approx(3 * found["classification_loss"] + found["generation_loss"])

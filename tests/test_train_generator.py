@@ -7,9 +7,12 @@ from unittest import mock
 import pytest
 import torch
 from generator_scripts import SMALL, refused
+from PIL import Image
+from tiny_models import tiny_generator
 
 from mmvit.config import build_config
 from mmvit.data.captions import TextTokenizer
+from mmvit.errors import UserError
 from mmvit.hub import read_weights
 from mmvit.models.generator_transformer import GeneratorTransformer
 from mmvit.models.vq import VQConfig, VQModel
@@ -17,6 +20,7 @@ from mmvit.models.vqgan import VQGAN, VQGANConfig
 from mmvit.places import load_script
 from mmvit.recipes.generator import GeneratorRecipe
 from mmvit.sampling.generator import Generator
+from mmvit.sampling.grids import sheet_size
 
 
 def test_a_run_leaves_models_curves_and_samples(generator_run):
@@ -25,6 +29,7 @@ def test_a_run_leaves_models_curves_and_samples(generator_run):
     for part in ("model.safetensors", "text_tokenizer/tokenizer.json", "image_tokenizer/model.safetensors"):
         assert (generator_run / "best" / part).is_file(), part
         assert (generator_run / "last" / part).is_file(), part
+    assert Image.open(generator_run / "previews/step-000004.png").size == sheet_size(1, 4)
     held_out = [
         line
         for line in map(json.loads, (generator_run / "metrics.jsonl").open())
@@ -43,6 +48,20 @@ def test_codes_start_from_the_codebook_unless_the_recipe_says_no():
         recipe = build_config(GeneratorRecipe, {**values, "start": section}, "recipe")
         model = start(mock.Mock(recipe=recipe, continues=False), data)
         assert bool(model.image_head.weight.any()) == starts  # a head of zeros otherwise
+
+
+def test_a_start_with_another_image_tokenizer_is_refused(tokenizer, tmp_path):
+    generator = tiny_generator(tokenizer)
+    values = {"output": "run", "data": {"train": "a", "held_out": "b"}, "start": {"model": str(tmp_path)}}
+    values["model"] = generator.transformer.config.model_dump()
+    generator.save_pretrained(tmp_path)
+    session = mock.Mock(recipe=build_config(GeneratorRecipe, values, "recipe"), continues=False)
+    start = load_script("pipelines/train_caption_to_image.py").starting_model
+    data = mock.Mock(text_tokenizer=tokenizer, image_tokenizer=generator.image_tokenizer)
+    start(session, data)
+    data.image_tokenizer = VQModel(VQConfig(codebook_size=16))
+    with pytest.raises(UserError, match="was trained with another image_tokenizer: set data"):
+        start(session, data)
 
 
 def test_codes_of_another_tokenizer_are_refused(encoded, run_script, tmp_path):

@@ -15,6 +15,7 @@ from PIL import Image
 from mmvit.core.transformer import TransformerConfig
 from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.dvae import DiscreteVAE
 from mmvit.models.registry import load_image_tokenizer
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.places import load_script
@@ -74,11 +75,16 @@ def test_the_script_trains_evaluates_and_exports(run_script, recipe, tmp_path):
 
 
 def test_the_discrete_vae_is_trained_by_the_same_script(run_script, recipe, tmp_path):
-    dvae = "{kind = 'dvae', codebook_size = 16, width = 8, blocks_per_group = 1, code_width = 4}"
+    dvae = "{kind = 'dvae', codebook_size = 16, width = 8, blocks_per_group = 1, code_width = 4, "
+    dvae += "start_images = 5}"
     text = re.sub(r"\[model\].*?\[train\]", "[train]", recipe.read_text(), flags=re.DOTALL)
     recipe.write_text(text)
-    ran = run_script("tokenizers/train_image_tokenizer.py", recipe, "--model", dvae)
+    with mock.patch.object(
+        DiscreteVAE, "start_codes", autospec=True, side_effect=DiscreteVAE.start_codes
+    ) as start:
+        ran = run_script("tokenizers/train_image_tokenizer.py", recipe, "--model", dvae)
     assert ran.returncode == 0, ran.stderr
+    assert [call.args[1].shape for call in start.call_args_list] == [(5, 3, 16, 16)]
     model = load_image_tokenizer(tmp_path / "run")
     assert model.kind == "dvae"
     assert model.passes == 6
