@@ -182,14 +182,16 @@ def test_crop_flip_and_erase_do_what_they_say():
         for seed in range(60)
     }
     assert offsets == {8, 9, 10, 11, 12}
-    shares = []
+    shares, everywhere = [], np.zeros((16, 20))
     for seed in range(100):
         erased = Augment(AugmentConfig(erase=1))(ramp, random.Random(seed))
         is_erased = (erased != ramp).any(axis=2)
         shares.append(is_erased.mean())
+        everywhere += is_erased
         assert erased[is_erased].std() > 40  # noise, 74 on average
     assert 0.01 < min(shares) < 0.06
     assert 0.25 < max(shares) < 0.4
+    assert everywhere.min() > 0  # also in the corners
 
 
 # Captions
