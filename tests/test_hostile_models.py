@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import struct
 import zipfile
 from pathlib import Path
@@ -87,6 +88,28 @@ def test_evil_json_is_refused_wherever_it_is_read(folder, tmp_path, text):
     (tmp_path / "tokenizer.json").write_bytes(text)
     with pytest.raises(UserError, match="is not a tokenizer"):
         TextTokenizer.from_file(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b'"!":1,', b'"!":4000000000,', "tokens without gaps, got token 4,000,000,000"),
+        (b'"ByteLevel"', b'"Levels"', "is not a tokenizer"),
+    ],
+)
+def test_a_damaged_text_tokenizer_is_refused(tmp_path, tokenizer, old, new, message):
+    text = tokenizer.tokenizer.to_str().encode()
+    assert old in text
+    (tmp_path / "tokenizer.json").write_bytes(text.replace(old, new))
+    with pytest.raises(UserError, match=message):
+        TextTokenizer.from_file(tmp_path)
+
+
+def test_damage_that_a_caption_shows_first_is_told(tokenizer):
+    broken = TextTokenizer(tokenizer.tokenizer, "tokenizer.json")
+    broken.ranks = None
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged, or not what it should be \(TypeError"):
+        broken.encode(["red"], 4, 0.1, random.Random(0))
 
 
 def test_a_pipe_or_folder_in_place_of_a_file_is_refused(folder, tmp_path):

@@ -18,6 +18,7 @@ from mmvit.places import find
 from mmvit.progress import with_progress
 
 PAD = "[PAD]"
+MOST_OF_TOKENIZER = 2**26  # bytes of a tokenizer.json
 MOST_BYTES = 2**20  # of a sample's txt or json
 LONGEST_WORD = 1000  # characters that BPE dropout merges at a time, as its time grows with their square
 
@@ -49,6 +50,11 @@ class TextTokenizer:
         self.source = source
         self.pad_id: int = pad_id
         self.vocab_size: int = tokenizer.get_vocab_size()
+        if (last := max(tokenizer.get_vocab().values())) >= self.vocab_size:
+            raise UserError(
+                f"{source}: expected {self.vocab_size:,} tokens without gaps, got token {last:,}; learn one "
+                "with mmvit tokenizer text"
+            )
         merges = (
             tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]
         )
@@ -72,6 +78,10 @@ class TextTokenizer:
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise UserError(f"no text tokenizer at {path}; tokenizers/emoji-text ships with mmvit")
+        if (size := path.stat().st_size) > MOST_OF_TOKENIZER:
+            raise UserError(
+                f"{path} is not a tokenizer.json: {size:,} bytes of at most {MOST_OF_TOKENIZER:,}"
+            )
         with refuse_damage(path):
             try:
                 tokenizer = Tokenizer.from_file(str(path))
@@ -98,10 +108,11 @@ class TextTokenizer:
         """
         ids = torch.full((len(captions), length), self.pad_id, dtype=torch.int64)
         num_cut = 0
-        for row, caption in zip(ids, captions, strict=True):
-            tokens = self.tokenize(caption, dropout, rng)
-            num_cut += len(tokens) > length
-            row[: len(tokens)] = torch.tensor(tokens[:length], dtype=torch.int64)
+        with refuse_damage(self.source):  # which a caption may be the first to show
+            for row, caption in zip(ids, captions, strict=True):
+                tokens = self.tokenize(caption, dropout, rng)
+                num_cut += len(tokens) > length
+                row[: len(tokens)] = torch.tensor(tokens[:length], dtype=torch.int64)
         return ids, num_cut
 
     def tokenize(self, caption: str, dropout: float = 0.0, rng: random.Random | None = None) -> list[int]:
