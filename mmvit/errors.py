@@ -22,7 +22,11 @@ HARMLESS = {"versionid", "generation", "revision", "download", "raw"}  # parts o
 
 
 class UserError(Exception):
-    """Something that the user can mend: the message says what was found, where, and what to do."""
+    """Something that the user can mend: the message says what was found, where, and what to do; addresses in
+    it are without their secrets."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(without_secrets(message))
 
 
 class MissingData(UserError):
@@ -42,7 +46,7 @@ def without_secrets(text: str) -> str:
         return f"{query[1]}?{'&'.join(shown)}"
 
     text = re.sub(r"://(?!\$\w+(?::\$\w+)?@)[^/@\s]+@", f"://{MASK}@", text)
-    return re.sub(r"([a-z][a-z0-9+.-]*://[^\s?]*)\?([^\s\"'<>]*)", masked, text)
+    return re.sub(r"([a-z][a-z0-9+.-]*://[^\s?]*)\?([^\s\"'<>]*?)(?=[:;,.)]*(?:[\s\"'<>]|$))", masked, text)
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:
@@ -123,7 +127,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def refuse(message: str) -> None:
-    print(f"error: {without_secrets(message)}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     sys.stderr.flush()
     sys.exit(2)
 

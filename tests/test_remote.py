@@ -1,15 +1,35 @@
 """Shards elsewhere: the same batches as from local files, whatever the server does."""
 
+import contextlib
+import errno
+import io
+import itertools
 import json
 import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
 from unittest import mock
 
+import boto3
 import pytest
 from file_server import FileServer, served
+from moto.server import ThreadedMotoServer
+from PIL import Image
+from webdataset.writer import TarWriter
 
-from mmvit.data.samples import ClassifierSample
+from mmvit.data import pieces, remote
+from mmvit.data.address import Address
+from mmvit.data.cache import TOTAL, Cache
+from mmvit.data.pieces import RemoteFile
+from mmvit.data.samples import CaptionPixelsSample, ClassifierSample
 from mmvit.data.shards import expand_shards, read_shard
 from mmvit.data.stream import ShardStream
+from mmvit.errors import UserError
 
 TRAIN = "train-{000000..000004}.tar"
 
@@ -22,8 +42,11 @@ def server(tiny_shards) -> FileServer:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path):
-    with mock.patch.dict(
-        os.environ, MMVIT_CACHE=str(tmp_path / "pieces"), XDG_CACHE_HOME=str(tmp_path / "cache")
+    with (
+        mock.patch.dict(
+            os.environ, MMVIT_CACHE=str(tmp_path / "pieces"), XDG_CACHE_HOME=str(tmp_path / "cache")
+        ),
+        mock.patch.object(remote, "FIRST_PAUSE", 0),
     ):
         yield tmp_path / "pieces"
 
@@ -60,24 +83,344 @@ def test_remote_shard_is_read_from_front_to_back(tiny_shards, server):
     assert [(s.key, s.files) for s in read_shard(shard)] == local
 
 
+# What servers do
+
+
+def answers(server: FileServer, misbehave, times: int = 2) -> None:
+    """Misbehaves on the first requests for each part of a file."""
+    seen: Counter[tuple[str, tuple[int, int] | None]] = Counter()
+
+    def first_times(handler, span):
+        seen[handler.path, span] += 1
+        return seen[handler.path, span] <= times and misbehave(handler, span)
+
+    server.misbehave = first_times
+
+
+def fail(handler, span):
+    handler.answer(500, b"", {})
+    return True
+
+
+def cut(handler, span):
+    if span == (0, 1):
+        return False
+    handler.answer(206, b"x" * 100, {"Content-Range": f"bytes {span[0]}-{span[1] - 1}/10240"}, length=200)
+    handler.close_connection = True
+    return True
+
+
+def shorten(handler, span):
+    if span != (0, 1):  # not the first request, for the length
+        handler.answer(206, b"x", {"Content-Range": f"bytes {span[0]}-{span[0]}/10240"})
+    return span != (0, 1)
+
+
+def hang(handler, span):
+    time.sleep(0.3)
+    return True
+
+
+def drip(handler, span):
+    if span == (0, 1):
+        return False
+    handler.answer(206, b"x", {"Content-Range": f"bytes {span[0]}-{span[1] - 1}/10240"}, length=100_000)
+    with contextlib.suppress(OSError):
+        for _ in range(10):
+            time.sleep(0.05)
+            handler.wfile.write(b"x")
+    handler.close_connection = True
+    return True
+
+
+@pytest.mark.parametrize("misbehave", [fail, cut, shorten, hang, drip])
+def test_requests_that_fail_are_made_again(tiny_shards, server, misbehave, monkeypatch, cache):
+    monkeypatch.setattr(remote, "NO_ANSWER", 0.1)
+    monkeypatch.setattr(remote, "SLOWEST", 10**9)
+    answers(server, misbehave)
+    [shard] = expand_shards(f"{server.url}/train-000001.tar")
+    local = [(s.key, s.files) for s in read_shard(tiny_shards / "train-000001.tar")]
+    assert [(s.key, s.files) for s in read_shard(shard)] == local
+    assert server.requests["/train-000001.tar"] >= 4
+    assert {path.name for path in cache.iterdir()} == {RemoteFile(shard).key + "-0", TOTAL}
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (500, r"/train-000001.tar: the server answered 500 \(8 tries"),
+        (404, r"/train-000001.tar: not found"),
+        (403, "/train-000001.tar: access denied; check its user, password or token"),
+        (400, "/train-000001.tar: the server answered 400"),
+    ],
+)
+def test_a_server_that_does_not_give_a_shard_is_quoted(server, status, message):
+    server.misbehave = lambda handler, span: handler.answer(status, b"", {}) is None
+    [shard] = expand_shards(f"{server.url}/train-000001.tar?token=s3cr3t")
+    with pytest.raises(UserError, match=message.replace("tar:", r"tar\?token=\*\*\*:")):
+        list(read_shard(shard))
+
+
+def test_a_server_that_is_gone_is_named(server):
+    server.server_close()
+    with pytest.raises(UserError, match=r"train-000001.tar: no connection, or it was cut"):
+        list(read_shard(Address(f"{server.url}/train-000001.tar")))
+
+
+def test_a_shard_that_changes_while_it_is_read_is_noticed(server, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE", 4096)
+    shard = RemoteFile(Address(f"{server.url}/train-000001.tar"))
+    shard.read(0, 10)
+    server.version = '"2"'
+    with pytest.raises(UserError, match="the file has changed since it was opened"):
+        shard.read(5000, 5010)
+
+
+def test_servers_without_ranges_are_asked_for_whole_shards(tiny_shards, server):
+    server.has_ranges = False
+    assert keys_of(stream_of(f"{server.url}/{TRAIN}")) == keys_of(stream_of(f"{tiny_shards}/{TRAIN}"))
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("gs://bucket/a.tar", r"gs:// needs another package: pip install 'mmvit\[gcs\]'"),
+        ("nosuch://bucket/a.tar", "unknown protocol nosuch://; expected https://, s3://"),
+        ("https://host/a.tar?token=$NO_SUCH_TOKEN", "the environment variable NO_SUCH_TOKEN is not set"),
+        ("https://host/a.tar?token=***", "expected the address with its secret"),
+    ],
+)
+def test_addresses_that_cannot_be_read_say_what_is_missing(address, message):
+    with pytest.raises(UserError, match=message):
+        list(read_shard(Address(address)))
+
+
+# The cache
+
+
+def test_pieces_are_fetched_ahead_and_each_once_a_machine(tiny_shards, server, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE", 4096)
+    place, ranks = f"{server.url}/{TRAIN}", range(2)
+    streams = [stream_of(place, rank=rank, world_size=2, num_workers=2, repeat=True) for rank in ranks]
+    for _ in itertools.islice(zip(*map(iter, streams), strict=False), 10):
+        pass
+    sizes = {f"/{shard.name}": shard.stat().st_size for shard in tiny_shards.glob("train-*.tar")}
+    for name, size in sizes.items():  # three headers, with which the index is compared, and the length in all
+        assert size / 2 < server.sent[name] <= size + 3 * 512 + 1
+
+
+def test_the_cache_stays_within_its_size_and_keeps_what_was_used_last(tmp_path):
+    cache = Cache(tmp_path, 1000)
+
+    def use(number: int) -> int:
+        file = cache.open(f"piece-{number}", 100, lambda: [b"x" * 50, bytes([number]) * 50])
+        os.utime(file, ns=(0, use.now))
+        use.now += 10**9
+        return file
+
+    use.now = 0
+    first = use(0)
+    for number in range(1, 20):
+        os.close(use(number))
+        os.close(use(3))
+        assert sum(path.stat().st_size for path in tmp_path.glob("piece-*")) <= 1000
+    assert (tmp_path / "piece-3").exists()
+    assert not (tmp_path / "piece-0").exists()
+    assert os.pread(first, 100, 0) == b"x" * 50 + bytes(50)  # still open
+    os.close(first)
+
+
+def test_what_a_killed_process_leaves_is_never_taken_for_whole(tmp_path):
+    cache, parent = Cache(tmp_path, 1000), os.getpid()
+
+    def parts():
+        yield b"x" * 60
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield b"x" * 40
+
+    if not (child := os.fork()):
+        cache.open("piece", 100, parts)
+    os.waitpid(child, 0)
+    assert [path.name for path in tmp_path.glob("piece*")] == ["piece.partial"]
+    assert os.pread(cache.open("piece", 100, parts), 200, 0) == b"x" * 100
+    assert [path.name for path in tmp_path.glob("piece*")] == ["piece"]
+
+
+def test_a_piece_is_fetched_by_one_process_while_others_wait(tmp_path):
+    cache = Cache(tmp_path / "pieces", 10_000)
+
+    def parts():
+        with (tmp_path / "log").open("a") as log:
+            log.write("fetched\n")
+        time.sleep(0.1)
+        yield b"x" * 100
+
+    children = []
+    for _ in range(4):
+        if not (child := os.fork()):
+            try:
+                for number in range(3):
+                    assert os.pread(cache.open(f"piece-{number}", 100, parts), 200, 0) == b"x" * 100
+            finally:
+                os._exit(sys.exc_info()[0] is not None)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert (tmp_path / "log").read_text().count("fetched") == 3
+
+
+@pytest.mark.parametrize("step", ["posix_fallocate", "pwrite"])
+def test_a_full_disk_is_named_and_leaves_nothing_half(tmp_path, step):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with mock.patch.object(os, step, side_effect=full), pytest.raises(UserError) as caught:
+        Cache(tmp_path, 1000).open("piece", 100, lambda: [b"x" * 100])
+    assert str(caught.value).startswith(
+        f"no space left in {tmp_path} for pieces of shards: free some, or choose"
+    )
+    assert not [*tmp_path.glob("piece*")]
+
+
+def test_a_cache_that_is_too_small_says_how_large_it_has_to_be(server, monkeypatch):
+    monkeypatch.setenv("MMVIT_CACHE_SIZE", "0.07MB")
+    with pytest.raises(UserError, match=r"data.cache_size: 70,000 bytes are too few, \d+,\d+ are read"):
+        next(iter(stream_of(f"{server.url}/{TRAIN}")))
+
+
+# What shards there are
+
+
+def img2dataset_shards(folder: Path, image: bytes, with_table: bool = True) -> None:
+    """As img2dataset writes them: images that could not be downloaded are in the table alone."""
+    for shard in range(3):
+        captions = {f"{shard:05d}{n:04d}": None if n == 2 else f"picture {n} of {shard}" for n in range(4)}
+        with TarWriter(str(folder / f"{shard:05d}.tar"), encoder=False) as tar:
+            for key, caption in captions.items():
+                facts = {
+                    "url": "https://example.org/a.jpg", "caption": caption, "key": key, "status": "success",
+                    "error_message": None, "width": 16, "height": 16, "original_width": 32, "exif": "{}",
+                    "sha256": "0" * 64, "aesthetic": float("nan"),
+                }  # fmt: skip
+                files = {"jpg": image, "json": json.dumps(facts, indent=4).encode()}
+                files |= {} if caption is None else {"txt": caption.encode()}
+                tar.write({"__key__": key, **files})
+        if with_table:
+            (folder / f"{shard:05d}.parquet").write_bytes(b"PAR1")
+            (folder / f"{shard:05d}_stats.json").write_text(json.dumps({"count": 6, "successes": 4}))
+
+
+@pytest.mark.parametrize("with_table", [True, False])
+def test_shards_of_img2dataset_work_unchanged(tmp_path, with_table):
+    """Without the table, those of cc3m on the Hub; the json's caption is no caption of a language."""
+    image = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(image, "JPEG")
+    (tmp_path / "shards").mkdir()
+    img2dataset_shards(tmp_path / "shards", image.getvalue(), with_table)
+
+    def stream_in_order(place):
+        return ShardStream(place, CaptionPixelsSample((16, 16)), 4, shuffle_buffer=0, repeat=False)
+
+    def captions_of(stream):
+        with pytest.warns(UserWarning, match="no caption: 000000002"):
+            return [caption for batch in stream for caption in batch["captions"]]
+
+    with served(tmp_path / "shards") as server:
+        stream = stream_in_order(server.url)
+        assert stream.samples == 12
+        assert (server.sent["/00000.tar"] == 1) == with_table  # asked for its length alone
+        captions = captions_of(stream)
+    assert captions == captions_of(stream_in_order(tmp_path / "shards"))
+    assert captions == [f"picture {n} of {shard}" for shard in range(3) for n in (0, 1, 3)]
+    assert stream.report()["skipped"] == {"no caption": 3}
+
+
+def test_a_list_of_shards_spares_requests_and_is_compared_with_them(tiny_shards, tmp_path, mmvit_command):
+    for shard in tiny_shards.glob("train-*.tar"):
+        shutil.copy(shard, tmp_path)
+    with served(tmp_path) as server:
+        ran = mmvit_command("index", server.url, "--out", tmp_path / "made", "--workers", 0)
+        assert ran.stdout == "48 samples in 5 shards\n", ran.stderr
+        for file in (tmp_path / "made").iterdir():
+            file.rename(tmp_path / file.name)
+        assert mmvit_command("index", tmp_path, "--workers", 0).stdout == "48 samples in 5 shards\n"
+        listed = json.loads((tmp_path / "shards.json").read_text())["shardlist"]
+        assert [shard["nsamples"] for shard in listed] == [10, 10, 10, 10, 8]
+        for place in (f"{server.url}/{TRAIN}", f"{server.url}/shards.json"):
+            server.requests.clear()
+            assert stream_of(place).samples == 48
+            assert server.requests.total() <= 2  # its length, and itself
+        listed[0]["nsamples"] += 1
+        (tmp_path / "shards.json").write_text(json.dumps({"shardlist": listed}))
+        remote.facts_of.cache_clear()
+        with pytest.raises(UserError, match=r"train-000000.tar has 10 samples, not 11, as shards.json"):
+            next(iter(stream_of(f"{server.url}/{TRAIN}")))
+
+
+def test_an_index_beside_that_does_not_fit_is_not_used(tiny_shards, tmp_path):
+    for name in ("train-000000.tar", "train-000001.tar"):
+        shutil.copy(tiny_shards / name, tmp_path)
+    shutil.copy(tiny_shards / "train-000000.tar.index", tmp_path / "train-000001.tar.index")
+    with served(tmp_path) as server:
+        keys = keys_of(stream_of(f"{server.url}/train-000001.tar", shuffle_buffer=0))
+    assert keys == [f"train-{number:03d}" for number in range(10, 20)]
+
+
+# S3
+
+
+@pytest.fixture
+def bucket(tiny_shards, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cr3t")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="bucket")
+    for file in tiny_shards.iterdir():
+        client.upload_file(str(file), "bucket", f"tiny/{file.name}")
+    yield "s3://bucket/tiny"
+    server.stop()
+
+
+def test_shards_in_a_bucket_give_the_batches_of_local_ones(tiny_shards, bucket):
+    expected = keys_of(stream_of(f"{tiny_shards}/train-*.tar"))
+    for settings in ({}, {"num_workers": 1}):
+        assert keys_of(stream_of(f"{bucket}/train-*.tar", **settings)) == expected
+    assert next(iter(expand_shards(bucket))).name == "held-out-000000.tar"
+    with pytest.raises(UserError, match=r"s3://bucket/tiny/train-000009.tar: not found"):
+        list(read_shard(Address(f"{bucket}/train-000009.tar")))
+    with pytest.raises(
+        UserError, match=r"no shards match s3://bucket/tiny/test-.*; it holds held-out-000000"
+    ):
+        expand_shards(f"{bucket}/test-*.tar")
+
+
 def test_training_reads_remote_shards_and_resumes_as_from_local_ones(
     server, tiny_shards, tmp_path, mmvit_command
 ):
     def train(name, place, steps, *more):
         ran = mmvit_command(
-            "train", "image_folders", "--data.train", f"{place}/train-*.tar", "--data.held_out",
-            f"{place}/held-out-*.tar", "--data.cache_size", "1GB", "--model.image_size", 16,
+            "train", "image_folders", "--data.train", place.format("train-*.tar"), "--data.held_out",
+            place.format("held-out-*.tar"), "--data.cache_size", "1GB", "--model.image_size", 16,
             "--model.num_classes", 4, "--model.core.depth", 1, "--train.batch_size", 8,
             "--train.steps", steps, "--optimizer.schedule", "constant",
             "--optimizer.warmup_steps", 1, "--output", tmp_path / name, *more,
         )  # fmt: skip
         assert ran.returncode == 0, ran.stderr
+        assert not re.search("hunter2|s3cr3t", ran.stdout + ran.stderr)
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         return json.loads(lines[-1])["loss"]
 
-    whole = train("local", tiny_shards, 9)
-    assert train("remote", server.url, 4) != whole
-    assert train("remote", server.url, 9, "--resume") == whole
+    whole = train("local", f"{tiny_shards}/{{}}", 9)
+    address = server.url.replace("://", "://user:hunter2@") + "/{}?token=s3cr3t"
+    assert train("remote", address, 4) != whole
+    assert train("remote", address, 9, "--resume") == whole
+    for file in (tmp_path / "remote").rglob("*.*"):
+        assert not file.is_file() or not re.search(rb"hunter2|s3cr3t", file.read_bytes()), file
+    ran = mmvit_command("train", tmp_path / "remote", "--resume")
+    assert "expected the address with its secret" in ran.stderr
 
 
 def test_remote_shards_are_encoded_as_local_ones(server, tiny_shards, tmp_path, encoded, mmvit_command):

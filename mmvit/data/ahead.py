@@ -73,11 +73,10 @@ class Plan:
 
     def check_size(self) -> None:
         pieces = self.pieces(self.start // self.order.total)
-        now = (
-            file.size_of(number) for place, file, number in itertools.takewhile(self.is_needed_now, pieces)
-        )
+        needed_now = itertools.takewhile(self.is_needed_now, pieces)
+        now = {(file.key, number): file.size_of(number) for _, file, number in needed_now}
         here = os.environ.get("LOCAL_WORLD_SIZE", "1")
-        needed = 2 * sum(now) * (int(here) if here.isdecimal() else 1)
+        needed = 2 * sum(now.values()) * (int(here) if here.isdecimal() else 1)
         if needed > (size := the_cache().size):
             raise UserError(
                 f"data.cache_size: {size:,} bytes are too few, {needed:,} are read at once: make it larger "

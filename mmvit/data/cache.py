@@ -7,6 +7,7 @@ gets its name once it is whole. The least recently used ones make room; one that
 import errno
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fcntl import LOCK_EX, LOCK_NB, flock
@@ -108,7 +109,8 @@ class Cache:
                 if partial is None or path.exists():
                     continue
                 with self.on_disk():
-                    self.make_room(length, partial)
+                    while not self.make_room(length, partial):
+                        time.sleep(0.05)  # until other processes are done with theirs
                 place = 0
                 for part in fetch():
                     with self.on_disk():
@@ -132,11 +134,12 @@ class Cache:
                 if is_at(place, file):
                     os.unlink(place)
 
-    def make_room(self, length: int, partial: int) -> None:
-        """Takes `length` bytes of the disk for `partial`, and evicts pieces if the cache is full or the disk.
+    def make_room(self, length: int, partial: int) -> bool:
+        """Takes `length` bytes of the disk for `partial`, and evicts pieces if the cache is full or the disk;
+        returns False if what is being fetched just now fills the cache.
 
         Raises:
-            UserError: if there is no room.
+            UserError: if no cache of this size holds the piece.
         """
         if length > self.size:
             raise UserError(
@@ -157,11 +160,10 @@ class Cache:
                 total = self.evict(max(0, total - max(length, self.size * ROOM)))  # the disk is smaller
                 allocate(partial, length)
             if total + length > self.size:
-                raise UserError(
-                    f"data.cache_size: {self.size:,} bytes are too few, {total + length:,} are needed now: "
-                    f"make it larger (or {SIZE} in the environment)"
-                )
+                os.ftruncate(partial, 0)
+                return False
             os.pwrite(file, f"{total + length:<31}\n".encode(), 0)
+        return True
 
     def evict(self, most: float) -> int:
         """Removes the least recently used pieces until `most` bytes are left, and what processes that were

@@ -104,14 +104,14 @@ def beside(shard: Path) -> Path:
     return shard.with_name(shard.name + SUFFIX)
 
 
-def write_index(shard: Path) -> tuple[int, str]:
-    """Writes a shard's index beside it, unless one that fits is there; returns the number of samples, and
-    what could not be read.
+def write_index(shard: Path, path: Path | None = None) -> tuple[int, str]:
+    """Writes the index of a local shard, by default beside it, unless one that fits is there; returns the
+    number of samples, and what could not be read.
 
     Raises:
         UserError: if it cannot be written.
     """
-    path = beside(shard)
+    path = path or beside(shard)
     try:
         index = load_index(path, shard)
         if index is None or path.stat().st_mtime_ns < shard.stat().st_mtime_ns or not index.fits():
@@ -138,7 +138,7 @@ def save_index(index: Index, path: Path) -> None:
         "format": FORMAT,
         "size": length_of(index.shard),
         "samples": index.samples,
-        "headers": headers_checksum(index.shard, index.ranges),
+        "headers": headers_checksum(index.shard, index.ranges) if index.checksum is None else index.checksum,
         "problem": index.problem,
     }
     with whole_copy(path, index.shard) as file:

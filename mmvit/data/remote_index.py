@@ -10,19 +10,28 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from mmvit.data.address import Address, place
+from mmvit.data.address import Address
 from mmvit.data.cache import xdg_cache
-from mmvit.data.index import FORMAT, Index, beside, headers_checksum, index_of, load_index, save_index, scan
+from mmvit.data.index import (
+    FORMAT,
+    Index,
+    beside,
+    headers_checksum,
+    index_of,
+    load_index,
+    save_index,
+    scan,
+    write_index,
+)
 from mmvit.data.pieces import RemoteFile
 from mmvit.data.remote import read_file
+from mmvit.data.shard_lists import LIST, list_beside, number_in, read_json
 from mmvit.errors import UserError
 from mmvit.progress import with_progress
 
-LIST = "shards.json"  # beside shards: {"shardlist": [{"url": NAME, "nsamples": 500}, ...]}
 AT_ONCE = 16
 SLOW_TO_INDEX = 2**30  # bytes of shards without an index
 
@@ -91,6 +100,20 @@ def remote_index(shard: Address) -> Index:
     return index
 
 
+def write_any_index(shard: Path | Address, out: Path | None) -> tuple[int, str]:
+    """As `write_index`; in the folder `out` where it is given, else that of a remote shard in the cache."""
+    path = out and out / beside(shard).name
+    if isinstance(shard, Path):
+        return write_index(shard, path)
+    index = remote_index(shard)
+    if path:
+        try:
+            save_index(index, path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+    return index.samples, index.problem
+
+
 def place_of(shard: Address) -> Path:
     return xdg_cache() / "remote-index" / RemoteFile(shard).key
 
@@ -115,6 +138,7 @@ def of_file_beside(shard: Address) -> Index | None:
         if (head["format"], head["size"], head["samples"], head["headers"]) != expected:
             return None
         index = Index.of(shard, ranges, str(head["problem"]))
+        index.checksum = head["headers"]
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
     keep(index)
@@ -124,34 +148,3 @@ def of_file_beside(shard: Address) -> Index | None:
 def of_img2dataset(shard: Address) -> int | None:
     """`00000.tar` → the successes in `00000_stats.json`."""
     return number_in(read_json(shard.with_name(f"{shard.stem}_stats.json")), "successes")
-
-
-def list_beside(folder: Address) -> dict[str, int]:
-    """The samples of the shards of a folder, by address, as its `LIST` has them; {} without one."""
-    return {str(shard): shard.samples for shard in shards_listed(folder / LIST) if shard.samples is not None}
-
-
-def shards_listed(file: Address) -> list[Address]:
-    """The shards of a list such as wids has, with their samples; [] if it is none."""
-    content = read_json(file)
-    entries = content.get("shardlist") if isinstance(content, dict) else None
-    shards = []
-    for entry in entries if isinstance(entries, list) else []:
-        if isinstance(entry, dict) and isinstance(url := entry.get("url"), str) and url:
-            shard = place(url)
-            shard = shard if isinstance(shard, Address) else file.with_name(url)
-            shards.append(Address(shard.text, number_in(entry, "nsamples")))
-    return shards
-
-
-def number_in(content: Any, name: str) -> int | None:
-    number = content.get(name) if isinstance(content, dict) else None
-    return number if type(number) is int and number >= 0 else None
-
-
-def read_json(file: Address) -> Any:
-    """None if there is no such file, or it holds no JSON."""
-    try:
-        return json.loads(read_file(file) or b"")
-    except (ValueError, RecursionError):
-        return None

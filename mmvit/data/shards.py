@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, BinaryIO
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PlainSerializer
 
 from mmvit.data.address import Address, place
 from mmvit.data.pieces import RemoteStream
 from mmvit.data.remote import files_in
+from mmvit.data.shard_lists import shards_listed
 from mmvit.data.tar import MOST_BYTES, BadTar, File, Problem, read_files
-from mmvit.errors import MissingData, UserError
+from mmvit.errors import MissingData, UserError, without_secrets
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 HELD_OUT, OLD_HELD_OUT = "held-out", "heldout"  # the split's name now, and in shards made before 2026-12
@@ -55,9 +56,10 @@ class Sample:
 ShardPatterns = Annotated[
     list[str],
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    PlainSerializer(lambda patterns: [without_secrets(pattern) for pattern in patterns]),
     Field(
         min_length=1,
-        description="folders, globs or tar files, one or a list; a shard named twice is read twice an epoch",
+        description="folders, globs, tar files, or addresses; a shard named twice is read twice an epoch",
     ),
 ]
 
@@ -68,7 +70,8 @@ def expand_shards(pattern: str | Path | Address | list[str | Path | Address]) ->
     Args:
         pattern: `dir/train-{000000..000003}.tar`, a glob `dir/train-*.tar` (not the shards of a split
             train-dev), a tar file, a folder (all of its shards), one of these at an address
-            (`s3://bucket/dir`), or a list of these, which may name a shard several times.
+            (`s3://bucket/dir`) or wids' list of shards there (`s3://bucket/dir/shards.json`), or a list of
+            these, which may name a shard several times.
 
     Raises:
         UserError: if nothing matches, a local file of a brace range is missing, an address cannot be listed,
@@ -126,6 +129,12 @@ def remote_shards(pattern: Address) -> list[Address]:
         return [Address(text) for text in expand_braces(pattern.text)]
     if pattern.name.endswith(SHARD_SUFFIXES) and not glob.has_magic(pattern.name):
         return [pattern]
+    if pattern.suffix == ".json":
+        if listed := shards_listed(pattern):
+            return listed
+        raise MissingData(
+            f'{pattern}: expected a list such as {{"shardlist": [{{"url": NAME, "nsamples": 500}}]}}'
+        )
     folder = pattern.parent if glob.has_magic(pattern.name) else pattern
     files = [file for file in files_in(folder) if file.name.endswith(SHARD_SUFFIXES)]
     found = files if folder == pattern else [f for f in files if fnmatch.fnmatchcase(f.name, pattern.name)]
