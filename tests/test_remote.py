@@ -10,12 +10,15 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 
 import boto3
+import fsspec
 import pytest
 from file_server import FileServer, served
 from moto.server import ThreadedMotoServer
@@ -395,6 +398,54 @@ def test_shards_in_a_bucket_give_the_batches_of_local_ones(tiny_shards, bucket):
         UserError, match=r"no shards match s3://bucket/tiny/test-.*; it holds held-out-000000"
     ):
         expand_shards(f"{bucket}/test-*.tar")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What of the Hugging Face Hub reading shards needs."""
+
+    folder: Path
+    asked: list[tuple[str, str, str]]
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.asked.append((self.path, self.headers["Range"], self.headers["Authorization"]))
+        name = self.path.partition("?")[0].rpartition("/")[2]
+        if "/tree/" in self.path:
+            files = [file for file in self.folder.iterdir() if file.suffix == ".tar"]
+            listing = [
+                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name} for f in files
+            ]
+            self.answer(200, json.dumps(listing).encode())
+        elif "/resolve/" in self.path and (self.folder / name).is_file():
+            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            self.answer(206, (self.folder / name).read_bytes()[first : last + 1])
+        else:
+            self.answer(
+                200 if self.path == "/api/datasets/owner/tiny" else 404, b'{"id": "owner/tiny", "sha": "1"}'
+            )
+
+    def answer(self, status: int, data: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def test_shards_on_the_hub_give_the_batches_of_local_ones(tiny_shards, monkeypatch):
+    handler = type("Tiny", (Hub,), {"folder": tiny_shards, "asked": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{hub.server_address[1]}"
+        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": endpoint, "token": "hf_s3cr3t"})
+        place = "hf://datasets/owner/tiny/train-*.tar"
+        assert keys_of(stream_of(place)) == keys_of(stream_of(f"{tiny_shards}/train-*.tar"))
+        hub.shutdown()
+    assert {token for _, _, token in handler.asked if token} == {"Bearer hf_s3cr3t"}
+    sizes = {file.name: file.stat().st_size for file in tiny_shards.glob("*.tar")}
+    for path, span, _ in handler.asked:
+        assert not span or span == f"bytes=0-{sizes[path.rpartition('/')[2]] - 1}"
 
 
 def test_training_reads_remote_shards_and_resumes_as_from_local_ones(

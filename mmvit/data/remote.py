@@ -264,7 +264,8 @@ def ask_fsspec(address: Address) -> Facts:
 
 def fsspec_part(address: Address, start: int, end: int) -> Iterator[bytes]:
     system, path = open_fsspec(address)
-    yield system.cat_file(path, start=start, end=end)
+    no_more = {"cache_type": "none"} if address.protocol == "hf" else {}  # it would read on to the next 5 MiB
+    yield system.cat_file(path, start=start, end=end, **no_more)
 
 
 def list_fsspec(folder: Address) -> set[str]:
