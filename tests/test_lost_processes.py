@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mmvit.errors import run_script
+from mmvit.errors import UserError, run_script
 from mmvit.training import Processes
 from mmvit.training.distributed import free_port, open_processes
 
@@ -87,6 +87,17 @@ def test_an_exception_of_one_process_is_told_by_it_alone(tmp_path, failing):
     assert ended[1 - failing][0] == 2
     assert re.fullmatch(f"({lost})?", ended[1 - failing][1])
     assert ended[failing][0] == 1
+
+
+@pytest.mark.parametrize("failing", [[0, 1], [1]])
+def test_a_mistake_that_all_processes_see_is_told_once(tmp_path, failing):
+    def refuse(processes: Processes) -> None:
+        if processes.rank in failing:
+            raise UserError("a mistake")
+
+    ended = end_of_processes(tmp_path, lambda processes: processes.together(lambda: refuse(processes)))
+    expected = [(2, "error: a mistake\n" if rank == failing[0] else "") for rank in range(2)]
+    assert ended == expected
 
 
 def test_a_process_that_does_not_come_is_missed(tmp_path):

@@ -63,7 +63,8 @@ class Processes:
         return values or []
 
     def together(self, action: Callable[[], Any]) -> None:
-        """Runs `action` in every process. A `UserError`, or a full or read-only disk, in one ends all."""
+        """Runs `action` in every process. A `UserError`, or a full or read-only disk, in one ends all; if all
+        have it, the main process alone says so."""
         problem: BaseException | None = None
         try:
             action()
@@ -73,8 +74,9 @@ class Processes:
             if error.errno not in OF_FILES:
                 raise
             problem = UserError(f"{error.filename or 'a file'}: {error.strerror}")
-        [failed] = self.largest(int(problem is not None))
-        if problem:
+        main_tells = isinstance(problem, UserError) and self.is_main
+        failed, main_tells = self.largest(int(problem is not None), int(main_tells))
+        if problem and (self.is_main or not main_tells):
             raise problem
         if failed:
             raise FailedElsewhere(2)

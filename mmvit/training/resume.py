@@ -205,7 +205,7 @@ def resume(session: Session, folder: Path, engine: Engine, stream: Stream) -> tu
         place = split_state([each["stream"] for each in saved], processes.rank, same_world)
     except (LookupError, TypeError):
         raise damaged(folder, f"{STATE} does not hold the state of a run") from None
-    engine.load(folder)
+    processes.together(lambda: engine.load(folder))
     stream.load_state_dict(place)
     if same_world:
         set_random_state(randomness, processes.device)
