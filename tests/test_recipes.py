@@ -327,6 +327,8 @@ def test_how_to_make_the_data_is_said_where_they_are_missing_alone(encoded, tmp_
         pytest.raises(UserError, match=r"data are made by: mmvit prepare fashion-"),
     ):
         resolve("fashion_mnist")
+    with pytest.raises(UserError, match=r"^no shards match mine;(?!.*are made by)"):
+        resolve("fashion_mnist", {"data.train": "mine"})
     codes = {"data.train": f"{encoded}/codes/train-*.tar", "data.held_out": f"{encoded}/codes/held-out-*.tar"}
     with pytest.raises(UserError, match=r"vocab_size is 7, but .*; leave it out$"):
         resolve("emoji_demo", {**codes, "model.vocab_size": 7})

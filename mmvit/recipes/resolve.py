@@ -116,7 +116,8 @@ def resolve(
                 set_fact(values, fact, {"model": begun})
         except UserError as error:
             build_config(recipe, values, str(path), overridden=given)  # the recipe's own mistakes come first
-            if isinstance(error, MissingData) and (steps := preparation(path)):
+            is_own = not any(key.endswith((".train", ".held_out")) for key in given)  # data that it names
+            if isinstance(error, MissingData) and is_own and (steps := preparation(path)):
                 raise UserError(f"{error}. The recipe's data are made by: {steps}") from None
             raise
     values = {**values, "train": {"select": recipe.selects, **dict_at(values, "train")}}
