@@ -69,7 +69,7 @@ def test_copies_are_shifted_and_mirrored():
     assert all(torch.equal(one.flip(-1), other) for one, other in zip(copies[:5], copies[5:], strict=True))
 
 
-def test_few_shot_predictions_depend_on_the_bias_and_on_targets_of_one_and_minus_one():
+def test_few_shot_predictions_depend_on_the_bias():
     """Of few, overlapping and uneven samples every single prediction is the closed form's."""
     features, labels = clouds(24, 4, 3, spread=9.0)
     labels = torch.where(torch.arange(24) < 15, 0, labels)

@@ -107,17 +107,21 @@ def run_tests(tree: Path, tests: list[str]) -> str:
     output.unlink(missing_ok=True)
     child = os.fork()
     if not child:
-        os.setpgrp()
-        os._exit(run_pytest(tree, tests, output))
-    code = None
-    for _ in range(10 * SECONDS):
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            code = os.waitstatus_to_exitcode(status)
-            break
-        time.sleep(0.1)
-    with suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # also what the tests have started
+        code = 1
+        try:
+            os.setpgrp()
+            code = run_pytest(tree, tests, output)
+        finally:
+            os._exit(code)
+    code, ends = None, time.monotonic() + SECONDS
+    try:
+        while code is None and time.monotonic() < ends:
+            done, status = os.waitpid(child, os.WNOHANG)
+            code = os.waitstatus_to_exitcode(status) if done else None
+            time.sleep(0 if done else 0.1)
+    finally:  # also on Ctrl-C
+        with suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # and what the tests have started
     if code is None:
         os.waitpid(child, 0)
         return f"no end within {SECONDS} s"
