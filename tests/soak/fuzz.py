@@ -36,7 +36,7 @@ MOST_WAITING = 120  # seconds without an answer, for one that waits for somethin
 MOST_MEMORY = 2**30
 MOST_ADDRESSES = 2**33  # far beyond that: memory that is asked for and not used does no harm
 INPUTS_A_PROCESS = 1000
-SHARES = {"samples": 0.73, "shards": 0.17, "sources": 0.04, "models": 0.06}
+SHARES = {"samples": 0.8, "shards": 0.15, "sources": 0.01, "models": 0.04}
 
 
 def fuzz(what: str, number: int, seed: int, folder: Path) -> dict[str, Any]:

@@ -134,9 +134,11 @@ def damaged_sample(rng: random.Random) -> Files:
 @cache
 def decoders_of_samples() -> tuple[Callable, ...]:
     one = tokenizer()
+    captioned = CaptionIdsPixelsSample(one, 8, (16, 24), ("en", "ja"), dropout=0.1)
+    captioned.max_pixels = 2**18  # the first one reads images as large as allowed
     return (
         ClassifierSample((16, 16), 4),
-        CaptionIdsPixelsSample(one, 8, (16, 24), ("en", "ja"), dropout=0.1),
+        captioned,
         CaptionCodesSample(one, 8, GRID, CODES, ("ja", "en"), dropout=0.1, augmented=0.5),
     )
 

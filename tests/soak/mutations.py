@@ -33,6 +33,8 @@ RAW = (
     b" " * 70_000,
 )
 
+BOMBS = tuple(zlib.compress(bytes(length)) for length in (10, 2**16, 2**22))
+
 Mutation = Callable[[bytes, random.Random], bytes]
 
 
@@ -149,7 +151,7 @@ def mutate_png(data: bytes, rng: random.Random) -> bytes:
                 (b"iCCP", b"zTXt", b"iTXt", b"tEXt", b"tRNS", b"PLTE", b"eXIf", b"acTL", b"fdAT", b"IEND")
             )
         case 2:
-            bomb = zlib.compress(bytes(rng.choice((10, 2**16, 2**22))))
+            bomb = rng.choice(BOMBS)
             chunks.insert(1, (rng.choice((b"iCCP", b"zTXt", b"iTXt", b"eXIf", b"tRNS")), b"a\0\0" + bomb))
             number = 0
             name, content = chunks[0]
