@@ -28,6 +28,7 @@ from webdataset.writer import TarWriter
 from mmvit.data import pieces, remote
 from mmvit.data.address import Address
 from mmvit.data.cache import TOTAL, Cache
+from mmvit.data.order import LANES, Order
 from mmvit.data.pieces import RemoteFile
 from mmvit.data.samples import CaptionPixelsSample, ClassifierSample
 from mmvit.data.shards import expand_shards, read_shard
@@ -84,6 +85,25 @@ def test_remote_shard_is_read_from_front_to_back(tiny_shards, server):
     [shard] = expand_shards(f"{server.url}/train-000001.tar")
     local = [(s.key, s.files) for s in read_shard(tiny_shards / "train-000001.tar")]
     assert [(s.key, s.files) for s in read_shard(shard)] == local
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize(("buffer", "start"), [(0, 0), (0, 130), (100, 0), (700, 391), (100, 1130)])
+def test_plans_name_what_is_read_before_it_is_read(world, buffer, start):
+    order = Order([300, 1, 200, 0, 70], 5, buffer)
+    epoch, place = divmod(start, order.total)
+    for rank in range(world):
+        planned = {
+            (span.shard, sample): order.earliest(span, sample)
+            for spans in order.spans(epoch, place, rank + start - epoch * order.total, world)
+            for span in spans
+            for sample in range(span.first, span.last)
+        }
+        read = {order.locate(epoch, at): at for at in range(place + rank, order.total, world)}
+        assert read.keys() <= planned.keys()
+        assert all(planned[sample] <= at for sample, at in read.items())
+        if buffer and world in (2, 8):
+            assert len(planned) <= len(read) + order.window * LANES / world  # those of lanes of its own
 
 
 # What servers do
@@ -387,13 +407,19 @@ def bucket(tiny_shards, monkeypatch):
     server.stop()
 
 
-def test_shards_in_a_bucket_give_the_batches_of_local_ones(tiny_shards, bucket):
+def test_shards_in_a_bucket_give_the_batches_of_local_ones(tiny_shards, bucket, cache):
     expected = keys_of(stream_of(f"{tiny_shards}/train-*.tar"))
     for settings in ({}, {"num_workers": 1}):
         assert keys_of(stream_of(f"{bucket}/train-*.tar", **settings)) == expected
     assert next(iter(expand_shards(bucket))).name == "held-out-000000.tar"
     with pytest.raises(UserError, match=r"s3://bucket/tiny/train-000009.tar: not found"):
         list(read_shard(Address(f"{bucket}/train-000009.tar")))
+    shard = RemoteFile(Address(f"{bucket}/train-000001.tar"))
+    other = {"Bucket": "bucket", "Key": "tiny/train-000002.tar"}
+    boto3.client("s3").copy(other, "bucket", "tiny/train-000001.tar")
+    shutil.rmtree(cache)
+    with pytest.raises(UserError, match=r"train-000001.tar: the file has changed since it was opened"):
+        shard.read(0, 10)
     with pytest.raises(
         UserError, match=r"no shards match s3://bucket/tiny/test-.*; it holds held-out-000000"
     ):

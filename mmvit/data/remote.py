@@ -28,6 +28,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds between tries: twice as long e
 NO_ANSWER = 30  # seconds without a byte, after which a server counts as gone
 SLOWEST = 50_000  # bytes a second; what is slower counts as hanging
 CHUNK = 2**20
+MOST_AT_ONCE = 2**28  # bytes of a file that is read into memory
+CHANGED = "the file has changed since it was opened"
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # protocol → extra of mmvit that reads it
 VERSIONS = ("ETag", "etag", "VersionId", "md5Hash", "blob_id", "content_hash", "LastModified", "mtime")
 HOPELESS = (requests.exceptions.SSLError, requests.exceptions.InvalidURL)
@@ -115,8 +117,8 @@ def read_part(address: Address, facts: Facts, start: int, end: int) -> Iterator[
     """The bytes from `start` to `end`, in one try. Raises whatever goes wrong, `Failed` if they are fewer."""
     deadline = time.monotonic() + NO_ANSWER + (end - start) / SLOWEST
     got = 0
-    parts = http_part(address, facts, start, end) if is_http(address) else fsspec_part(address, start, end)
-    for part in parts:
+    get_part = http_part if is_http(address) else fsspec_part
+    for part in get_part(address, facts, start, end):
         got += len(part)
         if got > end - start:
             break
@@ -131,6 +133,8 @@ def read_file(address: Address) -> bytes | None:
     """A small file; None if there is none, or it may not be read. Raises as `tried`."""
     try:
         facts = facts_of(address)
+        if facts.size > MOST_AT_ONCE:
+            raise UserError(f"{address}: expected at most {MOST_AT_ONCE:,} bytes, got {facts.size:,}")
         return tried(address, lambda: b"".join(read_part(address, facts, 0, facts.size)))
     except Missing:
         return None
@@ -199,7 +203,7 @@ def http_part(address: Address, facts: Facts, start: int, end: int) -> Iterator[
         if facts.has_ranges != (answer.status_code == 206):
             raise Failed(f"asked for bytes {start:,} to {end:,}, the server answered {answer.status_code}")
         if facts.version and version_in(answer.headers) not in ("", facts.version):
-            raise Failed("the file has changed since it was opened")
+            raise Failed(CHANGED)
         yield from answer.raw.stream(CHUNK, decode_content=False)
 
 
@@ -262,10 +266,15 @@ def ask_fsspec(address: Address) -> Facts:
     return Facts(int(info["size"]), version, has_ranges=True)
 
 
-def fsspec_part(address: Address, start: int, end: int) -> Iterator[bytes]:
+def fsspec_part(address: Address, facts: Facts, start: int, end: int) -> Iterator[bytes]:
     system, path = open_fsspec(address)
     no_more = {"cache_type": "none"} if address.protocol == "hf" else {}  # it would read on to the next 5 MiB
-    yield system.cat_file(path, start=start, end=end, **no_more)
+    data = system.cat_file(path, start=start, end=end, **no_more)
+    if address.protocol in EXTRAS:  # stores whose files may be replaced, and that are not asked for a version
+        system.invalidate_cache(system._parent(path))
+        if ask_fsspec(address).version != facts.version:
+            raise Failed(CHANGED)
+    yield data
 
 
 def list_fsspec(folder: Address) -> set[str]:
