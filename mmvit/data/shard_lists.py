@@ -7,9 +7,11 @@ from typing import Any
 
 from mmvit.data.address import Address, place
 from mmvit.data.remote import read_file
+from mmvit.errors import UserError
 from mmvit.hub import write_json
 
 LIST = "shards.json"  # beside shards: {"shardlist": [{"url": NAME, "nsamples": 500}, ...]}
+LISTED = ("http", "https", "s3", "s3a", "gs", "gcs", "hf")  # protocols that lists made by strangers may name
 
 
 def write_list(folder: Path, counts: Mapping[str, tuple[int, int]]) -> None:
@@ -32,7 +34,12 @@ def list_beside(folder: Address) -> dict[str, int]:
 
 
 def shards_listed(file: Address) -> list[Address]:
-    """The shards of a list such as wids has, with their samples; [] if it is none."""
+    """The shards of a list such as wids has, with their samples; [] if it is none.
+
+    Raises:
+        UserError: if it names environment variables, which a server would be sent, or files that only fsspec
+            knows how to get at.
+    """
     content = read_json(file)
     entries = content.get("shardlist") if isinstance(content, dict) else None
     shards = []
@@ -40,6 +47,11 @@ def shards_listed(file: Address) -> list[Address]:
         if isinstance(entry, dict) and isinstance(url := entry.get("url"), str) and url:
             shard = place(url)
             shard = shard if isinstance(shard, Address) else file.with_name(url)
+            if "$" in url or "::" in url or shard.protocol not in (*LISTED, file.protocol):
+                raise UserError(
+                    f"{file}: refused the shard {url!r}: a list may name files beside it and "
+                    "addresses such as https:// or s3://, without environment variables ($) and chains (::)"
+                )
             shards.append(Address(shard.text, number_in(entry, "nsamples")))
     return shards
 

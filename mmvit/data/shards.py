@@ -141,6 +141,10 @@ def remote_shards(pattern: Address) -> list[Address]:
     if not found:
         held = f"it holds {', '.join(file.name for file in files[:4])}" if files else "it holds no .tar files"
         raise MissingData(f"no shards match {pattern}; {held}")
+    if unsafe := [file.name for file in found if "$" in file.name]:  # a server would be sent its value
+        raise UserError(
+            f"{folder} lists {unsafe[0]!r}: $ stands for an environment variable; rename the file"
+        )
     return of_split(pattern, found)
 
 

@@ -1,0 +1,40 @@
+"""Servers that are not to be trusted: what they list, send and change."""
+
+import json
+import os
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from file_server import served
+
+from mmvit.data import remote
+from mmvit.data.shards import expand_shards
+from mmvit.errors import UserError
+
+
+@pytest.fixture
+def server(tmp_path: Path):
+    caches = {"MMVIT_CACHE": str(tmp_path / "pieces"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    (tmp_path / "served").mkdir()
+    with (
+        mock.patch.dict(os.environ, caches),
+        mock.patch.object(remote, "FIRST_PAUSE", 0),
+        served(tmp_path / "served") as server,
+    ):
+        yield server
+
+
+@pytest.mark.parametrize(
+    "url", ["https://h/$TOKEN.tar", "$TOKEN.tar", "dir://a.tar::https://h", "dir:///etc/a.tar"]
+)
+def test_a_list_of_shards_gets_at_no_environment_variables_and_local_files(server, url):
+    (server.folder / "shards.json").write_text(json.dumps({"shardlist": [{"url": url, "nsamples": 1}]}))
+    with pytest.raises(UserError, match="refused the shard"):
+        expand_shards(f"{server.url}/shards.json")
+
+
+def test_a_folder_of_a_server_gets_at_no_environment_variables(server):
+    (server.folder / "a$TOKEN.tar").touch()
+    with pytest.raises(UserError, match=r"lists 'a\$TOKEN.tar': \$ stands for an environment variable"):
+        expand_shards(server.url)
