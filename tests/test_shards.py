@@ -106,6 +106,7 @@ def test_a_named_pipe_is_refused(tmp_path):
         ("[]", r"expected a JSON object, got \[\]"),
         ("null", "expected a JSON object, got None"),
         ("[" * 100_000, "is not valid JSON"),
+        (" " * 2**24 + "{}", "is not valid JSON .more than 16,777,216 bytes"),
         ('{"classes": 3}', "expected a list of names as classes, got 3"),
         ('{"classes": "abc"}', "expected a list of names as classes, got 'abc'"),
         ('{"classes": [1, 2, 3]}', r"expected a list of names as classes, got \[1, 2, 3\]"),

@@ -21,7 +21,7 @@ from mmvit.data.lock import sole_writer
 from mmvit.data.remote import read_file
 from mmvit.data.shards import HELD_OUT, OLD_HELD_OUT, BadShard, Sample, read_shard
 from mmvit.errors import UserError, refuse_source
-from mmvit.hub import write_json
+from mmvit.hub import read_bounded, write_json
 
 MOST_CLASSES = 40  # in the closing table
 
@@ -350,10 +350,10 @@ def read_dataset_card(folder: Path | Address) -> dict[str, Any]:
     """
     path = place(folder) / "dataset.json"
     is_remote = isinstance(path, Address)
-    data = read_file(path) if is_remote else path.read_bytes() if path.is_file() else None
-    if data is None:
-        return {}
     try:
+        data = read_file(path) if is_remote else read_bounded(path) if path.is_file() else None
+        if data is None:
+            return {}
         card = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); prepare the data again or delete it") from None
