@@ -9,6 +9,8 @@ import pytest
 from file_server import served
 
 from mmvit.data import remote
+from mmvit.data.address import Address
+from mmvit.data.pieces import RemoteFile
 from mmvit.data.shards import expand_shards
 from mmvit.errors import UserError
 
@@ -38,3 +40,26 @@ def test_a_folder_of_a_server_gets_at_no_environment_variables(server):
     (server.folder / "a$TOKEN.tar").touch()
     with pytest.raises(UserError, match=r"lists 'a\$TOKEN.tar': \$ stands for an environment variable"):
         expand_shards(server.url)
+
+
+@pytest.mark.parametrize("sent", ["bytes 100-199/300", "bytes 0-99/400", None])
+def test_another_part_than_was_asked_for_is_not_taken(server, sent):
+    """Of the length that was asked for, but from another place, or of a file that has grown."""
+    (server.folder / "a.tar").write_bytes(bytes(300))
+
+    def misbehave(handler, span):
+        if span != (0, 1):
+            handler.answer(206, b"x" * (span[1] - span[0]), {"Content-Range": sent} if sent else {})
+        return span != (0, 1)
+
+    server.version, server.misbehave = "", misbehave
+    file = RemoteFile(Address(f"{server.url}/a.tar"))
+    with pytest.raises(UserError, match=f"asked for bytes 0-299/300, the server sent {sent or 'no range'} "):
+        file.read(0, 100)
+
+
+def test_a_server_that_compresses_shards_is_named(server):
+    (server.folder / "a.tar").write_bytes(bytes(300))
+    server.misbehave = lambda handler, _: handler.answer(200, b"x", {"Content-Encoding": "gzip"}) or True
+    with pytest.raises(UserError, match=r"a.tar: the server compresses it \(Content-Encoding: gzip\)"):
+        RemoteFile(Address(f"{server.url}/a.tar"))

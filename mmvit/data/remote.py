@@ -185,6 +185,7 @@ def get(address: Address, headers: dict[str, str]) -> requests.Response:
 
 def ask_http(address: Address) -> Facts:
     with get(address, {"Range": "bytes=0-0"}) as answer:
+        refuse_compressed(address, answer)
         headers = answer.headers
         found = re.fullmatch(r"bytes (?:0-0|\*)/(\d+)", headers.get("Content-Range", ""))
         has_ranges = answer.status_code in (206, 416) and found is not None
@@ -192,6 +193,15 @@ def ask_http(address: Address) -> Facts:
         if not size.isdecimal():
             raise UserError(f"{address}: the server does not tell the length of the file")
         return Facts(int(size), version_in(headers), has_ranges)
+
+
+def refuse_compressed(address: Address, answer: requests.Response) -> None:
+    """Raises UserError for what cannot be read in parts, and of which the length is not the file's."""
+    if (encoding := answer.headers.get("Content-Encoding", "identity")) != "identity":
+        raise UserError(
+            f"{address}: the server compresses it (Content-Encoding: {encoding}), though asked not to; "
+            "turn that off for shards"
+        )
 
 
 def version_in(headers: Any) -> str:
@@ -204,6 +214,10 @@ def http_part(address: Address, facts: Facts, start: int, end: int) -> Iterator[
             raise Failed(f"asked for bytes {start:,} to {end:,}, the server answered {answer.status_code}")
         if facts.version and version_in(answer.headers) not in ("", facts.version):
             raise Failed(CHANGED)
+        refuse_compressed(address, answer)
+        sent, span = answer.headers.get("Content-Range", "no range"), f"bytes {start}-{end - 1}/"
+        if facts.has_ranges and sent not in (f"{span}{facts.size}", f"{span}*"):
+            raise Failed(f"asked for {span}{facts.size}, the server sent {sent}")
         yield from answer.raw.stream(CHUNK, decode_content=False)
 
 
