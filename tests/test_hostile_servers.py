@@ -63,3 +63,16 @@ def test_a_server_that_compresses_shards_is_named(server):
     server.misbehave = lambda handler, _: handler.answer(200, b"x", {"Content-Encoding": "gzip"}) or True
     with pytest.raises(UserError, match=r"a.tar: the server compresses it \(Content-Encoding: gzip\)"):
         RemoteFile(Address(f"{server.url}/a.tar"))
+
+
+def test_files_that_differ_only_in_their_query_are_not_taken_for_one_another(server):
+    (server.folder / "a.tar").write_bytes(bytes(10))
+
+    def misbehave(handler, span):
+        data = handler.path[-1:].encode() * 10
+        handler.answer(206, data[slice(*span)], {"Content-Range": f"bytes {span[0]}-{span[1] - 1}/10"})
+        return True
+
+    server.version, server.misbehave = "", misbehave
+    files = [RemoteFile(Address(f"{server.url}/a.tar?part={number}")) for number in range(2)]
+    assert [file.read(0, 10) for file in files] == [b"0" * 10, b"1" * 10]

@@ -53,7 +53,8 @@ class RemoteFile:
         self.shard, self.facts = shard, facts_of(shard)
         self.length = self.facts.size
         self.piece = PIECE if self.facts.has_ranges else max(1, self.length)
-        self.key = key_of(shard, self.length, self.facts.version)
+        of_state = self.facts.version or shard.with_secrets  # which may tell files of one name apart
+        self.key = key_of(shard, self.length, of_state)
         self.cache = the_cache()
         self.opened = lru_cache(maxsize=OPEN_PIECES)(self._opened)
 
