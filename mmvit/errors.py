@@ -38,15 +38,16 @@ def without_secrets(text: str) -> str:
     of a query, which may be a signature or a token. Names of environment variables (`$TOKEN`) stay."""
 
     def masked(query: re.Match[str]) -> str:
-        pairs = [pair.partition("=") for pair in query[2].split("&")]
+        pairs = [re.fullmatch("((?:[^=]*=)?)(.*)", pair).groups() for pair in query[2].split("&")]
         shown = [
-            name + equals + (value if value[:1] == "$" or name.lower() in HARMLESS or not equals else MASK)
-            for name, equals, value in pairs
+            name + (value if value[:1] in ("$", "") or (name[:-1] or value).lower() in HARMLESS else MASK)
+            for name, value in pairs
         ]
         return f"{query[1]}?{'&'.join(shown)}"
 
-    text = re.sub(r"://(?!\$\w+(?::\$\w+)?@)[^/@\s]+@", f"://{MASK}@", text)
-    return re.sub(r"([a-z][a-z0-9+.-]*://[^\s?]*)\?([^\s\"'<>]*?)(?=[:;,.)]*(?:[\s\"'<>]|$))", masked, text)
+    # with one slash where it was taken for a path
+    text = re.sub(r"(?i)(?<=[a-z\d]{2}:)(//?)(?!\$\w+(?::\$\w+)?@)[^/\s]+@", rf"\1{MASK}@", text)
+    return re.sub(r"(?i)([a-z][a-z\d+.-]+:/[^\s?]*)\?([^\s\"'<>]*?)(?=[:;,.)]*(?:[\s\"'<>]|$))", masked, text)
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:

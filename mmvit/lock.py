@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mmvit.errors import UserError
+from mmvit.errors import UserError, without_secrets
 
 try:
     import fcntl
@@ -59,7 +59,8 @@ def release_lock(path: Path, file: int) -> None:
 def this_process() -> dict[str, Any]:
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return {"process": os.getpid(), "host": socket.gethostname(), "since": since, "command": command[:200]}
+    command = without_secrets(command)[:200]
+    return {"process": os.getpid(), "host": socket.gethostname(), "since": since, "command": command}
 
 
 def read_owner(file: int) -> dict[str, Any]:
