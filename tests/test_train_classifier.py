@@ -84,7 +84,7 @@ def test_training_images_are_augmented_and_held_out_ones_are_not(task, tiny_shar
     data["augment"] = augment.model_dump()
     values = {"output": str(tmp_path / "run"), "data": data, "model": MODELS[task]}
     if task == "pretraining":
-        values["method"] = "mae"
+        values["method"] = "masked_patches"
     if task == "classifier":
         data["mixing"] = {"mixup": 1.0}
     if task == "image-tokenizer":
