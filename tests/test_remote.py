@@ -494,7 +494,8 @@ def test_training_reads_remote_shards_and_resumes_as_from_local_ones(
         ran = mmvit_command(
             "train", "image_folders", "--data.train", place.format("train-*.tar"), "--data.held_out",
             place.format("held-out-*.tar"), "--data.cache_size", "1GB", "--model.image_size", 16,
-            "--model.num_classes", 4, "--model.core.depth", 1, "--train.batch_size", 8,
+            "--model.num_classes", 4, "--model.core.depth", 1, "--model.core.width", 32,
+            "--model.core.num_heads", 2, "--train.num_workers", 0, "--train.batch_size", 8,
             "--train.steps", steps, "--optimizer.schedule", "constant",
             "--optimizer.warmup_steps", 1, "--output", tmp_path / name, *more,
         )  # fmt: skip
