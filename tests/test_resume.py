@@ -345,6 +345,13 @@ def test_best_starts_anew_when_another_metric_chooses_it(tmp_path):
     assert (again.best / "model.safetensors").read_bytes() != before
 
 
+def test_best_by_an_error_is_the_lowest(tmp_path):
+    errors = iter((0.3, 0.4))
+    session = new_session(tmp_path / "run", steps=2, evaluate_every=1, select="l1")
+    progress = train(session, Classifier(MODEL), Repeat(), lambda model: {"l1": next(errors)})
+    assert progress.best == 0.3
+
+
 def test_best_of_a_checkpoint_without_the_name_of_its_metric_is_kept():
     progress = Progress(best=0.5)
     assert not progress.improves("accuracy", 0.4, "max")

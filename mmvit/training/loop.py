@@ -23,6 +23,7 @@ from mmvit.training.resume import Progress, Stream, find_checkpoint, resume, sav
 from mmvit.training.session import Session, seed_everything
 
 AFTER_TRAINING = {"output", "train.select"}  # settings that a run without a step left can still take
+ERRORS = {"l1"}  # metrics that are better when lower, beside losses
 LAST = "last"  # of train.select: best/ is not written, and last/ is the run's model
 
 
@@ -41,7 +42,8 @@ def train(
         model: has `loss(batch) -> (scalar, metrics)`, and `save_pretrained(folder)` unless `export` is given.
         stream: endless batches of `session.micro_batch_size` samples for this process.
         evaluate: returns held-out metrics of a model; every process calls it, and the results are averaged.
-            `train.select` names the one that chooses `best/`: the lowest if it is a loss, else the highest.
+            `train.select` names the one that chooses `best/`: the lowest of a loss or an error, else the
+            highest.
         after_evaluation: called by the main process with the evaluated model and the step; may draw images.
         export: writes a model into a folder, for `best/` and `last/`.
         prepare: transforms each batch before its training pass; may draw from torch's generator.
@@ -78,7 +80,7 @@ def train(
         if select not in (*metrics, LAST):
             raise UserError(f"train.select: unknown metric {select}{did_you_mean(select, [*metrics, LAST])}")
         report(session, display, {"kind": "held_out", **counts(progress), **metrics})
-        mode = "min" if "loss" in select else "max"
+        mode = "min" if "loss" in select or select in ERRORS else "max"
         if select != LAST and progress.improves(select, metrics[select], mode):
             export_to(run.best, trained)
         if after_evaluation and processes.is_main:
