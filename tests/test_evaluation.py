@@ -12,6 +12,7 @@ from mmvit.errors import UserError
 from mmvit.evaluation.code_use import use_metrics
 from mmvit.evaluation.frechet import coarse_pixels, feature_space, frechet_distance
 from mmvit.evaluation.generated import COPY, diversity, nearest
+from mmvit.evaluation.held_out import evenly_spread
 from mmvit.evaluation.reconstruction import image_psnr, image_ssim
 from mmvit.evaluation.retrieval import caption_ranks, pixel_ranks
 from mmvit.evaluation.splits import listed
@@ -173,3 +174,10 @@ def test_fid_is_the_distance_in_inceptions_features(tmp_path, monkeypatch):
 
 def test_names_in_a_list_may_have_spaces():
     assert listed("en, de ") == listed(["en", "de"]) == ["en", "de"]
+
+
+def test_places_of_a_sample_are_all_different():
+    for total, number in ((87_382, 87_381), (3_000_000, 2_900_000)):
+        places = evenly_spread(total, number)
+        assert (places[0], places[-1]) == (0, total - 1)
+        assert (places.diff() > 0).all()

@@ -86,4 +86,5 @@ class HeldOut:
 
 def evenly_spread(total: int, number: int) -> Tensor:
     """`number` places among `total`, from the first to the last; all if there are fewer."""
-    return torch.linspace(0, total - 1, min(number, total)).round().long()
+    exact = torch.float64  # float32 would name some twice
+    return torch.linspace(0, total - 1, min(number, total), dtype=exact).round().long()
