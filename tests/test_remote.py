@@ -34,6 +34,7 @@ from mmvit.data.samples import CaptionPixelsSample, ClassifierSample
 from mmvit.data.shards import expand_shards, read_shard
 from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError
+from mmvit.evaluation.splits import read_split
 
 TRAIN = "train-{000000..000004}.tar"
 
@@ -70,6 +71,14 @@ def stream_of(place, **settings) -> ShardStream:
 def test_remote_shards_give_the_batches_of_local_ones(tiny_shards, server, settings):
     expected = keys_of(stream_of(f"{tiny_shards}/{TRAIN}", **settings))
     assert keys_of(stream_of(f"{server.url}/{TRAIN}", **settings)) == expected
+
+
+def test_a_sample_of_a_remote_split_is_that_of_a_local_one(tiny_shards, server, monkeypatch):
+    """Of a split in many pieces, it fetches those that hold some of it."""
+    monkeypatch.setattr(pieces, "PIECE", 1024)
+    decode = ClassifierSample((16, 16), 4)
+    expected = read_split(tiny_shards, "train", decode, most=6)["keys"]
+    assert read_split(Address(server.url), "train", decode, most=6)["keys"] == expected
 
 
 def test_shards_elsewhere_are_named_by_ranges_globs_and_folders(tiny_shards, server):

@@ -45,11 +45,15 @@ class Plan:
         )
 
     def of_lane(self, epoch: int, spans: list[Span]) -> Iterator[tuple[int, RemoteFile, int]]:
+        before = None
         for span in spans:
             ends = self.indexes[span.shard].ranges[span.first : span.last, 1]
             begin = int(self.indexes[span.shard].ranges[span.first, 0])
             file = self.file(self.indexes[span.shard].shard)
             for number in range(begin // file.piece, (int(ends[-1]) - 1) // file.piece + 1):
+                if (file, number) == before:
+                    continue
+                before = file, number
                 sample = span.first + int(ends.searchsorted(number * file.piece, side="right"))
                 yield epoch * self.order.total + self.order.earliest(span, sample), file, number
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmvit.data.order import Order
+from mmvit.data.order import Order, Span
 from mmvit.data.reader import Batch, Decode
 from mmvit.data.shards import HELD_OUT, OLD_HELD_OUT, Sample, expand_shards, read_shard, shards_of, split_of
 from mmvit.data.stream import ShardStream
@@ -118,14 +118,24 @@ def in_order(folder: Path, split: str, decode: Decode) -> ShardStream:
 
 
 class Spread:
-    """`total` places, evenly spread over an order that has more."""
+    """`total` places, evenly spread over an order that has more and does not shuffle."""
+
+    shuffle_buffer = 0
 
     def __init__(self, order: Order, total: int):
         self.order, self.seed, self.total = order, order.seed, total
-        self.places = evenly_spread(order.total, total).clamp(max=order.total - 1).tolist()
+        self.places = evenly_spread(order.total, total).tolist()
 
     def locate(self, epoch: int, place: int) -> tuple[int, int]:
         return self.order.locate(epoch, self.places[place])
+
+    def spans(self, epoch: int, place: int, rank: int, world_size: int) -> list[list[Span]]:
+        """As of `Order`, for one rank: every sample by itself."""
+        located = [(*self.locate(epoch, number), number) for number in range(place, self.total)]
+        return [[Span(shard, sample, sample + 1, 0, number) for shard, sample, number in located]]
+
+    def earliest(self, span: Span, sample: int) -> int:
+        return span.begin
 
 
 def keys_alone(sample: Sample, rng: random.Random) -> dict[str, Any]:
