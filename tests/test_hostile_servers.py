@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -76,3 +77,20 @@ def test_files_that_differ_only_in_their_query_are_not_taken_for_one_another(ser
     server.version, server.misbehave = "", misbehave
     files = [RemoteFile(Address(f"{server.url}/a.tar?part={number}")) for number in range(2)]
     assert [file.read(0, 10) for file in files] == [b"0" * 10, b"1" * 10]
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "replace"])
+def test_a_cache_that_is_removed_while_a_piece_is_fetched_is_made_again(server, call):
+    (server.folder / "a.tar").write_bytes(b"x" * 10)
+    file, pending, original = RemoteFile(Address(f"{server.url}/a.tar")), [True], getattr(os, call)
+
+    def removed_before(*arguments, **named):
+        if pending:
+            pending.clear()
+            shutil.rmtree(file.cache.folder)
+        return original(*arguments, **named)
+
+    file.cache.folder.mkdir()
+    with mock.patch.object(os, call, removed_before):
+        assert file.read(0, 10) == b"x" * 10
+    assert not pending

@@ -14,6 +14,7 @@ from fcntl import LOCK_EX, LOCK_NB, flock
 from hashlib import sha256
 from pathlib import Path
 
+from mmvit.data.remote import Failed
 from mmvit.errors import UserError
 
 FOLDER, SIZE = "MMVIT_CACHE", "MMVIT_CACHE_SIZE"  # environment variables, which workers inherit
@@ -98,6 +99,7 @@ class Cache:
 
         Raises:
             UserError: if the cache cannot be written, or has no room.
+            Failed: if its folder is removed meanwhile.
         """
         path = self.folder / name
         while True:
@@ -188,10 +190,13 @@ class Cache:
 
     @contextmanager
     def on_disk(self) -> Iterator[None]:
-        """Turns a disk's errors into UserErrors."""
+        """Turns a disk's errors into UserErrors, but the lack of the folder, which the next try makes again,
+        into `Failed`."""
         try:
             yield
         except OSError as error:
+            if error.errno == errno.ENOENT:  # someone empties the cache
+                raise Failed(f"the folder {self.folder} has been removed") from None
             how = f"choose another folder with data.cache (or {FOLDER} in the environment)"
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
