@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import io
 import itertools
 import json
@@ -273,6 +274,22 @@ def test_the_cache_stays_within_its_size_and_keeps_what_was_used_last(tmp_path):
     assert not (tmp_path / "piece-0").exists()
     assert os.pread(first, 100, 0) == b"x" * 50 + bytes(50)  # still open
     os.close(first)
+
+
+def test_pieces_that_were_read_are_not_held_open(server, cache):
+    """Their space would not come free when they are evicted."""
+    gc.disable()  # a cycle would hold them until it comes round
+    try:
+        stream = stream_of(f"{server.url}/{TRAIN}", shuffle_buffer=0)
+        assert len(keys_of(stream)) == 48
+        files = [readlink(file) for file in Path("/proc/self/fd").iterdir()]
+    finally:
+        gc.enable()
+    assert sum(file.startswith(str(cache)) for file in files) <= 2
+
+
+def readlink(file: Path) -> str:
+    return os.readlink(file) if file.is_symlink() else ""
 
 
 def test_what_a_killed_process_leaves_is_never_taken_for_whole(tmp_path):

@@ -159,7 +159,7 @@ class Cache:
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                total = self.evict(max(0, total - max(length, self.size * ROOM)))  # the disk is smaller
+                total = self.evict(total * (1 - 2 * ROOM) - length)  # the disk is smaller
                 allocate(partial, length)
             if total + length > self.size:
                 os.ftruncate(partial, 0)

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -43,7 +43,7 @@ class LocalFile:
 
 
 class RemoteFile:
-    """Any part of a shard, at any time, by any thread.
+    """Any part of a shard, at any time, for one thread; any may `fetch`.
 
     Raises:
         UserError: here and when reading, if the shard cannot be read, or the cache not be used.
@@ -56,7 +56,7 @@ class RemoteFile:
         of_state = self.facts.version or shard.with_secrets  # which may tell files of one name apart
         self.key = key_of(shard, self.length, of_state)
         self.cache = the_cache()
-        self.opened = lru_cache(maxsize=OPEN_PIECES)(self._opened)
+        self.recent: dict[int, Piece] = {}  # the last read one last
 
     @property
     def pieces(self) -> int:
@@ -100,8 +100,12 @@ class RemoteFile:
             raise InProgress
         return file
 
-    def _opened(self, number: int) -> "Piece":
-        return Piece(self.open(number))
+    def opened(self, number: int) -> "Piece":
+        piece = self.recent.pop(number, None) or Piece(self.open(number))
+        self.recent[number] = piece
+        if len(self.recent) > OPEN_PIECES:
+            del self.recent[next(iter(self.recent))]
+        return piece
 
 
 class Piece:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import random
 import traceback
 from collections import Counter
@@ -67,7 +68,8 @@ class Reader:
         for shard in self.shards:
             self.copies.append(named[shard])
             named[shard] += 1
-        self.opened = lru_cache(maxsize=2 * LANES)(opened)
+        lanes = LANES // math.gcd(self.world_size, LANES) if self.order.shuffle_buffer else 1
+        self.opened = lru_cache(maxsize=2 * lanes)(opened)  # no more: open pieces that are evicted take space
         self.all_lack_files = lru_cache(maxsize=None)(self._all_lack_files)
         self.none_fits = lru_cache(maxsize=None)(self._none_fits)
 
