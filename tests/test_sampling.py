@@ -343,8 +343,16 @@ def test_labels_that_no_font_shows_are_code_points(monkeypatch):
 
 
 def test_drawing_imports_nothing_that_it_does_not_use(tmp_path):
-    """Each of these would take from half a second to several before the first image is there."""
-    heavy = ("deepspeed", "huggingface_hub", "kornia", "matplotlib", "torchmetrics", "transformers")
+    """Each of these would take from a tenth of a second to several before the first image is there."""
+    heavy = (
+        "deepspeed",
+        "huggingface_hub",
+        "kornia",
+        "matplotlib",
+        "requests",
+        "torchmetrics",
+        "transformers",
+    )
     code = f"""
 import sys
 from mmvit.cli import main

@@ -1,6 +1,7 @@
 """Reading files elsewhere: what there is, how long it is, and its bytes, tried again when a network fails.
 
-`http://` and `https://` go through requests, all other addresses through fsspec's file systems.
+`http://` and `https://` go through requests, all other addresses through fsspec's file systems. Both are
+imported when they are needed: a command that reads local files should not wait for them.
 """
 
 import os
@@ -13,15 +14,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from html.parser import HTMLParser
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
-
-import fsspec
-import requests
-import urllib3
 
 from mmvit.data.address import Address
 from mmvit.errors import MissingData, UserError
+
+if TYPE_CHECKING:
+    import requests
 
 TRIES = 8
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds between tries: twice as long each time
@@ -32,7 +32,6 @@ MOST_AT_ONCE = 2**28  # bytes of a file that is read into memory
 CHANGED = "the file has changed since it was opened"
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # protocol → extra of mmvit that reads it
 VERSIONS = ("ETag", "etag", "VersionId", "md5Hash", "blob_id", "content_hash", "LastModified", "mtime")
-HOPELESS = (requests.exceptions.SSLError, requests.exceptions.InvalidURL)
 Result = TypeVar("Result")
 
 
@@ -73,7 +72,7 @@ def tried(address: Address, attempt: Callable[[], Result]) -> Result:
         except Exception as error:  # of any library below; its text may hold the address with its secrets
             if "Credentials" in type(error).__name__:
                 raise Missing(f"{address}: no credentials; {how_to_sign_in(address)}") from None
-            if number == TRIES or isinstance(error, HOPELESS):
+            if number == TRIES or is_hopeless(error):
                 seconds = time.monotonic() - start
                 raise UserError(
                     f"{address}: {described(error)} ({number} tries in {seconds:.0f} s)"
@@ -85,7 +84,16 @@ def tried(address: Address, attempt: Callable[[], Result]) -> Result:
     raise AssertionError
 
 
+def is_hopeless(error: Exception) -> bool:
+    from requests.exceptions import InvalidURL, SSLError
+
+    return isinstance(error, InvalidURL | SSLError)
+
+
 def described(error: Exception) -> str:
+    import requests
+    import urllib3
+
     if isinstance(error, Failed):
         return str(error)
     if isinstance(error, requests.exceptions.SSLError):
@@ -156,14 +164,16 @@ def is_http(address: Address) -> bool:
 own = threading.local()
 
 
-def session() -> requests.Session:
+def session() -> "requests.Session":
     """Of this thread: sessions are shared by neither threads nor forked processes."""
+    import requests
+
     if getattr(own, "process", None) != os.getpid():
         own.process, own.session = os.getpid(), requests.Session()
     return own.session
 
 
-def get(address: Address, headers: dict[str, str]) -> requests.Response:
+def get(address: Address, headers: dict[str, str]) -> "requests.Response":
     answer = session().get(
         address.with_secrets,
         headers={"Accept-Encoding": "identity", **headers},
@@ -195,7 +205,7 @@ def ask_http(address: Address) -> Facts:
         return Facts(int(size), version_in(headers), has_ranges)
 
 
-def refuse_compressed(address: Address, answer: requests.Response) -> None:
+def refuse_compressed(address: Address, answer: "requests.Response") -> None:
     """Raises UserError for what cannot be read in parts, and of which the length is not the file's."""
     if (encoding := answer.headers.get("Content-Encoding", "identity")) != "identity":
         raise UserError(
@@ -258,6 +268,8 @@ def open_fsspec(address: Address) -> tuple[Any, str]:
     Raises:
         UserError: for an unknown protocol, or one that needs another package.
     """
+    import fsspec
+
     try:
         return fsspec.core.url_to_fs(address.with_secrets)
     except ImportError as error:
