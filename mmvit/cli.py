@@ -16,12 +16,14 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
 
 from mmvit import __version__
+from mmvit.data.address import on_this_machine
 from mmvit.errors import UserError, did_you_mean, reported_errors
 from mmvit.places import load_script
 
@@ -152,6 +154,11 @@ def with_shared_options(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def command(**values: Any) -> None:
+        for name in {"out", "file"} & values.keys():
+            try:
+                on_this_machine(values[name] or Path())
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from None
         for name, group in shared.items():
             values[name] = group(**{field: values.pop(field) for field in group._fields})
         main(**values)

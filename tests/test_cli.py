@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import mmvit
-from mmvit.cli import COMMANDS, GROUPS
+from mmvit.cli import COMMANDS, GROUPS, main
 
 
 def test_alone_it_lists_every_command_with_a_line(mmvit_command):
@@ -104,3 +104,19 @@ def test_a_shipped_recipe_without_its_data_says_how_to_make_them(mmvit_command, 
     refused = mmvit_command("train", "emoji_demo")
     assert refused.returncode == 2
     assert "mmvit prepare emoji data/emoji; mmvit encode data/emoji data/emoji-codes" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "encode here s3://a:b@c/d",
+        "train fashion_mnist --dry-run --output s3://a:b@c/d",
+        "copy emoji_demo s3://a:b@c/d",
+    ],
+)
+def test_results_are_not_written_to_a_folder_named_as_an_address(line, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(line.split())
+    assert "expected a path on this machine, got s3://***@c/d; copy" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]

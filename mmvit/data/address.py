@@ -78,6 +78,15 @@ def is_address(text: str | Path | Address) -> bool:
     return isinstance(place(text), Address)
 
 
+def on_this_machine(path: Path) -> Path:
+    """Raises ValueError if `path` is an address, of which a folder called `s3:` would be made."""
+    if is_address(path):
+        raise ValueError(
+            f"expected a path on this machine, got {place(path)}; copy the result there afterwards"
+        )
+    return path
+
+
 def place(text: str | Path | Address) -> Path | Address:
     """What `text` names: an address, or a path on this machine."""
     if isinstance(text, Address):

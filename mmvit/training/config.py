@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from mmvit.config import IN_STEPS, Config
+from mmvit.data.address import on_this_machine
 
 
 class TrainConfig(Config):
@@ -85,7 +86,7 @@ class Recipe(Config):
     """What a recipe holds, whatever its task; each task adds its data and model (mmvit/recipes)."""
 
     task: str
-    output: Path
+    output: Annotated[Path, AfterValidator(on_this_machine)]
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
