@@ -251,3 +251,13 @@ def test_splits_of_an_earlier_run_do_not_stay(run_script, tmp_path):
 
 
 # Captions
+
+
+def test_names_with_brackets_are_shown_as_they_are(tmp_path, capsys):
+    """Not taken for styles of rich's, which fails at some."""
+    outcome = Outcome()
+    outcome.wrote("held[red]", label="[/b]")
+    outcome.skip("unreadable", "a[/1].png")
+    outcome.print(tmp_path)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("held[red]", "[/b]", "a[/1].png"))

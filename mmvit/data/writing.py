@@ -247,12 +247,12 @@ class Outcome:
             table.add_row(f"skipped: {reason}", f"{count:,}", ", ".join(self.examples[reason]))
         if not self.skipped:
             table.add_row("skipped", "0", "")
-        console = Console(width=None if sys.stdout.isatty() else 110)
+        console = Console(width=None if sys.stdout.isatty() else 110, markup=False)  # names may have brackets
         console.print(table)
         if self.of_class:
             console.print(self.class_table())
         for text in self.remarks:
-            console.print(text, highlight=False, markup=False)
+            console.print(text, highlight=False)
 
     def class_table(self) -> Table:
         """Samples by class and split; of many classes the first."""
