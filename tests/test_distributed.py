@@ -31,6 +31,7 @@ from mmvit.training import OptimizerConfig, Processes, Recipe, RunFolder, Sessio
 from mmvit.training.checkpoint import MANIFEST
 from mmvit.training.deepspeed_engine import DeepSpeedEngine
 from mmvit.training.distributed import open_processes
+from mmvit.training.engine import TorchEngine
 from mmvit.training.muon import Muon
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,6 +139,29 @@ def check_mean_loss(processes: Processes) -> None:
         assert found == {"loss": 2.0}, found
 
 
+class Normed(nn.Sequential):
+    """Its loss is the mean of its output."""
+
+    def loss(self, batch):
+        return self(batch["values"]).mean(), {}
+
+
+def check_statistics(processes: Processes) -> None:
+    """All processes evaluate what the main one exports, whatever their batch norms have seen."""
+    own = torch.full((4, 1), float(processes.rank)) + torch.arange(4.0)[:, None]
+    for decay in (0.0, 0.5):
+        settings = TrainConfig(batch_size=8, ema_decay=decay, precision="fp32")
+        model = Normed(nn.BatchNorm1d(1), nn.Linear(1, 1))
+        engine = TorchEngine(model, settings, OptimizerConfig(), processes)
+        for step in (1, 2):
+            engine.backward(engine.loss({"values": own})[0])
+            engine.step(step)
+        with engine.evaluating() as evaluated:
+            found = [None, None]
+            torch.distributed.all_gather_object(found, evaluated[0].running_mean.item())
+            assert found[0] == found[1] > 0, found
+
+
 def check_muon(processes: Processes) -> None:
     """Matrices of which each process turns a part, or none, go where torch's Muon takes them."""
     torch.manual_seed(0)
@@ -223,6 +247,7 @@ def main() -> None:
             run_training(new_session(folder, processes, MODES[mode[0]], resume=True))
             return
         check_mean_loss(processes)
+        check_statistics(processes)
         check_muon(processes)
         for mode, deepspeed in MODES.items():
             run_training(new_session(folder / mode, processes, deepspeed, accumulation=2))

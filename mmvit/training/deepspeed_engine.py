@@ -26,6 +26,7 @@ from mmvit.training.engine import (
     WeightAverage,
     cpu_weights,
     load_average,
+    share_buffers,
     tensors_of,
     tensors_to,
 )
@@ -120,6 +121,7 @@ class DeepSpeedEngine:
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
         model = self.whole_model() if self.average is None else self.average.model
+        share_buffers(model, self.processes)
         autocast = self.precision != torch.float32
         model.eval()
         try:

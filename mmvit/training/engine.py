@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -37,7 +38,8 @@ class Engine(Protocol):
         """The learning rate of the last step."""
 
     def evaluating(self) -> Iterator[nn.Module]:
-        """A context with the model to evaluate and export: averaged if that is on, in evaluation mode."""
+        """A context with the model to evaluate and export: averaged if that is on, in evaluation mode; every
+        process must enter it."""
 
     def save(self, folder: Path) -> None:
         """Writes weights, average and optimizer into `folder`; every process must call it."""
@@ -133,6 +135,7 @@ class TorchEngine:
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
         model = self.model if self.average is None else self.average.model
+        share_buffers(model, self.processes)
         model.eval()
         try:
             with torch.no_grad(), self.autocast():
@@ -167,6 +170,16 @@ class TorchEngine:
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
+
+
+def share_buffers(model: nn.Module, processes: Processes) -> None:
+    """Gives all processes the main one's buffers, as exported: each has seen other batches with its batch
+    norms."""
+    if processes.world_size > 1:
+        for buffer in filter(Tensor.is_floating_point, model.buffers()):
+            sent = buffer.contiguous()
+            dist.broadcast(sent, 0)
+            buffer.copy_(sent)
 
 
 def load_average(average: nn.Module, folder: Path, processes: Processes) -> None:
