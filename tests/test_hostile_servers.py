@@ -12,7 +12,9 @@ from file_server import served
 from mmvit.data import remote
 from mmvit.data.address import Address
 from mmvit.data.pieces import RemoteFile
+from mmvit.data.samples import ClassifierSample
 from mmvit.data.shards import expand_shards
+from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError
 
 
@@ -94,3 +96,27 @@ def test_a_cache_that_is_removed_while_a_piece_is_fetched_is_made_again(server, 
     with mock.patch.object(os, call, removed_before):
         assert file.read(0, 10) == b"x" * 10
     assert not pending
+
+
+def test_a_piece_is_on_the_disk_before_it_has_its_name(server):
+    (server.folder / "a.tar").write_bytes(b"x" * 10)
+    file, synced = RemoteFile(Address(f"{server.url}/a.tar")), []
+
+    def sync(_: int) -> None:
+        synced.append(sorted(os.listdir(file.cache.folder)))
+
+    with mock.patch.object(os, "fsync", sync):
+        file.read(0, 10)
+    assert synced == [[f"{file.key}-0.partial", "total"]]
+
+
+def test_a_damaged_cache_is_named_where_a_shard_seems_damaged(server, tiny_shards):
+    shutil.copy(tiny_shards / "train-000000.tar", server.folder)
+    shard = Address(f"{server.url}/train-000000.tar")
+    stream = ShardStream(str(shard), ClassifierSample((16, 16), 4), 1)
+    assert stream.samples
+    file = RemoteFile(shard)
+    piece = file.cache.folder / f"{file.key}-0"
+    piece.write_bytes(bytes(piece.stat().st_size))
+    with pytest.raises(UserError), pytest.warns(UserWarning, match=f"empty the cache {file.cache.folder}"):
+        next(iter(stream))

@@ -120,6 +120,7 @@ class Cache:
                 if place != length:
                     raise EOFError(f"{place:,} of {length:,} bytes")
                 with self.on_disk():
+                    os.fsync(partial)  # else it may hold zeros after a power failure
                     os.replace(f"{path}{PARTIAL}", path)
 
     @contextmanager

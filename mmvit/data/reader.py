@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmvit.data.address import Address
 from mmvit.data.ahead import Ahead, Plan
+from mmvit.data.cache import the_cache
 from mmvit.data.index import Index
 from mmvit.data.order import LANES, Order, random_from
 from mmvit.data.pieces import opened
@@ -186,12 +188,13 @@ class Reader:
                 if own != (key := key or own):
                     raise BadTar(f"files of {key} and {own} in one sample")
                 files[extension] = item.data
+            if not files:
+                raise BadTar("no files")
         except BadTar as error:
-            raise BadSample(
-                "changed shard", f"it is no longer as it was indexed, or damaged: {error}"
-            ) from None
-        if not files:
-            raise BadSample("changed shard", "it is no longer as it was indexed")
+            what = "it is no longer as it was indexed, or damaged"
+            if isinstance(shard, Address):
+                what += f" (if it is not, empty the cache {the_cache().folder})"
+            raise BadSample("changed shard", f"{what}: {error}") from None
         return Sample(key, shard, files, self.copies[number])
 
     def missing_files(self, sample: Sample) -> str:
