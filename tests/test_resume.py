@@ -22,9 +22,16 @@ from mmvit.errors import UserError
 from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier
 from mmvit.training import RunFolder, train
-from mmvit.training.checkpoint import Checkpoints, checksum_of, problem_of, read_state, write_manifest
+from mmvit.training.checkpoint import (
+    Checkpoints,
+    checksum_of,
+    problem_of,
+    read_state,
+    write_manifest,
+    write_state,
+)
 from mmvit.training.interruption import Interruption
-from mmvit.training.resume import Progress, changed_settings, check_same_model
+from mmvit.training.resume import SEEDS_OF_A_STEP, Progress, changed_settings, check_same_model
 
 
 def test_terminated_and_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny_shards, assert_same_state):
@@ -51,6 +58,19 @@ def test_terminated_and_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny_s
     assert comparable_metrics(whole.run) == comparable_metrics(again.run)
     for name in ("best/model.safetensors", "last/model.safetensors"):
         assert_same_state(read_weights(whole.run.path / name), read_weights(again.run.path / name))
+
+
+def test_another_number_of_processes_draws_other_random_numbers_than_at_the_start(tmp_path, tiny_shards):
+    first = new_session(tmp_path, steps=4)
+    train_on_shards(first, tiny_shards)
+    folder = first.run.checkpoints / "step-00000004"
+    state = read_state(folder / "training.pt")
+    write_state({**state, "processes": 2 * state["processes"]}, folder / "training.pt")
+    write_manifest(folder, 4)
+    seeds = []
+    again = new_session(tmp_path, resume=True, steps=5)
+    train_on_shards(again, tiny_shards, lambda number, batch: seeds.append(torch.initial_seed()))
+    assert seeds == [1 + 4 * SEEDS_OF_A_STEP]
 
 
 def test_a_step_that_a_killed_worker_cut_short_is_done_again(tmp_path, tiny_shards, assert_same_state):

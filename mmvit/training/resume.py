@@ -32,9 +32,10 @@ from mmvit.training.checkpoint import (
 from mmvit.training.config import Recipe
 from mmvit.training.distributed import Processes
 from mmvit.training.engine import Engine
-from mmvit.training.session import Session
+from mmvit.training.session import Session, seed_everything
 
 STATE, RECIPE = "training.pt", "recipe.json"
+SEEDS_OF_A_STEP = 1_000_003
 
 
 class Stream(Protocol):
@@ -209,6 +210,8 @@ def resume(session: Session, folder: Path, engine: Engine, stream: Stream) -> tu
     stream.load_state_dict(place)
     if same_world:
         set_random_state(randomness, processes.device)
+    else:  # numbers that the run has not drawn yet
+        seed_everything(session.recipe.train.seed + 1 + processes.rank + SEEDS_OF_A_STEP * progress.step)
     return progress, changes
 
 
