@@ -120,3 +120,11 @@ def test_a_damaged_cache_is_named_where_a_shard_seems_damaged(server, tiny_shard
     piece.write_bytes(bytes(piece.stat().st_size))
     with pytest.raises(UserError), pytest.warns(UserWarning, match=f"empty the cache {file.cache.folder}"):
         next(iter(stream))
+
+
+@pytest.mark.parametrize("target", ["/a.tar", "file:///etc/passwd"])
+def test_a_redirection_that_leads_nowhere_is_not_followed_again(server, target):
+    (server.folder / "a.tar").touch()
+    server.misbehave = lambda handler, _: handler.answer(302, b"", {"Location": target}) or True
+    with pytest.raises(UserError, match=r"a.tar: the server redirects in a circle, or .* \(1 try in"):
+        RemoteFile(Address(f"{server.url}/a.tar"))

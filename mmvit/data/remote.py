@@ -74,9 +74,8 @@ def tried(address: Address, attempt: Callable[[], Result]) -> Result:
                 raise Missing(f"{address}: no credentials; {how_to_sign_in(address)}") from None
             if number == TRIES or is_hopeless(error):
                 seconds = time.monotonic() - start
-                raise UserError(
-                    f"{address}: {described(error)} ({number} tries in {seconds:.0f} s)"
-                ) from None
+                tries = "1 try" if number == 1 else f"{number} tries"
+                raise UserError(f"{address}: {described(error)} ({tries} in {seconds:.0f} s)") from None
             if number == 3:
                 warnings.warn(f"{address}: {described(error)}, trying again", stacklevel=2)
         time.sleep(pause * random.SystemRandom().uniform(0.5, 1))
@@ -85,9 +84,9 @@ def tried(address: Address, attempt: Callable[[], Result]) -> Result:
 
 
 def is_hopeless(error: Exception) -> bool:
-    from requests.exceptions import InvalidURL, SSLError
+    from requests.exceptions import InvalidSchema, InvalidURL, SSLError, TooManyRedirects
 
-    return isinstance(error, InvalidURL | SSLError)
+    return isinstance(error, InvalidSchema | InvalidURL | SSLError | TooManyRedirects)
 
 
 def described(error: Exception) -> str:
@@ -98,6 +97,8 @@ def described(error: Exception) -> str:
         return str(error)
     if isinstance(error, requests.exceptions.SSLError):
         return "its certificate cannot be verified"
+    if isinstance(error, requests.exceptions.InvalidSchema | requests.TooManyRedirects):
+        return "the server redirects in a circle, or to something other than http:// and https://"
     if isinstance(error, requests.Timeout | TimeoutError):
         return f"no answer within {NO_ANSWER} s"
     if isinstance(error, requests.ConnectionError | urllib3.exceptions.HTTPError | ConnectionError):
