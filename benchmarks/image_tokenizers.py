@@ -35,12 +35,12 @@ from torch import Tensor, nn
 
 from mmvit.data.images import decode_image
 from mmvit.data.samples import IMAGE_EXTENSIONS, image_bytes
-from mmvit.data.shards import Sample
-from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.code_use import code_counts, use_metrics
 from mmvit.evaluation.reconstruction import reconstruction_metrics
 from mmvit.models.vq import VQConfig, VQModel
+from mmvit.streams.shards import Sample
+from mmvit.streams.stream import ShardStream
 from mmvit.training.config import OptimizerConfig, TrainConfig
 from mmvit.training.distributed import Processes
 from mmvit.training.engine import TorchEngine

@@ -38,11 +38,11 @@ from typer import Option
 from mmvit.cli import run_script
 from mmvit.data.captions import TextTokenizer
 from mmvit.data.codes import pack_codes
-from mmvit.data.reader import Decode, collate
 from mmvit.data.samples import CaptionCodesSample, PixelsSample
-from mmvit.data.shards import Sample
-from mmvit.data.stream import ShardStream
 from mmvit.data.writing import ShardWriter
+from mmvit.streams.reader import Decode, collate
+from mmvit.streams.shards import Sample
+from mmvit.streams.stream import ShardStream
 
 RATE = 100e6  # bytes a second of the server
 BATCH, BUFFER = 64, 1000

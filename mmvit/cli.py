@@ -23,9 +23,9 @@ import typer
 from typer.core import TyperGroup
 
 from mmvit import __version__
-from mmvit.data.address import on_this_machine
 from mmvit.errors import UserError, did_you_mean, reported_errors
 from mmvit.places import load_script
+from mmvit.streams.address import on_this_machine
 
 
 class Command(NamedTuple):

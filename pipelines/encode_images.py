@@ -36,15 +36,12 @@ import torch.distributed as dist
 from typer import Argument, Option
 
 from mmvit.cli import run_script
-from mmvit.data.address import place
 from mmvit.data.codes import MAX_CODES, pack_codes
 from mmvit.data.encoding import Copies, DecodeImages, Part, read_parts, split_for
 from mmvit.data.finished import FinishedShards, is_file, kept_when_interrupted
 from mmvit.data.images import parse_size, to_unit_range
-from mmvit.data.index import beside, load_index
 from mmvit.data.lock import sole_writer
 from mmvit.data.samples import AUGMENTED
-from mmvit.data.shards import BadShard, Sample, expand_shards, read_shard
 from mmvit.data.workers import default_workers, map_ahead
 from mmvit.data.writing import (
     Outcome,
@@ -59,6 +56,9 @@ from mmvit.hub import fingerprint, trained_size
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.registry import load_image_tokenizer
 from mmvit.progress import with_progress
+from mmvit.streams.address import place
+from mmvit.streams.index import beside, load_index
+from mmvit.streams.shards import BadShard, Sample, expand_shards, read_shard
 from mmvit.training.distributed import choose_device, environment_number, open_processes
 
 BATCH = 64

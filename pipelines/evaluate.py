@@ -33,7 +33,6 @@ from typing import Annotated, Any, Literal
 from typer import Argument, Option
 
 from mmvit.cli import run_script
-from mmvit.data.address import place
 from mmvit.data.images import parse_size
 from mmvit.evaluation.evaluate import Part, evaluate
 from mmvit.sampling.settings import (
@@ -45,6 +44,7 @@ from mmvit.sampling.settings import (
     TopPOption,
     explicit_options,
 )
+from mmvit.streams.address import place
 
 CLASSIFIER, GENERATOR, TOKENIZER = "For a classifier", "For a generator", "For an image tokenizer"
 

@@ -43,7 +43,6 @@ from typer import Argument, Option
 
 from mmvit.cli import run_script
 from mmvit.data.images import decode_image
-from mmvit.data.shards import BadSample
 from mmvit.data.writing import (
     Outcome,
     ShardWriter,
@@ -53,6 +52,7 @@ from mmvit.data.writing import (
 from mmvit.errors import UserError
 from mmvit.hub import write_json
 from mmvit.progress import with_progress
+from mmvit.streams.shards import BadSample
 
 SKIN_TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")
 VARIATION_SELECTOR = "fe0f"  # in some file names and names, not in others; it does not change the image

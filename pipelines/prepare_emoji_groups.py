@@ -19,10 +19,8 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from mmvit.cli import run_script
-from mmvit.data.address import place
 from mmvit.data.images import decode_image
 from mmvit.data.samples import image_bytes
-from mmvit.data.shards import BadSample, Sample, expand_shards
 from mmvit.data.writing import (
     Outcome,
     ShardWriter,
@@ -33,6 +31,8 @@ from mmvit.data.writing import (
 )
 from mmvit.errors import UserError
 from mmvit.progress import with_progress
+from mmvit.streams.address import place
+from mmvit.streams.shards import BadSample, Sample, expand_shards
 
 EVERY = 5  # one emoji of so many is in the test split
 VARIATION_SELECTOR = "fe0f"

@@ -14,8 +14,6 @@ from typing import Annotated
 from typer import Argument, Option
 
 from mmvit.cli import run_script
-from mmvit.data.address import place
-from mmvit.data.shards import shards_of
 from mmvit.data.writing import (
     Outcome,
     ShardWriter,
@@ -26,6 +24,8 @@ from mmvit.data.writing import (
 )
 from mmvit.errors import UserError
 from mmvit.progress import with_progress
+from mmvit.streams.address import place
+from mmvit.streams.shards import shards_of
 
 
 def main(

@@ -16,7 +16,6 @@ from typing import Any
 from torch import nn
 
 from mmvit.cli import run_script
-from mmvit.data.paired import PairedStream
 from mmvit.data.samples import ClassifierSample
 from mmvit.errors import UserError
 from mmvit.evaluation.accuracy import classification_metrics
@@ -30,6 +29,7 @@ from mmvit.recipes.facts import class_names, folders_of
 from mmvit.recipes.joint import JointRecipe
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.preview import draw_preview
+from mmvit.streams.paired import PairedStream
 from mmvit.training import Session, one_epoch, train, training_stream
 from mmvit.training.deepspeed_engine import zero_stage
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmvit.data.shards import Sample, expand_shards, read_shard
+from mmvit.streams.shards import Sample, expand_shards, read_shard
 
 
 def read_split(folder: Path, split: str) -> dict[str, Sample]:

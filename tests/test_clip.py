@@ -15,7 +15,6 @@ from torch.multiprocessing import start_processes
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.captions import TextTokenizer
 from mmvit.data.images import decode_image, to_unit_range
-from mmvit.data.shards import expand_shards, read_shard
 from mmvit.data.writing import ShardWriter
 from mmvit.errors import UserError
 from mmvit.evaluation.clip_report import retrieval
@@ -23,6 +22,7 @@ from mmvit.evaluation.retrieval import caption_ranks
 from mmvit.models.classifier import ClassifierConfig
 from mmvit.models.clip import CLIP, CLIPConfig
 from mmvit.sampling.candidates import CaptionScorer
+from mmvit.streams.shards import expand_shards, read_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = TransformerConfig(width=16, depth=1, num_heads=2)

@@ -21,12 +21,12 @@ from ranks import start_two
 from torch import nn
 
 from mmvit.core.transformer import TransformerConfig
-from mmvit.data.tally import Tally
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.accuracy import classification_metrics
 from mmvit.evaluation.likelihood import mean_loss
 from mmvit.hub import read_weights, write_json
 from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.streams.tally import Tally
 from mmvit.training import OptimizerConfig, Processes, Recipe, RunFolder, Session, TrainConfig, train
 from mmvit.training.checkpoint import MANIFEST
 from mmvit.training.deepspeed_engine import DeepSpeedEngine

@@ -19,8 +19,6 @@ from mmvit.data.codes import pack_codes, unpack_codes
 from mmvit.data.encoding import Copies
 from mmvit.data.images import decode_image, to_unit_range
 from mmvit.data.samples import CaptionCodesSample
-from mmvit.data.shards import BadSample, Sample, read_shard
-from mmvit.data.stream import ShardStream
 from mmvit.data.writing import ShardWriter
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
 from mmvit.models.generator_transformer import GeneratorConfig
@@ -28,6 +26,8 @@ from mmvit.models.vq import VQModel
 from mmvit.places import load_script
 from mmvit.recipes.caption_codes import open_caption_codes
 from mmvit.recipes.data import CaptionCodesConfig
+from mmvit.streams.shards import BadSample, Sample, read_shard
+from mmvit.streams.stream import ShardStream
 
 
 def test_code_shards_say_which_tokenizer_made_them(encoded):

@@ -17,10 +17,10 @@ from ranks import start_two
 from shard_scripts import contents
 
 from mmvit.data.lock import sole_writer
-from mmvit.data.shards import Sample, read_shard
 from mmvit.data.writing import ShardWriter, WholeShard
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.places import load_script
+from mmvit.streams.shards import Sample, read_shard
 
 SCRIPT = "pipelines/encode_images.py"
 

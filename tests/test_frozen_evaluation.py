@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from mmvit.core.transformer import TransformerConfig
-from mmvit.data.shards import read_shard
 from mmvit.data.writing import ShardWriter
 from mmvit.evaluation.accuracy import classification_metrics, shifted_and_mirrored
 from mmvit.evaluation.attention_maps import attention_maps, attention_weights, rollout
@@ -25,6 +24,7 @@ from mmvit.evaluation.frozen import (
 from mmvit.evaluation.saliency import saliency_maps
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.resnet import ResNet, ResNetConfig
+from mmvit.streams.shards import read_shard
 
 
 def clouds(number: int, dimensions: int, seed: int, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,10 +15,10 @@ from mmvit.data.captions import LONGEST_WORD, MOST_BYTES, TextTokenizer
 from mmvit.data.codes import pack_codes, unpack_codes
 from mmvit.data.images import open_image, to_rgb, whole_to_rgb
 from mmvit.data.samples import CaptionSample, ClassifierSample, PixelsSample
-from mmvit.data.shards import BadSample, Sample
-from mmvit.data.stream import ShardStream
 from mmvit.data.writing import ShardWriter
 from mmvit.errors import UserError
+from mmvit.streams.shards import BadSample, Sample
+from mmvit.streams.stream import ShardStream
 
 # Decoders that raise
 

@@ -9,13 +9,13 @@ from unittest import mock
 import pytest
 from file_server import served
 
-from mmvit.data import remote
-from mmvit.data.address import Address
-from mmvit.data.pieces import RemoteFile
 from mmvit.data.samples import ClassifierSample
-from mmvit.data.shards import expand_shards
-from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError
+from mmvit.streams import remote
+from mmvit.streams.address import Address
+from mmvit.streams.pieces import RemoteFile
+from mmvit.streams.shards import expand_shards
+from mmvit.streams.stream import ShardStream
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from PIL import Image
 from mmvit import ImageClassifier
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.images import decode_image, pixels_from_images, to_unit_range
-from mmvit.data.shards import read_shard
 from mmvit.errors import UserError
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.resnet import ResNet, ResNetConfig
+from mmvit.streams.shards import read_shard
 
 NAMES = ["red thing", "green thing", "blue thing", "white thing"]
 MODEL = ClassifierConfig(

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from test_tar import NAMES, tar_of
 
-from mmvit.data import index as indexes
-from mmvit.data.index import SUFFIX, Index, beside, index_of, load_index, save_index, scan
-from mmvit.data.shards import read_shard
-from mmvit.data.stream import ShardStream
-from mmvit.data.tally import Tally
 from mmvit.errors import UserError
+from mmvit.streams import index as indexes
+from mmvit.streams.index import SUFFIX, Index, beside, index_of, load_index, save_index, scan
+from mmvit.streams.shards import read_shard
+from mmvit.streams.stream import ShardStream
+from mmvit.streams.tally import Tally
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_ranges_of_a_false_index_cost_samples_and_no_more(shard):
     ranges[3], ranges[5], ranges[7] = (512, 2**40), (2**62, 2**62 + 9), (9, 5)
     stream = ShardStream(shard, key, 10, shuffle_buffer=0, repeat=False)
     with (
-        mock.patch("mmvit.data.remote_index.index_of", lambda path: Index.of(path, ranges)),
+        mock.patch("mmvit.streams.remote_index.index_of", lambda path: Index.of(path, ranges)),
         pytest.warns(UserWarning, match="changed shard"),
     ):
         keys = [own for batch in stream for own in batch["keys"]]
@@ -204,7 +204,7 @@ def test_files_of_two_samples_are_never_one(shard):
     ranges[3] += (ranges[3, 1] - ranges[3, 0]) // 2  # from its second file to the first of the next sample
     stream = ShardStream(shard, key, 10, shuffle_buffer=0, repeat=False)
     with (
-        mock.patch("mmvit.data.remote_index.index_of", lambda path: Index.of(path, ranges)),
+        mock.patch("mmvit.streams.remote_index.index_of", lambda path: Index.of(path, ranges)),
         pytest.warns(UserWarning, match="files of 0003 and 0004 in one sample"),
     ):
         keys = [own for batch in stream for own in batch["keys"]]

@@ -9,10 +9,7 @@ import torch
 from PIL import Image
 
 from mmvit.core.transformer import TransformerConfig
-from mmvit.data.paired import PairedStream
 from mmvit.data.samples import PixelsSample
-from mmvit.data.shards import read_shard, shards_of
-from mmvit.data.stream import ShardStream
 from mmvit.data.writing import ShardWriter
 from mmvit.errors import UserError
 from mmvit.evaluation.evaluate import evaluate
@@ -25,6 +22,9 @@ from mmvit.models.resnet import ResNet, ResNetConfig
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.recipes.resolve import resolve
 from mmvit.sampling.generator import Generator
+from mmvit.streams.paired import PairedStream
+from mmvit.streams.shards import read_shard, shards_of
+from mmvit.streams.stream import ShardStream
 from mmvit.training.engine import WeightAverage
 from mmvit.training.optim import layer_scales
 

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from training_runs import ALONE
 
-from mmvit.data.tally import Tally
 from mmvit.errors import UserError
 from mmvit.hub import write_weights
+from mmvit.streams.tally import Tally
 from mmvit.training import OptimizerConfig, Recipe, RunFolder, Session, TrainConfig, disk, train
 from mmvit.training.checkpoint import read_state
 

@@ -20,14 +20,15 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {  # a room may import from rooms on lower floors, and from its own
     "core": 0,
     "models": 1,
-    "data": 1,
-    "training": 2,
-    "sampling": 2,
-    "interop": 2,
-    "evaluation": 3,  # it measures what sampling draws
-    "serving": 4,
-    "recipes": 4,
-    "cli": 4,  # scripts and the command
+    "streams": 1,
+    "data": 2,
+    "training": 3,
+    "sampling": 3,
+    "interop": 3,
+    "evaluation": 4,  # it measures what sampling draws
+    "serving": 5,
+    "recipes": 5,
+    "cli": 5,  # scripts and the command
 }
 ANYWHERE = {"errors", "config", "hub", "lock", "memory", "places", "progress"}
 

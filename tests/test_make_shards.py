@@ -15,9 +15,9 @@ from PIL import Image
 from shard_scripts import contents, make_shards, read_split, save_image
 
 from mmvit.data.images import decode_image
-from mmvit.data.shards import BadSample
 from mmvit.data.sources import MOST_BYTES, read_file
 from mmvit.data.writing import WholeShard
+from mmvit.streams.shards import BadSample
 
 
 def test_folder_with_captions_beside_the_images(run_script, tmp_path):

@@ -16,8 +16,8 @@ from PIL import Image
 
 from mmvit.data.captions import TextTokenizer
 from mmvit.data.images import decode_image
-from mmvit.data.shards import Sample, expand_shards, read_shard
 from mmvit.places import load_script
+from mmvit.streams.shards import Sample, expand_shards, read_shard
 
 CODE_POINTS_OF_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 

@@ -26,16 +26,16 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from mmvit.data import pieces, remote
-from mmvit.data.address import Address
-from mmvit.data.cache import TOTAL, Cache
-from mmvit.data.order import LANES, Order
-from mmvit.data.pieces import RemoteFile
 from mmvit.data.samples import CaptionPixelsSample, ClassifierSample
-from mmvit.data.shards import expand_shards, read_shard
-from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError
 from mmvit.evaluation.splits import read_split
+from mmvit.streams import pieces, remote
+from mmvit.streams.address import Address
+from mmvit.streams.cache import TOTAL, Cache
+from mmvit.streams.order import LANES, Order
+from mmvit.streams.pieces import RemoteFile
+from mmvit.streams.shards import expand_shards, read_shard
+from mmvit.streams.stream import ShardStream
 
 TRAIN = "train-{000000..000004}.tar"
 

@@ -17,10 +17,10 @@ from torch import nn
 from training_runs import ALONE, MODEL, Repeat, comparable_metrics, new_session, terminate_at, train_on_shards
 
 from mmvit.config import read_toml
-from mmvit.data.stream import WorkerKilled
 from mmvit.errors import UserError
 from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier
+from mmvit.streams.stream import WorkerKilled
 from mmvit.training import RunFolder, train
 from mmvit.training.checkpoint import (
     Checkpoints,

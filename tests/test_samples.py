@@ -27,10 +27,10 @@ from mmvit.data.images import (
     to_unit_range,
 )
 from mmvit.data.samples import CaptionCodesSample, CaptionPixelsSample, PixelsSample
-from mmvit.data.shards import BadSample, Sample, read_shard
-from mmvit.data.stream import ShardStream
 from mmvit.data.writing import Outcome, ShardWriter, write_dataset_card
 from mmvit.errors import UserError
+from mmvit.streams.shards import BadSample, Sample, read_shard
+from mmvit.streams.stream import ShardStream
 
 AUGMENT = AugmentConfig(crop_padding=2, flip=0.5, erase=0.5)
 

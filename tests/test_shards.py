@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from webdataset.writer import TarWriter
 
-from mmvit.data.index import beside, load_index, scan
-from mmvit.data.shards import BadShard, expand_shards, read_shard, shards_of
 from mmvit.data.writing import ShardWriter, read_dataset_card
 from mmvit.errors import UserError
 from mmvit.progress import progress_line
+from mmvit.streams.index import beside, load_index, scan
+from mmvit.streams.shards import BadShard, expand_shards, read_shard, shards_of
 
 TRAIN = "train-{000000..000004}.tar"
 

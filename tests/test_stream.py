@@ -22,14 +22,14 @@ import pytest
 import torch
 
 from mmvit.data.augment import AugmentConfig
-from mmvit.data.order import LANES, Order
-from mmvit.data.reader import Reader
 from mmvit.data.samples import CaptionSample, ClassifierSample
-from mmvit.data.shards import read_shard
-from mmvit.data.stream import ShardStream, split_state
-from mmvit.data.tally import Tally
 from mmvit.data.writing import ShardWriter
 from mmvit.errors import UserError
+from mmvit.streams.order import LANES, Order
+from mmvit.streams.reader import Reader
+from mmvit.streams.shards import read_shard
+from mmvit.streams.stream import ShardStream, split_state
+from mmvit.streams.tally import Tally
 
 TRAIN = "train-{000000..000004}.tar"
 AUGMENT = AugmentConfig(crop_padding=2, flip=0.5, erase=0.5)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mmvit.data.index import scan
-from mmvit.data.shards import BadShard, Sample, read_shard
-from mmvit.data.tar import BLOCK, MOST_BYTES, RECORD, BadTar, File, Problem, read_files
+from mmvit.streams.index import scan
+from mmvit.streams.shards import BadShard, Sample, read_shard
+from mmvit.streams.tar import BLOCK, MOST_BYTES, RECORD, BadTar, File, Problem, read_files
 
 NAMES = [f"{number:04d}" for number in range(40)]
 
@@ -220,7 +220,7 @@ def test_names_do_nothing_to_a_terminal_and_have_an_end(shard):
 
 
 def test_a_sample_of_many_files_is_bounded_too(shard, monkeypatch):
-    monkeypatch.setattr("mmvit.data.shards.MOST_BYTES", 3 * 2**20)
+    monkeypatch.setattr("mmvit.streams.shards.MOST_BYTES", 3 * 2**20)
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         for name in ("a.txt", *(f"bomb.{number}" for number in range(20)), "z.txt"):

@@ -10,9 +10,9 @@ import torch
 
 from mmvit.config import build_config
 from mmvit.data.augment import AugmentConfig
-from mmvit.data.paired import PairedStream
 from mmvit.places import load_script
 from mmvit.recipes.tasks import TASKS, recipe_class
+from mmvit.streams.paired import PairedStream
 from mmvit.training import open_session
 
 CORE = {"width": 16, "depth": 1, "num_heads": 2}

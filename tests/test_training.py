@@ -13,11 +13,11 @@ from training_runs import MODEL, ClassifierRecipe, Repeat, comparable_metrics, n
 
 from mmvit.config import build_config, read_toml
 from mmvit.data.samples import ClassifierSample
-from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError
 from mmvit.evaluation.accuracy import classification_metrics
 from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier
+from mmvit.streams.stream import ShardStream
 from mmvit.training import (
     OptimizerConfig,
     Processes,

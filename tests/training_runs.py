@@ -10,10 +10,10 @@ from torch import nn
 
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.samples import ClassifierSample
-from mmvit.data.stream import ShardStream
-from mmvit.data.tally import Tally
 from mmvit.evaluation.accuracy import classification_metrics
 from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.streams.stream import ShardStream
+from mmvit.streams.tally import Tally
 from mmvit.training import OptimizerConfig, Processes, Recipe, RunFolder, Session, TrainConfig, train
 
 ALONE = Processes(rank=0, world_size=1, device=torch.device("cpu"))

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from mmvit.cli import run_script
 from mmvit.data.images import images_from_pixels
 from mmvit.data.samples import PixelsSample
-from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError
 from mmvit.evaluation.code_use import code_counts, draw_code_use, use_metrics
 from mmvit.evaluation.reconstruction import reconstruction_metrics
@@ -37,6 +36,7 @@ from mmvit.models.vq import VQModel
 from mmvit.recipes.command import training_script
 from mmvit.recipes.image_tokenizer import ImageTokenizerRecipe
 from mmvit.sampling.grids import labelled_grid
+from mmvit.streams.stream import ShardStream
 from mmvit.training import Session, one_epoch, train, training_stream
 from mmvit.training.deepspeed_engine import zero_stage
 

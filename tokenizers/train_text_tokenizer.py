@@ -20,9 +20,9 @@ from typer import Argument, Option
 
 from mmvit.cli import run_script
 from mmvit.data.captions import PAD, TextTokenizer, read_captions, read_text
-from mmvit.data.shards import BadSample, BadShard, expand_shards, read_shard
 from mmvit.errors import UserError
 from mmvit.progress import with_progress
+from mmvit.streams.shards import BadSample, BadShard, expand_shards, read_shard
 
 NUM_BYTES = 256
 

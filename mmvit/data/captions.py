@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer
 
-from mmvit.data.shards import BadSample, BadShard, Sample, ShardPatterns, expand_shards, read_shard
 from mmvit.errors import UserError, refuse_damage
 from mmvit.places import find
 from mmvit.progress import with_progress
+from mmvit.streams.shards import BadSample, BadShard, Sample, ShardPatterns, expand_shards, read_shard
 
 PAD = "[PAD]"
 MOST_OF_TOKENIZER = 2**26  # bytes of a tokenizer.json

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mmvit.data.shards import BadSample
 from mmvit.data.writing import read_dataset_card
 from mmvit.errors import UserError
+from mmvit.streams.shards import BadSample
 
 MAX_CODES = 65_536  # of a codebook: codes are stored as uint16
 ENCODE_AGAIN = "encode the shards with the image tokenizer in use (mmvit encode)"

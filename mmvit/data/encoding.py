@@ -17,9 +17,9 @@ from mmvit.data.captions import read_caption, read_captions
 from mmvit.data.finished import describe_file, stamps_of
 from mmvit.data.images import decode_image, has_shape, measure_image
 from mmvit.data.samples import IMAGE_EXTENSIONS, image_bytes
-from mmvit.data.shards import BadSample, Sample, split_of
 from mmvit.data.writing import Outcome, read_samples
 from mmvit.errors import UserError
+from mmvit.streams.shards import BadSample, Sample, split_of
 
 FIRST_JOINED = "\u0590"  # Hebrew, Arabic, Indic, Thai, Chinese, ...: behind Latin, Greek and Cyrillic
 AT_ONCE = 16  # samples that a worker is given

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmvit.data.address import Address
-from mmvit.data.remote import facts_of
 from mmvit.data.writing import Outcome, WholeShard
 from mmvit.hub import write_json
+from mmvit.streams.address import Address
+from mmvit.streams.remote import facts_of
 
 STAMPS = ("st_size", "st_mtime_ns", "st_ctime_ns")
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mmvit.data.shards import BadSample
 from mmvit.errors import UserError
+from mmvit.streams.shards import BadSample
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # nothing that starts another program, as EPS does
 MAX_PIXELS = 64_000_000  # at most 12 bytes of memory each

@@ -15,11 +15,11 @@ from PIL import Image
 
 from mmvit.data.finished import FinishedShards
 from mmvit.data.images import MAX_PIXELS, Fit, ImageFacts, fit_image, formats_of, measure_image, open_image
-from mmvit.data.index import beside
-from mmvit.data.shards import BadSample
 from mmvit.data.sources import STORED_AS_IS, Entry, read_file
 from mmvit.data.writing import Outcome, WholeShard, remove_shard
 from mmvit.errors import UserError
+from mmvit.streams.index import beside
+from mmvit.streams.shards import BadSample
 
 STAGING = ".packed"  # a folder within that of the shards, for those that are finished before all are
 

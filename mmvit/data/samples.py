@@ -10,7 +10,7 @@ from mmvit.data.augment import Augment, AugmentConfig
 from mmvit.data.captions import TextTokenizer, read_caption
 from mmvit.data.codes import unpack_codes
 from mmvit.data.images import MAX_PIXELS, decode_image, to_unit_range
-from mmvit.data.shards import BadSample, Sample
+from mmvit.streams.shards import BadSample, Sample
 
 AUGMENTED = "augmented.npy"  # codes of shifted or flipped copies of the image, (copies, rows, columns)
 OLD_AUGMENTED = "views.npy"  # the same, in shards encoded before 2026-12

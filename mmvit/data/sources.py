@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from mmvit.data.captions import check_text, read_text
-from mmvit.data.shards import HELD_OUT, BadSample, Sample
 from mmvit.data.writing import Outcome, printable
 from mmvit.errors import UserError
 from mmvit.progress import with_progress
+from mmvit.streams.shards import HELD_OUT, BadSample, Sample
 
 STORED_AS_IS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 # Of several formats of one image the first is used: lossless ones, then the others.

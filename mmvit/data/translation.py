@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mmvit.data.captions import TextTokenizer, read_captions
-from mmvit.data.shards import Sample, ShardPatterns
-from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError
+from mmvit.streams.shards import Sample, ShardPatterns
+from mmvit.streams.stream import ShardStream
 
 ROUNDS = 8  # of expectation and maximization
 NOTHING = -1  # the counterpart of a token that translates none of the other text

@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from webdataset.writer import TarWriter
 
-from mmvit.data.address import Address, place
 from mmvit.data.images import ImageFacts, measure_image
-from mmvit.data.index import beside, save_index, scan
 from mmvit.data.lock import sole_writer
-from mmvit.data.remote import read_file
-from mmvit.data.shards import HELD_OUT, OLD_HELD_OUT, BadShard, Sample, read_shard
 from mmvit.errors import UserError, refuse_source
 from mmvit.hub import read_bounded, write_json
+from mmvit.streams.address import Address, place
+from mmvit.streams.index import beside, save_index, scan
+from mmvit.streams.remote import read_file
+from mmvit.streams.shards import HELD_OUT, OLD_HELD_OUT, BadShard, Sample, read_shard
 
 MOST_CLASSES = 40  # in the closing table
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from mmvit.data.reader import Batch, Decode
 from mmvit.data.samples import CaptionSample, PixelsSample
-from mmvit.data.shards import Sample
 from mmvit.errors import UserError
 from mmvit.evaluation.retrieval import caption_ranks, recalls
 from mmvit.evaluation.splits import batches_of, listed
 from mmvit.hub import write_json
 from mmvit.models.clip import CLIP
 from mmvit.sampling.candidates import CaptionScorer
+from mmvit.streams.reader import Batch, Decode
+from mmvit.streams.shards import Sample
 
 MOST_PAIRS = 10_000  # by default: their scores alone take 400 MB
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from mmvit.data.address import Address, place
 from mmvit.errors import UserError, did_you_mean
 from mmvit.evaluation.classifier_report import evaluate_classifier
 from mmvit.evaluation.clip_report import evaluate_clip
@@ -18,6 +17,7 @@ from mmvit.models.generator_transformer import GeneratorTransformer
 from mmvit.models.joint import Joint
 from mmvit.models.registry import CLASSIFIERS, IMAGE_TOKENIZERS
 from mmvit.sampling.grids import check_grid_file
+from mmvit.streams.address import Address, place
 
 Part = Literal["classifier", "generator"]
 PARTS: dict[Part, Callable] = {"classifier": evaluate_classifier, "generator": evaluate_generator}

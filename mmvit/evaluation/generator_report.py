@@ -13,10 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmvit.data.address import Address, place
 from mmvit.data.images import images_from_pixels
 from mmvit.data.samples import CaptionSample, ClassSample, PixelsSample
-from mmvit.data.shards import Sample, split_of
 from mmvit.errors import MissingData, UserError
 from mmvit.evaluation.frechet import FeatureSpace, feature_space
 from mmvit.evaluation.generated import COPY, diversity, nearest
@@ -44,6 +42,8 @@ from mmvit.sampling.candidates import CaptionScorer, rank_captions
 from mmvit.sampling.generator import Generator
 from mmvit.sampling.grids import two_halves
 from mmvit.sampling.settings import SAVED_FIELDS, explicit_options
+from mmvit.streams.address import Address, place
+from mmvit.streams.shards import Sample, split_of
 from mmvit.training.distributed import choose_precision
 
 TRAIN = "train"

@@ -10,13 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmvit.data.order import Order, Span
-from mmvit.data.reader import Batch, Decode
-from mmvit.data.shards import HELD_OUT, OLD_HELD_OUT, Sample, expand_shards, read_shard, shards_of, split_of
-from mmvit.data.stream import ShardStream
 from mmvit.errors import MissingData, UserError, did_you_mean
 from mmvit.evaluation.held_out import evenly_spread
 from mmvit.progress import with_progress
+from mmvit.streams.order import Order, Span
+from mmvit.streams.reader import Batch, Decode
+from mmvit.streams.shards import (
+    HELD_OUT,
+    OLD_HELD_OUT,
+    Sample,
+    expand_shards,
+    read_shard,
+    shards_of,
+    split_of,
+)
+from mmvit.streams.stream import ShardStream
 
 # names that held-out splits go by; the first one that a data set has is measured by default
 HELD_OUT_SPLITS = ("combinations", HELD_OUT, OLD_HELD_OUT, "test", "val", "validation")

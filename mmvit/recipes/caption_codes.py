@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from mmvit.data.captions import TextTokenizer, caption_lengths
 from mmvit.data.codes import check_codes_fit
 from mmvit.data.samples import CaptionCodesSample
-from mmvit.data.shards import expand_shards
-from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError
 from mmvit.hub import fingerprint
 from mmvit.models.generator_transformer import GeneratorConfig
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.registry import load_image_tokenizer
 from mmvit.recipes.data import CaptionCodesConfig
+from mmvit.streams.shards import expand_shards
+from mmvit.streams.stream import ShardStream
 from mmvit.training import Session, one_epoch, training_stream
 
 

@@ -6,8 +6,8 @@ from pydantic import AfterValidator, Field
 
 from mmvit.config import Config
 from mmvit.data.augment import AugmentConfig
-from mmvit.data.cache import DEFAULT_SIZE, checked_size
-from mmvit.data.shards import ShardPatterns
+from mmvit.streams.cache import DEFAULT_SIZE, checked_size
+from mmvit.streams.shards import ShardPatterns
 
 
 class CacheConfig(Config):

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 from mmvit.config import Config, section_of
 from mmvit.data.captions import TextTokenizer
 from mmvit.data.codes import ENCODE_AGAIN
-from mmvit.data.shards import expand_shards
 from mmvit.data.writing import read_dataset_card
 from mmvit.errors import UserError
 from mmvit.hub import shorten
+from mmvit.streams.shards import expand_shards
 
 
 class Fact(NamedTuple):

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from mmvit.config import to_toml
-from mmvit.data.cache import used_cache
-from mmvit.data.shards import expand_shards
 from mmvit.errors import UserError
 from mmvit.places import find, load_script, shipped
 from mmvit.recipes.command import Train
 from mmvit.recipes.plan import describe_cost
 from mmvit.recipes.resolve import resolve
 from mmvit.recipes.tasks import TASKS
+from mmvit.streams.cache import used_cache
+from mmvit.streams.shards import expand_shards
 from mmvit.training import RunFolder, open_session
 from mmvit.training.config import Recipe
 

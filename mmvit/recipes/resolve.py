@@ -20,7 +20,6 @@ from mmvit.config import (
     sections_of,
     set_by_path,
 )
-from mmvit.data.shards import expand_shards
 from mmvit.errors import MissingData, UserError
 from mmvit.hub import find_model_folder, in_words, read_part_description, run_exports
 from mmvit.models.presets import PRESETS, preset
@@ -28,6 +27,7 @@ from mmvit.places import find
 from mmvit.recipes.facts import Fact
 from mmvit.recipes.find import CONFIG, find_recipe, preparation
 from mmvit.recipes.tasks import recipe_class
+from mmvit.streams.shards import expand_shards
 from mmvit.training.config import Recipe
 
 

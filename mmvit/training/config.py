@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from mmvit.config import IN_STEPS, Config
-from mmvit.data.address import on_this_machine
+from mmvit.streams.address import on_this_machine
 
 
 class TrainConfig(Config):

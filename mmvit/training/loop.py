@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from mmvit.data.stream import WorkerKilled
-from mmvit.data.tally import Tally
 from mmvit.errors import UserError, did_you_mean
+from mmvit.streams.stream import WorkerKilled
+from mmvit.streams.tally import Tally
 from mmvit.training.checkpoint import Checkpoints, random_state, set_random_state, undisturbed_randomness
 from mmvit.training.display import Display
 from mmvit.training.distributed import Processes, choose_precision

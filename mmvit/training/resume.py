@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from mmvit.config import find_setting, flatten, merged
-from mmvit.data.stream import split_state
-from mmvit.data.tally import Tally
 from mmvit.errors import UserError
 from mmvit.hub import write_json
+from mmvit.streams.stream import split_state
+from mmvit.streams.tally import Tally
 from mmvit.training.checkpoint import (
     MANIFEST,
     Checkpoints,
@@ -39,8 +39,8 @@ SEEDS_OF_A_STEP = 1_000_003
 
 
 class Stream(Protocol):
-    """Endless batches with a position, and a tally of what was read; `mmvit.data` has one. Its iterator is a
-    generator, which the loop closes."""
+    """Endless batches with a position, and a tally of what was read; `mmvit.streams` has one. Its
+    iterator is a generator, which the loop closes."""
 
     @property
     def tally(self) -> Tally: ...

@@ -10,8 +10,8 @@ from typing import Generic, TypeVar
 import numpy
 import torch
 
-from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError
+from mmvit.streams.stream import ShardStream
 from mmvit.training.config import Recipe, TrainConfig
 from mmvit.training.distributed import Processes, open_processes
 from mmvit.training.run import RunFolder

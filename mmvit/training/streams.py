@@ -1,7 +1,7 @@
 """The data of a training script: an endless shuffled stream, and single epochs of held-out samples."""
 
-from mmvit.data.reader import Decode
-from mmvit.data.stream import ShardStream
+from mmvit.streams.reader import Decode
+from mmvit.streams.stream import ShardStream
 from mmvit.training.session import Session
 
 

@@ -25,10 +25,7 @@ from mmvit.config import Config
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.captions import PAD, TextTokenizer
 from mmvit.data.codes import pack_codes
-from mmvit.data.index import index_of, save_index, scan
 from mmvit.data.samples import CaptionCodesSample, CaptionIdsPixelsSample, ClassifierSample
-from mmvit.data.shards import BadSample, BadShard, Sample, expand_shards, read_shard
-from mmvit.data.stream import ShardStream
 from mmvit.errors import UserError
 from mmvit.evaluation.image_classifier import ImageClassifier
 from mmvit.hub import write_json, write_weights
@@ -46,6 +43,9 @@ from mmvit.models.vqgan import VQGAN, VQGANConfig
 from mmvit.places import load_script
 from mmvit.sampling.candidates import CaptionScorer
 from mmvit.sampling.generator import Generator
+from mmvit.streams.index import index_of, save_index, scan
+from mmvit.streams.shards import BadSample, BadShard, Sample, expand_shards, read_shard
+from mmvit.streams.stream import ShardStream
 from mmvit.training.checkpoint import read_state, write_state
 
 Files = dict[str, bytes]  # by path; what begins with LINK is a link, or a pipe if it points nowhere

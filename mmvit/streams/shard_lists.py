@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmvit.data.address import Address, place
-from mmvit.data.remote import read_file
 from mmvit.errors import UserError
 from mmvit.hub import write_json
+from mmvit.streams.address import Address, place
+from mmvit.streams.remote import read_file
 
 LIST = "shards.json"  # beside shards: {"shardlist": [{"url": NAME, "nsamples": 500}, ...]}
 LISTED = ("http", "https", "s3", "s3a", "gs", "gcs", "hf")  # protocols that lists made by strangers may name

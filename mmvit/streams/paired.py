@@ -6,8 +6,8 @@ from functools import reduce
 from itertools import zip_longest
 from typing import Any
 
-from mmvit.data.stream import ShardStream
-from mmvit.data.tally import Tally
+from mmvit.streams.stream import ShardStream
+from mmvit.streams.tally import Tally
 
 
 class PairedStream:

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mmvit.data.address import Address
-from mmvit.data.cache import xdg_cache
-from mmvit.data.index import (
+from mmvit.errors import UserError
+from mmvit.progress import with_progress
+from mmvit.streams.address import Address
+from mmvit.streams.cache import xdg_cache
+from mmvit.streams.index import (
     FORMAT,
     Index,
     beside,
@@ -26,11 +28,9 @@ from mmvit.data.index import (
     scan,
     write_index,
 )
-from mmvit.data.pieces import RemoteFile
-from mmvit.data.remote import read_file
-from mmvit.data.shard_lists import LIST, list_beside, number_in, read_json
-from mmvit.errors import UserError
-from mmvit.progress import with_progress
+from mmvit.streams.pieces import RemoteFile
+from mmvit.streams.remote import read_file
+from mmvit.streams.shard_lists import LIST, list_beside, number_in, read_json
 
 AT_ONCE = 16
 SLOW_TO_INDEX = 2**30  # bytes of shards without an index

@@ -16,13 +16,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mmvit.data.address import Address
-from mmvit.data.cache import key_of, xdg_cache
-from mmvit.data.pieces import RemoteFile, opened
-from mmvit.data.remote import facts_of
-from mmvit.data.shards import groups_of, open_shard, summary
-from mmvit.data.tar import BLOCK, CHUNK
 from mmvit.errors import UserError
+from mmvit.streams.address import Address
+from mmvit.streams.cache import key_of, xdg_cache
+from mmvit.streams.pieces import RemoteFile, opened
+from mmvit.streams.remote import facts_of
+from mmvit.streams.shards import groups_of, open_shard, summary
+from mmvit.streams.tar import BLOCK, CHUNK
 
 FORMAT = "mmvit-index-1"
 MOST_HEADER = 2**20

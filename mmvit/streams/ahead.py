@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property, lru_cache, partial
 
-from mmvit.data.address import Address
-from mmvit.data.cache import SIZE, the_cache
-from mmvit.data.index import Index
-from mmvit.data.order import Order, Span
-from mmvit.data.pieces import Fetchers, RemoteFile
 from mmvit.errors import UserError
+from mmvit.streams.address import Address
+from mmvit.streams.cache import SIZE, the_cache
+from mmvit.streams.index import Index
+from mmvit.streams.order import Order, Span
+from mmvit.streams.pieces import Fetchers, RemoteFile
 
 BYTES_AHEAD = 2**28  # that are fetched before they are needed
 INDEXES_AT_ONCE = 16

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from mmvit.data.order import Order
-from mmvit.data.reader import Batch, Decode, Delivery, Reader
-from mmvit.data.remote_index import indexes_of
-from mmvit.data.shards import BadShard, expand_shards
-from mmvit.data.tally import Tally
 from mmvit.errors import UserError
+from mmvit.streams.order import Order
+from mmvit.streams.reader import Batch, Decode, Delivery, Reader
+from mmvit.streams.remote_index import indexes_of
+from mmvit.streams.shards import BadShard, expand_shards
+from mmvit.streams.tally import Tally
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent is gone
 

@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmvit.data.address import Address
-from mmvit.data.ahead import Ahead, Plan
-from mmvit.data.cache import the_cache
-from mmvit.data.index import Index
-from mmvit.data.order import LANES, Order, random_from
-from mmvit.data.pieces import opened
-from mmvit.data.shards import BadSample, BadShard, Sample, read_shard, split_name
-from mmvit.data.tally import Tally
-from mmvit.data.tar import MOST_BYTES, BadTar, Problem, read_files
 from mmvit.errors import UserError
+from mmvit.streams.address import Address
+from mmvit.streams.ahead import Ahead, Plan
+from mmvit.streams.cache import the_cache
+from mmvit.streams.index import Index
+from mmvit.streams.order import LANES, Order, random_from
+from mmvit.streams.pieces import opened
+from mmvit.streams.shards import BadSample, BadShard, Sample, read_shard, split_name
+from mmvit.streams.tally import Tally
+from mmvit.streams.tar import MOST_BYTES, BadTar, Problem, read_files
 
 Batch = dict[str, Any]
 Decode = Callable[[Sample, random.Random], dict[str, Any] | None]

@@ -17,8 +17,8 @@ from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
 
-from mmvit.data.address import Address
 from mmvit.errors import MissingData, UserError
+from mmvit.streams.address import Address
 
 if TYPE_CHECKING:
     import requests

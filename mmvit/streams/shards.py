@@ -14,12 +14,12 @@ from typing import Annotated, BinaryIO
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 
-from mmvit.data.address import Address, place
-from mmvit.data.pieces import RemoteStream
-from mmvit.data.remote import files_in
-from mmvit.data.shard_lists import shards_listed
-from mmvit.data.tar import MOST_BYTES, BadTar, File, Problem, read_files
 from mmvit.errors import MissingData, UserError, without_secrets
+from mmvit.streams.address import Address, place
+from mmvit.streams.pieces import RemoteStream
+from mmvit.streams.remote import files_in
+from mmvit.streams.shard_lists import shards_listed
+from mmvit.streams.tar import MOST_BYTES, BadTar, File, Problem, read_files
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 HELD_OUT, OLD_HELD_OUT = "held-out", "heldout"  # the split's name now, and in shards made before 2026-12

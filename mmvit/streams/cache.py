@@ -14,8 +14,8 @@ from fcntl import LOCK_EX, LOCK_NB, flock
 from hashlib import sha256
 from pathlib import Path
 
-from mmvit.data.remote import Failed
 from mmvit.errors import UserError
+from mmvit.streams.remote import Failed
 
 FOLDER, SIZE = "MMVIT_CACHE", "MMVIT_CACHE_SIZE"  # environment variables, which workers inherit
 DEFAULT_SIZE = "50GB"

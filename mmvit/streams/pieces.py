@@ -10,10 +10,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 
-from mmvit.data.address import Address
-from mmvit.data.cache import InProgress, key_of, the_cache, touch
-from mmvit.data.remote import facts_of, read_part, tried
 from mmvit.errors import UserError
+from mmvit.streams.address import Address
+from mmvit.streams.cache import InProgress, key_of, the_cache, touch
+from mmvit.streams.remote import facts_of, read_part, tried
 
 PIECE = 2**23  # bytes; a server that gives no parts of a file is asked for all of it
 THREADS = 4  # that fetch ahead
