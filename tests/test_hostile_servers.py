@@ -10,7 +10,9 @@ import pytest
 from file_server import served
 
 from mmvit.data.samples import ClassifierSample
+from mmvit.data.writing import read_dataset_card
 from mmvit.errors import UserError
+from mmvit.recipes.facts import codes_in
 from mmvit.streams import remote
 from mmvit.streams.address import Address
 from mmvit.streams.pieces import RemoteFile
@@ -128,3 +130,31 @@ def test_a_redirection_that_leads_nowhere_is_not_followed_again(server, target):
     server.misbehave = lambda handler, _: handler.answer(302, b"", {"Location": target}) or True
     with pytest.raises(UserError, match=r"a.tar: the server redirects in a circle, or .* \(1 try in"):
         RemoteFile(Address(f"{server.url}/a.tar"))
+
+
+def test_files_for_which_there_are_no_credentials_are_not_taken_for_absent(monkeypatch):
+    error = type("NoCredentialsError", (Exception,), {})
+    monkeypatch.setattr(remote, "ask_fsspec", mock.Mock(side_effect=error))
+    named = "s3://some-bucket/train-000000.tar"
+    with pytest.raises(UserError, match=r"s3://some-bucket/dataset.json: no credentials; set AWS_PROFILE"):
+        codes_in({"data": {"train": named}}, "data", "model")
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (
+            403,
+            r"cannot tell what made the image codes: .*/dataset.json: access denied; .* \(some servers",
+        ),
+        (404, "has no image codes, or its dataset.json does not say what made them; encode the shards"),
+    ],
+)
+def test_a_denied_dataset_json_is_not_called_one_that_says_nothing(server, status, message):
+    (server.folder / "dataset.json").touch()
+    server.misbehave = lambda handler, span: handler.answer(status, b"", {}) is None
+    assert (
+        read_dataset_card(Address(server.url)) == {}
+    )  # buckets that list no files answer 403 for absent ones
+    with pytest.raises(UserError, match=message):
+        codes_in({"data": {"train": f"{server.url}/train-000000.tar"}}, "data", "model")

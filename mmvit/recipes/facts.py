@@ -9,6 +9,8 @@ from mmvit.data.codes import ENCODE_AGAIN
 from mmvit.data.writing import read_dataset_card
 from mmvit.errors import UserError
 from mmvit.hub import shorten
+from mmvit.streams.address import Address
+from mmvit.streams.remote import Missing, NotFound, facts_of
 from mmvit.streams.shards import expand_shards
 
 
@@ -78,7 +80,10 @@ def codes_in(values: dict[str, Any], data: str, model: str) -> list[Fact]:
         UserError: if their dataset.json does not say.
     """
     for folder in folders_in(values, data):
-        made_by = read_dataset_card(folder).get("image_tokenizer", {})
+        card = read_dataset_card(folder)
+        if not card and isinstance(folder, Address):
+            refuse_denied(folder / "dataset.json")
+        made_by = card.get("image_tokenizer", {})
         grid = made_by.get("grid")
         if not isinstance(grid, list) or len(grid) != 2 or "codebook_size" not in made_by:
             raise UserError(
@@ -91,6 +96,19 @@ def codes_in(values: dict[str, Any], data: str, model: str) -> list[Fact]:
             Fact(f"{model}.codebook_size", made_by["codebook_size"], place),
         ]
     return []
+
+
+def refuse_denied(file: Address) -> None:
+    """Raises UserError if a server does not let us read `file`, rather than say that there is none."""
+    try:
+        facts_of(file)
+    except NotFound:
+        pass
+    except Missing as missing:
+        raise UserError(
+            f"cannot tell what made the image codes: {missing} (some servers also answer this where there is "
+            "no such file)"
+        ) from None
 
 
 def describe_sizes(folders: list[Path], height_width: tuple[int, int]) -> str:

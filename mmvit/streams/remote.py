@@ -40,7 +40,15 @@ class Failed(Exception):
 
 
 class Missing(MissingData):
-    """There is no such file, or it may not be read."""
+    """There is no such file, or it may not be read: many servers answer the same to both."""
+
+
+class NotFound(Missing):
+    """There is no such file."""
+
+
+class NoCredentials(UserError):
+    """Nothing was asked, for want of credentials: there may be such a file."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ def tried(address: Address, attempt: Callable[[], Result]) -> Result:
 
     Raises:
         Missing: if there is no such file, or it may not be read.
-        UserError: if all tries fail.
+        UserError: if there are no credentials, or all tries fail.
     """
     pause, start = FIRST_PAUSE, time.monotonic()
     for number in range(1, TRIES + 1):
@@ -66,12 +74,12 @@ def tried(address: Address, attempt: Callable[[], Result]) -> Result:
         except UserError:
             raise
         except (FileNotFoundError, NotADirectoryError):
-            raise Missing(f"{address}: not found") from None
+            raise NotFound(f"{address}: not found") from None
         except PermissionError:
             raise Missing(f"{address}: access denied; {how_to_sign_in(address)}") from None
         except Exception as error:  # of any library below; its text may hold the address with its secrets
             if "Credentials" in type(error).__name__:
-                raise Missing(f"{address}: no credentials; {how_to_sign_in(address)}") from None
+                raise NoCredentials(f"{address}: no credentials; {how_to_sign_in(address)}") from None
             if number == TRIES or is_hopeless(error):
                 seconds = time.monotonic() - start
                 tries = "1 try" if number == 1 else f"{number} tries"
@@ -139,7 +147,8 @@ def read_part(address: Address, facts: Facts, start: int, end: int) -> Iterator[
 
 
 def read_file(address: Address) -> bytes | None:
-    """A small file; None if there is none, or it may not be read. Raises as `tried`."""
+    """A small file; None if there is none, or it may not be read, which servers that do not list their files
+    also answer where there is none. Raises as `tried`."""
     try:
         facts = facts_of(address)
         if facts.size > MOST_AT_ONCE:
