@@ -262,7 +262,7 @@ def test_a_start_brings_its_architecture_and_tokenizers(generator_run, encoded, 
 
 def test_training_on_held_out_shards_is_warned_of(encoded):
     resolved = resolve(encoded / "config.toml", {"data.held_out": [f"{encoded}/codes/*.tar"]})
-    assert "warning: data.held_out has 1 of the shards in data.train" in resolved.notes[-1]
+    assert "warning: data.held_out has 5 of the shards in data.train" in resolved.notes[-1]
     assert not resolve(encoded / "config.toml").notes
 
 
