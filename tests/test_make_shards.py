@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from generator_scripts import refused
 from PIL import Image
 from shard_scripts import contents, make_shards, read_split, save_image
 
@@ -386,6 +387,15 @@ def test_hostile_files_and_lists_are_counted(run_script, tmp_path):
     (source / "list.csv").write_text(f"path,caption\ngood.png,{'a' * 200_000}\n\0.png,x\n2.png,y\n")
     samples, _ = make_shards(run_script, source / "list.csv", tmp_path / "csv")
     assert sorted(samples) == ["2", "good"]
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("list.jsonl", "does not exist"), ("/proc/self/mem", "cannot be read: Input/output error")],
+)
+def test_a_list_that_is_a_link_to_no_file_is_refused(run_script, tmp_path, target, message):
+    (tmp_path / "list.jsonl").symlink_to(target)
+    refused(run_script("pipelines/make_shards.py", tmp_path / "list.jsonl", tmp_path / "out"), message)
 
 
 def test_hostile_shapes_of_folders_and_files_are_counted(run_script, tmp_path):

@@ -347,6 +347,8 @@ def read_rows(source: Path) -> Iterator[tuple[int, Any]]:
         raise UserError(f"{source} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except csv.Error as error:
         raise UserError(f"{source} is not a CSV file: {error}") from None
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error.strerror}") from None
 
 
 def bounded(lines: TextIO, source: Path) -> Iterator[str]:

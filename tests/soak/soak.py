@@ -92,6 +92,8 @@ def fuzzed(fuzzer: subprocess.Popen[str]) -> dict[str, Tally]:
     """The tallies that the fuzzer prints as its last line."""
     lines = fuzzer.communicate()[0].splitlines()
     found = json.loads(lines[-1])
+    for failure in [failure for own in found.values() for failure in own["failures"]]:
+        print(f"NOT HELD: {failure}", flush=True)
     return {f"mutated {name}": Tally(own["tried"], own["failures"]) for name, own in found.items()}
 
 
