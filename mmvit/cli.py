@@ -51,12 +51,12 @@ GROUPS = {
     },
     "Prepare data": {
         "shards": Command("pipelines/make_shards.py", "pack images, captions and classes into shards"),
-        "index": Command("pipelines/index_shards.py", "say where in shards samples lie, for quick starts"),
-        "encode": Command("pipelines/encode_images.py", "turn the images of shards into image codes"),
+        "index": Command("pipelines/index_shards.py", "index shards so that training starts quickly"),
+        "encode": Command("pipelines/encode_images.py", "turn the images in shards into image codes"),
         "subset": Command("pipelines/take_share.py", "take the same share of every class"),
         "prepare emoji": Command("pipelines/prepare_emoji.py", "make the emoji data set"),
-        "prepare emoji-groups": Command("pipelines/prepare_emoji_groups.py", "emoji with classes"),
-        "prepare fashion-mnist": Command("pipelines/prepare_fashion_mnist.py", "make Fashion-MNIST"),
+        "prepare emoji-groups": Command("pipelines/prepare_emoji_groups.py", "make the emoji data set with classes"),
+        "prepare fashion-mnist": Command("pipelines/prepare_fashion_mnist.py", "make the Fashion-MNIST data set"),
         "tokenizer text": Command("tokenizers/train_text_tokenizer.py", "learn a text tokenizer"),
         "tokenizer image": Command("tokenizers/train_image_tokenizer.py", "learn an image tokenizer"),
     },
@@ -69,7 +69,7 @@ GROUPS = {
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 TOP_HELP = """mmvit: train image classifiers and caption-to-image generators on one Transformer core.
 
-    mmvit sample "red apple" --num 4      draws with the generator that is shipped
+    mmvit sample "red apple" --num 4      draws with the bundled generator
     mmvit demo                            prepares data, trains a generator and draws with it, in minutes
     mmvit train --list                    shows what can be trained
 """

@@ -1,19 +1,19 @@
-"""Write an index beside every shard, so that training begins at once, and resumes anywhere.
+"""Index shards, so that training starts quickly and resumes at any sample.
 
     mmvit index data/emoji
     mmvit index "data/photos/train-{000000..000099}.tar"
     mmvit index s3://bucket/photos --out photos-index
 
-The last reads shards that lie elsewhere, and writes what to copy beside them.
+The last command reads remote shards, and writes files to copy beside them.
 
-An index is a small file, SHARD.index, that says where in the shard each sample lies. mmvit shards, encode,
-subset and prepare write it with the shard; this command is for shards from elsewhere. An index that fits its
-shard stays, so after an interruption the same command goes on. A shard without one is indexed whenever a run
-first needs it; the result is kept in ~/.cache/mmvit (or $XDG_CACHE_HOME/mmvit), and so is that of remote
-shards without --out. Compressed shards (.tar.gz) get none: unpack them.
+An index is a small file beside the shard, SHARD.index, with the position of every sample. mmvit shards, encode,
+subset and prepare write it with the shard; this command is for shards made in other ways. It skips shards
+whose index is current, so you can run it again after an interruption. A run that needs a shard without an
+index makes one and keeps it in ~/.cache/mmvit (or $XDG_CACHE_HOME/mmvit); so does this command for remote
+shards without --out. Compressed shards (.tar.gz) cannot be indexed: unpack them first.
 
-All counts are in shards.json, in the form of webdataset's wids: with it beside them, training on thousands of
-remote shards begins after one request.
+The command also writes shards.json, the number of samples in each shard, in the format of webdataset's wids:
+with this file beside them, training on thousands of remote shards starts after one request.
 """
 
 from functools import partial
@@ -35,17 +35,17 @@ from mmvit.streams.shards import BadShard, expand_shards
 def main(
     shards: Annotated[list[str], Argument(help="folders, globs or tar files")],
     workers: Annotated[
-        int | None, Option(min=0, help="processes that read shards (default: one for each core but one)")
+        int | None, Option(min=0, help="processes that read shards (default: one per core, less one)")
     ] = None,
     out: Annotated[
         Path | None,
-        Option(help="folder for the indexes (default: beside local shards; of others the cache)"),
+        Option(help="folder for the indexes (default: beside local shards; the cache for remote ones)"),
     ] = None,
 ) -> None:
     found = list(dict.fromkeys(expand_shards(shards)))
     if packed := [shard for shard in found if shard.suffix != ".tar"]:
         raise UserError(
-            f"{packed[0]} is compressed, so no sample can be read without all before it: unpack it"
+            f"{packed[0]} is compressed, so a sample cannot be read without all before it: unpack it"
         )
     workers = min(default_workers() if workers is None else workers, len(found) // 2)
     write = partial(write_any_index, out=out)
