@@ -6,10 +6,10 @@
 
 The last command reads remote shards, and writes files to copy beside them.
 
-An index is a small file beside the shard, SHARD.index, with the position of every sample. mmvit shards, encode,
-subset and prepare write it with the shard; this command is for shards made in other ways. It skips shards
-whose index is current, so you can run it again after an interruption. A run that needs a shard without an
-index makes one and keeps it in ~/.cache/mmvit (or $XDG_CACHE_HOME/mmvit); so does this command for remote
+An index is a small file beside the shard, SHARD.index, with the position of every sample. mmvit shards,
+encode, subset and prepare write it with the shard; this command is for shards made in other ways. It skips
+shards whose index is current, so you can run it again after an interruption. A run that needs a shard without
+an index makes one and keeps it in ~/.cache/mmvit (or $XDG_CACHE_HOME/mmvit); so does this command for remote
 shards without --out. Compressed shards (.tar.gz) cannot be indexed: unpack them first.
 
 The command also writes shards.json, the number of samples in each shard, in the format of webdataset's wids:
