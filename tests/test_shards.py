@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from webdataset.writer import TarWriter
 
-from mmvit.data.writing import ShardWriter, read_dataset_card
+from mmvit.data.packing import publish
+from mmvit.data.writing import ShardWriter, read_dataset_card, remove_shard
 from mmvit.errors import UserError
 from mmvit.progress import progress_line
 from mmvit.streams.index import beside, load_index, scan
+from mmvit.streams.shard_lists import write_list
 from mmvit.streams.shards import BadShard, expand_shards, read_shard, shards_of
 
 TRAIN = "train-{000000..000004}.tar"
@@ -243,6 +245,23 @@ def test_a_shard_is_written_with_its_index(tmp_path):
         shard = write(tmp_path, [{"txt": text}] * 3)
         index = load_index(beside(shard), shard)
         assert (index.ranges == scan(shard).ranges).all()
+
+
+@pytest.mark.parametrize("how", ["written", "removed", "packed"])
+def test_a_list_of_shards_goes_when_one_of_them_is_replaced(tmp_path, how):
+    """Its counts would contradict the new ones."""
+    shard = write(tmp_path, [{"txt": b"x"}])
+    (tmp_path / "staged").mkdir()
+    staged = write(tmp_path / "staged", [{"txt": b"x"}] * 2)
+    write_list(tmp_path, {shard.name: (1, shard.stat().st_size)})
+    assert (tmp_path / "shards.json").exists()
+    if how == "written":
+        write(tmp_path, [{"txt": b"x"}] * 2)
+    elif how == "removed":
+        remove_shard(shard)
+    else:
+        publish(staged.parent, tmp_path, [shard.name], ["train"])
+    assert not (tmp_path / "shards.json").exists()
 
 
 def test_fewer_shards_replace_all_earlier_ones_of_the_split(tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 from mmvit.data.finished import FinishedShards
 from mmvit.data.images import MAX_PIXELS, Fit, ImageFacts, fit_image, formats_of, measure_image, open_image
 from mmvit.data.sources import STORED_AS_IS, Entry, read_file
-from mmvit.data.writing import Outcome, WholeShard, remove_shard
+from mmvit.data.writing import Outcome, WholeShard, forget_index, remove_shard
 from mmvit.errors import UserError
 from mmvit.streams.index import beside
 from mmvit.streams.shards import BadSample
@@ -156,7 +156,7 @@ def publish(staged: Path, folder: Path, names: Collection[str], splits: Iterable
     (folder / "dataset.json").unlink(missing_ok=True)  # which is of the earlier ones
     for name in names:
         new, place = staged / name, folder / name
-        beside(place).unlink(missing_ok=True)
+        forget_index(place)
         new.replace(place)
         if beside(new).exists():
             beside(new).replace(beside(place))

@@ -21,6 +21,7 @@ from mmvit.hub import read_bounded, write_json
 from mmvit.streams.address import Address, place
 from mmvit.streams.index import beside, save_index, scan
 from mmvit.streams.remote import read_file
+from mmvit.streams.shard_lists import LIST
 from mmvit.streams.shards import HELD_OUT, OLD_HELD_OUT, BadShard, Sample, read_shard
 
 MOST_CLASSES = 40  # in the closing table
@@ -58,7 +59,7 @@ class WholeShard:
     def publish(self) -> None:
         """Replaces what has the shard's name, and its index."""
         index = scan(self.partial)
-        beside(self.path).unlink(missing_ok=True)
+        forget_index(self.path)
         self.partial.replace(self.path)
         index.shard = self.path
         with suppress(OSError):  # on a full disk: a shard without an index is as good
@@ -143,7 +144,13 @@ class ShardWriter:
 
 def remove_shard(shard: Path) -> None:
     shard.unlink()
-    beside(shard).unlink(missing_ok=True)
+    forget_index(shard)
+
+
+def forget_index(shard: Path) -> None:
+    """Removes what a shard's folder says about the samples in it, which may not be true any longer."""
+    for stale in (beside(shard), shard.parent / LIST):
+        stale.unlink(missing_ok=True)
 
 
 class Outcome:

@@ -49,8 +49,8 @@ class CountedShard:
             index = remote_index(self.shard)
             if index.samples != self.samples:
                 raise UserError(
-                    f"{self.shard} has {index.samples:,} samples, not {self.samples:,}, as {LIST} or the "
-                    "statistics beside it say: run mmvit index again"
+                    f"{self.shard} has {index.samples:,} samples, but {LIST} (or the statistics) beside it "
+                    f"says {self.samples:,}: run mmvit index again"
                 )
             self.index = index
         return self.index.ranges
