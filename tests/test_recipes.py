@@ -90,7 +90,8 @@ def test_a_run_of_fewer_steps_shrinks_what_is_counted_in_steps(recipe, tmp_path)
     short = recipe("", settings, more=more)
     assert (short.train.evaluate_every, short.train.checkpoint_every) == (20, 30)
     (note,) = resolve(tmp_path / "recipe.toml", settings, read_data=False).notes
-    assert note == "100 of the recipe's 1000 steps, so train.evaluate_every 20, optimizer.warmup_steps 5"
+    expected = "so train.evaluate_every is 20, optimizer.warmup_steps is 5"
+    assert note == f"100 steps instead of the recipe's 1000, {expected}"
     assert short.optimizer.warmup_steps == 5
     assert recipe("", {"train.steps": 2000}, more=more).train.evaluate_every == 200
     tokenizer = recipe(

@@ -324,8 +324,8 @@ def shrink_schedules(recipe: type[Recipe], values: dict[str, Any], given: Mappin
     for key, value in counted_in_steps(recipe, values):
         if value and key not in given and (shorter := max(1, round(value * now / before))) < value:
             set_by_path(values, key, shorter)
-            shrunk.append(f"{key} {shorter}")
-    return [f"{now} of the recipe's {before} steps, so {', '.join(shrunk)}"] if shrunk else []
+            shrunk.append(f"{key} is {shorter}")
+    return [f"{now} steps instead of the recipe's {before}, so {', '.join(shrunk)}"] if shrunk else []
 
 
 def counted_in_steps(
