@@ -248,7 +248,9 @@ def test_damaged_checkpoint_is_named(tmp_path, tiny_shards):
     ):
         train_on_shards(new_session(tmp_path / "run", resume=True), tiny_shards)
     (folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"manifest\.json is missing"):
+    shutil.copytree(folder, folder.with_name("step-00000001"))
+    both = r"2 is damaged: manifest\.json is missing .*1 is damaged: manifest\.json .*; there is no other one"
+    with pytest.raises(UserError, match=rf"{both}: .* new run from .*--start.model {tmp_path}/run/last\)"):
         train_on_shards(new_session(tmp_path / "run", resume=True), tiny_shards)
 
 

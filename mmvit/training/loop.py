@@ -59,7 +59,7 @@ def train(
     progress, changes, folder = Progress(), {}, None
     seed_everything(config.seed + 1 + processes.rank)  # dropout differs between processes
     if session.resume:
-        folder, problems = find_checkpoint(checkpoints, processes)
+        folder, problems = find_checkpoint(session, checkpoints)
         for problem in problems:
             session.say(f"warning: {problem}; going on from {folder.name}")
         if folder:

@@ -125,7 +125,7 @@ class View:
     content: str | None
 
 
-def find_checkpoint(checkpoints: Checkpoints, processes: Processes) -> tuple[Path | None, list[str]]:
+def find_checkpoint(session: Session, checkpoints: Checkpoints) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of the main process, under this process's path; None if there is none.
 
     The main process alone reads it through. Others may lack it: they are sent what they need.
@@ -138,11 +138,16 @@ def find_checkpoint(checkpoints: Checkpoints, processes: Processes) -> tuple[Pat
             then the other processes exit.
     """
 
+    processes = session.processes
+
     def newest() -> tuple[str | None, list[str]]:
         folder, problems = checkpoints.latest()
         if problems and folder is None:
-            alone = "; there is no other one: put its files back, or start a new run"
-            raise UserError(problems[0] + alone)
+            last, start = session.run.last, getattr(session.recipe, "start", None)
+            weights = f" from the weights in last/ (--start.model {last})" if start and last.is_dir() else ""
+            raise UserError(
+                f"{'; '.join(problems)}; there is no other one: put the files back, or start a new run{weights}"
+            )
         return folder and folder.name, problems
 
     name, problems = processes.from_main(newest)
