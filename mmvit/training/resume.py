@@ -30,7 +30,6 @@ from mmvit.training.checkpoint import (
     write_state,
 )
 from mmvit.training.config import Recipe
-from mmvit.training.distributed import Processes
 from mmvit.training.engine import Engine
 from mmvit.training.session import Session, seed_everything
 
@@ -137,7 +136,6 @@ def find_checkpoint(session: Session, checkpoints: Checkpoints) -> tuple[Path | 
         UserError: when all are damaged, or another process sees a newer one, or another one of the same step;
             then the other processes exit.
     """
-
     processes = session.processes
 
     def newest() -> tuple[str | None, list[str]]:
@@ -146,7 +144,8 @@ def find_checkpoint(session: Session, checkpoints: Checkpoints) -> tuple[Path | 
             last, start = session.run.last, getattr(session.recipe, "start", None)
             weights = f" from the weights in last/ (--start.model {last})" if start and last.is_dir() else ""
             raise UserError(
-                f"{'; '.join(problems)}; there is no other one: put the files back, or start a new run{weights}"
+                f"{'; '.join(problems)}; there is no other one: put the files back, or start a new run"
+                + weights
             )
         return folder and folder.name, problems
 
