@@ -75,7 +75,9 @@ def indexes_of(shards: list[Path | Address]) -> list[Index | CountedShard]:
             found[shard] = CountedShard(shard, samples)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         try:
-            indexes = with_progress(pool.map(counted, todo), len(todo), "indexing remote shards")
+            indexes = pool.map(counted, todo)
+            if todo:
+                indexes = with_progress(indexes, len(todo), "indexing remote shards")
             found |= zip(todo, indexes, strict=True)
         finally:
             pool.shutdown(cancel_futures=True)
