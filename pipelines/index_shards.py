@@ -28,7 +28,7 @@ from mmvit.errors import UserError
 from mmvit.progress import with_progress
 from mmvit.streams.index import length_of
 from mmvit.streams.remote_index import write_any_index
-from mmvit.streams.shard_lists import write_list
+from mmvit.streams.shard_lists import LIST, write_list
 from mmvit.streams.shards import BadShard, expand_shards
 
 
@@ -60,6 +60,9 @@ def main(
     for folder, listed in counts.items():
         write_list(folder, listed)
     print(f"{samples:,} samples in {len(found):,} shard{'s' * (len(found) != 1)}")
+    for folder, listed in counts.items():
+        made = "1 index" if len(listed) == 1 else f"{len(listed):,} indexes"
+        print(f"{LIST} and {made} are in {folder}")
     for problem in problems:
         print(f"warning: {problem}")
 

@@ -15,6 +15,7 @@ from test_tar import NAMES, tar_of
 from mmvit.errors import UserError
 from mmvit.streams import index as indexes
 from mmvit.streams.index import SUFFIX, Index, beside, index_of, load_index, save_index, scan
+from mmvit.streams.remote_index import indexes_of
 from mmvit.streams.shards import read_shard
 from mmvit.streams.stream import ShardStream
 from mmvit.streams.tally import Tally
@@ -66,7 +67,8 @@ def list_of(shard: Path) -> list:
 
 def test_an_index_is_taken_from_beside_the_shard(shard, run_script):
     ran = run_script("pipelines/index_shards.py", shard.parent)
-    assert ran.stdout.endswith("40 samples in 1 shard\n"), ran.stderr
+    told = f"40 samples in 1 shard\nshards.json and 1 index are in {shard.parent}\n"
+    assert ran.stdout.endswith(told), ran.stderr
     with mock.patch.object(indexes, "scan", side_effect=AssertionError):
         assert (index_of(shard).ranges == scan(shard).ranges).all()
 
@@ -84,10 +86,16 @@ def test_an_interrupted_index_goes_on_and_makes_stale_ones_again(shard, run_scri
     scanned = []
     with mock.patch.object(indexes, "scan", lambda path: scanned.append(path) or scan(path)):
         ran = run_script("pipelines/index_shards.py", shard.parent, "--workers", 0)
-    assert ran.stdout.endswith("200 samples in 5 shards\n"), ran.stderr
+    told = f"200 samples in 5 shards\nshards.json and 5 indexes are in {shard.parent}\n"
+    assert ran.stdout.endswith(told), ran.stderr
     assert scanned == shards[1:]
     assert [beside(each).read_bytes() for each in shards[:3]] == right[:3]
     assert (load_index(beside(shards[3]), shards[3]).ranges == scan(shards[3]).ranges).all()
+
+
+def test_local_shards_show_no_bar_of_remote_ones(shard):
+    with mock.patch("mmvit.streams.remote_index.with_progress", side_effect=AssertionError):
+        assert [index.samples for index in indexes_of([shard])] == [40]
 
 
 def test_a_large_shard_is_indexed_once_and_kept_in_the_cache(shard, monkeypatch):
