@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -209,8 +210,15 @@ def test_a_server_that_does_not_give_a_shard_is_quoted(server, status, message):
 
 def test_a_server_that_is_gone_is_named(server):
     server.server_close()
-    with pytest.raises(UserError, match=r"train-000001.tar: no connection, or it was cut"):
+    with pytest.raises(UserError, match=r"train-000001.tar: connection refused by 127.0.0.1:\d+ \(8 tries"):
         list(read_shard(Address(f"{server.url}/train-000001.tar")))
+
+
+@pytest.mark.parametrize(("number", "tries"), [(socket.EAI_NONAME, 3), (socket.EAI_AGAIN, 8)])
+def test_a_host_that_does_not_exist_is_named_after_few_tries(monkeypatch, number, tries):
+    monkeypatch.setattr(socket, "getaddrinfo", mock.Mock(side_effect=socket.gaierror(number, "")))
+    with pytest.raises(UserError, match=rf"a.tar: cannot resolve no.invalid \({tries} tries"):
+        list(read_shard(Address("http://no.invalid/a.tar")))
 
 
 def test_a_shard_that_changes_while_it_is_read_is_noticed(server, monkeypatch):
@@ -231,7 +239,7 @@ def test_servers_without_ranges_are_asked_for_whole_shards(tiny_shards, server):
     ("address", "message"),
     [
         ("gs://bucket/a.tar", r"gs:// needs another package: pip install 'mmvit\[gcs\]'"),
-        ("nosuch://bucket/a.tar", "unknown protocol nosuch://; expected https://, s3://"),
+        ("nosuch://bucket/a.tar", "unknown protocol nosuch://; expected https://, http://, s3://"),
         ("https://host/a.tar?token=$NO_SUCH_TOKEN", "the environment variable NO_SUCH_TOKEN is not set"),
         ("https://host/a.tar?token=***", "expected the address with its secret"),
     ],

@@ -7,6 +7,7 @@ imported when they are needed: a command that reads local files should not wait 
 import os
 import random
 import re
+import socket
 import threading
 import time
 import warnings
@@ -80,7 +81,7 @@ def tried(address: Address, attempt: Callable[[], Result]) -> Result:
         except Exception as error:  # of any library below; its text may hold the address with its secrets
             if "Credentials" in type(error).__name__:
                 raise NoCredentials(f"{address}: no credentials; {how_to_sign_in(address)}") from None
-            if number == TRIES or is_hopeless(error):
+            if number == TRIES or is_hopeless(error) or (number == 3 and has_no_such_host(error)):
                 seconds = time.monotonic() - start
                 tries = "1 try" if number == 1 else f"{number} tries"
                 raise UserError(f"{address}: {described(error)} ({tries} in {seconds:.0f} s)") from None
@@ -97,6 +98,13 @@ def is_hopeless(error: Exception) -> bool:
     return isinstance(error, InvalidSchema | InvalidURL | SSLError | TooManyRedirects)
 
 
+def has_no_such_host(error: Exception) -> bool:
+    """Whether a name is said not to exist, rather than that no name server answers."""
+    reason = getattr(error.args[0] if error.args else None, "reason", None)
+    cause = getattr(reason, "__cause__", None)
+    return isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME
+
+
 def described(error: Exception) -> str:
     import requests
     import urllib3
@@ -109,6 +117,12 @@ def described(error: Exception) -> str:
         return "the server redirects in a circle, or to something other than http:// and https://"
     if isinstance(error, requests.Timeout | TimeoutError):
         return f"no answer within {NO_ANSWER} s"
+    reason = getattr(error.args[0] if error.args else None, "reason", None)
+    if isinstance(reason, urllib3.exceptions.NameResolutionError):
+        return f"cannot resolve {reason.conn.host}"
+    is_new = isinstance(reason, urllib3.exceptions.NewConnectionError)
+    if is_new and isinstance(reason.__cause__, ConnectionRefusedError):
+        return f"connection refused by {reason.conn.host}:{reason.conn.port}"
     if isinstance(error, requests.ConnectionError | urllib3.exceptions.HTTPError | ConnectionError):
         return "no connection, or it was cut"
     return f"it cannot be read ({type(error).__name__})"
@@ -288,8 +302,8 @@ def open_fsspec(address: Address) -> tuple[Any, str]:
         raise UserError(f"{address}: {address.protocol}:// needs another package: {how}") from None
     except ValueError:
         raise UserError(
-            f"{address}: unknown protocol {address.protocol}://; expected https://, s3://, gs://, hf:// or "
-            "another of fsspec's"
+            f"{address}: unknown protocol {address.protocol}://; expected https://, http://, s3://, gs://, "
+            "hf:// or another of fsspec's"
         ) from None
 
 
