@@ -187,7 +187,8 @@ def test_signal_to_the_whole_process_group_saves(tmp_path, tiny_shards, number):
     """As a scheduler ends a job, or a terminal: the data workers get the signal, too."""
     script = tmp_path / "train.py"
     script.write_text(
-        "import sys; from pathlib import Path\n"
+        "import signal, sys; from pathlib import Path\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # the tests themselves may run under nohup
         "sys.path.insert(0, sys.argv[1]); import training_runs as tests\n"
         "session = tests.new_session(Path(sys.argv[2]), steps=100_000, num_workers=2)\n"
         "tests.train_on_shards(session, Path(sys.argv[3]), lambda n, batch: print(n, flush=True))\n"
