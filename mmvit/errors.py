@@ -65,7 +65,8 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 def refuse_source(out: Path, *sources: Path) -> None:
     """Raises UserError when a script would write over what it reads."""
-    if os.path.realpath(out) in map(os.path.realpath, sources):  # which takes links in a circle, too
+    local = [source for source in sources if isinstance(source, Path)]  # others have an address
+    if os.path.realpath(out) in map(os.path.realpath, local):  # which takes links in a circle, too
         raise UserError(f"{out} is the source itself; name another place to write to")
 
 
