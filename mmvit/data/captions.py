@@ -34,6 +34,13 @@ class TextTokenizer:
         tokenizer.encode_special_tokens = True  # "[PAD]" in a caption is ordinary text
         tokenizer.no_padding()
         tokenizer.no_truncation()
+        self.vocab_size: int = tokenizer.get_vocab_size()
+        last = max(tokenizer.get_vocab().values(), default=-1)
+        if last >= self.vocab_size:  # `to_str` would count up to it
+            raise UserError(
+                f"{source}: expected {self.vocab_size:,} tokens without gaps, got token {last:,}; learn one "
+                "with mmvit tokenizer text"
+            )
         model = json.loads(tokenizer.to_str())["model"]
         pad_id = tokenizer.token_to_id(PAD)
         if model["type"] != "BPE" or pad_id is None:
@@ -49,12 +56,6 @@ class TextTokenizer:
         self.tokenizer = tokenizer
         self.source = source
         self.pad_id: int = pad_id
-        self.vocab_size: int = tokenizer.get_vocab_size()
-        if (last := max(tokenizer.get_vocab().values())) >= self.vocab_size:
-            raise UserError(
-                f"{source}: expected {self.vocab_size:,} tokens without gaps, got token {last:,}; learn one "
-                "with mmvit tokenizer text"
-            )
         merges = (
             tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]
         )
