@@ -42,7 +42,6 @@ from mmvit.data.finished import FinishedShards, is_file, kept_when_interrupted
 from mmvit.data.images import parse_size, to_unit_range
 from mmvit.data.lock import sole_writer
 from mmvit.data.samples import AUGMENTED
-from mmvit.data.workers import default_workers, map_ahead
 from mmvit.data.writing import (
     Outcome,
     WholeShard,
@@ -59,6 +58,7 @@ from mmvit.progress import with_progress
 from mmvit.streams.address import place
 from mmvit.streams.index import beside, load_index
 from mmvit.streams.shards import BadShard, Sample, expand_shards, read_shard
+from mmvit.streams.workers import default_workers, map_ahead
 from mmvit.training.distributed import choose_device, environment_number, open_processes
 
 BATCH = 64

@@ -23,13 +23,13 @@ from typing import Annotated
 from typer import Argument, Option
 
 from mmvit.cli import run_script
-from mmvit.data.workers import default_workers, map_ahead
 from mmvit.errors import UserError
 from mmvit.progress import with_progress
 from mmvit.streams.index import length_of
 from mmvit.streams.remote_index import write_any_index
 from mmvit.streams.shard_lists import LIST, write_list
 from mmvit.streams.shards import BadShard, expand_shards
+from mmvit.streams.workers import default_workers, map_ahead
 
 
 def main(

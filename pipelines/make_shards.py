@@ -35,7 +35,6 @@ from mmvit.data.images import Fit, ImageFacts, has_shape, parse_size
 from mmvit.data.lock import sole_writer
 from mmvit.data.packing import STAGING, Pack, Plan, Shape, image_files, plan_shards, publish
 from mmvit.data.sources import CaptionLines, Entry, find_entries
-from mmvit.data.workers import default_workers, map_ahead
 from mmvit.data.writing import (
     Outcome,
     in_order,
@@ -47,6 +46,7 @@ from mmvit.errors import UserError, refuse_source
 from mmvit.hub import shorten
 from mmvit.progress import with_progress
 from mmvit.streams.shards import HELD_OUT, OLD_HELD_OUT, BadSample, split_of
+from mmvit.streams.workers import default_workers, map_ahead
 
 TRAIN = "train"
 HELD_OUT_SHARE = 0.05

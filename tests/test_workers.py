@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from mmvit.data.workers import AHEAD, default_workers, map_ahead
 from mmvit.errors import UserError
+from mmvit.streams.workers import AHEAD, default_workers, map_ahead
 
 
 def slow_if_even(number: int) -> int:

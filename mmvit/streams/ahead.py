@@ -2,7 +2,6 @@
 
 import heapq
 import itertools
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from mmvit.streams.cache import SIZE, the_cache
 from mmvit.streams.index import Index
 from mmvit.streams.order import Order, Span
 from mmvit.streams.pieces import Fetchers, RemoteFile
+from mmvit.streams.workers import processes_here
 
 BYTES_AHEAD = 2**28  # that are fetched before they are needed
 INDEXES_AT_ONCE = 16
@@ -79,8 +79,7 @@ class Plan:
         pieces = self.pieces(self.start // self.order.total)
         needed_now = itertools.takewhile(self.is_needed_now, pieces)
         now = {(file.key, number): file.size_of(number) for _, file, number in needed_now}
-        here = os.environ.get("LOCAL_WORLD_SIZE", "1")
-        needed = 2 * sum(now.values()) * (int(here) if here.isdecimal() else 1)
+        needed = 2 * sum(now.values()) * processes_here()
         if needed > (size := the_cache().size):
             raise UserError(
                 f"data.cache_size: {size:,} bytes are too few, {needed:,} are read at once: make it larger "

@@ -5,7 +5,6 @@ import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import traceback
 import warnings
@@ -25,8 +24,7 @@ from mmvit.streams.reader import Batch, Decode, Delivery, Reader
 from mmvit.streams.remote_index import indexes_of
 from mmvit.streams.shards import BadShard, expand_shards
 from mmvit.streams.tally import Tally
-
-PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent is gone
+from mmvit.streams.workers import end_with_parent
 
 
 class WorkerKilled(UserError):
@@ -278,8 +276,7 @@ def become_worker(ending: ctypes.c_bool, worker: int) -> None:
     Ctrl-C, a scheduler's SIGTERM, and the like reach the whole process group; the main process then saves a
     checkpoint, for which it may still need batches. A SIGTERM counts once the main process has set `ending`.
     """
-    if sys.platform == "linux":  # else a process killed for its memory leaves workers that wait for ever
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -22,8 +22,13 @@ PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its
 def default_workers(most: int = 8) -> int:
     """A worker for each core but one, shared by the processes that a launcher started on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return min(most, max(0, cores // max(1, int(here) if here.isdecimal() else 1) - 1))
+    return min(most, max(0, cores // processes_here() - 1))
+
+
+def processes_here() -> int:
+    """The processes that a launcher started on this machine, 1 without one."""
+    number = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, int(number)) if number.isdecimal() else 1
 
 
 def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
@@ -55,7 +60,12 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], workers
 
 def become_worker() -> None:
     """Makes this process end with the main process, and leaves Ctrl-C to that."""
-    if sys.platform == "linux":  # else the workers of a process that is killed would wait for ever
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def end_with_parent() -> None:
+    """Has Linux kill this process when its parent is gone, for which it would wait for ever."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
