@@ -16,11 +16,11 @@ import numpy as np
 from mmvit.errors import UserError
 from mmvit.progress import with_progress
 from mmvit.streams.address import Address
-from mmvit.streams.cache import xdg_cache
 from mmvit.streams.index import (
     FORMAT,
     Index,
     beside,
+    cache,
     headers_checksum,
     index_of,
     load_index,
@@ -33,6 +33,7 @@ from mmvit.streams.remote import read_file
 from mmvit.streams.shard_lists import LIST, list_beside, number_in, read_json
 
 AT_ONCE = 16
+KEPT = "remote-index"  # in the cache
 SLOW_TO_INDEX = 2**30  # bytes of shards without an index
 
 
@@ -116,19 +117,15 @@ def write_any_index(shard: Path | Address, out: Path | None) -> tuple[int, str]:
     return index.samples, index.problem
 
 
-def place_of(shard: Address) -> Path:
-    return xdg_cache() / "remote-index" / RemoteFile(shard).key
-
-
 def kept(shard: Address) -> Index | None:
-    if index := load_index(place_of(shard), shard):
+    if index := load_index(cache(KEPT, shard), shard):
         index.checksum = None  # its place says the state of the shard
     return index
 
 
 def keep(index: Index) -> None:
     with suppress(OSError):  # a cache is no duty
-        save_index(index, place_of(index.shard))
+        save_index(index, cache(KEPT, index.shard))
 
 
 def of_file_beside(shard: Address) -> Index | None:
