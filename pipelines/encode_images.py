@@ -109,21 +109,19 @@ def main(
         finished = FinishedShards(out, RECORDS, how)
         several = processes.world_size > 1
         patient = dist.new_group(timeout=FOREVER) if several else None
-        chosen: list[list[str]] = [[]]
 
-        def begin() -> None:
+        def begin() -> list[str]:
             refuse_other_shards(out, shards)
             stack.enter_context(sole_writer(out))
-            chosen[0] = to_encode(shards, finished)
-            refuse_damaged({name: shards[name] for name in chosen[0]}, out)
-            if chosen[0]:
+            chosen = to_encode(shards, finished)
+            refuse_damaged({name: shards[name] for name in chosen}, out)
+            if chosen:
                 (out / "dataset.json").unlink(missing_ok=True)  # which says what made codes of before
             finished.records.mkdir(exist_ok=True)
+            return chosen
 
-        processes.on_main(begin)
-        if several:
-            dist.broadcast_object_list(chosen)
-        own = {name: shards[name] for name in chosen[0][processes.rank :: processes.world_size]}
+        chosen = processes.from_main(begin)
+        own = {name: shards[name] for name in chosen[processes.rank :: processes.world_size]}
         if workers is None:
             workers = default_workers()
         decode = DecodeImages((height, width), {TRAIN: copies})
