@@ -145,11 +145,9 @@ def write_state(state: dict[str, Any], path: Path) -> None:
         try:
             torch.save(state, file)
         except RuntimeError as error:
-            if isinstance(
-                error.__context__, OSError
-            ):  # torch's own message does not say that the disk is full
-                raise error.__context__ from None
-            raise
+            if not isinstance(error.__context__, OSError):
+                raise
+            raise error.__context__ from None  # torch's own message does not say that the disk is full
 
 
 def read_state(path: Path) -> dict[str, Any]:
