@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -26,6 +25,7 @@ from mmvit.data.writing import ShardWriter
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.training import RunFolder
 from mmvit.training.checkpoint import read_state
+from mmvit.training.distributed import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
@@ -306,7 +306,12 @@ def files_differ(left: Path, right: Path, leave: tuple[str, ...] = ()) -> str:
 
 
 def load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=False)  # our own: DeepSpeed's holds classes
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def same(left: Any, right: Any) -> bool:
@@ -326,9 +331,3 @@ def same(left: Any, right: Any) -> bool:
 def metrics(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_s")} for line in lines]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
