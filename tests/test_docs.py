@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.presets import PRESETS
 from mmvit.places import FOLDERS, load_script
 from mmvit.recipes.resolve import find_recipe
+from mmvit.training.distributed import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -203,12 +203,6 @@ def serve_for_a_moment(arguments: list[str]) -> None:
             process.send_signal(signal.SIGINT)
             process.communicate()
     assert process.returncode == 0
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
