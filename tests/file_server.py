@@ -1,11 +1,15 @@
 """An HTTP server of the files in a folder, with ranges, that misbehaves as a test says."""
 
 import contextlib
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
+
+from mmvit.streams import remote
 
 
 class FileServer(ThreadingHTTPServer):
@@ -78,3 +82,12 @@ def served(folder: Path) -> Iterator[FileServer]:
             yield server
         finally:
             server.shutdown()
+
+
+@contextlib.contextmanager
+def own_cache(folder: Path) -> Iterator[Path]:
+    """Caches within `folder` for what is fetched, and no pause before a request is made again; yields where
+    the pieces go."""
+    caches = {"MMVIT_CACHE": str(folder / "pieces"), "XDG_CACHE_HOME": str(folder / "cache")}
+    with mock.patch.dict(os.environ, caches), mock.patch.object(remote, "FIRST_PAUSE", 0):
+        yield folder / "pieces"

@@ -456,7 +456,7 @@ def test_a_bug_in_a_data_worker_of_one_process_ends_both(tmp_path, tiny_shards):
     script.write_text(
         "import sys; from pathlib import Path\n"
         "folder, here, shards = map(Path, sys.argv[1:])\n"
-        "sys.path.insert(0, str(here)); import test_distributed as tests; from test_stream import *\n"
+        "sys.path.insert(0, str(here)); import test_distributed as tests; from tiny_streams import *\n"
         "with tests.open_processes('cpu') as processes:\n"
         "    session = tests.new_session(folder, processes, steps=100_000)\n"
         "    split = {'rank': processes.rank, 'world_size': 2, 'num_workers': 2}\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from file_server import served
+from file_server import own_cache, served
 
 from mmvit.data.samples import ClassifierSample
 from mmvit.data.writing import read_dataset_card
@@ -22,13 +22,8 @@ from mmvit.streams.stream import ShardStream
 
 @pytest.fixture
 def server(tmp_path: Path):
-    caches = {"MMVIT_CACHE": str(tmp_path / "pieces"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     (tmp_path / "served").mkdir()
-    with (
-        mock.patch.dict(os.environ, caches),
-        mock.patch.object(remote, "FIRST_PAUSE", 0),
-        served(tmp_path / "served") as server,
-    ):
+    with own_cache(tmp_path), served(tmp_path / "served") as server:
         yield server
 
 

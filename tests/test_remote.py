@@ -12,19 +12,15 @@ import shutil
 import signal
 import socket
 import sys
-import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 
-import boto3
-import fsspec
 import pytest
-from file_server import FileServer, served
-from moto.server import ThreadedMotoServer
+from file_server import FileServer, own_cache, served
 from PIL import Image
+from tiny_streams import epoch_of, keys_of
 from webdataset.writer import TarWriter
 
 from mmvit.data.samples import CaptionPixelsSample, ClassifierSample
@@ -49,30 +45,16 @@ def server(tiny_shards) -> FileServer:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path):
-    with (
-        mock.patch.dict(
-            os.environ, MMVIT_CACHE=str(tmp_path / "pieces"), XDG_CACHE_HOME=str(tmp_path / "cache")
-        ),
-        mock.patch.object(remote, "FIRST_PAUSE", 0),
-    ):
-        yield tmp_path / "pieces"
-
-
-def keys_of(batches) -> list[str]:
-    return [key for batch in batches for key in batch["keys"]]
-
-
-def stream_of(place, **settings) -> ShardStream:
-    settings = {"seed": 3, "shuffle_buffer": 20, "repeat": False, **settings}
-    return ShardStream(place, ClassifierSample((16, 16), 4), 5, **settings)
+    with own_cache(tmp_path) as pieces:
+        yield pieces
 
 
 @pytest.mark.parametrize(
     "settings", [{}, {"num_workers": 2}, {"shuffle_buffer": 0}, {"rank": 1, "world_size": 2}]
 )
 def test_remote_shards_give_the_batches_of_local_ones(tiny_shards, server, settings):
-    expected = keys_of(stream_of(f"{tiny_shards}/{TRAIN}", **settings))
-    assert keys_of(stream_of(f"{server.url}/{TRAIN}", **settings)) == expected
+    expected = keys_of(epoch_of(f"{tiny_shards}/{TRAIN}", **settings))
+    assert keys_of(epoch_of(f"{server.url}/{TRAIN}", **settings)) == expected
 
 
 def test_a_sample_of_a_remote_split_is_that_of_a_local_one(tiny_shards, server, monkeypatch):
@@ -232,7 +214,7 @@ def test_a_shard_that_changes_while_it_is_read_is_noticed(server, monkeypatch):
 
 def test_servers_without_ranges_are_asked_for_whole_shards(tiny_shards, server):
     server.has_ranges = False
-    assert keys_of(stream_of(f"{server.url}/{TRAIN}")) == keys_of(stream_of(f"{tiny_shards}/{TRAIN}"))
+    assert keys_of(epoch_of(f"{server.url}/{TRAIN}")) == keys_of(epoch_of(f"{tiny_shards}/{TRAIN}"))
 
 
 @pytest.mark.parametrize(
@@ -255,7 +237,7 @@ def test_addresses_that_cannot_be_read_say_what_is_missing(address, message):
 def test_pieces_are_fetched_ahead_and_each_once_a_machine(tiny_shards, server, monkeypatch):
     monkeypatch.setattr(pieces, "PIECE", 4096)
     place, ranks = f"{server.url}/{TRAIN}", range(2)
-    streams = [stream_of(place, rank=rank, world_size=2, num_workers=2, repeat=True) for rank in ranks]
+    streams = [epoch_of(place, rank=rank, world_size=2, num_workers=2, repeat=True) for rank in ranks]
     for _ in itertools.islice(zip(*map(iter, streams), strict=False), 10):
         pass
     sizes = {f"/{shard.name}": shard.stat().st_size for shard in tiny_shards.glob("train-*.tar")}
@@ -288,7 +270,7 @@ def test_pieces_that_were_read_are_not_held_open(server, cache):
     """Their space would not come free when they are evicted."""
     gc.disable()  # a cycle would hold them until it comes round
     try:
-        stream = stream_of(f"{server.url}/{TRAIN}", shuffle_buffer=0)
+        stream = epoch_of(f"{server.url}/{TRAIN}", shuffle_buffer=0)
         assert len(keys_of(stream)) == 48
         files = [readlink(file) for file in Path("/proc/self/fd").iterdir()]
     finally:
@@ -353,7 +335,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_half(tmp_path, step):
 def test_a_cache_that_is_too_small_says_how_large_it_has_to_be(server, monkeypatch):
     monkeypatch.setenv("MMVIT_CACHE_SIZE", "0.07MB")
     with pytest.raises(UserError, match=r"data.cache_size: 70,000 bytes are too few, \d+,\d+ are read"):
-        next(iter(stream_of(f"{server.url}/{TRAIN}")))
+        next(iter(epoch_of(f"{server.url}/{TRAIN}")))
 
 
 # What shards there are
@@ -418,13 +400,13 @@ def test_a_list_of_shards_spares_requests_and_is_compared_with_them(tiny_shards,
         assert [shard["nsamples"] for shard in listed] == [10, 10, 10, 10, 8]
         for place in (f"{server.url}/{TRAIN}", f"{server.url}/shards.json"):
             server.requests.clear()
-            assert stream_of(place).samples == 48
+            assert epoch_of(place).samples == 48
             assert server.requests.total() <= 2  # its length, and itself
         listed[0]["nsamples"] += 1
         (tmp_path / "shards.json").write_text(json.dumps({"shardlist": listed}))
         remote.facts_of.cache_clear()
         with pytest.raises(UserError, match=r"has 10 samples, but shards.json \(or .*\) beside it says 11"):
-            next(iter(stream_of(f"{server.url}/{TRAIN}")))
+            next(iter(epoch_of(f"{server.url}/{TRAIN}")))
 
 
 def test_an_index_beside_that_does_not_fit_is_not_used(tiny_shards, tmp_path):
@@ -432,95 +414,11 @@ def test_an_index_beside_that_does_not_fit_is_not_used(tiny_shards, tmp_path):
     head, ranges = (tiny_shards / "train-000001.tar.index").read_bytes().split(b"\n", 1)
     (tmp_path / "train-000001.tar.index").write_bytes(head + b"\n" + ranges[16:32] + ranges[16:])
     with served(tmp_path) as server:
-        keys = keys_of(stream_of(f"{server.url}/train-000001.tar", shuffle_buffer=0))
+        keys = keys_of(epoch_of(f"{server.url}/train-000001.tar", shuffle_buffer=0))
     assert keys == [f"train-{number:03d}" for number in range(10, 20)]
 
 
-# S3
-
-
-@pytest.fixture
-def bucket(tiny_shards, monkeypatch):
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cr3t")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="bucket")
-    for file in tiny_shards.iterdir():
-        client.upload_file(str(file), "bucket", f"tiny/{file.name}")
-    yield "s3://bucket/tiny"
-    server.stop()
-
-
-def test_shards_in_a_bucket_give_the_batches_of_local_ones(tiny_shards, bucket, cache):
-    expected = keys_of(stream_of(f"{tiny_shards}/train-*.tar"))
-    for settings in ({}, {"num_workers": 1}):
-        assert keys_of(stream_of(f"{bucket}/train-*.tar", **settings)) == expected
-    assert next(iter(expand_shards(bucket))).name == "held-out-000000.tar"
-    with pytest.raises(UserError, match=r"s3://bucket/tiny/train-000009.tar: not found"):
-        list(read_shard(Address(f"{bucket}/train-000009.tar")))
-    shard = RemoteFile(Address(f"{bucket}/train-000001.tar"))
-    other = {"Bucket": "bucket", "Key": "tiny/train-000002.tar"}
-    boto3.client("s3").copy(other, "bucket", "tiny/train-000001.tar")
-    shutil.rmtree(cache)
-    with pytest.raises(UserError, match=r"train-000001.tar: the file has changed since it was opened"):
-        shard.read(0, 10)
-    with pytest.raises(
-        UserError, match=r"no shards match s3://bucket/tiny/test-.*; it holds held-out-000000"
-    ):
-        expand_shards(f"{bucket}/test-*.tar")
-
-
-class Hub(BaseHTTPRequestHandler):
-    """What of the Hugging Face Hub reading shards needs."""
-
-    folder: Path
-    asked: list[tuple[str, str, str]]
-
-    def log_message(self, *_) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        self.asked.append((self.path, self.headers["Range"], self.headers["Authorization"]))
-        name = self.path.partition("?")[0].rpartition("/")[2]
-        if "/tree/" in self.path:
-            files = [file for file in self.folder.iterdir() if file.suffix == ".tar"]
-            listing = [
-                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name} for f in files
-            ]
-            self.answer(200, json.dumps(listing).encode())
-        elif "/resolve/" in self.path and (self.folder / name).is_file():
-            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-            self.answer(206, (self.folder / name).read_bytes()[first : last + 1])
-        else:
-            self.answer(
-                200 if self.path == "/api/datasets/owner/tiny" else 404, b'{"id": "owner/tiny", "sha": "1"}'
-            )
-
-    def answer(self, status: int, data: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-
-def test_shards_on_the_hub_give_the_batches_of_local_ones(tiny_shards, monkeypatch):
-    handler = type("Tiny", (Hub,), {"folder": tiny_shards, "asked": []})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as hub:
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
-        endpoint = f"http://127.0.0.1:{hub.server_address[1]}"
-        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": endpoint, "token": "hf_s3cr3t"})
-        place = "hf://datasets/owner/tiny/train-*.tar"
-        assert keys_of(stream_of(place)) == keys_of(stream_of(f"{tiny_shards}/train-*.tar"))
-        hub.shutdown()
-    assert {token for _, _, token in handler.asked if token} == {"Bearer hf_s3cr3t"}
-    sizes = {file.name: file.stat().st_size for file in tiny_shards.glob("*.tar")}
-    for path, span, _ in handler.asked:
-        assert not span or span == f"bytes=0-{sizes[path.rpartition('/')[2]] - 1}"
+# Training and encoding
 
 
 def test_training_reads_remote_shards_and_resumes_as_from_local_ones(
