@@ -62,7 +62,8 @@ def measure(options: argparse.Namespace) -> None:
         batch = 32 if "--train.batch_size" in settings else BATCH
         steps = round(total / flops_of(script, config, settings) / batch)
         out = options.runs / f"{options.images}" / f"{name.replace(' ', '-')}-{seed}"
-        every = ("--train.evaluate_every", max(1, steps // EVALUATIONS))
+        often = max(1, steps // EVALUATIONS)
+        every = ("--train.evaluate_every", often, "--train.checkpoint_every", often)
         own = ("--train.seed", seed, "--preview.captions", "[]", *every, *settings)
         found = train(script, config, out, steps, *own)
         minutes = (time.monotonic() - began) / 60
