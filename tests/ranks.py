@@ -1,22 +1,31 @@
-"""Runs a script in two processes as torchrun does, forked from one that has imported all: that spares seconds
-of each. tests/test_docs.py uses the launchers themselves."""
+"""Runs a script or a function in a process of its own, or in two as torchrun does, forked from one that has
+imported all: that spares seconds of each. tests/test_docs.py uses the launchers themselves."""
 
+import inspect
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Timer
+from typing import TextIO
 
 import torch
 
+from mmvit.places import load_script
 from mmvit.training.distributed import free_port
 
 GRACE = 20  # seconds for a process to end by itself after another has failed
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
@@ -33,7 +42,7 @@ SERVER.set_forkserver_preload(
 
 @dataclass
 class Ended:
-    """How the processes ended (1 if any failed, as torchrun does) and what both printed."""
+    """How a process ended, or two of them (1 if any failed, as torchrun does), and all that was printed."""
 
     returncode: int
     stdout: str
@@ -42,7 +51,6 @@ class Ended:
 
 def start_two(script: str | Path, *arguments: object, timeout: float = 240) -> Ended:
     """Runs a script in two processes; when one fails, the other is told to stop."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
         launched = [
@@ -62,18 +70,103 @@ def start_two(script: str | Path, *arguments: object, timeout: float = 240) -> E
 
 
 def run_rank(script: Path, arguments: tuple, rank: int, port: int, outputs: list[Path]) -> None:
-    for number, output in enumerate(outputs, start=1):
-        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
+    print_to(*(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for output in outputs))
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port)}
+    os.chdir(ROOT)
+    run(script, arguments)
+
+
+@dataclass
+class Running:
+    """A process, the leader of a group of its own, and what it prints, line by line."""
+
+    process: BaseProcess
+    lines: TextIO
+    errors: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def end(self) -> Ended:
+        """Waits for the end; `stdout` is what has not been read from `lines`."""
+        stdout = self.lines.read()
+        self.process.join()
+        return Ended(self.process.exitcode, stdout, self.errors.read_text(errors="replace"))
+
+
+def start_one(action: Callable | str | Path, *arguments: object, timeout: float = 60) -> Ended:
+    """Runs a script, or a function of a module's top level, in a process; see `running`."""
+    with running(action, *arguments, timeout=timeout) as one:
+        return one.end()
+
+
+@contextmanager
+def running(action: Callable | str | Path, *arguments: object, timeout: float = 60) -> Iterator[Running]:
+    """A process that runs a script or a function in the folder and environment of this one. It and what it
+    has started are killed after `timeout` seconds, or at the end of the context."""
+    with tempfile.TemporaryDirectory() as folder:
+        reader, writer = multiprocessing.Pipe(duplex=False)
+        script, name = (inspect.getfile(action), action.__name__) if callable(action) else (action, None)
+        errors = Path(folder, "stderr")
+        errors.touch()
+        process = SERVER.Process(
+            target=run_one, args=(ROOT / script, name, arguments, dict(os.environ), writer, errors)
+        )
+        process.start()
+        writer.close()
+
+        def kill() -> None:
+            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+        timer = Timer(timeout, kill)
+        timer.start()
+        try:
+            with open(reader.fileno(), errors="replace", closefd=False) as lines:
+                yield Running(process, lines, errors)
+        finally:
+            timer.cancel()
+            kill()
+            process.join()
+            reader.close()
+
+
+def run_one(
+    script: Path,
+    name: str | None,
+    arguments: tuple,
+    environment: dict[str, str],
+    stdout: Connection,
+    errors: Path,
+) -> None:
+    os.setsid()
+    print_to(stdout.fileno(), os.open(errors, os.O_WRONLY | os.O_APPEND))
+    stdout.close()
+    os.environ.clear()
+    os.environ |= environment
+    run(script, arguments, name)
+
+
+def print_to(*outputs: int) -> None:
+    for number, output in enumerate(outputs, start=1):
+        os.dup2(output, number)
+    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
+
+
+def run(script: Path, arguments: tuple, name: str | None = None) -> None:
+    """Runs a script, or the function `name` of it: pytest's own name of a module is no name to import."""
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as usual
     torch.set_num_threads(1)
-    os.chdir(ROOT)
-    sys.argv = [str(script), *map(str, arguments)]
-    sys.path.insert(0, str(script.parent))
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        if name:
+            getattr(load_script(str(script)), name)(*arguments)
+        else:
+            sys.argv = [str(script), *map(str, arguments)]
+            sys.path.insert(0, str(script.parent))
+            runpy.run_path(str(script), run_name="__main__")
     except Exception:
         traceback.print_exc()
         sys.exit(1)
