@@ -21,6 +21,7 @@ from typing import TextIO
 import torch
 
 from mmvit.places import load_script
+from mmvit.training import RunFolder
 from mmvit.training.distributed import free_port
 
 GRACE = 20  # seconds for a process to end by itself after another has failed
@@ -30,6 +31,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
         "deepspeed",
+        "torch._dynamo",  # which every optimizer imports
         "pytest",
         "mmvit.cli",
         "mmvit.recipes.launch",
@@ -160,6 +162,7 @@ def run(script: Path, arguments: tuple, name: str | None = None) -> None:
     """Runs a script, or the function `name` of it: pytest's own name of a module is no name to import."""
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as usual
     torch.set_num_threads(1)
+    RunFolder.draw_curves = lambda run: run.curves.touch()  # most of the time, as in conftest.py
     try:
         if name:
             getattr(load_script(str(script)), name)(*arguments)

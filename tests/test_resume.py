@@ -5,14 +5,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from ranks import running
 from torch import nn
 from training_runs import ALONE, MODEL, Repeat, comparable_metrics, new_session, terminate_at, train_on_shards
 
@@ -182,29 +181,21 @@ def test_second_ctrl_c_leaves_at_once_but_a_launchers_echo_does_not(monkeypatch)
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def train_and_count(output: Path, shards: Path) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+    session = new_session(output, steps=100_000, num_workers=2)
+    train_on_shards(session, shards, lambda number, batch: print(number))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_signal_to_the_whole_process_group_saves(tmp_path, tiny_shards, number):
     """As a scheduler ends a job, or a terminal: the data workers get the signal, too."""
-    script = tmp_path / "train.py"
-    script.write_text(
-        "import signal, sys; from pathlib import Path\n"
-        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # the tests themselves may run under nohup
-        "sys.path.insert(0, sys.argv[1]); import training_runs as tests\n"
-        "session = tests.new_session(Path(sys.argv[2]), steps=100_000, num_workers=2)\n"
-        "tests.train_on_shards(session, Path(sys.argv[3]), lambda n, batch: print(n, flush=True))\n"
-    )
-    folder = Path(__file__).parent
-    process = subprocess.Popen(
-        [sys.executable, script, folder, tmp_path / "run", tiny_shards],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    for line in process.stdout:
-        if line.strip() == "20":
-            os.killpg(process.pid, number)
-    assert process.wait(60) == 128 + number
+    with running(train_and_count, tmp_path / "run", tiny_shards) as process:
+        for line in process.lines:
+            if line.strip() == "20":
+                os.killpg(process.pid, number)
+        ended = process.end()
+    assert ended.returncode == 128 + number, ended.stderr
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
     assert RunFolder(tmp_path / "run").read_metrics()[-1]["step"] >= 15
 
