@@ -204,7 +204,11 @@ def serve(folder: Path, port: Any) -> None:
                 time.sleep(pause)
                 self.wfile.write(part)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *_: Any) -> None:
+            """A reader that ends before its pieces have come is no error."""
+
+    server = Server(("127.0.0.1", 0), Handler)
     port.put(server.server_address[1])
     server.serve_forever()
 
