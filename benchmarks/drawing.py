@@ -2,26 +2,30 @@
 
     python benchmarks/drawing.py curve runs/emoji-demo data/emoji
     python benchmarks/drawing.py ways runs/emoji-demo data/emoji
+    python benchmarks/drawing.py int8 runs/emoji-demo data/emoji
     python benchmarks/drawing.py drafts generators/emoji
     python benchmarks/drawing.py speed
 
 `curve`: retrieval@1 and @5 of the held-out captions of emoji by an any-order generator, for numbers of
 forwards and temperatures. `ways`: other orders of drawing, sizes of groups and guidance, which the library
-does not have, in 8 and 4 forwards. `drafts`: forwards and seconds of a raster generator for one image, with
-and without drafts. `speed`: seconds for 256 codes at the size of dalle-pytorch's example, random weights.
-Seed 0, guidance 2 where nothing else is said.
+does not have, in 8 and 4 forwards. `int8`: seconds and retrieval with the transformer's weights in 8 bits
+(torch's dynamic quantization) beside float32, alternating, one thread. `drafts`: forwards and seconds of a
+raster generator for one image, with and without drafts. `speed`: seconds for 256 codes at the size of
+dalle-pytorch's example, random weights. Seed 0, guidance 2 where nothing else is said.
 """
 
 import argparse
+import copy
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmvit import Generator
 from mmvit.core.transformer import TransformerConfig
@@ -46,7 +50,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("curve", "ways"):
+    for name in ("curve", "ways", "int8"):
         command = commands.add_parser(name)
         command.add_argument("generator", help="a run or a generator's folder")
         command.add_argument("data", type=Path, help="a folder of shards with images and captions")
@@ -61,12 +65,12 @@ def main() -> None:
     if options.command == "drafts":
         drafts(generator)
         return
-    if generator.transformer.config.order != "any":
+    if options.command != "int8" and generator.transformer.config.order != "any":
         raise UserError(f"{options.generator} draws in raster order: this compares ways of any order")
     real = read_split(options.data, "*", PixelsSample(generator.size))
     held_out = HeldOut.of(read_split(options.data, options.split, CaptionSample()), real, [])
     print(f"{len(held_out.own)} captions among {len(held_out.everything)} images\n")
-    (curve if options.command == "curve" else ways)(generator, held_out)
+    {"curve": curve, "ways": ways, "int8": int8}[options.command](generator, held_out)
 
 
 def cells_of(generator: Generator, held_out: HeldOut, codes: Tensor) -> str:
@@ -90,6 +94,45 @@ def curve(generator: Generator, held_out: HeldOut) -> None:
             )
             cells = cells_of(generator, held_out, codes)
             print(f"| {steps} | {temperature} | {cells} | {alone:.2f} | {together:.2f} |", flush=True)
+
+
+def int8(generator: Generator, held_out: HeldOut) -> None:
+    """Codes, whole images and retrieval with linear layers in 8 bits, their inputs as they come."""
+    torch.set_num_threads(1)
+    quantized = copy.deepcopy(generator)
+    with warnings.catch_warnings(action="ignore"):  # torch announces its move to another package
+        quantized.transformer = torch.ao.quantization.quantize_dynamic(
+            quantized.transformer, {nn.Linear}, dtype=torch.qint8
+        )
+    both = (generator, quantized)
+    few = (8, 4, 1) if generator.transformer.config.order == "any" else (None,)
+    print("| forwards | images | codes, float32, s | int8 | times | images, float32, s | int8 | times |")
+    print("|---|---|---|---|---|---|---|---|")
+    for steps in few:
+        for number in (1, 4, 16):
+            row: list[str] = []
+            for way in ("generate_codes", "generate"):
+                calls = [
+                    partial(getattr(each, way), CAPTIONS[:1], number, num_steps=steps, guidance_scale=2.0)
+                    for each in both
+                ]
+                pairs = [[median_seconds(call, 1) for call in calls] for _ in range(7)]
+                seconds = [statistics.median(each) for each in zip(*pairs, strict=True)]
+                ratio = statistics.median(slow / fast for slow, fast in pairs)
+                row += [*(f"{each:.3f}" for each in seconds), f"{ratio:.2f}"]
+            print(f"| {steps or 'drafts'} | {number} | {' | '.join(row)} |", flush=True)
+    print("\n| forwards | retrieval@1 | @5 | in int8 | @5 | codes that are the same |")
+    print("|---|---|---|---|---|---|")
+    for steps in few:
+        codes = [
+            each.generate_codes(
+                held_out.captions, num_steps=steps, temperature=0.3, guidance_scale=2.0, seed=0
+            )
+            for each in both
+        ]
+        same = (codes[0] == codes[1]).double().mean()
+        cells = " | ".join(cells_of(generator, held_out, each) for each in codes)
+        print(f"| {steps or 'drafts'} | {cells} | {same:.1%} |", flush=True)
 
 
 def ways(generator: Generator, held_out: HeldOut) -> None:

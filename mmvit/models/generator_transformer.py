@@ -303,10 +303,9 @@ class GeneratorTransformer(Pretrained, nn.Module):
 
     def new_cache(self, batch: int) -> KeyValueCache:
         """An empty cache for `batch` captions with their images, in the weights' precision."""
-        weight = self.image_head.weight
         unread = self.config.order == "raster"  # the last code
         capacity = self.prefix_length + self.config.num_codes - unread
-        return self.core.new_cache(batch, capacity, weight.dtype, weight.device)
+        return self.core.new_cache(batch, capacity, self.start.dtype, self.start.device)
 
 
 def dalle_layers(depth: int) -> list[Sparse]:
