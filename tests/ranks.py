@@ -1,6 +1,7 @@
 """Runs a script or a function in a process of its own, or in two as torchrun does, forked from one that has
 imported all: that spares seconds of each. tests/test_docs.py uses the launchers themselves."""
 
+import gc
 import inspect
 import multiprocessing
 import os
@@ -30,8 +31,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
-        "deepspeed",
-        "torch._dynamo",  # which every optimizer imports
+        "deepspeed.ops.op_builder.all_ops",
+        "deepspeed.runtime.superoffload.superoffload_stage3",
+        "deepspeed.runtime.zero.muon.muon_optimizer",  # and with it all of torch.compile
         "pytest",
         "mmvit.cli",
         "mmvit.recipes.launch",
@@ -160,6 +162,7 @@ def print_to(*outputs: int) -> None:
 
 def run(script: Path, arguments: tuple, name: str | None = None) -> None:
     """Runs a script, or the function `name` of it: pytest's own name of a module is no name to import."""
+    gc.freeze()  # or each collection would go through all that has been imported
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as usual
     torch.set_num_threads(1)
     RunFolder.draw_curves = lambda run: run.curves.touch()  # most of the time, as in conftest.py
