@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -107,14 +108,11 @@ class TextTokenizer:
         Returns:
             ids int64 (captions, length), and how many captions were cut.
         """
-        ids = torch.full((len(captions), length), self.pad_id, dtype=torch.int64)
-        num_cut = 0
         with refuse_damage(self.source):  # which a caption may be the first to show
-            for row, caption in zip(ids, captions, strict=True):
-                tokens = self.tokenize(caption, dropout, rng)
-                num_cut += len(tokens) > length
-                row[: len(tokens)] = torch.tensor(tokens[:length], dtype=torch.int64)
-        return ids, num_cut
+            tokens = [self.tokenize(caption, dropout, rng) for caption in captions]
+        rows = [each[:length] + [self.pad_id] * (length - len(each)) for each in tokens]
+        ids = np.array(rows, dtype=np.int64).reshape(len(rows), length)  # several times faster than torch's
+        return torch.from_numpy(ids), sum(len(each) > length for each in tokens)
 
     def tokenize(self, caption: str, dropout: float = 0.0, rng: random.Random | None = None) -> list[int]:
         """The token ids of one caption, uncut and without pads."""

@@ -1,5 +1,6 @@
 """Image codes in shards: `codes.npy` per sample, and `dataset.json` that names their image tokenizer."""
 
+import functools
 import io
 import math
 from pathlib import Path
@@ -58,13 +59,22 @@ def read_npy(data: bytes) -> np.ndarray:
     Raises:
         Exception: of any kind, if it is not one of numbers and exactly as long as its header says.
     """
-    file = io.BytesIO(data)
+    length_bytes = 2 if data[6:7] == b"\x01" else 4  # by the version
+    end = 8 + length_bytes + int.from_bytes(data[8 : 8 + length_bytes], "little")
+    shape, is_fortran, dtype = read_npy_header(data[:end])
+    if math.prod(shape) * dtype.itemsize != len(data) - end:
+        raise ValueError("the length is not that of the header")
+    return np.frombuffer(data, dtype, offset=end).reshape(shape, order="F" if is_fortran else "C")
+
+
+@functools.lru_cache(maxsize=16)
+def read_npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether columns come first, and type. Kept, as all codes of a data set begin alike, and numpy
+    evaluates each header as Python."""
+    file = io.BytesIO(header)
     version = np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, is_fortran, dtype = read[version](file)  # version 3 is for names of fields
-    if math.prod(shape) * dtype.itemsize != len(data) - file.tell():
-        raise ValueError("the length is not that of the header")
-    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if is_fortran else "C")
+    return read[version](file)  # version 3 is for names of fields
 
 
 def check_codes_fit(
