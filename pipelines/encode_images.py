@@ -21,10 +21,9 @@ caption, in any language, has a word that begins with "left" or "right" ("leftwa
 
 import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
-from datetime import timedelta
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -32,7 +31,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from typer import Argument, Option
 
 from mmvit.cli import run_script
@@ -59,12 +57,11 @@ from mmvit.streams.address import place
 from mmvit.streams.index import beside, load_index
 from mmvit.streams.shards import BadShard, Sample, expand_shards, read_shard
 from mmvit.streams.workers import default_workers, map_ahead
-from mmvit.training.distributed import choose_device, environment_number, open_processes
+from mmvit.training.distributed import FOREVER, choose_device, environment_number, open_processes
 
 BATCH = 64
 TRAIN = "train"  # the split whose images get augmented copies
 RECORDS = ".encoded"  # of finished shards
-FOREVER = timedelta(days=365)  # that a process waits for the others' last shards
 
 
 def main(
@@ -94,21 +91,26 @@ def main(
         ),
     ] = None,
 ) -> None:
-    facts = inherited_facts(source, out)
-    height, width = parse_size(size) if size else trained_size(tokenizer)
     copies = Copies(
         augmented, shift, tuple(re.split(r"[\s,]+", flip_unless.strip(" ,"))) if flip_unless else ()
     )
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device = choose_device(kind, environment_number("LOCAL_RANK", 0))
-    model = load_image_tokenizer(tokenizer, device)
-    with kept_when_interrupted(), open_processes("cpu") as processes, ExitStack() as stack:
-        made = describe_tokenizer(model, tokenizer, height, width)
+
+    def prepare() -> tuple[dict[str, Any], tuple[int, int], ImageTokenizer, dict[str, Any]]:
+        facts = inherited_facts(source, out)
+        size_of_images = parse_size(size) if size else trained_size(tokenizer)
+        model = load_image_tokenizer(tokenizer, choose_device(kind, environment_number("LOCAL_RANK", 0)))
+        return facts, size_of_images, model, describe_tokenizer(model, tokenizer, *size_of_images)
+
+    with (
+        kept_when_interrupted(),
+        open_processes("cpu", patience=FOREVER) as processes,
+        ExitStack() as stack,
+    ):
+        facts, size_of_images, model, made = processes.together(prepare)
         how = {name: fact for name, fact in made.items() if name != "path"} | {"copies": asdict(copies)}
-        shards = name_shards(expand_shards(source))
+        shards = processes.from_main(lambda: name_shards(expand_shards(source)))
         finished = FinishedShards(out, RECORDS, how)
-        several = processes.world_size > 1
-        patient = dist.new_group(timeout=FOREVER) if several else None
 
         def begin() -> list[str]:
             refuse_other_shards(out, shards)
@@ -120,21 +122,17 @@ def main(
             finished.records.mkdir(exist_ok=True)
             return chosen
 
-        chosen = processes.from_main(begin)
-        own = {name: shards[name] for name in chosen[processes.rank :: processes.world_size]}
-        if workers is None:
-            workers = default_workers()
-        decode = DecodeImages((height, width), {TRAIN: copies})
-        ahead = map_ahead(decode, read_parts(own.values()), workers if own else 0)
-        parts = stack.enter_context(closing(ahead))
-        if processes.is_main:
-            of_all = f" (process 1 of {processes.world_size})" if several else ""
-            parts = with_progress(
-                parts, count_samples(own.values()), f"encoding{of_all}", attrgetter("num_read")
-            )
-        encode_shards(model, own, parts, finished)
-        if several:
-            dist.barrier(group=patient)
+        def encode_share(names: Sequence[str]) -> Sequence[str]:
+            own = {name: shards[name] for name in names}
+            decode = DecodeImages(size_of_images, {TRAIN: copies})
+            ahead = default_workers() if workers is None else workers
+            with closing(map_ahead(decode, read_parts(own.values()), ahead if own else 0)) as parts:
+                total = count_samples(own.values())
+                shown = processes.shown(parts, total, "encoding", attrgetter("num_read"))
+                encode_shards(model, own, shown, finished)
+            return names
+
+        processes.share_out(processes.from_main(begin), encode_share)
         processes.on_main(lambda: complete(source, out, shards, finished, facts, made))
 
 

@@ -4,6 +4,7 @@
     mmvit shards pets/ data/pets --size 96 --fit pad        # class folders: pets/cat/1.jpg, pets/dog/2.jpg
     mmvit shards pets/ data/pets                            # splits: pets/train/cat/1.jpg, pets/val/cat/2.jpg
     mmvit shards list.csv data/list                         # or .jsonl: path, caption, class, split, group
+    torchrun --nproc_per_node 8 -m mmvit shards photos/ data/photos
 
 Captions are the .txt files beside images; without any, folder names are classes. Of a .txt with several lines
 the first is the caption; lines such as `de.utf8=ein Apfel` below it are captions in other languages. Paths in
@@ -13,16 +14,17 @@ Without splits of its own, a share of the images is held out, chosen by a hash o
 `group` stay together. Images keep their bytes, unless --size, --fit or --max-side changes them or they are
 not JPEG, PNG or WebP. Training later crops what is not square; --fit pad keeps all of every image.
 
-Several shards are written at a time. The same command goes on where it was interrupted, and the shards appear
-in OUT together, once all are finished.
+Several shards are written at a time, and processes that torchrun starts share them out. The same command goes
+on where it was interrupted, on any number of processes, and the shards appear in OUT together, once all are
+finished.
 """
 
 import hashlib
 import itertools
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Annotated
 
@@ -44,9 +46,9 @@ from mmvit.data.writing import (
 )
 from mmvit.errors import UserError, refuse_source
 from mmvit.hub import shorten
-from mmvit.progress import with_progress
 from mmvit.streams.shards import HELD_OUT, OLD_HELD_OUT, BadSample, split_of
 from mmvit.streams.workers import default_workers, map_ahead
+from mmvit.training.distributed import FOREVER, open_processes
 
 TRAIN = "train"
 HELD_OUT_SHARE = 0.05
@@ -79,42 +81,47 @@ def main(
         ),
     ] = None,
 ) -> None:
-    if held_out_share is not None and not 0 <= held_out_share < 1:
-        raise UserError(f"--held-out-share: expected a number from 0 to below 1, got {held_out_share}")
-    if max_side is not None and (max_side < 1 or size is not None):
-        raise UserError("--max-side: expected 1 or more, and no --size beside it")
-    shape = Shape(parse_size(size) if size else None, fit or ("crop" if size else None), pad_colour, max_side)
-    check_colour(pad_colour)
-    refuse_source(out, source)
-    refuse_other_data(out, str(source))
-
     outcome = Outcome()
-    entries = find_entries(source, outcome, unlabelled, caption_lines)
-    if not entries:
-        raise UserError(f"nothing usable in {source}: {outcome.reasons() or 'it is empty'}")
-    classes = name_classes(entries, source)
-    entries = in_mixed_order(entries)
-    choose_splits(entries, held_out_share, lambda entry: is_usable(entry, shape), outcome)
-    facts = {"classes": classes} if classes else {}
-    if shape.fit:
-        facts["image_fit"] = shape.fit
-    plans = plan_shards(entries, samples_per_shard)
-    workers = min(default_workers() if workers is None else workers, len(plans) // 2)
-    numbers = {name: number for number, name in enumerate(classes)}
-    pack = Pack(FinishedShards(out / STAGING, "records", {}), shape, numbers)
-    with kept_when_interrupted(), sole_writer(out):
-        write(entries, pack, source, out, plans, workers, outcome)
-        write_dataset_card(out, outcome, source=str(source), **facts)
-        shutil.rmtree(pack.finished.folder)
-    remark_on_images(outcome.originals, shape, outcome)
-    remark_on_captions(entries, outcome)
-    remark_on_classes(classes, outcome)
-    if not outcome.written.get(HELD_OUT) and not outcome.written.get("test") and held_out_share != 0:
-        outcome.remark(
-            "Nothing is held out, as there is only one image, or one of each class; data.held_out of a "
-            "recipe needs some."
-        )
-    outcome.print(out)
+    with (
+        kept_when_interrupted(),
+        open_processes("cpu", patience=FOREVER) as processes,
+        ExitStack() as stack,
+    ):
+
+        def begin() -> tuple[Pack, list[Plan]]:
+            if held_out_share is not None and not 0 <= held_out_share < 1:
+                raise UserError(
+                    f"--held-out-share: expected a number from 0 to below 1, got {held_out_share}"
+                )
+            if max_side is not None and (max_side < 1 or size is not None):
+                raise UserError("--max-side: expected 1 or more, and no --size beside it")
+            shaped = fit or ("crop" if size else None)
+            shape = Shape(parse_size(size) if size else None, shaped, pad_colour, max_side)
+            check_colour(pad_colour)
+            refuse_source(out, source)
+            refuse_other_data(out, str(source))
+            entries = find_entries(source, outcome, unlabelled, caption_lines)
+            if not entries:
+                raise UserError(f"nothing usable in {source}: {outcome.reasons() or 'it is empty'}")
+            numbers = {name: number for number, name in enumerate(name_classes(entries, source))}
+            entries = in_mixed_order(entries)
+            choose_splits(entries, held_out_share, lambda entry: is_usable(entry, shape), outcome)
+            pack = Pack(FinishedShards(out / STAGING, "records", {}), shape, numbers)
+            plans = plan_shards(entries, samples_per_shard)
+            stack.enter_context(sole_writer(out))
+            make_room(pack.finished, len(plans))
+            return pack, plans
+
+        pack, plans = processes.from_main(begin)
+
+        def pack_share(own: Sequence[Plan]) -> Iterator[Outcome]:
+            most = default_workers() if workers is None else workers
+            with closing(map_ahead(pack, own, min(most, len(own) // 2))) as packed:
+                images = sum(len(plan.entries) for plan in own)
+                yield from processes.shown(packed, images, "writing shards", num_read)
+
+        done = processes.share_out(plans, pack_share)
+        processes.on_main(lambda: complete(source, out, pack, plans, done, outcome, held_out_share != 0))
 
 
 def check_colour(name: str) -> None:
@@ -228,26 +235,32 @@ def splits_of_groups(entries: Iterable[Entry]) -> dict[str, set[str]]:
     return splits
 
 
-def write(
-    entries: list[Entry],
-    pack: Pack,
+def make_room(finished: FinishedShards, number: int) -> None:
+    """Makes the folder of shards that are finished before all are, and says what is in it already."""
+    if there := [*finished.folder.glob("*.tar")]:
+        print(
+            f"going on from an interrupted run, which finished {len(there):,} of {number:,} shards",
+            flush=True,
+        )
+    finished.records.mkdir(parents=True, exist_ok=True)
+    for left in finished.folder.glob(".*.partial"):
+        left.unlink()
+
+
+def complete(
     source: Path,
     out: Path,
-    plans: list[Plan],
-    workers: int,
+    pack: Pack,
+    plans: Sequence[Plan],
+    done: Sequence[Outcome],
     outcome: Outcome,
+    should_hold_out: bool,
 ) -> None:
-    """Writes every split, and counts what was written."""
+    """Publishes all shards, writes dataset.json and prints what all processes have counted."""
+    entries = [entry for plan in plans for entry in plan.entries]
+    for counted in done:
+        outcome.add(counted)
     staged = pack.finished.folder
-    if there := [*staged.glob("*.tar")]:
-        print(f"going on from an interrupted run, which finished {len(there):,} of {len(plans):,} shards")
-    pack.finished.records.mkdir(parents=True, exist_ok=True)
-    for left in staged.glob(".*.partial"):
-        left.unlink()
-    with closing(map_ahead(pack, plans, workers)) as packed:
-        shown = with_progress(packed, len(entries), "writing shards", num_read)
-        for done in shown:
-            outcome.add(done)
     try:
         refuse_unusable(outcome, pack.numbers, source)
     except UserError:  # nothing has been replaced yet
@@ -257,6 +270,20 @@ def write(
     splits = {TRAIN, HELD_OUT, OLD_HELD_OUT, *(entry.split for entry in entries), *before}
     names = [plan.name for plan in plans if outcome.written[split_of(Path(plan.name))]]
     publish(staged, out, names, splits)
+    facts = {"classes": [*pack.numbers]} if pack.numbers else {}
+    if pack.shape.fit:
+        facts["image_fit"] = pack.shape.fit
+    write_dataset_card(out, outcome, source=str(source), **facts)
+    shutil.rmtree(staged)
+    remark_on_images(outcome.originals, pack.shape, outcome)
+    remark_on_captions(entries, outcome)
+    remark_on_classes([*pack.numbers], outcome)
+    if should_hold_out and not outcome.written.get(HELD_OUT) and not outcome.written.get("test"):
+        outcome.remark(
+            "Nothing is held out, as there is only one image, or one of each class; data.held_out of a "
+            "recipe needs some."
+        )
+    outcome.print(out)
 
 
 def refuse_unusable(outcome: Outcome, classes: Iterable[str], source: Path) -> None:

@@ -23,6 +23,7 @@ from mmvit.streams.index import (
     cache,
     headers_checksum,
     index_of,
+    length_of,
     load_index,
     save_index,
     scan,
@@ -103,18 +104,20 @@ def remote_index(shard: Address) -> Index:
     return index
 
 
-def write_any_index(shard: Path | Address, out: Path | None) -> tuple[int, str]:
-    """As `write_index`; in the folder `out` where it is given, else that of a remote shard in the cache."""
+def write_any_index(shard: Path | Address, out: Path | None) -> tuple[int, int, str]:
+    """As `write_index`, in the folder `out` where it is given, else that of a remote shard in the cache;
+    returns the number of samples, the bytes of the shard, and what could not be read."""
     path = out and out / beside(shard).name
     if isinstance(shard, Path):
-        return write_index(shard, path)
+        samples, problem = write_index(shard, path)
+        return samples, length_of(shard), problem
     index = remote_index(shard)
     if path:
         try:
             save_index(index, path)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
-    return index.samples, index.problem
+    return index.samples, length_of(shard), index.problem
 
 
 def kept(shard: Address) -> Index | None:

@@ -6,12 +6,12 @@ import signal
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from threading import Thread, current_thread, main_thread
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mmvit.errors import OF_FILES, UserError
+from mmvit.progress import with_progress
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+FOREVER = 365 * 24 * 3600.0  # seconds
 
 
 class FailedElsewhere(SystemExit):
@@ -62,12 +67,12 @@ class Processes:
         dist.gather_object(value, values)
         return values or []
 
-    def together(self, action: Callable[[], Any]) -> None:
+    def together(self, action: Callable[[], Result]) -> Result:
         """Runs `action` in every process. A `UserError`, or a full or read-only disk, in one ends all; if all
         have it, the main process alone says so."""
         problem: BaseException | None = None
         try:
-            action()
+            result = action()
         except (UserError, FailedElsewhere) as error:  # the latter where `action` calls this, too
             problem = error
         except OSError as error:
@@ -80,6 +85,7 @@ class Processes:
             raise problem
         if failed:
             raise FailedElsewhere(2)
+        return result
 
     def on_main(self, action: Callable[[], Any]) -> None:
         """Runs `action` in the main process while the others wait."""
@@ -111,10 +117,34 @@ class Processes:
 
         return tree_map_only(Tensor, sent, outline[0])
 
+    def share_out(
+        self, items: Sequence[Item], do: Callable[[Sequence[Item]], Iterable[Result]]
+    ) -> list[Result]:
+        """One result for each of `items`, in the main process; in the others an empty list.
+
+        Args:
+            do: gives the results of this process's share. A `UserError` of it ends all, at once under
+                torchrun.
+        """
+        of_ranks = self.gather([*do(items[self.rank :: self.world_size])])
+        places = [divmod(number, self.world_size) for number in range(len(items))]
+        return [of_ranks[rank][place] for place, rank in places] if self.is_main else []
+
+    def shown(
+        self,
+        items: Iterable[Item],
+        total: int | None,
+        what: str,
+        count: Callable[[Item], int] = lambda item: 1,
+    ) -> Iterable[Item]:
+        """`items`, which are this process's share, with progress in the main process."""
+        of_all = f" (process 1 of {self.world_size})" if self.world_size > 1 else ""
+        return with_progress(items, total, what + of_all, count) if self.is_main else items
+
 
 @contextmanager
 def open_processes(
-    device: str = "auto", needs_group: bool = False, timeout: float = 600
+    device: str = "auto", needs_group: bool = False, timeout: float = 600, patience: float | None = None
 ) -> Iterator[Processes]:
     """Joins the process group described by the launcher's environment, and leaves it at the end.
 
@@ -122,6 +152,7 @@ def open_processes(
         device: "auto" or a torch device; on CUDA each process takes the GPU of its local rank.
         needs_group: makes a group of one for a process without a launcher (DeepSpeed needs it).
         timeout: seconds to wait for the others, at the start and in every exchange.
+        patience: seconds to wait in exchanges, if others than at the start.
 
     Raises:
         UserError: when others do not come, or do not answer (in one of those that have waited for them).
@@ -134,7 +165,7 @@ def open_processes(
     if world_size == 1 and not needs_group:
         yield processes
         return
-    store = join_group(processes, timeout)
+    store = join_group(processes, timeout, timeout if patience is None else patience)
     try:
         with failures_told_once(processes, store, timeout):
             yield processes
@@ -144,7 +175,7 @@ def open_processes(
         dist.destroy_process_group()
 
 
-def join_group(processes: Processes, timeout: float) -> dist.Store:
+def join_group(processes: Processes, timeout: float, patience: float) -> dist.Store:
     """Makes the default process group. Returns the store by which the processes have found one another."""
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
@@ -155,7 +186,9 @@ def join_group(processes: Processes, timeout: float) -> dist.Store:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=longest))
         backend = "nccl" if processes.device.type == "cuda" else "gloo"
         group = dist.PrefixStore("group", store)
-        dist.init_process_group(backend, store=group, rank=rank, world_size=world_size, timeout=longest)
+        dist.init_process_group(
+            backend, store=group, rank=rank, world_size=world_size, timeout=timedelta(seconds=patience)
+        )
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
