@@ -9,7 +9,6 @@ from unittest import mock
 import pytest
 from file_server import own_cache, served
 
-from mmvit.data.samples import ClassifierSample
 from mmvit.data.writing import read_dataset_card
 from mmvit.errors import UserError
 from mmvit.recipes.facts import codes_in
@@ -17,7 +16,6 @@ from mmvit.streams import remote
 from mmvit.streams.address import Address
 from mmvit.streams.pieces import RemoteFile
 from mmvit.streams.shards import expand_shards
-from mmvit.streams.stream import ShardStream
 
 
 @pytest.fixture
@@ -105,18 +103,6 @@ def test_a_piece_is_on_the_disk_before_it_has_its_name(server):
     with mock.patch.object(os, "fsync", sync):
         file.read(0, 10)
     assert synced == [[f"{file.key}-0.partial", "total"]]
-
-
-def test_a_damaged_cache_is_named_where_a_shard_seems_damaged(server, tiny_shards):
-    shutil.copy(tiny_shards / "train-000000.tar", server.folder)
-    shard = Address(f"{server.url}/train-000000.tar")
-    stream = ShardStream(str(shard), ClassifierSample((16, 16), 4), 1)
-    assert stream.samples
-    file = RemoteFile(shard)
-    piece = file.cache.folder / f"{file.key}-0"
-    piece.write_bytes(bytes(piece.stat().st_size))
-    with pytest.raises(UserError), pytest.warns(UserWarning, match=f"empty the cache {file.cache.folder}"):
-        next(iter(stream))
 
 
 @pytest.mark.parametrize("target", ["/a.tar", "file:///etc/passwd"])

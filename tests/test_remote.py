@@ -1,17 +1,11 @@
 """Shards elsewhere: the same batches as from local files, whatever the server does."""
 
 import contextlib
-import errno
-import gc
 import io
-import itertools
 import json
-import os
 import re
 import shutil
-import signal
 import socket
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -28,7 +22,7 @@ from mmvit.errors import UserError
 from mmvit.evaluation.splits import read_split
 from mmvit.streams import pieces, remote
 from mmvit.streams.address import Address
-from mmvit.streams.cache import TOTAL, Cache
+from mmvit.streams.cache import TOTAL
 from mmvit.streams.order import LANES, Order
 from mmvit.streams.pieces import RemoteFile
 from mmvit.streams.shards import expand_shards, read_shard
@@ -229,113 +223,6 @@ def test_servers_without_ranges_are_asked_for_whole_shards(tiny_shards, server):
 def test_addresses_that_cannot_be_read_say_what_is_missing(address, message):
     with pytest.raises(UserError, match=message):
         list(read_shard(Address(address)))
-
-
-# The cache
-
-
-def test_pieces_are_fetched_ahead_and_each_once_a_machine(tiny_shards, server, monkeypatch):
-    monkeypatch.setattr(pieces, "PIECE", 4096)
-    place, ranks = f"{server.url}/{TRAIN}", range(2)
-    streams = [epoch_of(place, rank=rank, world_size=2, num_workers=2, repeat=True) for rank in ranks]
-    for _ in itertools.islice(zip(*map(iter, streams), strict=False), 10):
-        pass
-    sizes = {f"/{shard.name}": shard.stat().st_size for shard in tiny_shards.glob("train-*.tar")}
-    for name, size in sizes.items():  # three headers, with which the index is compared, and the length in all
-        assert size / 2 < server.sent[name] <= size + 3 * 512 + 1
-
-
-def test_the_cache_stays_within_its_size_and_keeps_what_was_used_last(tmp_path):
-    cache = Cache(tmp_path, 1000)
-
-    def use(number: int) -> int:
-        file = cache.open(f"piece-{number}", 100, lambda: [b"x" * 50, bytes([number]) * 50])
-        os.utime(file, ns=(0, use.now))
-        use.now += 10**9
-        return file
-
-    use.now = 0
-    first = use(0)
-    for number in range(1, 20):
-        os.close(use(number))
-        os.close(use(3))
-        assert sum(path.stat().st_size for path in tmp_path.glob("piece-*")) <= 1000
-    assert (tmp_path / "piece-3").exists()
-    assert not (tmp_path / "piece-0").exists()
-    assert os.pread(first, 100, 0) == b"x" * 50 + bytes(50)  # still open
-    os.close(first)
-
-
-def test_pieces_that_were_read_are_not_held_open(server, cache):
-    """Their space would not come free when they are evicted."""
-    gc.disable()  # a cycle would hold them until it comes round
-    try:
-        stream = epoch_of(f"{server.url}/{TRAIN}", shuffle_buffer=0)
-        assert len(keys_of(stream)) == 48
-        files = [readlink(file) for file in Path("/proc/self/fd").iterdir()]
-    finally:
-        gc.enable()
-    assert sum(file.startswith(str(cache)) for file in files) <= 2
-
-
-def readlink(file: Path) -> str:
-    return os.readlink(file) if file.is_symlink() else ""
-
-
-def test_what_a_killed_process_leaves_is_never_taken_for_whole(tmp_path):
-    cache, parent = Cache(tmp_path, 1000), os.getpid()
-
-    def parts():
-        yield b"x" * 60
-        if os.getpid() != parent:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield b"x" * 40
-
-    if not (child := os.fork()):
-        cache.open("piece", 100, parts)
-    os.waitpid(child, 0)
-    assert [path.name for path in tmp_path.glob("piece*")] == ["piece.partial"]
-    assert os.pread(cache.open("piece", 100, parts), 200, 0) == b"x" * 100
-    assert [path.name for path in tmp_path.glob("piece*")] == ["piece"]
-
-
-def test_a_piece_is_fetched_by_one_process_while_others_wait(tmp_path):
-    cache = Cache(tmp_path / "pieces", 10_000)
-
-    def parts():
-        with (tmp_path / "log").open("a") as log:
-            log.write("fetched\n")
-        time.sleep(0.1)
-        yield b"x" * 100
-
-    children = []
-    for _ in range(4):
-        if not (child := os.fork()):
-            try:
-                for number in range(3):
-                    assert os.pread(cache.open(f"piece-{number}", 100, parts), 200, 0) == b"x" * 100
-            finally:
-                os._exit(sys.exc_info()[0] is not None)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
-    assert (tmp_path / "log").read_text().count("fetched") == 3
-
-
-@pytest.mark.parametrize("step", ["posix_fallocate", "pwrite"])
-def test_a_full_disk_is_named_and_leaves_nothing_half(tmp_path, step):
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with mock.patch.object(os, step, side_effect=full), pytest.raises(UserError) as caught:
-        Cache(tmp_path, 1000).open("piece", 100, lambda: [b"x" * 100])
-    assert str(caught.value).startswith(
-        f"no space left in {tmp_path} for pieces of shards: free some, or choose"
-    )
-    assert not [*tmp_path.glob("piece*")]
-
-
-def test_a_cache_that_is_too_small_says_how_large_it_has_to_be(server, monkeypatch):
-    monkeypatch.setenv("MMVIT_CACHE_SIZE", "0.07MB")
-    with pytest.raises(UserError, match=r"data.cache_size: 70,000 bytes are too few, \d+,\d+ are read"):
-        next(iter(epoch_of(f"{server.url}/{TRAIN}")))
 
 
 # What shards there are

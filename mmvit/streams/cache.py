@@ -1,7 +1,8 @@
 """A bounded folder of pieces of remote files, which the processes of a machine share.
 
 A piece is fetched once, by one process while the others wait for it, into a partial file that is locked, and
-gets its name once it is whole. The least recently used ones make room; one that is open stays readable.
+gets its name once it is whole, with a checksum at its end. One that the disk has damaged since is fetched
+again. The least recently used ones make room; one that is open stays readable.
 """
 
 import errno
@@ -13,15 +14,20 @@ from contextlib import contextmanager, suppress
 from fcntl import LOCK_EX, LOCK_NB, flock
 from hashlib import sha256
 from pathlib import Path
+from zlib import crc32
 
 from mmvit.errors import UserError
-from mmvit.streams.remote import Failed
+from mmvit.streams.remote import CHUNK, Failed
 
 FOLDER, SIZE = "MMVIT_CACHE", "MMVIT_CACHE_SIZE"  # environment variables, which workers inherit
 DEFAULT_SIZE = "50GB"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 ROOM = 0.05  # share of the cache that is freed at a time
 TOTAL, PARTIAL = "total", ".partial"
+SUM = 4  # bytes of the checksum at the end of a piece
+TRUSTED = 60 * 10**9  # nanoseconds after its last use in which a piece is not checked again
+MARKED = 10**6  # nanoseconds, of which times set by `touch` are multiples; by writing, none in a million
+damaged: list[str] = []  # pieces that were removed, for `take_damaged`
 in_progress: set[int] = set()  # descriptors of locked files, which a forked process must not keep locked
 
 
@@ -33,6 +39,7 @@ def close_in_progress() -> None:
     for file in in_progress:
         os.close(file)
     in_progress.clear()
+    damaged.clear()  # the parent tells
 
 
 os.register_at_fork(after_in_child=close_in_progress)
@@ -91,7 +98,7 @@ class Cache:
         self.folder, self.size = folder, size
 
     def open(self, name: str, length: int, fetch: Callable[[], Iterable[bytes]], wait: bool = True) -> int:
-        """Opens a piece, fetched first if it is not there, and returns its descriptor.
+        """Opens a piece, fetched first if it is not there, or damaged, and returns its descriptor.
 
         Args:
             fetch: gives the bytes in parts; what it raises is passed on, and nothing is kept.
@@ -111,15 +118,18 @@ class Cache:
                 if partial is None or path.exists():
                     continue
                 with self.on_disk():
-                    while not self.make_room(length, partial):
+                    while not self.make_room(length + SUM, partial):
                         time.sleep(0.05)  # until other processes are done with theirs
-                place = 0
+                place = checksum = 0
                 for part in fetch():
+                    checksum = crc32(part, checksum)
                     with self.on_disk():
                         place += write(partial, part, place)
                 if place != length:
                     raise EOFError(f"{place:,} of {length:,} bytes")
                 with self.on_disk():
+                    write(partial, checksum.to_bytes(SUM), place)
+                    touch(partial)
                     os.fsync(partial)  # else it may hold zeros after a power failure
                     os.replace(f"{path}{PARTIAL}", path)
 
@@ -212,19 +222,44 @@ def open_whole(path: Path, length: int) -> int | None:
         file = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    if os.fstat(file).st_size == length:
+    has_all = os.fstat(file).st_size == length + SUM
+    if has_all and is_intact(file, length):
         touch(file)
         return file
+    if is_at(path, file):
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+            if has_all:
+                damaged.append(str(path))
     os.close(file)
-    with suppress(FileNotFoundError):
-        os.unlink(path)
     return None
+
+
+def is_intact(file: int, length: int) -> bool:
+    """Whether a piece has its checksum; of one that has just been used, it is not computed."""
+    changed = os.fstat(file).st_mtime_ns
+    if changed % MARKED == 0 and 0 <= time.time_ns() - changed < TRUSTED:
+        return True
+    checksum = 0
+    with suppress(OSError):  # of a sector that cannot be read
+        for start in range(0, length, CHUNK):
+            checksum = crc32(os.pread(file, min(CHUNK, length - start), start), checksum)
+        return os.pread(file, SUM, length) == checksum.to_bytes(SUM)
+    return False
+
+
+def take_damaged() -> list[str]:
+    """The damaged pieces that were found in this process, and not taken before."""
+    found = [*damaged]
+    del damaged[: len(found)]
+    return found
 
 
 def touch(file: int) -> None:
     """Makes a piece the most recently used one."""
+    now = time.time_ns() // MARKED * MARKED
     with suppress(OSError):
-        os.utime(file)
+        os.utime(file, ns=(now, now))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import io
 import os
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -12,8 +13,9 @@ from threading import Thread
 
 from mmvit.errors import UserError
 from mmvit.streams.address import Address
-from mmvit.streams.cache import InProgress, key_of, the_cache, touch
+from mmvit.streams.cache import InProgress, key_of, take_damaged, the_cache, touch
 from mmvit.streams.remote import facts_of, read_part, tried
+from mmvit.streams.tally import DAMAGED
 
 PIECE = 2**23  # bytes; a server that gives no parts of a file is asked for all of it
 THREADS = 4  # that fetch ahead
@@ -177,4 +179,6 @@ class RemoteStream(io.RawIOBase):
     def close(self) -> None:
         if self.fetchers and not self.closed:
             self.fetchers.close()
+        if damaged := take_damaged():
+            warnings.warn(f"{len(damaged):,} {DAMAGED}, such as {damaged[0]}: check its disk", stacklevel=2)
         super().close()

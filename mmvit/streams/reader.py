@@ -18,14 +18,13 @@ import numpy as np
 import torch
 
 from mmvit.errors import UserError
-from mmvit.streams.address import Address
 from mmvit.streams.ahead import Ahead, Plan
-from mmvit.streams.cache import the_cache
+from mmvit.streams.cache import take_damaged
 from mmvit.streams.index import Index
 from mmvit.streams.order import LANES, Order, random_from
 from mmvit.streams.pieces import opened
 from mmvit.streams.shards import BadSample, BadShard, Sample, read_shard, split_name
-from mmvit.streams.tally import Tally
+from mmvit.streams.tally import DAMAGED, Tally
 from mmvit.streams.tar import MOST_BYTES, BadTar, Problem, read_files
 
 Batch = dict[str, Any]
@@ -92,6 +91,9 @@ class Reader:
                         return
                     ahead.reach(first)
                     samples = self.read(first, tally, ended)
+                    if damaged := take_damaged():
+                        tally.count({DAMAGED: len(damaged)})
+                        tally.examples.setdefault(DAMAGED, damaged[0])
                     if ended():
                         return
                     yield Delivery(worker, copy.deepcopy(tally), collate(samples) if samples else None)
@@ -191,10 +193,9 @@ class Reader:
             if not files:
                 raise BadTar("no files")
         except BadTar as error:
-            what = "it is no longer as it was indexed, or damaged"
-            if isinstance(shard, Address):
-                what += f" (if it is not, empty the cache {the_cache().folder})"
-            raise BadSample("changed shard", f"{what}: {error}") from None
+            raise BadSample(
+                "changed shard", f"it is no longer as it was indexed, or damaged: {error}"
+            ) from None
         return Sample(key, shard, files, self.copies[number])
 
     def missing_files(self, sample: Sample) -> str:

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 
 from mmvit.errors import UserError
 
+DAMAGED = "damaged pieces in the cache fetched again"  # among the counts
 MIN_BAD = 10  # bad samples that are tolerated however few have been read
 
 
 @dataclass
 class Tally:
     """Counts of samples read and of samples skipped by reason (with the first case of each), damaged shards
-    (path → problem), and the decoder's own counts."""
+    (path → problem), damaged pieces of remote shards, and the decoder's own counts."""
 
     read: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
@@ -43,6 +44,8 @@ class Tally:
             for reason in self.skipped
             if reason not in before.skipped
         ]
+        if DAMAGED in self.counts and DAMAGED not in before.counts:
+            samples.append(f"{self.examples[DAMAGED]} was damaged, and is fetched again: check its disk")
         shards = [text for path, text in self.broken_shards.items() if path not in before.broken_shards]
         return samples + [f"{text}; its other samples are used" for text in shards]
 
