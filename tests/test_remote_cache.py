@@ -2,12 +2,14 @@
 
 import errno
 import gc
+import gzip
 import itertools
 import os
 import signal
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -19,6 +21,8 @@ from mmvit.errors import UserError
 from mmvit.streams import pieces
 from mmvit.streams.address import Address
 from mmvit.streams.cache import Cache, take_damaged
+from mmvit.streams.index import index_of
+from mmvit.streams.packed import state_of
 from mmvit.streams.pieces import RemoteFile
 from mmvit.streams.shards import read_shard
 from mmvit.streams.stream import ShardStream
@@ -213,3 +217,43 @@ def test_a_cache_that_is_too_small_says_how_large_it_has_to_be(server, monkeypat
     monkeypatch.setenv("MMVIT_CACHE_SIZE", "0.07MB")
     with pytest.raises(UserError, match=r"data.cache_size: 70,000 bytes are too few, \d+,\d+ are read"):
         next(iter(epoch_of(f"{server.url}/{TRAIN}")))
+
+
+# Compressed shards
+
+
+@pytest.fixture
+def compressed(tiny_shards, tmp_path) -> Path:
+    for shard in tiny_shards.glob("train-*.tar"):
+        (tmp_path / f"{shard.name}.gz").write_bytes(gzip.compress(shard.read_bytes(), 1))
+    return tmp_path
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_compressed_shards_give_the_batches_of_others_and_are_unpacked_once(
+    tiny_shards, compressed, cache, num_workers, is_remote
+):
+    def epoch(place: object) -> list:
+        stream = epoch_of(f"{place}/{TRAIN}{'' if place == tiny_shards else '.gz'}", num_workers=num_workers)
+        return [(batch["keys"], batch["pixels"].tolist()) for batch in stream]
+
+    expected = epoch(tiny_shards)
+    with served(compressed) if is_remote else nullcontext() as server:
+        assert epoch(server.url if is_remote else compressed) == expected
+        with mock.patch("mmvit.streams.packed.unpack", side_effect=AssertionError):
+            assert epoch(server.url if is_remote else compressed) == expected
+        (piece,) = cache.glob(f"{state_of(compressed / 'train-000001.tar.gz')}*") if not is_remote else [None]
+        if piece:
+            piece.unlink()
+            assert epoch(compressed) == expected
+
+
+def test_unpacked_shards_stay_within_the_size_of_the_cache(compressed, cache, monkeypatch):
+    sizes = [index_of(shard).shard.length for shard in sorted(compressed.glob("*.gz"))]
+    monkeypatch.setenv("MMVIT_CACHE_SIZE", f"{(2 * max(sizes) + 1000) / 10**6}MB")
+    place = f"{compressed}/{TRAIN}.gz"
+    with pytest.raises(UserError, match=r"data.cache_size: .* bytes are too few"):
+        keys_of(epoch_of(place, shuffle_buffer=40))
+    assert len(keys_of(epoch_of(place, shuffle_buffer=0))) == 48
+    assert sum(path.stat().st_size for path in cache.iterdir()) < 2 * max(sizes) + 1000

@@ -1,6 +1,5 @@
 """What a data stream does about bad samples, damaged shards, bugs and processes that end."""
 
-import gzip
 import multiprocessing
 import re
 import shutil
@@ -167,15 +166,6 @@ def test_a_shard_that_changes_under_the_stream_is_noticed(tiny_shards, tmp_path)
     with pytest.warns(UserWarning, match="skipped a sample, changed shard: sample 3 in "):
         assert keys_of(batches) == []
     assert stream.tally.skipped == {"changed shard": 8}
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_compressed_shards_are_unpacked_once(tiny_shards, tmp_path, num_workers):
-    content = (tiny_shards / "train-000000.tar").read_bytes()
-    (tmp_path / "train-000000.tar.gz").write_bytes(gzip.compress(content))
-    for _ in range(2):
-        stream = ShardStream(tmp_path, KeyOnly(), 5, shuffle_buffer=0, repeat=False, num_workers=num_workers)
-        assert keys_of(stream) == [f"train-{number:03d}" for number in range(10)]
 
 
 def test_numbers_too_long_and_json_too_deep_in_a_caption_cost_one_sample_each(tmp_path):

@@ -14,6 +14,7 @@ from mmvit.streams.address import Address
 from mmvit.streams.cache import SIZE, the_cache
 from mmvit.streams.index import Index
 from mmvit.streams.order import Order, Span
+from mmvit.streams.packed import Unpacked, opened
 from mmvit.streams.pieces import Fetchers, RemoteFile
 from mmvit.streams.workers import processes_here
 
@@ -27,7 +28,7 @@ class Plan:
     def __init__(self, order: Order, indexes: Sequence[Index], start: int, rank: int, world_size: int):
         self.order, self.indexes, self.start = order, indexes, start
         self.rank, self.world_size = rank, world_size
-        self.file = lru_cache(maxsize=1024)(RemoteFile)
+        self.file = lru_cache(maxsize=1024)(opened)
 
     def spans(self, epoch: int) -> list[list[Span]]:
         place = max(0, self.start - epoch * self.order.total)
@@ -36,7 +37,7 @@ class Plan:
         return [[span for span in spans if self.is_remote(span.shard)] for spans in found]
 
     def is_remote(self, shard: int) -> bool:
-        return isinstance(self.indexes[shard].shard, Address)
+        return isinstance(self.indexes[shard].shard, Address | Unpacked)
 
     def pieces(self, epoch: int) -> Iterator[tuple[int, RemoteFile, int]]:
         """The number of the sample before which it is needed, the file, and the number of the piece."""

@@ -1,6 +1,5 @@
 """Where the samples of a shard lie, so that any of them can be read without those before it."""
 
-import gzip
 import json
 import os
 import shutil
@@ -18,16 +17,13 @@ import numpy as np
 
 from mmvit.errors import UserError
 from mmvit.streams.address import Address
-from mmvit.streams.cache import key_of, xdg_cache
-from mmvit.streams.pieces import RemoteFile, opened
-from mmvit.streams.remote import facts_of
+from mmvit.streams.cache import xdg_cache
+from mmvit.streams.packed import Unpacked, UnpackedStream, length_of, opened, state_of
 from mmvit.streams.shards import groups_of, open_shard, summary
 from mmvit.streams.tar import BLOCK, CHUNK
 
 FORMAT = "mmvit-index-1"
 MOST_HEADER = 2**20
-MOST_UNPACKED = 2**30  # bytes that any compressed shard may have unpacked
-MOST_RATIO = 200  # to its own size, for larger ones: zeros pack to a thousandth
 SUFFIX = ".index"
 KEPT_FROM = 2**23  # bytes of a shard: smaller ones are indexed again faster than this is worth
 
@@ -36,10 +32,10 @@ KEPT_FROM = 2**23  # bytes of a shard: smaller ones are indexed again faster tha
 class Index:
     """The number of a shard's samples, and what could not be read.
 
-    `shard` is the file that they lie in: for a compressed one, its unpacked copy.
+    `shard` is what they lie in.
     """
 
-    shard: Path
+    shard: Path | Address | Unpacked
     samples: int
     problem: str = ""
     path: Path | None = None  # where the ranges are, from byte `start` on, until they are needed
@@ -77,23 +73,20 @@ class Index:
         return index
 
 
-def index_of(shard: Path) -> Index:
+def index_of(shard: Path | Address) -> Index:
     """A shard's index: from the file beside it (`mmvit index`), from the cache, or made now.
 
     Raises:
-        UserError: if the shard cannot be opened, or unpacked.
+        UserError: if the shard cannot be opened.
     """
     is_packed = shard.suffix != ".tar"
     if not is_packed and (found := load_index(beside(shard), shard)):
         return found
-    place = cache("shards", shard).with_suffix(".tar") if is_packed else shard
     cached = cache("index", shard)
-    if found := load_index(cached, place):
+    if found := load_index(cached, shard):
         return found
-    problem = unpack(shard, place) if is_packed else ""
-    index = scan(place)
-    index.problem = summary([text for text in (problem, index.problem) if text])
-    if is_packed or place.stat().st_size >= KEPT_FROM:
+    index = scan_packed(shard) if is_packed else scan(shard)
+    if is_packed or shard.stat().st_size >= KEPT_FROM:
         with suppress(OSError):  # a cache is no duty
             save_index(index, cached)
     return index
@@ -130,6 +123,19 @@ def scan(shard: Path) -> Index:
         for group in groups_of(stream, problems, wanted=()):
             ranges.append((group[0].start, group[-1].end))
     return Index.of(shard, np.array(ranges, dtype="<i8").reshape(-1, 2), summary(problems))
+
+
+def scan_packed(shard: Path | Address) -> Index:
+    """Makes the index of a compressed shard."""
+    problems: list[str] = []
+    stream = UnpackedStream(shard)
+    groups = groups_of(stream, problems, wanted=())
+    ranges = [(group[0].start, group[-1].end) for group in groups]
+    while stream.read(CHUNK):  # what follows the end of the archive
+        pass
+    index = Index.of(Unpacked(shard, stream.length), np.array(ranges, dtype="<i8").reshape(-1, 2))
+    index.problem, index.checksum = summary([*stream.problems, *problems]), 0
+    return index
 
 
 def save_index(index: Index, path: Path) -> None:
@@ -170,15 +176,13 @@ def load_index(path: Path, shard: Path) -> Index | None:
             start = file.tell()
             length = os.fstat(file.fileno()).st_size - start
         samples, problem, checksum = head["samples"], head["problem"], head["headers"]
+        if shard.suffix != ".tar":
+            shard, checksum = Unpacked(shard, head["size"]), None  # its place in the cache says its state
         if (head["format"], head["size"], samples * 16) != (FORMAT, length_of(shard), length):
             return None
         return Index(shard, int(samples), str(problem), path, start, checksum)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-
-
-def length_of(shard: Path | Address) -> int:
-    return facts_of(shard).size if isinstance(shard, Address) else shard.stat().st_size
 
 
 def headers_checksum(shard: Path, ranges: np.ndarray) -> int:
@@ -191,34 +195,6 @@ def headers_checksum(shard: Path, ranges: np.ndarray) -> int:
     return checksum
 
 
-def unpack(shard: Path, path: Path) -> str:
-    """Writes what can be unpacked of a compressed shard to `path`; returns why the rest cannot, or ""."""
-    most = max(MOST_UNPACKED, MOST_RATIO * shard.stat().st_size)
-    try:
-        with open_shard(shard) as packed, gzip.open(packed) as file, whole_copy(path, shard) as copy:
-            while True:
-                try:
-                    chunk = file.read1(CHUNK)  # `read` would lose what comes just before damage
-                except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                    return str(error)
-                if not chunk:
-                    return ""
-                if shutil.disk_usage(path.parent).free < 2 * CHUNK:
-                    raise UserError(f"no space left in {path.parent} to unpack {shard}: unpack it yourself")
-                if copy.tell() + len(chunk) > most:
-                    return f"it unpacks to more than {most:,} bytes"
-                copy.write(chunk)
-    except OSError as error:
-        raise UserError(
-            f"cannot unpack {shard} into {path.parent}: {error.strerror or error}; unpack it yourself, or "
-            "set XDG_CACHE_HOME to a folder that can be written"
-        ) from None
-
-
-def cache(kind: str, shard: Path) -> Path:
+def cache(kind: str, shard: Path | Address) -> Path:
     """A path in the cache for this state of a shard."""
-    if isinstance(shard, Address):
-        return xdg_cache() / kind / RemoteFile(shard).key
-    state = shard.stat()
-    name = f"{shard.resolve()}/{state.st_size}/{state.st_mtime_ns}"
-    return xdg_cache() / kind / key_of(name)
+    return xdg_cache() / kind / state_of(shard)

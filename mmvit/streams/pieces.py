@@ -4,7 +4,7 @@ import io
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,6 @@ PIECE = 2**23  # bytes; a server that gives no parts of a file is asked for all 
 THREADS = 4  # that fetch ahead
 TOUCH_EVERY = 5  # seconds
 OPEN_PIECES = 2  # of a shard
-
-
-def opened(shard: Path | Address) -> "LocalFile | RemoteFile":
-    """Any part of a shard, by its `read`."""
-    return RemoteFile(shard) if isinstance(shard, Address) else LocalFile(shard)
 
 
 class LocalFile:
@@ -89,18 +84,22 @@ class RemoteFile:
             os.close(self.open(number, wait=False))
 
     def open(self, number: int, wait: bool = True) -> int:
-        start, size = number * self.piece, self.size_of(number)
-
         def attempt() -> int | None:
-            parts = partial(read_part, self.shard, self.facts, start, start + size)
             try:
-                return self.cache.open(f"{self.key}-{number}", size, parts, wait)
+                return self.cache.open(
+                    f"{self.key}-{number}", self.size_of(number), partial(self.parts, number), wait
+                )
             except InProgress:  # not to be tried again
                 return None
 
         if (file := tried(self.shard, attempt)) is None:
             raise InProgress
         return file
+
+    def parts(self, number: int) -> Iterator[bytes]:
+        """The bytes of a piece from the server."""
+        start = number * self.piece
+        return read_part(self.shard, self.facts, start, start + self.size_of(number))
 
     def opened(self, number: int) -> "Piece":
         piece = self.recent.pop(number, None) or Piece(self.open(number))

@@ -22,7 +22,7 @@ from mmvit.streams.ahead import Ahead, Plan
 from mmvit.streams.cache import take_damaged
 from mmvit.streams.index import Index
 from mmvit.streams.order import LANES, Order, random_from
-from mmvit.streams.pieces import opened
+from mmvit.streams.packed import opened
 from mmvit.streams.shards import BadSample, BadShard, Sample, read_shard, split_name
 from mmvit.streams.tally import DAMAGED, Tally
 from mmvit.streams.tar import MOST_BYTES, BadTar, Problem, read_files

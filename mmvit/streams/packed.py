@@ -1,0 +1,105 @@
+"""Compressed shards (`.tar.gz`), of which any part can be read once all is unpacked into the cache."""
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmvit.errors import UserError
+from mmvit.streams.address import Address
+from mmvit.streams.cache import key_of, the_cache
+from mmvit.streams.pieces import LocalFile, Piece, RemoteFile
+from mmvit.streams.remote import facts_of
+from mmvit.streams.shards import open_shard
+from mmvit.streams.tar import CHUNK
+
+MOST_UNPACKED = 2**30  # bytes that any compressed shard may have unpacked
+MOST_RATIO = 200  # to its own size, for larger ones: zeros pack to a thousandth
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """What can be unpacked of a compressed shard: so many bytes."""
+
+    shard: Path | Address
+    length: int
+
+
+def opened(shard: Path | Address | Unpacked) -> "LocalFile | RemoteFile":
+    """Any part of a shard, by its `read`."""
+    if isinstance(shard, Unpacked):
+        return UnpackedFile(shard)
+    return RemoteFile(shard) if isinstance(shard, Address) else LocalFile(shard)
+
+
+class UnpackedFile(RemoteFile):
+    """As if from a server that gives only whole files: one piece of the cache, which may be evicted and made
+    again."""
+
+    def __init__(self, unpacked: Unpacked):
+        self.shard, self.length = unpacked.shard, unpacked.length
+        self.piece = max(1, self.length)
+        self.key = f"{state_of(self.shard)}-unpacked"
+        self.cache = the_cache()
+        self.recent: dict[int, Piece] = {}
+
+    def parts(self, number: int) -> Iterator[bytes]:
+        length = 0
+        for part in unpack(self.shard, []):
+            length += len(part)
+            yield part
+        if length != self.length:
+            raise UserError(f"{self.shard} has changed since it was indexed: start again when it is complete")
+
+    def peek(self, start: int, end: int) -> bytes:
+        return self.read(start, end)
+
+
+class UnpackedStream:
+    """A compressed shard from front to back. Why it cannot be read to its end is in `problems`."""
+
+    def __init__(self, shard: Path | Address):
+        self.problems: list[str] = []
+        self.parts, self.left, self.length = unpack(shard, self.problems), memoryview(b""), 0
+
+    def read(self, size: int) -> bytes:
+        """Exactly `size` bytes, fewer only at the end."""
+        while len(self.left) < size and (part := next(self.parts, b"")):
+            self.left = memoryview(bytes(self.left) + part)
+        data, self.left = bytes(self.left[:size]), self.left[size:]
+        self.length += len(data)
+        return data
+
+
+def unpack(shard: Path | Address, problems: list[str]) -> Iterator[bytes]:
+    """What can be unpacked of a shard, in parts; adds to `problems` why the rest cannot."""
+    most, length = max(MOST_UNPACKED, MOST_RATIO * length_of(shard)), 0
+    with open_shard(shard) as packed, gzip.open(packed) as file:
+        while True:
+            try:
+                part = file.read1(CHUNK)  # `read` would lose what comes just before damage
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                problems.append(str(error))
+                return
+            if length + len(part) > most:
+                problems.append(f"it unpacks to more than {most:,} bytes")
+                return
+            if not part:
+                return
+            length += len(part)
+            yield part
+
+
+def length_of(shard: Path | Address | Unpacked) -> int:
+    if isinstance(shard, Unpacked):
+        return shard.length
+    return facts_of(shard).size if isinstance(shard, Address) else shard.stat().st_size
+
+
+def state_of(shard: Path | Address) -> str:
+    """A name for this state of a shard in the cache."""
+    if isinstance(shard, Address):
+        return RemoteFile(shard).key
+    state = shard.stat()
+    return key_of(f"{shard.resolve()}/{state.st_size}/{state.st_mtime_ns}")
