@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from mmvit import __version__
 from mmvit.errors import UserError, did_you_mean, reported_errors
@@ -198,6 +198,14 @@ class Scripts(TyperGroup):
             known = self.list_commands(context)
             raise UserError(f"unknown command {self.prefix}{name}{did_you_mean(name, known)}")
         return super().resolve_command(context, arguments)
+
+    def shell_complete(self, context: Any, incomplete: str) -> list[Any]:
+        self.get_command = self.summary_of  # all that is shown; a script takes seconds to import
+        return super().shell_complete(context, incomplete)
+
+    def summary_of(self, context: Any, name: str) -> TyperCommand:
+        command = COMMANDS.get(self.prefix + name)
+        return TyperCommand(name, help=command.summary if command else None)
 
     def format_help(self, context: Any, formatter: Any) -> None:
         if not self.prefix:

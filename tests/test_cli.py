@@ -65,10 +65,11 @@ def test_python_m_mmvit_is_the_command():
 def test_the_shell_completes_commands(words, completions):
     place = str(len(words.split()) - 1)
     environment = {"_MMVIT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": place}
-    ran = subprocess.run(
-        [sys.executable, "-m", "mmvit"], env={**os.environ, **environment}, capture_output=True, text=True
-    )
+    command = [sys.executable, "-X", "importtime", "-m", "mmvit"]
+    ran = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     assert ran.stdout.split() == completions.split()
+    assert "mmvit.cli" in ran.stderr
+    assert "torch" not in ran.stderr  # it would take seconds
 
 
 @pytest.mark.parametrize("name", COMMANDS)
