@@ -1,6 +1,7 @@
 """Runs a script or a function in a process of its own, or in two as torchrun does, forked from one that has
 imported all: that spares seconds of each. tests/test_docs.py uses the launchers themselves."""
 
+import atexit
 import gc
 import inspect
 import multiprocessing
@@ -151,7 +152,10 @@ def run_one(
     stdout.close()
     os.environ.clear()
     os.environ |= environment
-    run(script, arguments, name)
+    try:
+        run(script, arguments, name)
+    finally:
+        atexit._run_exitfuncs()  # as at the end of Python, which multiprocessing leaves out
 
 
 def print_to(*outputs: int) -> None:

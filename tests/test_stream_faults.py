@@ -1,21 +1,22 @@
 """What a data stream does about bad samples, damaged shards, bugs and processes that end."""
 
 import multiprocessing
+import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
 import pytest
-from tiny_streams import Broken, KeyOnly, Nothing, Rare, keys_of, stream_of, take, write
+from ranks import running, start_one
+from tiny_streams import Broken, KeyOnly, Large, Nothing, Rare, keys_of, stream_of, take, write
 
 from mmvit.data.samples import CaptionSample, ClassifierSample
 from mmvit.errors import UserError
@@ -189,22 +190,19 @@ def test_a_bug_ends_the_stream_and_its_workers_with_the_samples_named(tiny_shard
     assert multiprocessing.active_children() == before
 
 
+def read_with_a_bug(shards: Path, decode: Callable, num_workers: int) -> None:
+    batches = iter(stream_of(shards, decode, num_workers=num_workers))  # still open at the end of Python
+    for number, _ in enumerate(batches):
+        if number == 20:
+            raise RuntimeError("the loop has a bug")
+
+
 @pytest.mark.parametrize("num_workers", [1, 2])
-@pytest.mark.parametrize("decoder", ["Broken((16, 16), 4)", "KeyOnly()"])
-def test_a_process_ends_with_the_error_of_a_worker_or_its_own(tiny_shards, decoder, num_workers):
-    script = f"""
-from pathlib import Path
-from tiny_streams import Broken, KeyOnly, stream_of
-stream = stream_of(Path({str(tiny_shards)!r}), {decoder}, num_workers={num_workers})
-batches = iter(stream)
-for number, batch in enumerate(batches):
-    if number == 20:
-        raise RuntimeError("the loop has a bug")
-"""
-    command, here = [sys.executable, "-c", script], Path(__file__).parent
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=here, timeout=60)
+@pytest.mark.parametrize("decode", [Broken((16, 16), 4), KeyOnly()], ids=type)
+def test_a_process_ends_with_the_error_of_a_worker_or_its_own(tiny_shards, decode, num_workers):
+    ended = start_one(read_with_a_bug, tiny_shards, decode, num_workers)
     assert ended.returncode == 1
-    expected = "the loop has a bug" if decoder == "KeyOnly()" else "must have the same shape"
+    expected = "the loop has a bug" if isinstance(decode, KeyOnly) else "must have the same shape"
     assert expected in ended.stderr
 
 
@@ -219,21 +217,19 @@ def test_a_busy_worker_ends_after_the_sample_in_hand(tiny_shards):
     assert worker.exitcode == 0
 
 
+def read_and_die(shards: Path) -> None:
+    batches = iter(stream_of(shards, Large(), num_workers=1))
+    next(batches)
+    print(multiprocessing.active_children()[0].pid)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_workers_end_with_a_process_that_is_killed(tiny_shards):
-    script = f"""
-import multiprocessing, os, signal
-from pathlib import Path
-from tiny_streams import Large, stream_of
-batches = iter(stream_of(Path({str(tiny_shards)!r}), Large(), num_workers=1))
-next(batches)
-print(multiprocessing.active_children()[0].pid, flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    command, here = [sys.executable, "-c", script], Path(__file__).parent
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=here, timeout=60)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
-    worker = Path("/proc") / ended.stdout.strip()
-    deadline = time.monotonic() + 10  # the kernel's work, not ours
-    while worker.exists() and "State:\tZ" not in (worker / "status").read_text():
-        assert time.monotonic() < deadline, "the worker outlived its parent"
-        time.sleep(0.05)
+    with running(read_and_die, tiny_shards) as one:
+        worker = Path("/proc") / one.lines.readline().strip()
+        one.process.join()
+        assert one.process.exitcode == -signal.SIGKILL, one.errors.read_text()
+        deadline = time.monotonic() + 10  # the kernel's work, not ours
+        while worker.exists() and "State:\tZ" not in (worker / "status").read_text():
+            assert time.monotonic() < deadline, "the worker outlived its parent"
+            time.sleep(0.05)
