@@ -258,7 +258,11 @@ def silent_processes(
         if not silent or time.monotonic() > ends:
             if processes.rank > min(waiting):
                 return None
-            return [f"rank {rank} ({store.get(f'process/{rank}').decode()})" for rank in sorted(silent)]
+            names = [f"rank {rank} ({store.get(f'process/{rank}').decode()})" for rank in sorted(silent)]
+            if names:
+                store.set(f"failed/{processes.rank}", "")
+                time.sleep(0.5)  # for the others to see it: the store may end with this process
+            return names
         time.sleep(0.1)
     return None
 
