@@ -1,6 +1,7 @@
 """Tiny shards that the tests of several rooms read, and a way to run the scripts of the checkout."""
 
 import contextlib
+import gc
 import importlib.abc
 import importlib.machinery
 import inspect
@@ -45,6 +46,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads():
     torch.set_num_threads(1)  # the tests run in two processes on two cores (Makefile)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _little_garbage():
+    gc.freeze()  # or each collection, here and in forks, would go through all that has been imported
 
 
 @pytest.fixture(scope="session", autouse=True)
