@@ -242,8 +242,8 @@ def import_deepspeed(device: torch.device) -> Any:
             "deepspeed. Without --deepspeed the same command trains with plain torch, also under torchrun"
         ) from None
     logger.setLevel(logging.WARNING)
-    if device.type == "cpu":  # or it compiles a shared-memory all-reduce at start-up; gloo needs no compiler
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu":  # or it runs a compiler at start-up, to look for operators that gloo needs not
+        deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
 
