@@ -32,13 +32,14 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
-        "deepspeed.ops.op_builder.all_ops",
+        "deepspeed.module_inject.auto_ep_layer",
         "deepspeed.runtime.superoffload.superoffload_stage3",
         "deepspeed.runtime.zero.muon.muon_optimizer",  # and with it all of torch.compile
         "pytest",
         "mmvit.cli",
         "mmvit.recipes.launch",
-        "mmvit.evaluation.accuracy",
+        "mmvit.evaluation.image_classifier",
+        "mmvit.training.deepspeed_engine",
         "kornia",
         "matplotlib.figure",
     ]

@@ -10,14 +10,13 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from ranks import start_two
+from ranks import start_one, start_two
 from torch import nn
 
 from mmvit.core.transformer import TransformerConfig
@@ -38,11 +37,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ZERO = {f"zero{stage}": ROOT / f"configs/deepspeed/zero{stage}.json" for stage in range(4)}
 MODES: dict[str, Path | None] = {"ddp": None, **ZERO}
 MODEL = ClassifierConfig(
-    image_size=8, patch_size=4, num_classes=4, core=TransformerConfig(width=16, depth=2, num_heads=2)
+    image_size=8, patch_size=4, num_classes=4, core=TransformerConfig(width=16, depth=1, num_heads=2)
 )
 STEPS = 8
 STEP_5 = "run/checkpoints/step-00000005"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 class ClassifierRecipe(Recipe):
@@ -238,7 +236,6 @@ def main() -> None:
     `FOLDER MODE` resumes the run in that folder; `FOLDER apart` is `resume_on_disks_apart`.
     """
     folder, *mode = Path(sys.argv[1]), *sys.argv[2:]
-    RunFolder.draw_curves = lambda run: None  # most of the time, as in conftest.py
     with open_processes("cpu", needs_group=True) as processes:
         if mode == ["apart"]:
             resume_on_disks_apart(folder, processes)
@@ -375,8 +372,7 @@ def test_a_run_folder_on_the_disk_of_the_main_process_alone_will_do(tmp_path):
 
 def test_sharded_checkpoint_is_refused_in_another_layout(two_processes, tmp_path):
     shutil.copytree(two_processes / "zero2", tmp_path / "run")
-    command = [sys.executable, __file__, str(tmp_path / "run"), "zero1"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=ENVIRONMENT)
+    ended = start_one(__file__, tmp_path / "run", "zero1")
     assert ended.returncode == 2
     expected = (
         "was sharded for {'zero_stage': 2, 'processes': 2}; this run has {'zero_stage': 1, 'processes': 1}"
