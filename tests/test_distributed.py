@@ -39,7 +39,7 @@ MODES: dict[str, Path | None] = {"ddp": None, **ZERO}
 MODEL = ClassifierConfig(
     image_size=8, patch_size=4, num_classes=4, core=TransformerConfig(width=16, depth=1, num_heads=2)
 )
-STEPS = 8
+STEPS = 6
 STEP_5 = "run/checkpoints/step-00000005"
 
 
@@ -94,7 +94,7 @@ def new_session(
         "steps": STEPS,
         "batch_size": 8,
         "precision": "fp32",
-        "log_every": 3,
+        "log_every": 2,
         "evaluate_every": 3,
         "ema_decay": 0.8,
     }
@@ -103,7 +103,7 @@ def new_session(
     recipe = ClassifierRecipe(
         output=output,
         train=TrainConfig(**defaults | settings),
-        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2, weight_decay=weight_decay),
+        optimizer=OptimizerConfig(lr=2e-2, warmup_steps=2, weight_decay=weight_decay),
     )
     run = RunFolder(output)
     processes.on_main(lambda: run.open(resume))
@@ -250,7 +250,7 @@ def main() -> None:
             run_training(new_session(folder / mode, processes, deepspeed, accumulation=2))
             cut = folder / f"{mode}-cut"
             with pytest.raises(SystemExit, match="143"):
-                run_training(new_session(cut, processes, deepspeed, accumulation=2), stop_before=7)
+                run_training(new_session(cut, processes, deepspeed, accumulation=2), stop_before=5)
             run_training(new_session(cut, processes, deepspeed, resume=True, accumulation=2))
         for mode in ("zero1", "zero3"):
             on = folder / f"{mode}-on"
@@ -261,7 +261,7 @@ def main() -> None:
         run_training(new_session(folder / "zero3-bf16", processes, **settings))
         cut = folder / "zero3-bf16-cut"
         with pytest.raises(SystemExit, match="143"):
-            run_training(new_session(cut, processes, **settings, evaluate_every=8), stop_before=5)
+            run_training(new_session(cut, processes, **settings, evaluate_every=8), stop_before=3)
         run_training(new_session(cut, processes, **settings, resume=True, evaluate_every=2))
 
 
@@ -314,9 +314,9 @@ def test_exported_weights_are_whole_and_load_in_plain_torch(two_processes, one_p
 def test_one_process_told_to_stop_stops_both_and_they_resume(two_processes, mode):
     whole, cut = two_processes / mode, two_processes / f"{mode}-cut"
     steps = sorted(folder.name for folder in (cut / "checkpoints").iterdir())
-    assert steps == ["step-00000004", "step-00000008"]
+    assert steps == ["step-00000003", "step-00000006"]
     assert losses(cut, "train") == losses(whole, "train")
-    final = "checkpoints/step-00000008/model.safetensors"
+    final = "checkpoints/step-00000006/model.safetensors"
     left, right = read_weights(whole / final), read_weights(cut / final)
     assert all(torch.equal(left[name], right[name]) for name in left)
 
@@ -341,12 +341,12 @@ def test_neither_stops_nor_evaluations_change_a_run_under_zero_3_in_bf16(two_pro
 def test_checkpoint_of_two_processes_resumes_in_one(two_processes, tmp_path):
     """Amid two lines of metrics: the means of both processes so far are in the next one."""
     shutil.copytree(two_processes / "ddp-cut", tmp_path / "run")
-    shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000006")
     alone = Processes(0, 1, torch.device("cpu"))
     session = new_session(tmp_path / "run", alone, resume=True, accumulation=2)
     run_training(session)
     steps = [record["step"] for record in session.run.read_metrics() if record["kind"] == "train"]
-    assert steps == [3, 6, 8]
+    assert steps == [2, 4, 6]
     assert losses(session.run.path, "train") == pytest.approx(
         losses(two_processes / "ddp", "train"), rel=1e-4
     )
