@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from PIL import ImageColor
 from typer import Argument, Option
@@ -82,6 +82,16 @@ def main(
     ] = None,
 ) -> None:
     outcome = Outcome()
+    options = {
+        "held_out_share": held_out_share,
+        "unlabelled": unlabelled,
+        "caption_lines": caption_lines,
+        "size": size,
+        "fit": fit,
+        "pad_colour": pad_colour,
+        "max_side": max_side,
+        "samples_per_shard": samples_per_shard,
+    }
     with (
         kept_when_interrupted(),
         open_processes("cpu", patience=FOREVER) as processes,
@@ -108,6 +118,7 @@ def main(
             choose_splits(entries, held_out_share, lambda entry: is_usable(entry, shape), outcome)
             pack = Pack(FinishedShards(out / STAGING, "records", {}), shape, numbers)
             plans = plan_shards(entries, samples_per_shard)
+            refuse_other_shards(out, options)
             stack.enter_context(sole_writer(out))
             make_room(pack.finished, len(plans))
             return pack, plans
@@ -121,7 +132,7 @@ def main(
                 yield from processes.shown(packed, images, "writing shards", num_read)
 
         done = processes.share_out(plans, pack_share)
-        processes.on_main(lambda: complete(source, out, pack, plans, done, outcome, held_out_share != 0))
+        processes.on_main(lambda: complete(source, out, pack, plans, done, outcome, options))
 
 
 def check_colour(name: str) -> None:
@@ -129,6 +140,30 @@ def check_colour(name: str) -> None:
         ImageColor.getrgb(name)
     except ValueError:
         raise UserError(f"--pad-colour: expected a colour such as white or #8090ff, got {name}") from None
+
+
+def refuse_other_shards(out: Path, options: dict[str, Any]) -> None:
+    """Raises UserError if `out` holds shards that were made with other options, or not by this command."""
+    card = read_dataset_card(out)
+    if "source" not in card and not (out / STAGING).is_dir() and [*out.glob("*.tar")]:
+        raise UserError(
+            f"{out} holds shards that mmvit shards did not make: remove them, or name another folder"
+        )
+    before = card.get("options", {})
+    changed = [
+        f"--{name.replace('_', '-')} was {said(before[name])}, is {said(value)}"
+        for name, value in options.items()
+        if before.get(name, value) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{out} holds shards made with other options ({'; '.join(changed)}): remove it, or name another "
+            "folder"
+        )
+
+
+def said(value: Any) -> str:
+    return "not given" if value is None else str(value).lower()
 
 
 def name_classes(entries: list[Entry], source: Path) -> list[str]:
@@ -254,7 +289,7 @@ def complete(
     plans: Sequence[Plan],
     done: Sequence[Outcome],
     outcome: Outcome,
-    should_hold_out: bool,
+    options: dict[str, Any],
 ) -> None:
     """Publishes all shards, writes dataset.json and prints what all processes have counted."""
     entries = [entry for plan in plans for entry in plan.entries]
@@ -270,15 +305,19 @@ def complete(
     splits = {TRAIN, HELD_OUT, OLD_HELD_OUT, *(entry.split for entry in entries), *before}
     names = [plan.name for plan in plans if outcome.written[split_of(Path(plan.name))]]
     publish(staged, out, names, splits)
-    facts = {"classes": [*pack.numbers]} if pack.numbers else {}
+    facts: dict[str, Any] = {"classes": [*pack.numbers]} if pack.numbers else {}
     if pack.shape.fit:
         facts["image_fit"] = pack.shape.fit
-    write_dataset_card(out, outcome, source=str(source), **facts)
+    write_dataset_card(out, outcome, source=str(source), options=options, **facts)
     shutil.rmtree(staged)
     remark_on_images(outcome.originals, pack.shape, outcome)
     remark_on_captions(entries, outcome)
     remark_on_classes([*pack.numbers], outcome)
-    if should_hold_out and not outcome.written.get(HELD_OUT) and not outcome.written.get("test"):
+    if (
+        options["held_out_share"] != 0
+        and not outcome.written.get(HELD_OUT)
+        and not outcome.written.get("test")
+    ):
         outcome.remark(
             "Nothing is held out, as there is only one image, or one of each class; data.held_out of a "
             "recipe needs some."

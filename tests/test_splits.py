@@ -5,8 +5,9 @@ import re
 import shutil
 
 import pytest
+from generator_scripts import refused
 from PIL import Image
-from shard_scripts import make_shards, read_split, save_image
+from shard_scripts import contents, make_shards, read_split, save_image
 
 from mmvit.data.sources import find_entries
 from mmvit.data.writing import Outcome
@@ -248,6 +249,29 @@ def test_splits_of_an_earlier_run_do_not_stay(run_script, tmp_path):
     assert {path.name for path in (tmp_path / "out").glob("*.tar")} == {
         "train-000000.tar", "held-out-000000.tar",
     }  # fmt: skip
+
+
+def test_shards_made_in_another_way_are_not_replaced(run_script, tmp_path):
+    for number in range(9):
+        save_image(tmp_path / "source" / f"{number}.png", (8, 8))
+
+    def run(*options: object):
+        arguments = (tmp_path / "source", tmp_path / "out", "--unlabelled", *options)
+        return run_script("pipelines/make_shards.py", *arguments)
+
+    assert run("--held-out-share", 0.2).returncode == 0
+    before = contents(tmp_path / "out")
+    changed = "--held-out-share was 0.2, is 0.5; --size was not given, is 4"
+    said = f"{tmp_path / 'out'} holds shards made with other options ({changed}): remove it"
+    refused(run("--held-out-share", 0.5, "--size", 4), said)
+    assert contents(tmp_path / "out") == before
+    save_image(tmp_path / "source" / "new.png", (8, 8))
+    assert run("--held-out-share", 0.2).returncode == 0  # the same set, brought up to date
+    assert len(read_split(tmp_path / "out", "*")) == 10
+    (tmp_path / "out" / "dataset.json").unlink()
+    refused(run("--held-out-share", 0.2), f"{tmp_path / 'out'} holds shards that mmvit shards did not make")
+    (tmp_path / "out" / ".packed").mkdir()  # of a run that was killed while it published its shards
+    assert run("--held-out-share", 0.5).returncode == 0
 
 
 # Captions

@@ -341,10 +341,10 @@ def refuse_other_data(folder: Path, source: str | None) -> None:
 
 def inherited_facts(source: Path, out: Path) -> dict[str, Any]:
     """What the dataset.json of shards also says about those made from them in `out`: everything but the
-    counts. Raises UserError if `out` is the source itself or holds shards from another one."""
+    counts and options. Raises UserError if `out` is the source itself or holds shards from another one."""
     refuse_source(out, source)
-    counts = ("samples", "samples_per_class")
-    facts = {name: fact for name, fact in read_dataset_card(source).items() if name not in counts}
+    own = ("samples", "samples_per_class", "options")
+    facts = {name: fact for name, fact in read_dataset_card(source).items() if name not in own}
     refuse_other_data(out, facts.get("source"))
     return facts
 
@@ -400,5 +400,6 @@ CARD_FACTS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "image_size": ("[height, width]", is_size),
     "image_size_median": ("[height, width]", is_size),
     "image_tokenizer": ("an object", lambda value: isinstance(value, dict)),
+    "options": ("an object", lambda value: isinstance(value, dict)),
     "source": ("text", lambda value: isinstance(value, str)),
 }
