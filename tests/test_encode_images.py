@@ -1,10 +1,12 @@
 """Codes made from images: their tokenizer, augmented copies and grids, and what is refused."""
 
+import contextlib
 import itertools
 import json
 import random
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -26,7 +28,8 @@ from mmvit.models.vq import VQModel
 from mmvit.places import load_script
 from mmvit.recipes.caption_codes import open_caption_codes
 from mmvit.recipes.data import CaptionCodesConfig
-from mmvit.streams.shards import BadSample, Sample, read_shard
+from mmvit.streams.index import beside
+from mmvit.streams.shards import BadSample, BadShard, Sample, read_shard
 from mmvit.streams.stream import ShardStream
 
 
@@ -200,3 +203,26 @@ def test_images_of_any_shape_are_encoded_and_the_shards_say_their_grid(
     assert re.search(r"of these: cropped around the centre .* 56 held-out-000", told)  # all are squares
     sample = next(iter(read_shard(tmp_path / "held-out-000000.tar")))
     assert unpack_codes(sample.files["codes.npy"], (2, 5), 16).shape == (2, 5)
+
+
+def test_samples_lost_in_damaged_shards_are_counted(tiny_shards, encoded, run_script, tmp_path):
+    shards = [Path(shutil.copy(shard, tmp_path)) for shard in sorted(tiny_shards.glob("*.tar"))]
+    for shard in shards[1:]:
+        shutil.copy(beside(tiny_shards / shard.name), tmp_path)
+    content = shards[1].read_bytes()
+    shards[1].write_bytes(b"x" * 512 + content[512:])
+    shards[2].write_bytes(shards[2].read_bytes()[:-20_000])
+    lost = sum(10 - len(list(sound_samples(shard))) for shard in shards[1:3])
+    assert lost > 2
+    settings = ("--tokenizer", encoded / "tokenizer", "--size", 16)
+    ran = run_script("pipelines/encode_images.py", tmp_path, tmp_path / "codes", *settings)
+    assert f"│ skipped: lost in a damaged shard │ {lost:7} │" in ran.stdout, ran.stderr
+    assert "skipped: damaged shard" not in ran.stdout
+    shards[0].write_bytes(shards[0].read_bytes()[:-9000])
+    ran = run_script("pipelines/encode_images.py", tmp_path, tmp_path / "others", *settings)
+    assert f"│ skipped: damaged shard, unknown losses │ {1:7} │" in ran.stdout
+
+
+def sound_samples(shard: Path) -> Iterator[Sample]:
+    with contextlib.suppress(BadShard):
+        yield from read_shard(shard)

@@ -19,7 +19,7 @@ from mmvit.data.lock import sole_writer
 from mmvit.errors import UserError, refuse_source
 from mmvit.hub import read_bounded, write_json
 from mmvit.streams.address import Address, place
-from mmvit.streams.index import beside, save_index, scan
+from mmvit.streams.index import beside, samples_promised, save_index, scan
 from mmvit.streams.remote import read_file
 from mmvit.streams.shard_lists import LIST
 from mmvit.streams.shards import HELD_OUT, OLD_HELD_OUT, BadShard, Sample, read_shard
@@ -178,9 +178,9 @@ class Outcome:
             self.sizes[facts.size] += 1
             self.modes[facts.mode] += 1
 
-    def skip(self, reason: str, example: str) -> None:
-        """Counts a skipped sample; the first three examples of each reason are shown."""
-        self.skipped[reason] += 1
+    def skip(self, reason: str, example: str, number: int = 1) -> None:
+        """Counts skipped samples; the first three examples of each reason are shown."""
+        self.skipped[reason] += number
         self.show(reason, example)
 
     def note(self, fact: str, example: str) -> None:
@@ -287,12 +287,19 @@ def printable(text: str) -> str:
 
 
 def read_samples(shards: Iterable[Path], outcome: Outcome) -> Iterator[Sample]:
-    """The samples of `shards`, one after another; a damaged shard is counted as skipped."""
+    """The samples of `shards`, one after another. Those that are lost in a damaged shard are counted, as far
+    as the index beside it says how many there were; otherwise the shard is."""
     for shard in shards:
+        number = 0
         try:
-            yield from read_shard(shard)
+            for sample in read_shard(shard):
+                number += 1
+                yield sample
         except BadShard as error:
-            outcome.skip("truncated or damaged shard", str(error))
+            if (promised := samples_promised(shard)) is None:
+                outcome.skip("damaged shard, unknown losses", str(error))
+            else:
+                outcome.skip("lost in a damaged shard", str(error), max(0, promised - number))
 
 
 def write_dataset_card(folder: Path, outcome: Outcome, **facts: Any) -> None:

@@ -19,6 +19,7 @@ from mmvit.errors import UserError
 from mmvit.streams.address import Address
 from mmvit.streams.cache import xdg_cache
 from mmvit.streams.packed import Unpacked, UnpackedStream, length_of, opened, state_of
+from mmvit.streams.remote import read_file
 from mmvit.streams.shards import groups_of, open_shard, summary
 from mmvit.streams.tar import BLOCK, CHUNK
 
@@ -181,6 +182,21 @@ def load_index(path: Path, shard: Path) -> Index | None:
         if (head["format"], head["size"], samples * 16) != (FORMAT, length_of(shard), length):
             return None
         return Index(shard, int(samples), str(problem), path, start, checksum)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def samples_promised(shard: Path | Address) -> int | None:
+    """The samples that a shard had when the index beside it was made, whatever became of it since; None
+    without such an index, and if the shard was damaged already."""
+    try:
+        if isinstance(shard, Address):
+            head = (read_file(beside(shard)) or b"").partition(b"\n")[0]
+        else:
+            with open(beside(shard), "rb") as file:
+                head = file.readline(MOST_HEADER)
+        found = json.loads(head)
+        return found["samples"] if found["format"] == FORMAT and not found["problem"] else None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
