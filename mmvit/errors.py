@@ -35,19 +35,23 @@ class MissingData(UserError):
 
 def without_secrets(text: str) -> str:
     """`text` with the addresses in it as all may read them: without user and password, and without the values
-    of a query, which may be a signature or a token. Names of environment variables (`$TOKEN`) stay."""
+    of a query or fragment, which may be a signature or a token. Names of environment variables (`$TOKEN`)
+    stay."""
 
-    def masked(query: re.Match[str]) -> str:
-        pairs = [re.fullmatch("((?:[^=]*=)?)(.*)", pair).groups() for pair in query[2].split("&")]
-        shown = [
-            name + (value if value[:1] in ("$", "") or (name[:-1] or value).lower() in HARMLESS else MASK)
-            for name, value in pairs
-        ]
-        return f"{query[1]}?{'&'.join(shown)}"
+    def masked(found: re.Match[str]) -> str:
+        return found[1] + re.sub(r"([?&#])((?:[^=&#]*=)?)([^&#]*)", masked_pair, found[2])
+
+    def masked_pair(pair: re.Match[str]) -> str:
+        start, name, value = pair.groups()
+        is_anchor = start == "#" and not name
+        is_shown = is_anchor or (name[:-1] or value).lower() in HARMLESS or value[:1] in ("$", "")
+        return pair[0] if is_shown else f"{start}{name}{MASK}"
 
     # with one slash where it was taken for a path
     text = re.sub(r"(?i)(?<=[a-z\d]{2}:)(//?)(?!\$\w+(?::\$\w+)?@)[^/\s]+@", rf"\1{MASK}@", text)
-    return re.sub(r"(?i)([a-z][a-z\d+.-]+:/[^\s?]*)\?([^\s\"'<>]*?)(?=[:;,.)]*(?:[\s\"'<>]|$))", masked, text)
+    return re.sub(
+        r"(?i)([a-z][a-z\d+.-]+:/[^\s?#]*)([?#][^\s\"'<>]*?)(?=[:;,.)]*(?:[\s\"'<>]|$))", masked, text
+    )
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:

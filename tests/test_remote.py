@@ -68,6 +68,18 @@ def test_shards_elsewhere_are_named_by_ranges_globs_and_folders(tiny_shards, ser
     assert server.requests.total() == asked
 
 
+def test_a_folder_elsewhere_is_listed_once_a_process(server):
+    for pattern in ("train-*.tar", "train-*.tar", "held-out-*.tar"):
+        assert expand_shards(f"{server.url}/{pattern}")
+    assert server.requests["/"] == 1
+
+
+def test_an_address_may_begin_with_capitals(tiny_shards, server):
+    place = server.url.replace("http", "HTTP")
+    assert keys_of(epoch_of(f"{place}/{TRAIN}")) == keys_of(epoch_of(f"{tiny_shards}/{TRAIN}"))
+    assert expand_shards(Path(f"{place}/a.tar")) == [Address(f"{server.url}/a.tar")]
+
+
 def test_remote_shard_is_read_from_front_to_back(tiny_shards, server):
     [shard] = expand_shards(f"{server.url}/train-000001.tar")
     local = [(s.key, s.files) for s in read_shard(tiny_shards / "train-000001.tar")]
@@ -99,6 +111,9 @@ def test_plans_name_what_is_read_before_it_is_read(world, buffer, start):
         ("https://user:word@host/a.tar: gone", "https://***@host/a.tar: gone"),
         ("https://h/a?X-Amz-Key=ab%2F&versionId=3, s3://b", "https://h/a?X-Amz-Key=***&versionId=3, s3://b"),
         ("zip://a.tar::https://u@h/z.zip?tok=1", "zip://a.tar::https://***@h/z.zip?tok=***"),
+        ("https://h/a.tar#token=abc&e=3, #5", "https://h/a.tar#token=***&e=***, #5"),
+        ("https://h/a?download=1#t=abc: gone", "https://h/a?download=1#t=***: gone"),
+        ("https://h/page.html#remote-shards", None),
         ("hf://datasets/o/n@main/a.tar or https://$USER:$WORD@h/a?t=$TOKEN.", None),
     ],
 )  # fmt: skip

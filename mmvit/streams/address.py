@@ -92,6 +92,7 @@ def place(text: str | Path | Address) -> Path | Address:
     if isinstance(text, Address):
         return text
     if isinstance(text, Path):  # which takes one of two slashes away
-        text = re.sub(r"^([a-z][a-z0-9+.-]+):/(?=[^/])", r"\1://", str(text))
+        text = re.sub(r"^([A-Za-z][A-Za-z0-9+.-]+):/(?=[^/])", r"\1://", str(text))
+    text = re.sub(r"^[A-Za-z0-9+.-]+(?=://)", lambda protocol: protocol[0].lower(), text)
     text = re.sub(r"^(file|local)://", "", text)
     return Address(text.rstrip("/")) if PARTS.fullmatch(text) else Path(text)

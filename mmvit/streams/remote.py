@@ -172,8 +172,10 @@ def read_file(address: Address) -> bytes | None:
         return None
 
 
+@lru_cache(maxsize=2**10)
 def files_in(folder: Address) -> list[Address]:
-    """The files of a folder, sorted. Raises as `tried`, and UserError if a server does not list them."""
+    """The files of a folder, sorted; asked once a process. Raises as `tried`, and UserError if a server does
+    not list them."""
     names = tried(folder, lambda: list_http(folder) if is_http(folder) else list_fsspec(folder))
     return [folder / name for name in sorted(names)]
 
