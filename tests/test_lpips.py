@@ -1,4 +1,4 @@
-"""LPIPS: values and gradients of torchmetrics', and files that hold no VGG16."""
+"""LPIPS and SSIM: the values of torchmetrics', LPIPS's gradients, and files that hold no VGG16."""
 
 from unittest import mock
 
@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mmvit.errors import UserError
+from mmvit.evaluation.reconstruction import image_ssim
 from mmvit.interop.lpips import LPIPS, load_lpips
 
 VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
@@ -50,6 +51,16 @@ def test_lpips_is_that_of_torchmetrics(tmp_path):
     gradient, theirs_gradient = (torch.autograd.grad(value.sum(), two)[0] for value in (found, expected))
     torch.testing.assert_close(gradient, theirs_gradient, rtol=1e-3, atol=1e-7)
     assert not any(parameter.requires_grad for parameter in distance.parameters())
+
+
+def test_ssim_is_that_of_torchmetrics():
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    one = noise(4, 3, 24, 32)
+    two = (one + noise(4, 3, 24, 32, seed=1) / 10).clamp(-1, 1)
+    unit = (two + 1) / 2, (one + 1) / 2
+    expected = structural_similarity_index_measure(*unit, data_range=1.0, reduction="none")
+    torch.testing.assert_close(image_ssim(two, one), expected)
 
 
 def test_the_rest_of_a_vgg16_file_is_ignored_by_name_and_misfits_are_named(tmp_path, thin_vgg16):
