@@ -5,10 +5,12 @@ command is changed.
 """
 
 import contextlib
+import functools
 import gzip
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -25,6 +27,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from PIL import Image
+from ranks import Running, running
 
 from mmvit.cli import COMMANDS
 from mmvit.config import read_toml
@@ -43,13 +46,11 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 GENERATED = {"data", "runs", "samples", "build", "dist", "mmvit.egg-info"}
 NOT_RUN = {"make", "pip", "source", "apt-get", "dpkg"}  # they install
 LAUNCHERS = {
-    "torchrun": lambda: [sys.executable, "-m", "torch.distributed.run", "--standalone"],
-    "deepspeed": lambda: [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())
-    ],
-}  # fmt: skip
+    "torchrun": lambda: ["torch.distributed.run", "--standalone"],
+    "deepspeed": lambda: ["deepspeed.launcher.runner", "--master_port", str(free_port())],
+}
 RUNS_OF_SEVERAL = ("two-processes", "zero2")  # of the README
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1"}
 TRAIN = ["mmvit", "train"]
 SHORT = "--train.steps 2 --train.batch_size 8 --train.num_workers 0 --train.precision fp32"
 EVALUATED_ONCE = "--train.evaluate_every 2"
@@ -132,13 +133,8 @@ def readme(tmp_path_factory, mmvit_command) -> Iterator["Followed"]:
     (folder / "captions.txt").write_text("red apple\nrocket\n")
     core = TransformerConfig(width=64, depth=1, num_heads=1, mlp="gelu_tanh")
     save_vit(Classifier(ClassifierConfig(image_size=32, core=core)), folder / "ViT-B_16.npz", "official")
-    followed = follow(README, folder, mmvit_command)
-    try:
-        yield followed
-    finally:
-        for process in followed.launched:
-            process.terminate()
-            process.wait()
+    with contextlib.ExitStack() as launched:
+        yield follow(README, folder, mmvit_command, launched)
 
 
 def write_tiny_idx(folder: Path) -> None:
@@ -157,28 +153,26 @@ class Followed(NamedTuple):
     """Where a page was followed, and what its launchers still run."""
 
     folder: Path
-    launched: list[subprocess.Popen]
+    launched: list[Running]
 
     def wait(self) -> None:
-        for number, process in enumerate(self.launched):
-            code = process.wait(timeout=300)
-            log = (self.folder / f"launched-{number}.log").read_text(encoding="utf-8")
-            assert code == 0, f"{shlex.join(process.args)}\n{log[-8000:]}"
+        for launched in self.launched:
+            ended = launched.end()
+            assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr[-8000:]}"
 
 
-def follow(page: Path, folder: Path, mmvit_command: Callable) -> Followed:
-    """Runs a page's commands and then its Python in `folder`; what launches several processes is started."""
+def follow(page: Path, folder: Path, mmvit_command: Callable, stack: contextlib.ExitStack) -> Followed:
+    """Runs a page's commands and then its Python in `folder`; what launches several processes is started,
+    and killed at the end of `stack`."""
     launched = []
-    with contextlib.chdir(folder):
+    with contextlib.chdir(folder), mock.patch.dict(os.environ, ENVIRONMENT):
         for words in [words for block in blocks(page, "bash") for words in commands(block)]:
             program, *arguments = shrunk(words)
             if program in LAUNCHERS:
-                with open(f"launched-{len(launched)}.log", "w") as log:
-                    command = [*LAUNCHERS[program](), *arguments]
-                    outputs = {"stdout": log, "stderr": subprocess.STDOUT}
-                    launched.append(subprocess.Popen(command, env=ENVIRONMENT, **outputs))
+                command = [*LAUNCHERS[program](), *arguments]
+                launched.append(stack.enter_context(running(run_module, *command, timeout=300)))
             elif arguments[:1] == ["serve"]:
-                serve_for_a_moment(arguments)
+                serve_for_a_moment(*arguments)
             elif program == "mmvit":
                 ran = mmvit_command(*arguments)
                 printed = f"{ran.stdout[-4000:]}\n{ran.stderr[-4000:]}"
@@ -191,25 +185,30 @@ def follow(page: Path, folder: Path, mmvit_command: Callable) -> Followed:
     return Followed(folder, launched)
 
 
-def serve_for_a_moment(arguments: list[str]) -> None:
-    """Runs `mmvit serve` at a free port until its page answers."""
-    command = [sys.executable, "-m", "mmvit", *arguments, "--port", "0"]
-    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            address = re.search(r"http://\S+", next(line for line in process.stdout if "http" in line))[0]
-            with urllib.request.urlopen(f"{address}config") as answer:
-                assert json.load(answer)["title"] == "mmvit"
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.communicate()
-    assert process.returncode == 0
+def run_module(name: str, *arguments: str) -> None:
+    """`python -m NAME ARGUMENTS...`, in this process."""
+    with mock.patch.object(sys, "argv", [name, *arguments]):
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+@functools.cache
+def serve_for_a_moment(*arguments: str) -> None:
+    """Runs `mmvit serve` at a free port until its page answers; once, as no page changes what it shows."""
+    with running(ROOT / "pipelines" / "serve.py", *arguments[1:], "--port", 0) as serving:
+        address = re.search(r"http://\S+", next(line for line in serving.lines if "http" in line))[0]
+        with urllib.request.urlopen(f"{address}config") as answer:
+            assert json.load(answer)["title"] == "mmvit"
+        os.kill(serving.pid, signal.SIGINT)
+        ended = serving.end()
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_commands_of_a_page_run_in_its_order(page, readme, tmp_path, mmvit_command):
     still_written = shutil.ignore_patterns(*RUNS_OF_SEVERAL)
     shutil.copytree(readme.folder, tmp_path, symlinks=True, dirs_exist_ok=True, ignore=still_written)
-    follow(page, tmp_path, mmvit_command).wait()
+    with contextlib.ExitStack() as launched:
+        follow(page, tmp_path, mmvit_command, launched).wait()
 
 
 def test_the_readme_leads_to_what_it_says(readme):
