@@ -29,13 +29,15 @@ import pytest
 from PIL import Image
 from ranks import Running, running
 
+from mmvit import hub
 from mmvit.cli import COMMANDS
 from mmvit.config import read_toml
 from mmvit.core.transformer import TransformerConfig
 from mmvit.interop.vit_export import save_vit
 from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
 from mmvit.models.presets import PRESETS
-from mmvit.places import FOLDERS, load_script
+from mmvit.places import FOLDERS, find, load_script
 from mmvit.recipes.resolve import find_recipe
 from mmvit.training.distributed import free_port
 
@@ -92,9 +94,7 @@ def shrunk(words: list[str]) -> list[str]:
         return [*words, "--train.steps", "4"]
     recipe = read_toml(find_recipe(words[at + 2]))
     more = [SHORT, EVALUATED_ONCE, ONE_IMAGE if "preview" in recipe else ""]
-    if words[at + 2] == "finetune_emoji":
-        more.append("--optimizer.name adamw")  # for a model of full size, Muon takes a minute
-    elif "--start.model" not in words and "model" not in recipe.get("start", {}):  # its size is taken over
+    if "--start.model" not in words and "model" not in recipe.get("start", {}):  # its size is taken over
         kind = words[words.index("--model.kind") + 1] if "--model.kind" in words else None
         more.append(SMALL.get(kind or recipe.get("model", {}).get("kind"), SMALL[recipe["task"]]))
     return [*words, *" ".join(more).split()]
@@ -135,6 +135,22 @@ def readme(tmp_path_factory, mmvit_command) -> Iterator["Followed"]:
     save_vit(Classifier(ClassifierConfig(image_size=32, core=core)), folder / "ViT-B_16.npz", "official")
     with contextlib.ExitStack() as launched:
         yield follow(README, folder, mmvit_command, launched)
+
+
+@pytest.fixture(scope="module")
+def _small_generator(readme, tmp_path_factory) -> Iterator[None]:
+    """In place of the shipped generator, with which the README draws, one of its grid and tokenizers."""
+    folder = tmp_path_factory.mktemp("generators") / "emoji"
+    shutil.copytree(hub.SHIPPED, folder)
+    settings = hub.read_description(folder)["config"]
+    settings["core"] |= {"width": 32, "depth": 1, "num_heads": 2}
+    GeneratorTransformer(GeneratorConfig(**settings)).save_pretrained(folder)
+
+    def find_small(path: str | Path) -> Path:
+        return folder if find(path).resolve() == hub.SHIPPED.resolve() else find(path)
+
+    with mock.patch.object(hub, "find", find_small):
+        yield
 
 
 def write_tiny_idx(folder: Path) -> None:
@@ -203,6 +219,7 @@ def serve_for_a_moment(*arguments: str) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.usefixtures("_small_generator")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_commands_of_a_page_run_in_its_order(page, readme, tmp_path, mmvit_command):
     still_written = shutil.ignore_patterns(*RUNS_OF_SEVERAL)
