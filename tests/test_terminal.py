@@ -5,46 +5,44 @@ import os
 import pty
 import select
 import struct
-import subprocess
 import sys
 import termios
-import time
 from pathlib import Path
 
 import pytest
 from generator_scripts import refused
 from PIL import Image
+from ranks import running
 
+from mmvit.cli import main
 from mmvit.sampling.terminal import GAP, side_by_side
 
-ROOT = Path(__file__).resolve().parent.parent
+
+def draw_in(terminal: str, folder: Path) -> None:
+    child = os.open(terminal, os.O_RDWR | os.O_NOCTTY)
+    for number in range(3):
+        os.dup2(child, number)
+    os.close(child)
+    sys.stdin = sys.__stdin__ = open(0)  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = open(1, "w")  # noqa: SIM115
+    os.environ |= {"TERM": "xterm-256color", "COLUMNS": "100"}
+    os.chdir(folder)
+    main(["sample", "red apple", "--num", "2", "--watch"])
 
 
-def run_in_terminal(command: list, answers: dict[bytes, bytes], folder: Path) -> str:
-    """What a command writes to a terminal that gives `answers` to queries."""
+def draw_in_terminal(answers: dict[bytes, bytes], folder: Path) -> str:
+    """What the command writes to a terminal that gives `answers` to queries."""
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))  # rows, columns, no pixels
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        command, stdin=child, stdout=child, stderr=child, close_fds=True, env=environment, cwd=folder,
-        start_new_session=True,
-    )  # fmt: skip
-    os.close(child)
-    written, unanswered, end = b"", dict(answers), time.monotonic() + 60
-    while time.monotonic() < end:
-        if select.select([parent], [], [], 0.2)[0]:
-            try:
-                new = os.read(parent, 65536)
-            except OSError:  # the other end is closed
-                break
-            written += new
+    written, unanswered = b"", dict(answers)
+    with running(draw_in, os.ttyname(child), folder) as one:
+        while parent in select.select([parent, one.process.sentinel], [], [])[0]:
+            written += os.read(parent, 65536)
             for query in [query for query in unanswered if query in written]:
                 os.write(parent, unanswered.pop(query))
-        elif process.poll() is not None:
-            break
-    process.terminate() if time.monotonic() > end else None
-    assert process.wait(10) == 0, written.decode(errors="replace")[-3000:]
+        assert one.end().returncode == 0, written.decode(errors="replace")[-3000:]
     os.close(parent)
+    os.close(child)
     return written.decode(errors="replace")
 
 
@@ -58,8 +56,7 @@ def run_in_terminal(command: list, answers: dict[bytes, bytes], folder: Path) ->
     ids=["blocks", "sixel", "kitty"],
 )
 def test_images_appear_in_the_terminal(answers, shown, tmp_path):
-    command = [sys.executable, "-m", "mmvit", "sample", "red apple", "--num", "2", "--watch"]
-    written = run_in_terminal(command, answers, tmp_path)
+    written = draw_in_terminal(answers, tmp_path)
     assert shown in written
     assert len(list((tmp_path / "samples").iterdir())) == 2
 
