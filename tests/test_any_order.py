@@ -441,10 +441,10 @@ def test_what_stays_and_what_is_drawn_have_numbers_of_their_own(tokenizer):
     def watched(images, num_images=1, *, given, **settings):
         codes = complete(generator, images, num_images, given=given, **settings)
         drawn.extend(codes[given < 0].tolist())
-        return generator.images(codes)
+        return [image] * num_images  # decoded, they would take seconds
 
     with mock.patch.object(generator, "generate", watched):
-        generator.edit(image, "pear", 0.9, num_images=600)
+        generator.edit(image, "pear", 0.9, num_images=300)
     counts = torch.bincount(torch.tensor(drawn), minlength=16)
-    assert len(drawn) > 250
+    assert len(drawn) > 125
     assert counts.min() > len(drawn) / 16 / 3

@@ -76,12 +76,12 @@ def test_it_learns_and_leaves_the_head_alone():
     pixels = torch.stack([slope, -slope, slope.transpose(1, 2), -slope.transpose(1, 2)])
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
     first = model.loss({"pixels": pixels})[0].item()
-    for _ in range(300):
+    for _ in range(100):
         loss, _ = model.loss({"pixels": pixels})
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.3 * first
+    assert loss.item() < 0.1 * first
     assert model.classifier.head.weight.grad is None
 
 

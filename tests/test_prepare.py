@@ -7,6 +7,7 @@ import re
 import shutil
 import struct
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +23,7 @@ from mmvit.streams.shards import Sample, expand_shards, read_shard
 CODE_POINTS_OF_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 
 
+@cache
 def read_split(folder: Path, split: str) -> dict[str, Sample]:
     return {
         sample.key: sample
