@@ -25,7 +25,10 @@ from mmvit.config import Config, build_config
 from mmvit.errors import UserError, nearest, refuse_damage
 from mmvit.places import find, shipped
 
-DRAWN = torch.Tensor.normal_, torch.Tensor.uniform_
+DRAWN = (
+    torch.Tensor.normal_, torch.Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.trunc_normal_,
+    nn.init.kaiming_normal_, nn.init.kaiming_uniform_, nn.init.xavier_normal_, nn.init.xavier_uniform_,
+)  # fmt: skip
 SCALED = torch.Tensor.mul, torch.Tensor.div
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 MOST_JSON = 2**24  # bytes of a file of settings, and of the header of weights
@@ -85,7 +88,8 @@ class Pretrained:
             config = build_config(cls.config_class, description["config"], source=str(folder / CONFIG))
             shapes = part(read_shapes(path), cls.kind)
             check_fit(outline(lambda: cls(config), 4 * len(shapes), str(folder / CONFIG)), shapes, str(path))
-            model = cls(config)
+            with NotDrawn():
+                model = cls(config)
             load_weights(model, part(read_weights(path), cls.kind), source=str(path))
         return model.to(device).eval()
 
@@ -310,16 +314,28 @@ def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
         partial.chmod(0o644)  # safetensors makes files that nobody else can read
 
 
-class Undrawn(TorchFunctionMode):
-    """Within it, weights are not drawn, nor scaled: on the meta device that takes seconds of imports."""
+class NotDrawn(TorchFunctionMode):
+    """Within it, new weights are not drawn: where others are read over them, that is half of the time."""
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function in DRAWN:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+class Undrawn(NotDrawn):
+    """Within it, weights are not even scaled: on the meta device that takes seconds of imports."""
 
     def __torch_function__(
         self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         is_scaled = function in SCALED and isinstance(args[1], int | float)
-        if is_scaled or function in DRAWN or getattr(function, "__module__", "") == nn.init.__name__:
+        if is_scaled or getattr(function, "__module__", "") == nn.init.__name__:
             return args[0] if args else kwargs["tensor"]
-        return (torch.empty if function is torch.randn else function)(*args, **(kwargs or {}))
+        function = torch.empty if function is torch.randn else function
+        return super().__torch_function__(function, types, args, kwargs)
 
 
 def read_bounded(path: Path) -> bytes:

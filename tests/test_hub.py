@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from mmvit import ImageClassifier
+from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
 from mmvit.hub import SHIPPED, check_writable, find_model_folder, read_weights, whole_file, write_json
+from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
 from mmvit.models.registry import load_image_tokenizer
 
@@ -105,3 +107,13 @@ def test_weights_are_saved_in_the_precision_asked_for(tmp_path):
     assert not again.training
     for name, tensor in weights.items():
         assert torch.equal(again.state_dict()[name], tensor.float()), name
+
+
+def test_no_weights_are_drawn_where_others_are_read_over_them(tmp_path):
+    model = Classifier(ClassifierConfig(core=TransformerConfig(width=16, depth=1, num_heads=2)))
+    model.save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    again = Classifier.from_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
