@@ -350,7 +350,9 @@ def sheet_order(run_script, arguments) -> list[float]:
     return [float(label.split()[-2]) for label in labels]
 
 
-def test_evaluation_of_an_image_tokenizer_goes_from_worst_to_best(encoded, tiny_shards, run_script, tmp_path):
+def test_evaluation_of_an_image_tokenizer_goes_from_worst_to_best(
+    encoded, tiny_shards, run_script, tmp_path, monkeypatch
+):
     out = tmp_path / "sheet.png"
     arguments = (encoded / "tokenizer", tiny_shards, "--split", "held-out", "--size", 16, "--out", out)
     ran = run_script("pipelines/evaluate.py", *arguments)
@@ -367,6 +369,7 @@ def test_evaluation_of_an_image_tokenizer_goes_from_worst_to_best(encoded, tiny_
     } <= figures.keys()
     assert out.is_file()
     assert (tmp_path / "sheet-codes.png").is_file()
+    monkeypatch.setattr("mmvit.evaluation.tokenizer_report.draw_code_use", lambda *_: None)  # once is enough
     order = sheet_order(run_script, arguments)
     assert len(order) == 8
     assert order == sorted(order)
