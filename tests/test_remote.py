@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import socket
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ from unittest import mock
 
 import pytest
 from file_server import FileServer, own_cache, served
+from fsspec.registry import _registry
 from PIL import Image
 from tiny_streams import epoch_of, keys_of
 from webdataset.writer import TarWriter
@@ -235,7 +237,9 @@ def test_servers_without_ranges_are_asked_for_whole_shards(tiny_shards, server):
         ("https://host/a.tar?token=***", "expected the address with its secret"),
     ],
 )
-def test_addresses_that_cannot_be_read_say_what_is_missing(address, message):
+def test_addresses_that_cannot_be_read_say_what_is_missing(address, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as if it were not installed
+    monkeypatch.delitem(_registry, "gs", raising=False)  # nor imported by another test
     with pytest.raises(UserError, match=message):
         list(read_shard(Address(address)))
 
