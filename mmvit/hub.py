@@ -26,9 +26,12 @@ from mmvit.errors import UserError, nearest, refuse_damage
 from mmvit.places import find, shipped
 
 DRAWN = (
-    torch.Tensor.normal_, torch.Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.trunc_normal_,
-    nn.init.kaiming_normal_, nn.init.kaiming_uniform_, nn.init.xavier_normal_, nn.init.xavier_uniform_,
-)  # fmt: skip
+    torch.Tensor.normal_,
+    torch.Tensor.uniform_,
+    nn.init.normal_,
+    nn.init.uniform_,
+    nn.init.kaiming_uniform_,
+)
 SCALED = torch.Tensor.mul, torch.Tensor.div
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 MOST_JSON = 2**24  # bytes of a file of settings, and of the header of weights
@@ -315,27 +318,27 @@ def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
 
 
 class NotDrawn(TorchFunctionMode):
-    """Within it, new weights are not drawn: where others are read over them, that is half of the time."""
+    """Within it, new weights are zeros: where others are read over them, to draw them is half of the time."""
 
     def __torch_function__(
         self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if function in DRAWN:
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
+            return (args[0] if args else kwargs["tensor"]).detach().zero_()
+        return (torch.zeros if function is torch.randn else function)(*args, **kwargs)
 
 
-class Undrawn(NotDrawn):
-    """Within it, weights are not even scaled: on the meta device that takes seconds of imports."""
+class Undrawn(TorchFunctionMode):
+    """Within it, weights are not drawn, nor scaled: on the meta device that takes seconds of imports."""
 
     def __torch_function__(
         self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         is_scaled = function in SCALED and isinstance(args[1], int | float)
-        if is_scaled or getattr(function, "__module__", "") == nn.init.__name__:
+        if is_scaled or function in DRAWN or getattr(function, "__module__", "") == nn.init.__name__:
             return args[0] if args else kwargs["tensor"]
-        function = torch.empty if function is torch.randn else function
-        return super().__torch_function__(function, types, args, kwargs)
+        return (torch.empty if function is torch.randn else function)(*args, **(kwargs or {}))
 
 
 def read_bounded(path: Path) -> bytes:

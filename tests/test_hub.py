@@ -13,8 +13,10 @@ from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
 from mmvit.hub import SHIPPED, check_writable, find_model_folder, read_weights, whole_file, write_json
 from mmvit.models.classifier import Classifier, ClassifierConfig
+from mmvit.models.clip import CLIP, CLIPConfig
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
 from mmvit.models.registry import load_image_tokenizer
+from mmvit.models.vq import VQConfig, VQModel
 
 
 @pytest.fixture
@@ -109,11 +111,27 @@ def test_weights_are_saved_in_the_precision_asked_for(tmp_path):
         assert torch.equal(again.state_dict()[name], tensor.float()), name
 
 
-def test_no_weights_are_drawn_where_others_are_read_over_them(tmp_path):
-    model = Classifier(ClassifierConfig(core=TransformerConfig(width=16, depth=1, num_heads=2)))
+CORE = TransformerConfig(width=16, depth=1, num_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (Classifier, ClassifierConfig(image_size=16, patch_size=8, core=CORE)),
+        (VQModel, VQConfig(codebook_size=16, encoder_width=32, decoder_widths=(32, 16))),
+        (DiscreteVAE, DiscreteVAEConfig(width=8)),
+        (CLIP, CLIPConfig(image=ClassifierConfig(image_size=16, patch_size=8, core=CORE), text=CORE)),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_no_weights_are_drawn_where_others_are_read_over_them(tmp_path, kind, config):
+    model = kind(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_()
     model.save_pretrained(tmp_path)
     before = torch.get_rng_state()
-    again = Classifier.from_pretrained(tmp_path)
+    again = kind.from_pretrained(tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
