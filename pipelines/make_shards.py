@@ -52,6 +52,7 @@ from mmvit.training.distributed import FOREVER, open_processes
 
 TRAIN = "train"
 HELD_OUT_SHARE = 0.05
+DERIVED = {"image_tokenizer", "share"}  # what mmvit encode and subset add to the dataset.json of a source
 LONG_CAPTION = 128  # characters: about 32 tokens of English, a generator's default text_length
 
 
@@ -110,6 +111,7 @@ def main(
             check_colour(pad_colour)
             refuse_source(out, source)
             refuse_other_data(out, str(source))
+            refuse_other_shards(out, options)
             entries = find_entries(source, outcome, unlabelled, caption_lines)
             if not entries:
                 raise UserError(f"nothing usable in {source}: {outcome.reasons() or 'it is empty'}")
@@ -118,7 +120,6 @@ def main(
             choose_splits(entries, held_out_share, lambda entry: is_usable(entry, shape), outcome)
             pack = Pack(FinishedShards(out / STAGING, "records", {}), shape, numbers)
             plans = plan_shards(entries, samples_per_shard)
-            refuse_other_shards(out, options)
             stack.enter_context(sole_writer(out))
             make_room(pack.finished, len(plans))
             return pack, plans
@@ -145,7 +146,8 @@ def check_colour(name: str) -> None:
 def refuse_other_shards(out: Path, options: dict[str, Any]) -> None:
     """Raises UserError if `out` holds shards that were made with other options, or not by this command."""
     card = read_dataset_card(out)
-    if "source" not in card and not (out / STAGING).is_dir() and [*out.glob("*.tar")]:
+    is_own = not DERIVED & card.keys() and ("source" in card or (out / STAGING).is_dir())
+    if not is_own and [*out.glob("*.tar")]:
         raise UserError(
             f"{out} holds shards that mmvit shards did not make: remove them, or name another folder"
         )
@@ -157,8 +159,8 @@ def refuse_other_shards(out: Path, options: dict[str, Any]) -> None:
     ]
     if changed:
         raise UserError(
-            f"{out} holds shards made with other options ({'; '.join(changed)}): remove it, or name another "
-            "folder"
+            f"{out} holds shards made with other options ({'; '.join(changed)}): remove that folder, or "
+            "name another"
         )
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from unittest import mock
 
 import pytest
 from generator_scripts import refused
@@ -132,7 +133,7 @@ def test_folders_named_like_splits_are_splits_and_not_classes(run_script, tmp_pa
     assert re.search(r"2 classes *\n.*\n.*class .* train .* held-out .* test", done.stdout)
     assert re.search(r"cat +│ +1 │ +1 │ +1 │\n│ dog +│ +1 │ +1 │ +0 │", done.stdout)
     refused = run_script(
-        "pipelines/make_shards.py", tmp_path / "pets", tmp_path / "out", "--held-out-share", 0.5
+        "pipelines/make_shards.py", tmp_path / "pets", tmp_path / "new", "--held-out-share", 0.5
     )
     assert "2 held-out images of its own; leave --held-out-share out" in refused.stderr
 
@@ -144,7 +145,7 @@ def test_a_class_may_be_called_train_but_splits_beside_other_folders_are_refused
     assert "The folder train is not taken for a split, as there are others beside it: car." in printed
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["classes"] == ["car", "train"]
     save_image(tmp_path / "vehicles" / "test" / "1.png")
-    done = run_script("pipelines/make_shards.py", tmp_path / "vehicles", tmp_path / "out")
+    done = run_script("pipelines/make_shards.py", tmp_path / "vehicles", tmp_path / "new")
     assert done.returncode == 2
     assert (
         "holds folders of splits (test, train) beside others (car): move them, or list the images"
@@ -262,7 +263,7 @@ def test_shards_made_in_another_way_are_not_replaced(run_script, tmp_path):
     assert run("--held-out-share", 0.2).returncode == 0
     before = contents(tmp_path / "out")
     changed = "--held-out-share was 0.2, is 0.5; --size was not given, is 4"
-    said = f"{tmp_path / 'out'} holds shards made with other options ({changed}): remove it"
+    said = f"{tmp_path / 'out'} holds shards made with other options ({changed}): remove that folder"
     refused(run("--held-out-share", 0.5, "--size", 4), said)
     assert contents(tmp_path / "out") == before
     save_image(tmp_path / "source" / "new.png", (8, 8))
@@ -272,6 +273,27 @@ def test_shards_made_in_another_way_are_not_replaced(run_script, tmp_path):
     refused(run("--held-out-share", 0.2), f"{tmp_path / 'out'} holds shards that mmvit shards did not make")
     (tmp_path / "out" / ".packed").mkdir()  # of a run that was killed while it published its shards
     assert run("--held-out-share", 0.5).returncode == 0
+
+
+def test_shards_that_other_commands_made_of_these_are_not_replaced(encoded, run_script, tmp_path):
+    """Though their dataset.json names the same source."""
+    source, out, codes, subset = (tmp_path / name for name in ("pets", "shards", "codes", "subset"))
+    for name in ("cat/1.png", "cat/2.png", "dog/1.png"):
+        save_image(source / name, (16, 16))
+    make_shards(run_script, source, out)
+    options = ("--tokenizer", encoded / "tokenizer", "--size", 16)
+    assert run_script("pipelines/encode_images.py", out, codes, *options).returncode == 0
+    assert run_script("pipelines/take_share.py", out, subset, "--share", 0.5).returncode == 0
+    for folder in (codes, subset):
+        before = contents(folder)
+        with mock.patch("mmvit.data.packing.open_image", side_effect=AssertionError("decoded before")):
+            ran = run_script("pipelines/make_shards.py", source, folder, "--held-out-share", 0.5)
+        refused(ran, f"{folder} holds shards that mmvit shards did not make")
+        assert contents(folder) == before
+    card = json.loads((out / "dataset.json").read_text())
+    del card["options"]  # as earlier versions wrote it
+    (out / "dataset.json").write_text(json.dumps(card))
+    make_shards(run_script, source, out)
 
 
 # Captions
