@@ -26,8 +26,10 @@ from typing import Annotated
 from typer import Argument, Option
 
 from mmvit.cli import run_script
+from mmvit.data.finished import refuse_lacking
 from mmvit.errors import UserError
 from mmvit.streams.address import Address
+from mmvit.streams.index import beside
 from mmvit.streams.remote_index import write_any_index
 from mmvit.streams.shard_lists import LIST, write_list
 from mmvit.streams.shards import BadShard, expand_shards
@@ -74,6 +76,7 @@ def complete(
     for shard, (samples, length, _) in zip(found, indexed, strict=True):
         if out or isinstance(shard, Path):
             counts.setdefault(out or shard.parent, {})[shard.name] = samples, length
+    refuse_lacking(beside(folder / name) for folder, listed in counts.items() for name in listed)
     for folder, listed in counts.items():
         write_list(folder, listed)
     samples = sum(samples for samples, _, _ in indexed)

@@ -32,7 +32,7 @@ from PIL import ImageColor
 from typer import Argument, Option
 
 from mmvit.cli import run_script
-from mmvit.data.finished import FinishedShards, kept_when_interrupted
+from mmvit.data.finished import FinishedShards, kept_when_interrupted, refuse_lacking
 from mmvit.data.images import Fit, ImageFacts, has_shape, parse_size
 from mmvit.data.lock import sole_writer
 from mmvit.data.packing import STAGING, Pack, Plan, Shape, image_files, plan_shards, publish
@@ -127,6 +127,7 @@ def main(
         pack, plans = processes.from_main(begin)
 
         def pack_share(own: Sequence[Plan]) -> Iterator[Outcome]:
+            refuse_lacking([pack.finished.folder])
             most = default_workers() if workers is None else workers
             with closing(map_ahead(pack, own, min(most, len(own) // 2))) as packed:
                 images = sum(len(plan.entries) for plan in own)
@@ -306,6 +307,7 @@ def complete(
     before = read_dataset_card(out).get("samples", {})  # splits of an earlier run are replaced, too
     splits = {TRAIN, HELD_OUT, OLD_HELD_OUT, *(entry.split for entry in entries), *before}
     names = [plan.name for plan in plans if outcome.written[split_of(Path(plan.name))]]
+    refuse_lacking(staged / name for name in names)
     publish(staged, out, names, splits)
     facts: dict[str, Any] = {"classes": [*pack.numbers]} if pack.numbers else {}
     if pack.shape.fit:

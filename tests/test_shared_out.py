@@ -8,10 +8,13 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from generator_scripts import refused
 from ranks import start_two
 from shard_scripts import contents, save_image
 
+from mmvit.data.finished import FinishedShards
 from mmvit.data.writing import WholeShard
+from mmvit.places import load_script
 from mmvit.streams.index import beside
 
 INDEX, SHARDS = "pipelines/index_shards.py", "pipelines/make_shards.py"
@@ -97,6 +100,23 @@ def test_a_shard_that_one_of_two_processes_cannot_write_ends_both(source, tmp_pa
     (error,) = errors_of(start_two(SHARDS, source, tmp_path, *OPTIONS))
     assert "train-000001.tar" in error
     assert {path.name for path in tmp_path.iterdir()} == {".packed"}
+
+
+def test_files_that_another_machine_wrote_to_a_disk_of_its_own_are_missed(
+    source, shards, run_script, tmp_path
+):
+    said = "is not there: see that all processes write to the same disk, and start the same command again"
+    out, packed = tmp_path / "indexes", tmp_path / "packed"
+    with mock.patch("mmvit.streams.remote_index.write_index", return_value=(10, "")):
+        refused(run_script(INDEX, shards[0].parent, "--out", out, "--workers", 0), f"tar.index {said}")
+    assert not (out / "shards.json").exists()
+    assert run_script(SHARDS, source, packed, *OPTIONS).returncode == 0
+    before = contents(packed)
+    with mock.patch.object(FinishedShards, "add"):
+        refused(run_script(SHARDS, source, packed, *OPTIONS, "--workers", 0), f"0.tar {said}")
+    assert {name: data for name, data in contents(packed).items() if not name.startswith(".")} == before
+    with mock.patch.object(load_script(SHARDS), "make_room"):
+        refused(run_script(SHARDS, source, tmp_path / "new", *OPTIONS, "--workers", 0), f".packed {said}")
 
 
 @pytest.mark.parametrize(

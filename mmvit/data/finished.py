@@ -5,12 +5,13 @@ import hashlib
 import json
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mmvit.data.writing import Outcome, WholeShard
+from mmvit.errors import UserError
 from mmvit.hub import write_json
 from mmvit.streams.address import Address
 from mmvit.streams.remote import facts_of
@@ -79,6 +80,16 @@ def kept_when_interrupted() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, earlier)
+
+
+def refuse_lacking(paths: Iterable[Path]) -> None:
+    """Raises UserError for the first of `paths` that is not there, though a process has written it."""
+    for path in paths:
+        if not path.exists():
+            raise UserError(
+                f"{path} is not there: see that all processes write to the same disk, and start the same "
+                "command again"
+            )
 
 
 def describe_file(path: Path | Address) -> dict[str, Any]:
