@@ -36,14 +36,15 @@ class MissingData(UserError):
 def without_secrets(text: str) -> str:
     """`text` with the addresses in it as all may read them: without user and password, and without the values
     of a query or fragment, which may be a signature or a token. Names of environment variables (`$TOKEN`)
-    stay."""
+    stay, and so does an anchor of a page (`#install`), but not behind a query, where it may be the rest of a
+    secret."""
 
     def masked(found: re.Match[str]) -> str:
         return found[1] + re.sub(r"([?&#])((?:[^=&#]*=)?)([^&#]*)", masked_pair, found[2])
 
     def masked_pair(pair: re.Match[str]) -> str:
         start, name, value = pair.groups()
-        is_anchor = start == "#" and not name
+        is_anchor = start == "#" and not name and pair.string[0] == "#"
         is_shown = is_anchor or (name[:-1] or value).lower() in HARMLESS or value[:1] in ("$", "")
         return pair[0] if is_shown else f"{start}{name}{MASK}"
 

@@ -28,6 +28,8 @@ def test_nearest_is_none_where_nothing_is_close():
         ("HTTPS://ann:pass@host/a.tar?token=abc", "HTTPS://***@host/a.tar?token=***"),
         ("s3:/key:pass@bucket/run", "s3:/***@bucket/run"),  # as a path has it
         ("https://host/a.tar?abc", "https://host/a.tar?***"),
+        ("https://host/a.tar?password=ab#cd123", "https://host/a.tar?password=***#***"),  # a # in a secret
+        ("https://host/guide#install", "https://host/guide#install"),
         ("https://host/a.tar?$TOKEN&raw&x=$X&y=abc", "https://host/a.tar?$TOKEN&raw&x=$X&y=***"),
         ("zip://a.tar::https://ann:pass@host/b.zip?x=abc", "zip://a.tar::https://***@host/b.zip?x=***"),
         ("https://$NAME:$PASS@host/a.tar", "https://$NAME:$PASS@host/a.tar"),
