@@ -150,7 +150,6 @@ class Bucket(Server):
 
 def test_shards_in_a_bucket_of_google_give_the_batches_of_local_ones(tiny_shards, monkeypatch):
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # which asks over gRPC, not the emulator
-    pytest.importorskip("gcsfs")
     with started(Bucket, tiny_shards) as (handler, endpoint):
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", endpoint)
         monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
