@@ -242,7 +242,7 @@ def import_deepspeed(device: torch.device) -> Any:
             "deepspeed. Without --deepspeed the same command trains with plain torch, also under torchrun"
         ) from None
     logger.setLevel(logging.WARNING)
-    if device.type == "cpu":  # or it runs a compiler at start-up, to look for operators that gloo needs not
+    if device.type == "cpu":  # or it runs a compiler at start-up, for operators that gloo does not need
         deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 

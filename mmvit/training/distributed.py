@@ -152,7 +152,7 @@ def open_processes(
         device: "auto" or a torch device; on CUDA each process takes the GPU of its local rank.
         needs_group: makes a group of one for a process without a launcher (DeepSpeed needs it).
         timeout: seconds to wait for the others, at the start and in every exchange.
-        patience: seconds to wait in exchanges, if others than at the start.
+        patience: seconds to wait in exchanges, if different from `timeout`.
 
     Raises:
         UserError: when others do not come, or do not answer (in one of those that have waited for them).
