@@ -20,9 +20,8 @@ from tiny_streams import TRAIN, epoch_of, keys_of
 from mmvit.errors import UserError
 from mmvit.streams import pieces
 from mmvit.streams.address import Address
-from mmvit.streams.cache import Cache, take_damaged
+from mmvit.streams.cache import TOTAL, Cache, take_damaged
 from mmvit.streams.index import index_of
-from mmvit.streams.packed import state_of
 from mmvit.streams.pieces import RemoteFile
 from mmvit.streams.shards import read_shard
 from mmvit.streams.stream import ShardStream
@@ -243,17 +242,24 @@ def test_compressed_shards_give_the_batches_of_others_and_are_unpacked_once(
         assert epoch(server.url if is_remote else compressed) == expected
         with mock.patch("mmvit.streams.packed.unpack", side_effect=AssertionError):
             assert epoch(server.url if is_remote else compressed) == expected
-        (piece,) = cache.glob(f"{state_of(compressed / 'train-000001.tar.gz')}*") if not is_remote else [None]
-        if piece:
-            piece.unlink()
-            assert epoch(compressed) == expected
+        pieces = [*cache.glob("*-unpacked-0")]
+        assert len(pieces) == 5
+        pieces[1].unlink()
+        assert epoch(server.url if is_remote else compressed) == expected
+        assert {*cache.glob("*-unpacked-0")} == {*pieces}
 
 
-def test_unpacked_shards_stay_within_the_size_of_the_cache(compressed, cache, monkeypatch):
+@pytest.mark.parametrize("has_ranges", [True, False, None], ids=["remote", "remote without ranges", "local"])
+def test_unpacked_shards_stay_within_the_size_of_the_cache(compressed, cache, monkeypatch, has_ranges):
+    """Remote ones have to be unpacked while unpacked ones fill it: there is no room for what is fetched."""
     sizes = [index_of(shard).shard.length for shard in sorted(compressed.glob("*.gz"))]
-    monkeypatch.setenv("MMVIT_CACHE_SIZE", f"{(2 * max(sizes) + 1000) / 10**6}MB")
-    place = f"{compressed}/{TRAIN}.gz"
-    with pytest.raises(UserError, match=r"data.cache_size: .* bytes are too few"):
-        keys_of(epoch_of(place, shuffle_buffer=40))
-    assert len(keys_of(epoch_of(place, shuffle_buffer=0))) == 48
-    assert sum(path.stat().st_size for path in cache.iterdir()) < 2 * max(sizes) + 1000
+    size = 2 * max(sizes) + 1000
+    monkeypatch.setenv("MMVIT_CACHE_SIZE", f"{size / 10**6}MB")
+    with served(compressed) if has_ranges is not None else nullcontext() as server:
+        if server:
+            server.has_ranges = has_ranges
+        place = f"{server.url if server else compressed}/{TRAIN}.gz"
+        with pytest.raises(UserError, match=r"data.cache_size: .* bytes are too few"):
+            keys_of(epoch_of(place, shuffle_buffer=40))
+        assert len(keys_of(epoch_of(place, shuffle_buffer=0))) == 48
+    assert sum(path.stat().st_size for path in cache.iterdir() if path.name != TOTAL) <= size

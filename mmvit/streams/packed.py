@@ -3,6 +3,7 @@
 import gzip
 import zlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class UnpackedFile(RemoteFile):
 
     def parts(self, number: int) -> Iterator[bytes]:
         length = 0
-        for part in unpack(self.shard, []):
+        for part in unpack(self.shard, [], is_kept=False):
             length += len(part)
             yield part
         if length != self.length:
@@ -56,12 +57,11 @@ class UnpackedFile(RemoteFile):
         return self.read(start, end)
 
 
-class UnpackedStream:
-    """A compressed shard from front to back. Why it cannot be read to its end is in `problems`."""
+class PartsStream:
+    """The bytes of an iterator from front to back; `length` of them have been read."""
 
-    def __init__(self, shard: Path | Address):
-        self.problems: list[str] = []
-        self.parts, self.left, self.length = unpack(shard, self.problems), memoryview(b""), 0
+    def __init__(self, parts: Iterator[bytes]):
+        self.parts, self.left, self.length = parts, memoryview(b""), 0
 
     def read(self, size: int) -> bytes:
         """Exactly `size` bytes, fewer only at the end."""
@@ -72,10 +72,24 @@ class UnpackedStream:
         return data
 
 
-def unpack(shard: Path | Address, problems: list[str]) -> Iterator[bytes]:
-    """What can be unpacked of a shard, in parts; adds to `problems` why the rest cannot."""
+class UnpackedStream(PartsStream):
+    """A compressed shard from front to back. Why it cannot be read to its end is in `problems`."""
+
+    def __init__(self, shard: Path | Address):
+        self.problems: list[str] = []
+        super().__init__(unpack(shard, self.problems))
+
+
+def unpack(shard: Path | Address, problems: list[str], is_kept: bool = True) -> Iterator[bytes]:
+    """What can be unpacked of a shard, in parts; adds to `problems` why the rest cannot.
+
+    Args:
+        is_kept: whether the pieces of a remote shard go into the cache.
+    """
     most, length = max(MOST_UNPACKED, MOST_RATIO * length_of(shard)), 0
-    with open_shard(shard) as packed, gzip.open(packed) as file:
+    is_straight = isinstance(shard, Address) and not is_kept
+    source = nullcontext(PartsStream(RemoteFile(shard).straight())) if is_straight else open_shard(shard)
+    with source as packed, gzip.open(packed) as file:
         while True:
             try:
                 part = file.read1(CHUNK)  # `read` would lose what comes just before damage

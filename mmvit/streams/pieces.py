@@ -13,8 +13,8 @@ from threading import Thread
 
 from mmvit.errors import UserError
 from mmvit.streams.address import Address
-from mmvit.streams.cache import InProgress, key_of, take_damaged, the_cache, touch
-from mmvit.streams.remote import facts_of, read_part, tried
+from mmvit.streams.cache import InProgress, key_of, open_whole, take_damaged, the_cache, touch
+from mmvit.streams.remote import CHUNK, facts_of, read_part, tried
 from mmvit.streams.tally import DAMAGED
 
 PIECE = 2**23  # bytes; a server that gives no parts of a file is asked for all of it
@@ -100,6 +100,19 @@ class RemoteFile:
         """The bytes of a piece from the server."""
         start = number * self.piece
         return read_part(self.shard, self.facts, start, start + self.size_of(number))
+
+    def straight(self) -> Iterator[bytes]:
+        """The bytes of all pieces, without bringing any into the cache: who holds room there to fill it must
+        not wait for more."""
+        for number in range(self.pieces):
+            length = self.size_of(number)
+            if (file := open_whole(self.cache.folder / f"{self.key}-{number}", length)) is not None:
+                piece = Piece(file)
+                yield from (piece.read(at, min(at + CHUNK, length)) for at in range(0, length, CHUNK))
+            elif self.facts.has_ranges:
+                yield tried(self.shard, lambda: b"".join(self.parts(number)))  # noqa: B023
+            else:
+                yield from self.parts(number)
 
     def opened(self, number: int) -> "Piece":
         piece = self.recent.pop(number, None) or Piece(self.open(number))
