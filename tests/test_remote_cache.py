@@ -20,7 +20,7 @@ from tiny_streams import TRAIN, epoch_of, keys_of
 from mmvit.errors import UserError
 from mmvit.streams import pieces
 from mmvit.streams.address import Address
-from mmvit.streams.cache import TOTAL, Cache, take_damaged
+from mmvit.streams.cache import SUM, TOTAL, Cache, take_damaged
 from mmvit.streams.index import index_of
 from mmvit.streams.pieces import RemoteFile
 from mmvit.streams.shards import read_shard
@@ -263,3 +263,9 @@ def test_unpacked_shards_stay_within_the_size_of_the_cache(compressed, cache, mo
             keys_of(epoch_of(place, shuffle_buffer=40))
         assert len(keys_of(epoch_of(place, shuffle_buffer=0))) == 48
     assert sum(path.stat().st_size for path in cache.iterdir() if path.name != TOTAL) <= size
+
+
+def test_one_piece_may_fill_the_cache(tmp_path):
+    cache = Cache(tmp_path, 1000)
+    for name in "ab":
+        os.close(cache.open(name, 1000 - SUM, lambda: [b"x" * (1000 - SUM)]))

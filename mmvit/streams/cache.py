@@ -184,11 +184,11 @@ class Cache:
         found = []
         for entry in os.scandir(self.folder):
             with suppress(FileNotFoundError):
+                if entry.name == TOTAL:
+                    continue
                 found.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found, key=lambda each: (not each[2].endswith(PARTIAL), each)):
-            if path == str(self.folder / TOTAL):
-                continue
             if path.endswith(PARTIAL):
                 total -= size if remove_abandoned(path) else 0
                 continue
