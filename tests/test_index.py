@@ -1,6 +1,8 @@
 """Where samples lie: indexes beside shards and in the cache, and what makes them stale."""
 
+import errno
 import gzip
+import json
 import os
 import pickle
 import shutil
@@ -138,6 +140,25 @@ def test_a_shard_that_unpacks_to_far_more_is_read_in_part(tmp_path, monkeypatch)
     assert f"it unpacks to more than {most:,} bytes" in index.problem
     assert index.shard.length <= most < 2**26
     assert index.samples == len(NAMES) - 1  # the last one may lack files
+
+
+def test_a_compressed_shard_that_cannot_be_read_for_a_while_loses_no_samples(tmp_path):
+    shard = tmp_path / "train-000000.tar.gz"
+    shard.write_bytes(gzip.compress(tar_of(NAMES), 0))
+    stale = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    with (
+        mock.patch.object(packed.gzip.GzipFile, "read1", side_effect=[tar_of(NAMES)[:4096], stale]),
+        pytest.raises(UserError, match=f"cannot read shard {shard}: Stale file handle"),
+    ):
+        index_of(shard)
+    assert index_of(shard).samples == len(NAMES)
+    kept = packed.cache("index", shard)
+    head, ranges = kept.read_bytes().split(b"\n", 1)
+    head = {**json.loads(head), "size": index_of(shard).shard.length - 512}
+    kept.write_bytes(json.dumps(head).encode() + b"\n" + ranges)  # an earlier version's
+    with pytest.raises(UserError, match="has changed since it was indexed: start again"):
+        keys_and_problem(shard)
+    assert keys_and_problem(shard) == (NAMES, "")
 
 
 @pytest.mark.parametrize("cache", ["/dev/null", "/sys/none"])

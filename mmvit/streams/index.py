@@ -17,8 +17,7 @@ import numpy as np
 
 from mmvit.errors import UserError
 from mmvit.streams.address import Address
-from mmvit.streams.cache import xdg_cache
-from mmvit.streams.packed import Unpacked, UnpackedStream, length_of, opened, state_of
+from mmvit.streams.packed import Unpacked, UnpackedStream, cache, length_of, opened
 from mmvit.streams.remote import read_file
 from mmvit.streams.shards import groups_of, open_shard, summary
 from mmvit.streams.tar import BLOCK, CHUNK
@@ -209,8 +208,3 @@ def headers_checksum(shard: Path, ranges: np.ndarray) -> int:
         if 0 <= start < file.length:  # that of a false index may be anything
             checksum ^= zlib.crc32(file.peek(start, start + BLOCK))
     return checksum
-
-
-def cache(kind: str, shard: Path | Address) -> Path:
-    """A path in the cache for this state of a shard."""
-    return xdg_cache() / kind / state_of(shard)

@@ -3,13 +3,13 @@
 import gzip
 import zlib
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmvit.errors import UserError
 from mmvit.streams.address import Address
-from mmvit.streams.cache import key_of, the_cache
+from mmvit.streams.cache import key_of, the_cache, xdg_cache
 from mmvit.streams.pieces import LocalFile, Piece, RemoteFile
 from mmvit.streams.remote import facts_of
 from mmvit.streams.shards import open_shard
@@ -51,6 +51,8 @@ class UnpackedFile(RemoteFile):
             length += len(part)
             yield part
         if length != self.length:
+            with suppress(OSError):
+                cache("index", self.shard).unlink()
             raise UserError(f"{self.shard} has changed since it was indexed: start again when it is complete")
 
     def peek(self, start: int, end: int) -> bytes:
@@ -81,10 +83,13 @@ class UnpackedStream(PartsStream):
 
 
 def unpack(shard: Path | Address, problems: list[str], is_kept: bool = True) -> Iterator[bytes]:
-    """What can be unpacked of a shard, in parts; adds to `problems` why the rest cannot.
+    """What can be unpacked of a shard, in parts; adds to `problems` what is wrong with the rest.
 
     Args:
         is_kept: whether the pieces of a remote shard go into the cache.
+
+    Raises:
+        UserError: if the shard cannot be read now.
     """
     most, length = max(MOST_UNPACKED, MOST_RATIO * length_of(shard)), 0
     is_straight = isinstance(shard, Address) and not is_kept
@@ -96,6 +101,10 @@ def unpack(shard: Path | Address, problems: list[str], is_kept: bool = True) -> 
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
                 problems.append(str(error))
                 return
+            except OSError as error:
+                if is_straight:  # the connection's, to be tried again
+                    raise
+                raise UserError(f"cannot read shard {shard}: {error.strerror}") from None
             if length + len(part) > most:
                 problems.append(f"it unpacks to more than {most:,} bytes")
                 return
@@ -117,3 +126,8 @@ def state_of(shard: Path | Address) -> str:
         return RemoteFile(shard).key
     state = shard.stat()
     return key_of(f"{shard.resolve()}/{state.st_size}/{state.st_mtime_ns}")
+
+
+def cache(kind: str, shard: Path | Address) -> Path:
+    """A path in the cache for this state of a shard."""
+    return xdg_cache() / kind / state_of(shard)

@@ -20,15 +20,14 @@ from mmvit.streams.index import (
     FORMAT,
     Index,
     beside,
-    cache,
     headers_checksum,
     index_of,
-    length_of,
     load_index,
     save_index,
     scan,
     write_index,
 )
+from mmvit.streams.packed import cache, length_of
 from mmvit.streams.pieces import RemoteFile
 from mmvit.streams.remote import read_file
 from mmvit.streams.shard_lists import LIST, list_beside, number_in, read_json
