@@ -23,6 +23,7 @@ from mmvit.streams.address import Address
 from mmvit.streams.cache import SUM, TOTAL, Cache, take_damaged
 from mmvit.streams.index import index_of
 from mmvit.streams.pieces import RemoteFile
+from mmvit.streams.shard_lists import write_list
 from mmvit.streams.shards import read_shard
 from mmvit.streams.stream import ShardStream
 
@@ -247,6 +248,13 @@ def test_compressed_shards_give_the_batches_of_others_and_are_unpacked_once(
         pieces[1].unlink()
         assert epoch(server.url if is_remote else compressed) == expected
         assert {*cache.glob("*-unpacked-0")} == {*pieces}
+
+
+def test_compressed_shards_in_a_list_are_read_as_such(compressed):
+    write_list(compressed, {f"train-{number:06d}.tar.gz": (10, 0) for number in range(4)})
+    with served(compressed) as server:
+        for place, count in ((f"{server.url}/{TRAIN}.gz", 48), (f"{server.url}/shards.json", 40)):
+            assert len(keys_of(epoch_of(place))) == count
 
 
 @pytest.mark.parametrize("has_ranges", [True, False, None], ids=["remote", "remote without ranges", "local"])

@@ -70,7 +70,7 @@ def indexes_of(shards: list[Path | Address]) -> list[Index | CountedShard]:
     todo: list[Address] = []
     for shard in dict.fromkeys(remote):
         samples = listed.get(str(shard)) if shard.samples is None else shard.samples
-        if samples is None:
+        if samples is None or shard.suffix != ".tar":  # a compressed one is unpacked in any case
             todo.append(shard)
         else:
             found[shard] = CountedShard(shard, samples)
