@@ -178,6 +178,11 @@ def test_what_is_read_from_front_to_back_is_checked_and_told_too(server, cache, 
     flip(piece)
     with pytest.warns(UserWarning, match=f"1 damaged pieces in the cache fetched again, such as {piece}"):
         assert list(read_shard(shard)) == whole
+    flip(piece)
+    os.close(RemoteFile(shard).open(0))
+    with warnings.catch_warnings(action="error"):
+        assert list(read_shard(shard)) == whole
+    assert take_damaged() == [str(piece)]  # left to the stream of samples that found it
 
 
 def test_a_piece_is_fetched_by_one_process_while_others_wait(tmp_path):

@@ -95,7 +95,7 @@ def key_of(*parts: object) -> str:
 
 class Cache:
     def __init__(self, folder: Path, size: int):
-        self.folder, self.size = folder, size
+        self.folder, self.size, self.damaged = folder, size, damaged
 
     def open(self, name: str, length: int, fetch: Callable[[], Iterable[bytes]], wait: bool = True) -> int:
         """Opens a piece, fetched first if it is not there, or damaged, and returns its descriptor.
@@ -111,7 +111,7 @@ class Cache:
         path = self.folder / name
         while True:
             with self.on_disk():
-                file = open_whole(path, length)
+                file = open_whole(path, length, self.damaged)
             if file is not None:
                 return file
             with self.claim(path, wait) as partial:
@@ -216,8 +216,8 @@ class Cache:
             raise UserError(f"cannot use the folder {self.folder}: {error.strerror}; {how}") from None
 
 
-def open_whole(path: Path, length: int) -> int | None:
-    """A piece's descriptor; None if it is not there, or not whole."""
+def open_whole(path: Path, length: int, damaged: list[str]) -> int | None:
+    """A piece's descriptor; None if it is not there, or not whole. Adds to `damaged` one that was whole."""
     try:
         file = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

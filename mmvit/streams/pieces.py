@@ -13,7 +13,7 @@ from threading import Thread
 
 from mmvit.errors import UserError
 from mmvit.streams.address import Address
-from mmvit.streams.cache import InProgress, key_of, open_whole, take_damaged, the_cache, touch
+from mmvit.streams.cache import InProgress, key_of, open_whole, the_cache, touch
 from mmvit.streams.remote import CHUNK, facts_of, read_part, tried
 from mmvit.streams.tally import DAMAGED
 
@@ -106,7 +106,8 @@ class RemoteFile:
         not wait for more."""
         for number in range(self.pieces):
             length = self.size_of(number)
-            if (file := open_whole(self.cache.folder / f"{self.key}-{number}", length)) is not None:
+            path = self.cache.folder / f"{self.key}-{number}"
+            if (file := open_whole(path, length, self.cache.damaged)) is not None:
                 piece = Piece(file)
                 yield from (piece.read(at, min(at + CHUNK, length)) for at in range(0, length, CHUNK))
             elif self.facts.has_ranges:
@@ -167,6 +168,7 @@ class RemoteStream(io.RawIOBase):
     def __init__(self, shard: Address):
         super().__init__()
         self.remote, self.place, self.asked = RemoteFile(shard), 0, 1
+        self.remote.cache.damaged = []  # its own, for `close`, rather than the process's
         self.fetchers = Fetchers() if self.remote.pieces > 1 else None
 
     def readable(self) -> bool:
@@ -191,6 +193,6 @@ class RemoteStream(io.RawIOBase):
     def close(self) -> None:
         if self.fetchers and not self.closed:
             self.fetchers.close()
-        if damaged := take_damaged():
+        if not self.closed and (damaged := self.remote.cache.damaged):
             warnings.warn(f"{len(damaged):,} {DAMAGED}, such as {damaged[0]}: check its disk", stacklevel=2)
         super().close()
