@@ -255,6 +255,16 @@ def test_compressed_shards_give_the_batches_of_others_and_are_unpacked_once(
         assert {*cache.glob("*-unpacked-0")} == {*pieces}
 
 
+@pytest.mark.parametrize("is_indexed", [False, True])
+def test_a_compressed_shard_that_disappears_is_named(compressed, is_indexed):
+    stream = epoch_of(f"{compressed}/{TRAIN}.gz")
+    assert not is_indexed or stream.samples == 48
+    gone = compressed / "train-000003.tar.gz"
+    gone.unlink()
+    with pytest.raises(UserError, match=f"cannot open shard {gone}: No such file or directory"):
+        keys_of(stream)
+
+
 def test_compressed_shards_in_a_list_are_read_as_such(compressed):
     write_list(compressed, {f"train-{number:06d}.tar.gz": (10, 0) for number in range(4)})
     with served(compressed) as server:

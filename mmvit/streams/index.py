@@ -86,7 +86,7 @@ def index_of(shard: Path | Address) -> Index:
     if found := load_index(cached, shard):
         return found
     index = scan_packed(shard) if is_packed else scan(shard)
-    if is_packed or shard.stat().st_size >= KEPT_FROM:
+    if is_packed or length_of(shard) >= KEPT_FROM:
         with suppress(OSError):  # a cache is no duty
             save_index(index, cached)
     return index

@@ -1,6 +1,7 @@
 """Compressed shards (`.tar.gz`), of which any part can be read once all is unpacked into the cache."""
 
 import gzip
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -117,14 +118,22 @@ def unpack(shard: Path | Address, problems: list[str], is_kept: bool = True) -> 
 def length_of(shard: Path | Address | Unpacked) -> int:
     if isinstance(shard, Unpacked):
         return shard.length
-    return facts_of(shard).size if isinstance(shard, Address) else shard.stat().st_size
+    return facts_of(shard).size if isinstance(shard, Address) else stat_of(shard).st_size
+
+
+def stat_of(shard: Path) -> os.stat_result:
+    """Raises UserError if the shard has disappeared."""
+    try:
+        return shard.stat()
+    except OSError as error:
+        raise UserError(f"cannot open shard {shard}: {error.strerror}") from None
 
 
 def state_of(shard: Path | Address) -> str:
     """A name for this state of a shard in the cache."""
     if isinstance(shard, Address):
         return RemoteFile(shard).key
-    state = shard.stat()
+    state = stat_of(shard)
     return key_of(f"{shard.resolve()}/{state.st_size}/{state.st_mtime_ns}")
 
 

@@ -61,7 +61,7 @@ def indexes_of(shards: list[Path | Address]) -> list[Index | CountedShard]:
     """The index of every shard. Raises UserError if one cannot be read."""
     local = [shard for shard in shards if isinstance(shard, Path)]
     remote = [shard for shard in shards if isinstance(shard, Address)]
-    is_slow = sum(shard.stat().st_size for shard in local) > SLOW_TO_INDEX
+    is_slow = sum(map(length_of, local)) > SLOW_TO_INDEX
     each: Iterable[Path] = with_progress(local, len(local), "indexing shards") if is_slow else local
     found: dict[Path | Address, Index | CountedShard] = {shard: index_of(shard) for shard in each}
     listed = {
