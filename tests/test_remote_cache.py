@@ -120,11 +120,9 @@ def test_a_bit_that_flips_in_the_cache_is_never_read(tiny_shards, server, cache,
     assert again == whole
     assert fetched(server) == asked + 2
     assert [str(each.message) for each in told] == [
-        f"{cache}/{found.key}-0 was damaged, and is fetched again: check its disk"
+        f"{cache}/{found.key}-0 was damaged and has been fetched again: check its disk"
     ]
-    assert (
-        "48 samples read, 1 damaged pieces in the cache fetched again, 0 skipped" in stream.tally.describe()
-    )
+    assert "48 samples read, 1 damaged cache piece fetched again, 0 skipped" in stream.tally.describe()
     with warnings.catch_warnings(action="error"):
         assert epoch()[0] == whole
 
@@ -134,7 +132,7 @@ def fetched(server: FileServer) -> int:
 
 
 def flip(piece: Path) -> None:
-    """Changes a bit in the last tenth of a file, but no time of it, as disks do."""
+    """Changes a bit in the last tenth of a file, last used yesterday, as disks do."""
     content, times = bytearray(piece.read_bytes()), piece.stat()
     content[len(content) * 9 // 10] ^= 8
     piece.write_bytes(content)
@@ -176,7 +174,7 @@ def test_what_is_read_from_front_to_back_is_checked_and_told_too(server, cache, 
     whole = list(read_shard(shard))
     (piece,) = cache.glob("*-0")
     flip(piece)
-    with pytest.warns(UserWarning, match=f"1 damaged pieces in the cache fetched again, such as {piece}"):
+    with pytest.warns(UserWarning, match=f"1 damaged cache piece fetched again, such as {piece}"):
         assert list(read_shard(shard)) == whole
     flip(piece)
     os.close(RemoteFile(shard).open(0))

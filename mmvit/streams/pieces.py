@@ -15,7 +15,7 @@ from mmvit.errors import UserError
 from mmvit.streams.address import Address
 from mmvit.streams.cache import InProgress, key_of, open_whole, the_cache, touch
 from mmvit.streams.remote import CHUNK, facts_of, read_part, tried
-from mmvit.streams.tally import DAMAGED
+from mmvit.streams.tally import fetched_again
 
 PIECE = 2**23  # bytes; a server that gives no parts of a file is asked for all of it
 THREADS = 4  # that fetch ahead
@@ -194,5 +194,6 @@ class RemoteStream(io.RawIOBase):
         if self.fetchers and not self.closed:
             self.fetchers.close()
         if not self.closed and (damaged := self.remote.cache.damaged):
-            warnings.warn(f"{len(damaged):,} {DAMAGED}, such as {damaged[0]}: check its disk", stacklevel=2)
+            told = f"{fetched_again(len(damaged))}, such as {damaged[0]}: check its disk"
+            warnings.warn(told, stacklevel=2)
         super().close()

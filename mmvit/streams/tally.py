@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from mmvit.errors import UserError
 
-DAMAGED = "damaged pieces in the cache fetched again"  # among the counts
+DAMAGED = "damaged cache pieces fetched again"  # among the counts
 MIN_BAD = 10  # bad samples that are tolerated however few have been read
 
 
@@ -45,7 +45,7 @@ class Tally:
             if reason not in before.skipped
         ]
         if DAMAGED in self.counts and DAMAGED not in before.counts:
-            samples.append(f"{self.examples[DAMAGED]} was damaged, and is fetched again: check its disk")
+            samples.append(f"{self.examples[DAMAGED]} was damaged and has been fetched again: check its disk")
         shards = [text for path, text in self.broken_shards.items() if path not in before.broken_shards]
         return samples + [f"{text}; its other samples are used" for text in shards]
 
@@ -75,7 +75,10 @@ class Tally:
 
     def describe(self) -> str:
         """A line for the end of a run."""
-        counts = "".join(f", {number:,} {name}" for name, number in self.counts.items())
+        counts = "".join(
+            f", {fetched_again(number) if name == DAMAGED else f'{number:,} {name}'}"
+            for name, number in self.counts.items()
+        )
         read, skipped = plural(self.read, "sample"), f"{sum(self.skipped.values()):,} skipped"
         if self.skipped:
             skipped += f" ({self.reasons()})"
@@ -87,6 +90,10 @@ class Tally:
 def plural(number: int, thing: str) -> str:
     """`1 sample`, `2,000 samples`."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def fetched_again(number: int) -> str:
+    return f"{plural(number, 'damaged cache piece')} fetched again"
 
 
 def add_counts(left: Mapping[str, int], right: Mapping[str, int]) -> dict[str, int]:
