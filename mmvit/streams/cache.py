@@ -39,7 +39,7 @@ def close_in_progress() -> None:
     for file in in_progress:
         os.close(file)
     in_progress.clear()
-    damaged.clear()  # the parent tells
+    damaged.clear()  # the parent reports them
 
 
 os.register_at_fork(after_in_child=close_in_progress)

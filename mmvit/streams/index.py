@@ -30,10 +30,8 @@ KEPT_FROM = 2**23  # bytes of a shard: smaller ones are indexed again faster tha
 
 @dataclass
 class Index:
-    """The number of a shard's samples, and what could not be read.
-
-    `shard` is what they lie in.
-    """
+    """The number of a shard's samples, and what could not be read. `shard` is the file that holds the
+    samples."""
 
     shard: Path | Address | Unpacked
     samples: int

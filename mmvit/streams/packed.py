@@ -22,7 +22,7 @@ MOST_RATIO = 200  # to its own size, for larger ones: zeros pack to a thousandth
 
 @dataclass(frozen=True)
 class Unpacked:
-    """What can be unpacked of a compressed shard: so many bytes."""
+    """The readable part of a compressed shard, `length` bytes unpacked."""
 
     shard: Path | Address
     length: int
