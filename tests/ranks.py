@@ -56,11 +56,14 @@ class Ended:
 
 
 def start_two(script: str | Path, *arguments: object, timeout: float = 240) -> Ended:
-    """Runs a script in two processes; when one fails, the other is told to stop."""
+    """Runs a script in two processes, in the environment of this one; when one fails, the other is told to
+    stop."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
         launched = [
-            SERVER.Process(target=run_rank, args=(ROOT / script, arguments, rank, port, outputs))
+            SERVER.Process(
+                target=run_rank, args=(ROOT / script, arguments, rank, port, dict(os.environ), outputs)
+            )
             for port in [free_port()]
             for rank in range(2)
         ]
@@ -75,8 +78,17 @@ def start_two(script: str | Path, *arguments: object, timeout: float = 240) -> E
         return Ended(int(any(process.exitcode for process in launched)), *texts)
 
 
-def run_rank(script: Path, arguments: tuple, rank: int, port: int, outputs: list[Path]) -> None:
+def run_rank(
+    script: Path,
+    arguments: tuple,
+    rank: int,
+    port: int,
+    environment: dict[str, str],
+    outputs: list[Path],
+) -> None:
     print_to(*(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for output in outputs))
+    os.environ.clear()
+    os.environ |= environment
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port)}
     os.chdir(ROOT)
