@@ -27,6 +27,7 @@ from mmvit.training import RunFolder
 from mmvit.training.distributed import free_port
 
 GRACE = 20  # seconds for a process to end by itself after another has failed
+TO_END = 5  # seconds for a process to end those that it has started
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 SERVER = multiprocessing.get_context("forkserver")
@@ -123,7 +124,7 @@ def start_one(action: Callable | str | Path, *arguments: object, timeout: float 
 @contextmanager
 def running(action: Callable | str | Path, *arguments: object, timeout: float = 60) -> Iterator[Running]:
     """A process that runs a script or a function in the folder and environment of this one. It and what it
-    has started are killed after `timeout` seconds, or at the end of the context."""
+    has started are ended after `timeout` seconds, or at the end of the context."""
     with tempfile.TemporaryDirectory() as folder:
         reader, writer = multiprocessing.Pipe(duplex=False)
         script, name = (inspect.getfile(action), action.__name__) if callable(action) else (action, None)
@@ -135,19 +136,22 @@ def running(action: Callable | str | Path, *arguments: object, timeout: float = 
         process.start()
         writer.close()
 
-        def kill() -> None:
+        def end() -> None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its ranks, which killpg cannot
+            wait([process.sentinel], TO_END)
             process.kill()
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
-        timer = Timer(timeout, kill)
+        timer = Timer(timeout, end)
         timer.start()
         try:
             with open(reader.fileno(), errors="replace", closefd=False) as lines:
                 yield Running(process, lines, errors)
         finally:
             timer.cancel()
-            kill()
+            end()
             process.join()
             reader.close()
 
