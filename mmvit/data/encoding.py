@@ -45,7 +45,7 @@ def split_for(shard: Path) -> str:
 
 
 def read_parts(shards: Iterable[Path]) -> Iterator[Part]:
-    """The samples of `shards`; a damaged shard is counted as skipped."""
+    """The samples of `shards`; samples lost in damaged shards are counted."""
     for shard in shards:
         outcome, stamps = Outcome(), stamps_of(shard)
         samples = read_samples([shard], outcome)
