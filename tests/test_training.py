@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from mmvit.training import (
     OptimizerConfig,
     Processes,
     RunFolder,
+    Session,
     TrainConfig,
     open_session,
     train,
@@ -128,16 +130,37 @@ def test_run_folder_is_complete_and_its_models_load(tmp_path, tiny_shards):
     assert found["accuracy"] == max(record["accuracy"] for record in held_out)
 
 
-def test_held_out_data_that_cannot_be_read_costs_no_training(tmp_path, tiny_shards):
-    session = new_session(tmp_path / "run", steps=2, evaluate_every=2, checkpoint_every=100)
+@pytest.mark.parametrize("steps", [2, 5])
+def test_held_out_data_that_cannot_be_read_cost_neither_training_nor_an_evaluation(
+    tmp_path, tiny_shards, steps, assert_same_state
+):
+    """A file that is gone, or a data worker that is killed while the model is evaluated."""
 
-    def evaluate(model: Classifier) -> dict[str, float]:
-        raise UserError("held-out data are bad")
+    def run(name: str, fails: bool = False, resume: bool = False) -> Session:
+        session = new_session(tmp_path / name, resume, steps=steps, evaluate_every=2, checkpoint_every=100)
+        stream = ShardStream(f"{tiny_shards}/train-*.tar", ClassifierSample((16, 16), 4), 8)
+        held_out = ShardStream(
+            f"{tiny_shards}/held-out-*.tar", ClassifierSample((16, 16), 4), 8, repeat=False
+        )
 
-    stream = ShardStream(f"{tiny_shards}/train-*.tar", ClassifierSample((16, 16), 4), 8)
-    with pytest.raises(UserError, match="held-out data are bad"):
-        train(session, Classifier(MODEL), stream, evaluate)
-    assert [path.name for path in session.run.checkpoints.iterdir()] == ["step-00000002"]
+        def evaluate(model: Classifier) -> dict[str, float]:
+            torch.rand(3)
+            if fails:
+                raise UserError("held-out data are bad")
+            return classification_metrics(model, held_out)
+
+        with pytest.raises(UserError, match="held-out data are bad") if fails else nullcontext():
+            train(session, Classifier(MODEL), stream, evaluate)
+        return session
+
+    whole, cut = run("whole"), run("cut", fails=True)
+    assert [path.name for path in cut.run.checkpoints.iterdir()] == ["step-00000002"]
+    run("cut", fails=True, resume=True)  # still bad
+    run("cut", resume=True)
+    assert comparable_metrics(cut.run) == comparable_metrics(whole.run)
+    for export in ("best", "last"):
+        weights = (read_weights(each.run.path / export / "model.safetensors") for each in (whole, cut))
+        assert_same_state(*weights)
 
 
 def test_a_killed_data_worker_costs_no_training(tmp_path, tiny_shards):

@@ -66,7 +66,7 @@ def train(
             progress, changes = resume(session, folder, engine, stream)
         else:
             processes.on_main(run.refuse_lost_checkpoints)
-        processes.on_main(lambda: run.rewind(progress.step))
+        processes.on_main(lambda: run.rewind(progress.step, not progress.lacks_evaluation))
     done = progress.step >= config.steps
     if recorded := not done or (progress.step == config.steps and changes.keys() <= AFTER_TRAINING):
         processes.on_main(lambda: run.write_config(session.recipe))
@@ -76,7 +76,9 @@ def train(
         processes.on_main(lambda: run.export(folder, write))
 
     def hold_out(trained: nn.Module) -> None:
+        progress.lacks_evaluation = True
         metrics = processes.mean(evaluate(trained))
+        progress.lacks_evaluation = False
         if select not in (*metrics, LAST):
             raise UserError(f"train.select: unknown metric {select}{did_you_mean(select, [*metrics, LAST])}")
         report(session, display, {"kind": "held_out", **counts(progress), **metrics})
@@ -85,6 +87,15 @@ def train(
             export_to(run.best, trained)
         if after_evaluation and processes.is_main:
             after_evaluation(trained, progress.step)
+
+    def evaluate_now() -> None:
+        try:
+            with engine.evaluating() as trained, undisturbed_randomness(processes.device):
+                hold_out(trained)
+        except UserError:  # held-out data that cannot be read; perhaps by one process alone
+            if processes.world_size == 1:
+                save(session, checkpoints, engine, stream, progress)
+            raise
 
     with (
         Interruption() as interruption,
@@ -113,6 +124,9 @@ def train(
             display.say(
                 f"{left} steps of {config.batch_size} samples in {precision}, a line every {config.log_every}"
             )
+        if evaluate and progress.lacks_evaluation:
+            evaluate_now()
+            save(session, checkpoints, engine, stream, progress)
         shown = (progress.examples, progress.seconds)  # at the last log line
         first_step = progress.step
         while progress.step < config.steps:
@@ -140,13 +154,7 @@ def train(
                 report(session, display, training_record(session, engine, progress, norm, speed))
                 shown = (progress.examples, progress.seconds)
             if evaluate and (progress.step % config.evaluate_every == 0 or is_last):
-                try:
-                    with engine.evaluating() as trained, undisturbed_randomness(processes.device):
-                        hold_out(trained)
-                except UserError:  # held-out data that cannot be read; perhaps by one process alone
-                    if processes.world_size == 1:
-                        save(session, checkpoints, engine, stream, progress)
-                    raise
+                evaluate_now()
             if progress.step % config.checkpoint_every == 0 or is_last or stop:
                 save(session, checkpoints, engine, stream, progress)
                 with engine.evaluating() as trained:

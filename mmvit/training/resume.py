@@ -60,6 +60,7 @@ class Progress:
     sums: dict[str, float | Tensor] = field(default_factory=dict)  # of the metrics since the last log line
     passes: dict[str, int] = field(default_factory=dict)  # in each of `sums`; some metrics begin later
     summed: int = 0  # in all of them, of a checkpoint that does not have `passes`
+    lacks_evaluation: bool = False  # the one of this step failed, and is made up for on resuming
 
     def add(self, metrics: dict[str, float | Tensor]) -> None:
         """Adds the metrics of one pass, without waiting for the device."""

@@ -98,9 +98,15 @@ class RunFolder:
         with whole_file(self.path / CONFIG) as partial:
             partial.write_text(to_toml(recipe.model_dump(mode="json")), encoding="utf-8")
 
-    def rewind(self, step: int) -> None:
-        """Drops the lines of metrics.jsonl that were written after `step`, and those that are no records."""
-        records = [record for record in self.read_metrics() if record["step"] <= step]
+    def rewind(self, step: int, evaluated: bool = True) -> None:
+        """Drops the lines of metrics.jsonl that were written after `step`, those of its evaluation unless it
+        is `evaluated`, and those that are no records."""
+        last_held_out = step if evaluated else step - 1
+        records = [
+            record
+            for record in self.read_metrics()
+            if record["step"] <= (last_held_out if record["kind"] == "held_out" else step)
+        ]
         with whole_file(self.metrics) as partial:
             partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
