@@ -107,7 +107,8 @@ def watch(look: Callable[[int, object], None]) -> list[int]:
 def of_one(data: Path, wholes: dict, what: str, number: int, rng: random.Random) -> Tally:
     """Kills one of two `ranks`, or one of two data `workers`; the others must end by themselves."""
     tally, output = Tally(), data / "one"
-    mode, settings = ("ddp", ()) if what == "ranks" else ("alone", ("--train.num_workers", 2))
+    waits = ("--train.timeout", ENDS_WITHIN / 3)  # for a rank that is killed before the two have met
+    mode, settings = ("ddp", waits) if what == "ranks" else ("alone", ("--train.num_workers", 2))
     kind = "classifier"
     whole, seconds = wholes[kind, mode]
     for _ in range(number):

@@ -89,6 +89,7 @@ KINDS = {
 }
 MODES = {"alone": (1, None), "ddp": (2, None), "zero2": (2, "zero2"), "zero3": (2, "zero3")}
 CHILD_ENDS: list[Callable[[], object]] = []  # what a forked process calls at its end
+PASSING = {"seconds", "lr"}
 PATIENCE = 240  # seconds until a run that should have ended counts as hanging
 
 
@@ -315,10 +316,10 @@ def load(path: Path) -> Any:
 
 
 def same(left: Any, right: Any) -> bool:
-    """Whether two states are equal bit for bit, but for seconds."""
+    """Whether two states are equal bit for bit, but for seconds, and rates, which each step sets anew."""
     if isinstance(left, dict):
-        keys = left.keys() - {"seconds"}
-        return keys == right.keys() - {"seconds"} and all(same(left[key], right[key]) for key in keys)
+        keys = left.keys() - PASSING
+        return keys == right.keys() - PASSING and all(same(left[key], right[key]) for key in keys)
     if isinstance(left, list | tuple):
         return len(left) == len(right) and all(map(same, left, right))
     if isinstance(left, torch.Tensor):
