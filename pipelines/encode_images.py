@@ -97,7 +97,7 @@ def main(
     kind = "cuda" if torch.cuda.is_available() else "cpu"
 
     def prepare() -> tuple[dict[str, Any], tuple[int, int], ImageTokenizer, dict[str, Any]]:
-        facts = inherited_facts(source, out)
+        facts = inherited_facts(source, out, adds="image_tokenizer")
         size_of_images = parse_size(size) if size else trained_size(tokenizer)
         model = load_image_tokenizer(tokenizer, choose_device(kind, environment_number("LOCAL_RANK", 0)))
         return facts, size_of_images, model, describe_tokenizer(model, tokenizer, *size_of_images)

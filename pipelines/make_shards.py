@@ -38,6 +38,7 @@ from mmvit.data.lock import sole_writer
 from mmvit.data.packing import STAGING, Pack, Plan, Shape, image_files, plan_shards, publish
 from mmvit.data.sources import CaptionLines, Entry, find_entries
 from mmvit.data.writing import (
+    DERIVED,
     Outcome,
     in_order,
     read_dataset_card,
@@ -52,7 +53,6 @@ from mmvit.training.distributed import FOREVER, open_processes
 
 TRAIN = "train"
 HELD_OUT_SHARE = 0.05
-DERIVED = {"image_tokenizer", "share"}  # what mmvit encode and subset add to the dataset.json of a source
 LONG_CAPTION = 128  # characters: about 32 tokens of English, a generator's default text_length
 
 

@@ -37,7 +37,7 @@ def main(
 ) -> None:
     if not 0 < share <= 1:
         raise UserError(f"--share: expected a number above 0 and up to 1, got {share}")
-    facts = inherited_facts(source, out)
+    facts = inherited_facts(source, out, adds="share")
     outcome, places = Outcome(), {}
     shards = shards_of(source, split)
     total = read_dataset_card(source).get("samples", {}).get(split)

@@ -290,6 +290,16 @@ def test_shards_that_other_commands_made_of_these_are_not_replaced(encoded, run_
             ran = run_script("pipelines/make_shards.py", source, folder, "--held-out-share", 0.5)
         refused(ran, f"{folder} holds shards that mmvit shards did not make")
         assert contents(folder) == before
+    for folder, *command in (
+        (codes, "take_share.py", out, codes, "--share", 0.5),
+        (subset, "encode_images.py", out, subset, *options),
+        (subset, "prepare_emoji_groups.py", out, subset),
+    ):
+        before = contents(folder)
+        refused(
+            run_script(f"pipelines/{command[0]}", *command[1:]), f"{folder} holds shards that another command"
+        )
+        assert contents(folder) == before
     card = json.loads((out / "dataset.json").read_text())
     del card["options"]  # as earlier versions wrote it
     (out / "dataset.json").write_text(json.dumps(card))

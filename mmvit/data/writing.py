@@ -24,6 +24,7 @@ from mmvit.streams.remote import read_file
 from mmvit.streams.shard_lists import LIST
 from mmvit.streams.shards import HELD_OUT, OLD_HELD_OUT, BadShard, Sample, read_shard
 
+DERIVED = {"image_tokenizer", "share"}  # what encode and subset add to dataset.json
 MOST_CLASSES = 40  # in the closing table
 
 
@@ -346,13 +347,26 @@ def refuse_other_data(folder: Path, source: str | None) -> None:
     )
 
 
-def inherited_facts(source: Path, out: Path) -> dict[str, Any]:
+def inherited_facts(source: Path, out: Path, adds: str = "") -> dict[str, Any]:
     """What the dataset.json of shards also says about those made from them in `out`: everything but the
-    counts and options. Raises UserError if `out` is the source itself or holds shards from another one."""
+    counts and options.
+
+    Args:
+        adds: the fact of `DERIVED` that the caller adds.
+
+    Raises:
+        UserError: if `out` is the source itself, or holds shards from another one, or made from it otherwise.
+    """
     refuse_source(out, source)
     own = ("samples", "samples_per_class", "options")
     facts = {name: fact for name, fact in read_dataset_card(source).items() if name not in own}
     refuse_other_data(out, facts.get("source"))
+    before = read_dataset_card(out)
+    if before and DERIVED & before.keys() != DERIVED & {*facts, adds} and [*out.glob("*.tar")]:
+        raise UserError(
+            f"{out} holds shards that another command made from {facts.get('source', source)}: name another "
+            "folder, or remove this one"
+        )
     return facts
 
 
