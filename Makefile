@@ -26,7 +26,7 @@ install: .venv/tested ## make .venv with mmvit, its tests and the emoji data, at
 demo: .venv/installed ## train a generator on emoji and draw captions that it has never seen (12 minutes on 2 cores with AMX, 36 without)
 	$(BIN)/mmvit demo
 
-test: .venv/tested ## run the tests (8 minutes on 2 cores)
+test: .venv/tested ## run the tests (6 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: .venv/tested ## do harm to runs, shards and models, and print what was held (30 minutes on 2 cores)
