@@ -11,7 +11,7 @@ import os
 import random
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from file_server import FileServer, served
 from generator_scripts import SMALL
 from PIL import Image
 from vqgan_models import chameleon_model, diffusers_model, janus_model, small_vqgan
@@ -87,6 +88,13 @@ def tiny_shards(tmp_path_factory) -> Path:
             for number in range(count):
                 writer.write(f"{split}-{number:03d}", tiny_sample(number % 4, rng))
     return folder
+
+
+@pytest.fixture
+def server(tiny_shards) -> Iterator[FileServer]:
+    """Serves `tiny_shards`."""
+    with served(tiny_shards) as server:
+        yield server
 
 
 def tiny_sample(label: int, rng: random.Random) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ import pytest
 from file_server import FileServer, own_cache, served
 from fsspec.registry import _registry
 from PIL import Image
-from tiny_streams import epoch_of, keys_of
+from tiny_streams import TRAIN, epoch_of, keys_of
 from webdataset.writer import TarWriter
 
 from mmvit.data.samples import CaptionPixelsSample, ClassifierSample
@@ -29,14 +29,6 @@ from mmvit.streams.order import LANES, Order
 from mmvit.streams.pieces import RemoteFile
 from mmvit.streams.shards import expand_shards, read_shard
 from mmvit.streams.stream import ShardStream
-
-TRAIN = "train-{000000..000004}.tar"
-
-
-@pytest.fixture
-def server(tiny_shards) -> FileServer:
-    with served(tiny_shards) as server:
-        yield server
 
 
 @pytest.fixture(autouse=True)

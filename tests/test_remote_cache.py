@@ -28,12 +28,6 @@ from mmvit.streams.shards import read_shard
 from mmvit.streams.stream import ShardStream
 
 
-@pytest.fixture
-def server(tiny_shards) -> FileServer:
-    with served(tiny_shards) as server:
-        yield server
-
-
 @pytest.fixture(autouse=True)
 def cache(tmp_path):
     with own_cache(tmp_path) as pieces:
