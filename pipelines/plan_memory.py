@@ -57,7 +57,7 @@ def main(
     precisions = [precision] if precision else ["bf16", "fp32"]
     for kind, number, stage in itertools.product(precisions, numbers, STAGES):
         fits = []
-        for checkpointing in (False, True):
+        for checkpointing in ("none", "blocks"):
             shape = core.model_copy(update={"activation_checkpointing": checkpointing})
             needed = training_memory(parameters, shape, tokens, stage, number, kind, ema and stage < 3, stem)
             room = memory * GB - needed.state

@@ -11,11 +11,19 @@ from mmvit.core.masks import additive, causal, prefix, sparse_causal
 from mmvit.core.norm import RMSNorm
 from mmvit.core.positions import LayerPositions, Positions, RelativePositions, rotate, sincos
 from mmvit.core.transformer import Transformer, TransformerConfig
+from mmvit.models.cost import kept_for_backward
 
 VARIANTS = {
     "vit": {},
     "llama": {"norm": "rmsnorm", "mlp": "swiglu", "bias": False, "qk_norm": True},
     "scaled": {"layer_scale": 0.1, "mlp": "gelu_tanh"},
+}
+CHECKPOINTING = {
+    "none": {},
+    "blocks": {"activation_checkpointing": "blocks"},
+    "blocks, every 2": {"activation_checkpointing": "blocks", "activation_checkpointing_every": 2},
+    "attention": {"activation_checkpointing": "attention"},
+    "attention, every 2": {"activation_checkpointing": "attention", "activation_checkpointing_every": 2},
 }
 
 
@@ -117,21 +125,36 @@ def test_cached_core_equals_uncached(parts):
 
 
 @pytest.mark.parametrize("parts", VARIANTS.values(), ids=VARIANTS)
-def test_activation_checkpointing_gives_the_same_gradients_and_stores_less_for_them(parts):
-    gradients, stored = [], []
-    for checkpointing in (False, True):
-        core = random_core(**parts, activation_checkpointing=checkpointing, dropout=0.2).train()
+def test_activation_checkpointing_changes_no_bit_and_keeps_less_for_the_gradient(parts):
+    """By what a block keeps beside its input: all of it, or what belongs to attention."""
+    tokens, results, kept = 24, [], {}
+    for name, settings in CHECKPOINTING.items():
+        settings = {**parts, **settings, "depth": 4, "dropout": 0.2, "stochastic_depth": 0.3}
+        core = random_core(**settings).train()
         torch.manual_seed(1)
-        kept: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor, kept=kept: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
-        ):
-            loss = core(torch.ones(2, 5, 32)).square().sum()
+
+        def forward(core=core) -> torch.Tensor:
+            return core(torch.ones(2, tokens, 32), is_causal=True).square().mean()
+
+        loss, kept[name] = kept_for_backward(forward, but=core)
         loss.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in core.parameters()]))
-        stored.append(sum(kept))
-    torch.testing.assert_close(*gradients)
-    assert stored[1] < stored[0] / 4
+        results.append(torch.cat([loss.detach().view(1), *(p.grad.flatten() for p in core.parameters())]))
+    assert all(torch.equal(result, results[0]) for result in results)
+    saved = {name: kept["none"] - size for name, size in kept.items()}
+    maps = 4 * 2 * 2 * tokens**2 * 4  # bytes of layers, examples and heads
+    assert kept["blocks"] < kept["none"] / 6
+    assert saved["blocks, every 2"] == pytest.approx(saved["blocks"] / 2, rel=0.05)
+    assert 2 * maps < saved["attention"] < saved["blocks"]  # logits or their softmax, and the causal mask
+    assert saved["attention, every 2"] == pytest.approx(saved["attention"] / 2, rel=0.05)
+
+
+def test_recipes_with_true_and_false_for_activation_checkpointing_still_work():
+    for old, new in ((True, "blocks"), (False, "none")):
+        assert TransformerConfig(activation_checkpointing=old) == TransformerConfig(
+            activation_checkpointing=new
+        )
+    with pytest.raises(ValueError, match="'none', 'blocks' or 'attention'"):
+        TransformerConfig(activation_checkpointing="every block")
 
 
 def test_rotary_logits_depend_on_relative_place_alone():

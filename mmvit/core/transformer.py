@@ -2,11 +2,11 @@
 positions are arguments."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -35,7 +35,20 @@ class TransformerConfig(Config):
     dropout: float = Field(0.0, ge=0, lt=1, json_schema_extra=OF_TRAINING)
     stochastic_depth: float = Field(0.0, ge=0, lt=1, json_schema_extra=OF_TRAINING)
     attention_kernel: Kernel = Field("auto", json_schema_extra=OF_TRAINING)
-    activation_checkpointing: bool = Field(False, json_schema_extra=OF_TRAINING)
+    activation_checkpointing: Literal["none", "blocks", "attention"] = Field(
+        "none",
+        json_schema_extra=OF_TRAINING,
+        description="what the backward pass computes again instead of keeping it: whole blocks, or the first "
+        "half of each, attention with its norm",
+    )
+    activation_checkpointing_every: int = Field(
+        1, gt=0, json_schema_extra=OF_TRAINING, description="2: only in every second block"
+    )
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _true_means_blocks(cls, value: Any) -> Any:
+        return ("blocks" if value else "none") if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _heads_divide_width(self):
@@ -113,9 +126,26 @@ class Block(HiddenLayers):
         self.mlp = Mlp(config)
         self.branch1, self.branch2 = Branch(config, drop_probability), Branch(config, drop_probability)
 
-    def forward(self, x: Tensor, mask=None, is_causal=False, positions=NO_POSITIONS, cache=None) -> Tensor:
-        x = x + self.branch1(self.attention(self.norm1(x), mask, is_causal, positions, cache))
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        positions: LayerPositions = NO_POSITIONS,
+        cache: tuple[KeyValueCache, int] | None = None,
+        recompute_attention: bool = False,
+    ) -> Tensor:
+        """As `Attention.forward`; with `recompute_attention` the backward pass computes the first half
+        again."""
+        inputs = (x, mask, is_causal, positions, cache)
+        if recompute_attention:
+            x = x + checkpoint(self.attend, *inputs, use_reentrant=False)
+        else:
+            x = x + self.attend(*inputs)
         return x + self.branch2(self.mlp(self.norm2(x)))
+
+    def attend(self, x: Tensor, *inputs: Any) -> Tensor:
+        return self.branch1(self.attention(self.norm1(x), *inputs))
 
 
 class Transformer(nn.Module):
@@ -175,12 +205,14 @@ class Transformer(nn.Module):
         masks = bias_of_layers(mask, len(self.blocks), x.dtype)
         for layer, block in enumerate(self.blocks):
             slot = None if cache is None else (cache, layer)
-            inputs = (masks[layer], is_causal, places[layer], slot)
             x = places[layer].add(x)
-            if self.config.activation_checkpointing and self.training:
-                x = checkpoint(block, x, *inputs, use_reentrant=False)
+            inputs = (x, masks[layer], is_causal, places[layer], slot)
+            chosen = self.training and layer % self.config.activation_checkpointing_every == 0
+            recomputed = self.config.activation_checkpointing if chosen else "none"
+            if recomputed == "blocks":
+                x = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x = block(x, *inputs)
+                x = block(*inputs, recompute_attention=recomputed == "attention")
         if cache is not None:
             cache.length += x.shape[1]
         return self.norm(x) if normalized else x

@@ -1,10 +1,11 @@
 """The cost of running and training models, computed from their shapes: nothing is allocated."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmvit.config import Config
@@ -12,6 +13,8 @@ from mmvit.core.transformer import TransformerConfig
 from mmvit.models.classifier import ClassifierConfig
 from mmvit.models.registry import build_model
 from mmvit.models.resnet import ResNetConfig
+
+Result = TypeVar("Result")
 
 
 def forward_macs(config: ClassifierConfig | ResNetConfig) -> int:
@@ -89,34 +92,41 @@ def stem_activations(config: Config) -> float:
     with torch.device("meta"):
         stem = build_model(config).stem
 
-        def kept(batch: int) -> float:
-            storages: dict[int, torch.UntypedStorage] = {}
-            values: dict[int, float] = {}
+        def kept(batch: int) -> int:
+            pixels = torch.empty(batch, config.channels, *config.height_width)
+            return kept_for_backward(lambda: stem(pixels), but=stem)[1]
 
-            def keep(tensor: Tensor) -> Tensor:
-                storage = tensor.untyped_storage()
-                storages[storage._cdata] = storage  # keeps it alive, so that its key stays unique
-                values[storage._cdata] = storage.nbytes() / tensor.element_size()
-                return tensor
+        return float(kept(2) - kept(1))  # cancels what does not grow with the batch
 
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                stem(torch.empty(batch, config.channels, *config.height_width))
-            return sum(values.values())
 
-        return 4.0 * (kept(2) - kept(1))  # cancels the weights, which both store
+def kept_for_backward(forward: Callable[[], Result], but: nn.Module) -> tuple[Result, int]:
+    """What `forward` returns, and the bytes that it keeps for the backward pass, without those of the
+    weights and buffers of `but`."""
+    own = {tensor.untyped_storage()._cdata for tensor in (*but.parameters(), *but.buffers())}
+    storages: dict[int, torch.UntypedStorage] = {}  # kept alive, so that keys stay unique
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            storages[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    return result, sum(storage.nbytes() for storage in storages.values())
 
 
 def core_activations(core: TransformerConfig, tokens: int) -> float:
     """Bytes that a core stores of one example for the gradient, at 16 bits per value (2205.05198, without
-    dropout masks and with fused attention); with checkpointing, the values between blocks and one block's
-    own."""
-    widths = {
-        "norm1, its output, queries, keys, values and the output of attention": 6 * core.width,
-        "norm2 and its output": 2 * core.width,
-        "the MLP": (3 if core.mlp == "swiglu" else 2) * core.mlp_width,
-        "both sums": 2 * core.width,
-    }
-    block = 2.0 * tokens * sum(widths.values())
-    if core.activation_checkpointing:
-        return (core.depth + 1) * 2.0 * tokens * core.width + block
-    return core.depth * block
+    dropout masks and with fused attention); with checkpointing, at the worst moment of the backward pass."""
+    attention = 6 * core.width  # norm1, its output, queries, keys, values and the output of attention
+    mlp = (4 if core.mlp == "swiglu" else 2) * core.mlp_width + 2 * core.width  # and norm2 and its output
+    sums = 2 * core.width
+    stored, largest = core.width, 0
+    for layer in range(core.depth):
+        chosen = layer % core.activation_checkpointing_every == 0
+        recomputed = core.activation_checkpointing if chosen else "none"
+        again = {"none": 0, "attention": attention, "blocks": attention + mlp + core.width}[recomputed]
+        stored += attention + mlp + sums - again
+        largest = max(largest, stored - (mlp if recomputed == "attention" else 0) + again)
+    return 2.0 * tokens * largest

@@ -26,7 +26,8 @@ MAY_DIFFER = {
         "caption_dropout", "code_noise", "label_smoothing", "image_loss_weight", "text_loss_weight",
     },
     TransformerConfig: {
-        "dropout", "stochastic_depth", "attention_kernel", "activation_checkpointing", "layer_scale",
+        "dropout", "stochastic_depth", "attention_kernel", "activation_checkpointing",
+        "activation_checkpointing_every", "layer_scale",
     },
 }  # fmt: skip
 
