@@ -68,6 +68,12 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f": did you mean {match}?" if match else f": choose from {', '.join(choices)}"
 
 
+def shorten(names: list[str], most: int = 5, separator: str = ", ") -> str:
+    """The first few names and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
+
+
 def refuse_source(out: Path, *sources: Path) -> None:
     """Raises UserError when a script would write over what it reads."""
     local = [source for source in sources if isinstance(source, Path)]  # others have an address

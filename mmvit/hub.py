@@ -3,27 +3,29 @@ the Hugging Face Hub."""
 
 import hashlib
 import itertools
-import json
-import math
-import os
-import tempfile
 import tomllib
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from mmvit.config import Config, build_config
 from mmvit.errors import UserError, nearest, refuse_damage
+from mmvit.files import read_bounded, read_json, write_json
 from mmvit.places import find, shipped
+from mmvit.weights import (
+    MAX_FILE_SIZE,
+    WEIGHTS,
+    Weights,
+    check_fit,
+    load_weights,
+    read_weights,
+    write_weights,
+)
 
 DRAWN = (
     torch.Tensor.normal_,
@@ -33,11 +35,8 @@ DRAWN = (
     nn.init.kaiming_uniform_,
 )
 SCALED = torch.Tensor.mul, torch.Tensor.div
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-MOST_JSON = 2**24  # bytes of a file of settings, and of the header of weights
+CONFIG = "config.json"
 MOST_TABLES = 2**29  # bytes of masks and fixed positions
-MOST_PACKED = 2**28  # bytes that any archive may unpack to
-MOST_RATIO = 16  # to its own size, for larger ones
 SHIPPED = shipped("generators/emoji")
 JOINT = "joint"  # the kind of a folder with several models on one core
 IN_WORDS = {
@@ -59,15 +58,21 @@ class Pretrained:
     kind: str
     config: Config
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+    def save_pretrained(
+        self, folder: str | Path, dtype: torch.dtype | None = None, max_file_size: int = MAX_FILE_SIZE
+    ) -> Path:
         """Writes `folder/model.safetensors` and `folder/config.json`, with floating-point weights cast to
-        `dtype` if given."""
+        `dtype` if given. Weights of more than `max_file_size` bytes become several files and an index
+        (`mmvit.weights.write_weights`)."""
+
+        def cast(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
-        if dtype is not None:
-            weights = {name: t.to(dtype) if t.is_floating_point() else t for name, t in weights.items()}
-        write_weights(weights, folder / WEIGHTS)
+        weights = self.state_dict()
+        layout = {name: cast(tensor.to("meta")) for name, tensor in weights.items()}
+        cast_weights = ((name, cast(tensor)) for name, tensor in weights.items())
+        write_weights(layout, folder / WEIGHTS, cast_weights, max_file_size)
         description = {"kind": self.kind, "config": self.config.model_dump(mode="json")}
         write_json(description, folder / CONFIG)
         return folder
@@ -86,14 +91,15 @@ class Pretrained:
         if description["kind"] != cls.kind:
             raise UserError(f"{folder} holds {in_words(description['kind'])}, not {in_words(cls.kind)}")
         is_part = read_description(folder)["kind"] != cls.kind
-        path, part = folder / WEIGHTS, weights_of_part if is_part else lambda weights, _: weights
         with refuse_damage(folder):
             config = build_config(cls.config_class, description["config"], source=str(folder / CONFIG))
-            shapes = part(read_shapes(path), cls.kind)
-            check_fit(outline(lambda: cls(config), 4 * len(shapes), str(folder / CONFIG)), shapes, str(path))
+            weights = read_weights(folder / WEIGHTS)
+            weights = weights_of_part(weights, cls.kind) if is_part else weights
+            planned = outline(lambda: cls(config), 4 * len(weights), str(folder / CONFIG))
+            check_fit(planned, weights.shapes, weights.source)
             with NotDrawn():
                 model = cls(config)
-            load_weights(model, part(read_weights(path), cls.kind), source=str(path))
+            load_weights(model, weights, weights.source)
         return model.to(device).eval()
 
 
@@ -203,15 +209,14 @@ def read_part_description(folder: Path, *kinds: str) -> dict:
     return description
 
 
-def weights_of_part(weights: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The weights, or their shapes, of the model `kind` out of several models on one core, under the names it
-    has alone."""
-    core = {name: tensor for name, tensor in weights.items() if name.startswith("core.")}
+def weights_of_part(weights: Weights, kind: str) -> Weights:
+    """The weights of the model `kind` out of several models on one core, under the names it has alone."""
     own = f"{kind}."
-    return core | {name.removeprefix(own): t for name, t in weights.items() if name.startswith(own)}
+    core = {name: name for name in weights if name.startswith("core.")}
+    return weights.named(core | {name.removeprefix(own): name for name in weights if name.startswith(own)})
 
 
-def read_core(path: str | Path) -> tuple[Path, dict, dict[str, torch.Tensor]]:
+def read_core(path: str | Path) -> tuple[Path, dict, Weights]:
     """A model's folder, and the configuration and weights of its core. Raises UserError if it has none."""
     folder = find_model_folder(path)
     description = read_description(folder)
@@ -222,45 +227,8 @@ def read_core(path: str | Path) -> tuple[Path, dict, dict[str, torch.Tensor]]:
             "generator"
         )
     weights = read_weights(folder / WEIGHTS)
-    own = {name.removeprefix("core."): t for name, t in weights.items() if name.startswith("core.")}
-    return folder, config, own
-
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    check_header(path)
-    try:
-        return load_file(path)
-    except Exception as error:  # SafetensorError, and KeyError for numbers of an unknown kind
-        raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
-
-
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the weights, of which nothing is read."""
-    check_header(path)
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise UserError(f"{path} is damaged or not a safetensors file: {error}") from None
-
-
-def check_header(path: Path) -> None:
-    """Raises UserError if there are no weights, or their header holds far more than names and shapes."""
-    if not path.is_file():
-        raise UserError(f"no weights at {path}")
-    with path.open("rb") as file:
-        if (length := int.from_bytes(file.read(8), "little")) > MOST_JSON:
-            raise UserError(f"{path} is damaged or not a safetensors file: a header of {length:,} bytes")
-
-
-def check_unpacked_size(path: Path) -> None:
-    """Raises UserError for an .npz, .pth or .bin that unpacks to far more than it is."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        size = sum(member.file_size for member in archive.infolist())
-    if size > max(MOST_PACKED, MOST_RATIO * path.stat().st_size):
-        raise UserError(f"{path} unpacks to {size:,} bytes, which no weights do: it is not read")
+    own = {name.removeprefix("core."): name for name in weights if name.startswith("core.")}
+    return folder, config, weights.named(own)
 
 
 def outline(build: Callable[[], nn.Module], most: int, source: str) -> nn.Module:
@@ -291,32 +259,6 @@ def outline(build: Callable[[], nn.Module], most: int, source: str) -> nn.Module
     return model
 
 
-def check_writable(path: Path, megabytes: float = 1) -> None:
-    """Raises UserError if `path`, a file or folder to be, cannot be written, or its disk is full.
-
-    Nothing is left behind: missing parent folders are made when there is something to write.
-    """
-    if path.is_dir():
-        folder = path
-    else:
-        folder = path.parent
-        while not (folder.exists() or folder.is_symlink()):
-            folder = folder.parent
-    try:
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(round(megabytes * 1e6)))
-            probe.flush()
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror} ({folder})") from None
-
-
-def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Writes a safetensors file, whole or not at all."""
-    with whole_file(path) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
-        partial.chmod(0o644)  # safetensors makes files that nobody else can read
-
-
 class NotDrawn(TorchFunctionMode):
     """Within it, new weights are zeros: where others are read over them, to draw them is half of the time."""
 
@@ -339,88 +281,6 @@ class Undrawn(TorchFunctionMode):
         if is_scaled or function in DRAWN or getattr(function, "__module__", "") == nn.init.__name__:
             return args[0] if args else kwargs["tensor"]
         return (torch.empty if function is torch.randn else function)(*args, **(kwargs or {}))
-
-
-def read_bounded(path: Path) -> bytes:
-    """What is in a file of settings. Raises ValueError if it is far larger than any."""
-    with path.open("rb") as file:
-        if len(data := file.read(MOST_JSON + 1)) > MOST_JSON:
-            raise ValueError(f"more than {MOST_JSON:,} bytes")
-    return data
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file. Raises UserError if it cannot be read, is no JSON, or no text that could be
-    written again: JSON may write half of a surrogate pair."""
-    try:
-        value = json.loads(read_bounded(path).decode())
-        json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except (ValueError, RecursionError) as error:  # too large, numbers of too many digits, nested too deep
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def write_json(value: Any, path: Path) -> None:
-    """Writes a JSON file, whole or not at all."""
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`, with the same suffix, to write to; the file then takes its place.
-    Makes the folder.
-
-    Raises:
-        UserError: if that fails, for instance on a full disk; `path` is then as before and nothing is left
-            behind.
-    """
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Copies `weights` into `model`. Raises UserError as `check_fit` does."""
-    check_fit(model, {name: tensor.shape for name, tensor in weights.items()}, source)
-    own = model.state_dict()
-    model.load_state_dict({name: t for name, t in weights.items() if t.numel() or name in own})
-
-
-def check_fit(model: nn.Module, shapes: Mapping[str, Sequence[int]], source: str) -> None:
-    """Raises UserError for names and shapes of weights that do not match, by name; empty ones that the model
-    lacks are ignored."""
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    shapes = {name: tuple(shape) for name, shape in shapes.items() if math.prod(shape) or name in own}
-    problems = []
-    if missing := sorted(own.keys() - shapes.keys()):
-        problems.append(f"missing: {shorten(missing)}")
-    if unexpected := sorted(shapes.keys() - own.keys()):
-        problems.append(f"unexpected: {shorten(unexpected)}")
-    misshapen = [
-        f"{name} is {list(shapes[name])}, expected {list(shape)}"
-        for name, shape in own.items()
-        if shapes.get(name, shape) != shape
-    ]
-    if misshapen:
-        problems.append(shorten(misshapen))
-    if problems:
-        raise UserError(f"{source} does not fit this {type(model).__name__}: " + "; ".join(problems))
-
-
-def shorten(names: list[str], most: int = 5, separator: str = ", ") -> str:
-    """The first few names and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return separator.join(names[:most]) + more
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -25,7 +25,8 @@ from mmvit.config import parse_value
 from mmvit.data.images import parse_size
 from mmvit.errors import UserError, refuse_source
 from mmvit.evaluation.image_classifier import CLASSES, ImageClassifier, read_classes
-from mmvit.hub import check_writable, download, in_words, read_part_description, write_weights
+from mmvit.files import check_writable
+from mmvit.hub import download, in_words, read_part_description
 from mmvit.interop.files import find_ours
 from mmvit.interop.openai_dvae import dvae_to_openai, load_openai_dvae
 from mmvit.interop.vit import class_names, load_vit
@@ -39,6 +40,7 @@ from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.registry import IMAGE_TOKENIZERS, load_image_tokenizer
 from mmvit.models.vqgan import VQGAN
 from mmvit.places import find
+from mmvit.weights import write_weights
 
 OURS, OPENAI = "mmvit", "openai"
 FORMATS = {  # which models go where

@@ -45,8 +45,7 @@ from mmvit.data.writing import (
     refuse_other_data,
     write_dataset_card,
 )
-from mmvit.errors import UserError, refuse_source
-from mmvit.hub import shorten
+from mmvit.errors import UserError, refuse_source, shorten
 from mmvit.streams.shards import HELD_OUT, OLD_HELD_OUT, BadSample, split_of
 from mmvit.streams.workers import default_workers, map_ahead
 from mmvit.training.distributed import FOREVER, open_processes

@@ -50,7 +50,7 @@ from mmvit.data.writing import (
     write_dataset_card,
 )
 from mmvit.errors import UserError
-from mmvit.hub import write_json
+from mmvit.files import write_json
 from mmvit.progress import with_progress
 from mmvit.streams.shards import BadSample
 

@@ -21,7 +21,7 @@ from mmvit.errors import UserError
 from mmvit.evaluation.accuracy import classification_metrics
 from mmvit.evaluation.image_classifier import CLASSES
 from mmvit.evaluation.likelihood import generator_loss
-from mmvit.hub import write_json
+from mmvit.files import write_json
 from mmvit.models.joint import Joint
 from mmvit.recipes.caption_codes import open_caption_codes
 from mmvit.recipes.command import training_script

@@ -17,13 +17,14 @@ from unittest import mock
 import pytest
 import torch
 from ranks import start_one, start_two
+from safetensors.torch import load_file
 from torch import nn
 
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError, run_script
 from mmvit.evaluation.accuracy import classification_metrics
 from mmvit.evaluation.likelihood import mean_loss
-from mmvit.hub import read_weights, write_json
+from mmvit.files import write_json
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.streams.tally import Tally
 from mmvit.training import OptimizerConfig, Processes, Recipe, RunFolder, Session, TrainConfig, train
@@ -317,13 +318,13 @@ def test_one_process_told_to_stop_stops_both_and_they_resume(two_processes, mode
     assert steps == ["step-00000003", "step-00000006"]
     assert losses(cut, "train") == losses(whole, "train")
     final = "checkpoints/step-00000006/model.safetensors"
-    left, right = read_weights(whole / final), read_weights(cut / final)
+    left, right = load_file(whole / final), load_file(cut / final)
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.mark.parametrize("mode", ["zero2-bf16", "zero3-bf16"])
 def test_bf16_autocast_keeps_fp32_weights(two_processes, one_process, mode):
-    weights = read_weights(two_processes / mode / "last/model.safetensors")
+    weights = load_file(two_processes / mode / "last/model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     expected = losses(one_process / "bf16", "train")
     assert losses(two_processes / mode, "train") == pytest.approx(expected, rel=0.03)
@@ -333,7 +334,7 @@ def test_bf16_autocast_keeps_fp32_weights(two_processes, one_process, mode):
 def test_neither_stops_nor_evaluations_change_a_run_under_zero_3_in_bf16(two_processes):
     whole, cut = two_processes / "zero3-bf16", two_processes / "zero3-bf16-cut"
     assert losses(cut, "train") == losses(whole, "train")
-    left, right = (read_weights(run / "last/model.safetensors") for run in (whole, cut))
+    left, right = (load_file(run / "last/model.safetensors") for run in (whole, cut))
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert not all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in left.values())
 
@@ -364,7 +365,7 @@ def test_a_run_folder_on_the_disk_of_the_main_process_alone_will_do(tmp_path):
     ended = start_two(__file__, tmp_path, "apart")
     assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-8000:]
     left, right = (
-        read_weights(tmp_path / run / STEP_5[4:] / "model.safetensors") for run in ("shared", "node0/run")
+        load_file(tmp_path / run / STEP_5[4:] / "model.safetensors") for run in ("shared", "node0/run")
     )
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert losses(tmp_path / "shared", "train") == losses(tmp_path / "node0/run", "train")

@@ -6,11 +6,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mmvit.config import build_config
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
-from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.fine_tuning import fine_tuned, freeze, resize_table
 from mmvit.models.resnet import ResNet, ResNetConfig
@@ -184,14 +184,14 @@ def test_a_run_begins_from_trained_weights_and_resumes(fine_tune, tmp_path, asse
     assert not torch.equal(model.core.norm.weight, start["core.norm.weight"])
     assert model.head.weight.any()
     last = tmp_path / "run/checkpoints/step-00000004"
-    weights = read_weights(last / "model.safetensors")
+    weights = load_file(last / "model.safetensors")
     for path in last.iterdir():
         path.unlink()
     last.rmdir()
     ran = fine_tune("--data.mixing", mixing, "--resume")
     assert ran.returncode == 0, ran.stderr
     assert "resuming at step 2 of 4" in ran.stdout
-    assert_same_state(read_weights(last / "model.safetensors"), weights)
+    assert_same_state(load_file(last / "model.safetensors"), weights)
     kept = (tmp_path / "run/config.toml").read_text()
     ran = fine_tune("--data.mixing", mixing, "--resume", "--optimizer.lr", 0.5)
     assert ran.returncode == 0, ran.stderr

@@ -15,7 +15,8 @@ from tiny_models import CORE, tiny_classifier
 from mmvit import ImageClassifier
 from mmvit.data.captions import TextTokenizer
 from mmvit.errors import UserError, refuse_damage
-from mmvit.hub import CONFIG, MOST_JSON, WEIGHTS, read_json, read_weights, setting_of_run, trained_size
+from mmvit.files import MOST_JSON, read_json
+from mmvit.hub import CONFIG, setting_of_run, trained_size
 from mmvit.interop.openai_dvae import load_openai_dvae
 from mmvit.interop.vit import load_vit
 from mmvit.interop.vit_export import vit_to_weights
@@ -25,6 +26,7 @@ from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransfo
 from mmvit.models.registry import load_image_tokenizer
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.training.checkpoint import read_state
+from mmvit.weights import WEIGHTS, read_weights
 
 DEEP = b"[" * 100_000
 
@@ -180,7 +182,7 @@ def test_weights_of_others_that_take_no_space_are_refused(tmp_path):
 
 
 def test_archives_that_unpack_to_far_more_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmvit.hub.MOST_PACKED", 2**20)
+    monkeypatch.setattr("mmvit.files.MOST_PACKED", 2**20)
     for name, member in (("bomb.npz", "a.npy"), ("bomb.pth", "bomb/data.pkl"), ("training.pt", "x/data.pkl")):
         with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr(member, bytes(2**21))

@@ -7,11 +7,13 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mmvit import ImageClassifier
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
-from mmvit.hub import SHIPPED, check_writable, find_model_folder, read_weights, whole_file, write_json
+from mmvit.files import check_writable, whole_file, write_json
+from mmvit.hub import SHIPPED, find_model_folder
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.clip import CLIP, CLIPConfig
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
@@ -102,7 +104,7 @@ def test_what_cannot_be_written_is_found_out_beforehand(tmp_path):
 
 def test_weights_are_saved_in_the_precision_asked_for(tmp_path):
     model = DiscreteVAE(DiscreteVAEConfig(codebook_size=16, width=8, blocks_per_group=1, code_width=4))
-    weights = read_weights(model.save_pretrained(tmp_path, torch.bfloat16) / "model.safetensors")
+    weights = load_file(model.save_pretrained(tmp_path, torch.bfloat16) / "model.safetensors")
     assert weights.pop("passes").dtype == torch.int64
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     again = DiscreteVAE.from_pretrained(tmp_path)

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from mmvit.core.transformer import TransformerConfig
 from mmvit.data.samples import PixelsSample
 from mmvit.data.writing import ShardWriter
 from mmvit.errors import UserError
 from mmvit.evaluation.evaluate import evaluate
-from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.fine_tuning import take_core
 from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
@@ -64,7 +64,7 @@ def batch() -> dict[str, torch.Tensor]:
 def test_the_core_is_there_once_and_each_part_reads_it_as_its_own(tmp_path):
     model = small()
     model.save_pretrained(tmp_path)
-    names = read_weights(tmp_path / "model.safetensors").keys()
+    names = load_file(tmp_path / "model.safetensors").keys()
     assert sum(".attention.out.weight" in name for name in names) == CORE.depth
     classifier, generator = (
         Classifier.from_pretrained(tmp_path),
@@ -244,7 +244,7 @@ def without_classes(shards: Path, folder: Path) -> Path:
 
 def test_a_killed_joint_run_resumes_bit_identically(run, run_script, tmp_path):
     config = run.parent / "config.toml"
-    whole = read_weights(run / "last" / "model.safetensors")
+    whole = load_file(run / "last" / "model.safetensors")
     short = ("--output", tmp_path / "run")
     assert run_script("pipelines/train_joint.py", config, *short).returncode == 0
     for folder in sorted((tmp_path / "run" / "checkpoints").iterdir())[1:]:
@@ -254,7 +254,7 @@ def test_a_killed_joint_run_resumes_bit_identically(run, run_script, tmp_path):
     ran = run_script("pipelines/train_joint.py", config, *short, "--resume")
     assert ran.returncode == 0, ran.stderr
     assert "resuming at step 3" in ran.stdout
-    again = read_weights(tmp_path / "run" / "last" / "model.safetensors")
+    again = load_file(tmp_path / "run" / "last" / "model.safetensors")
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 

@@ -18,10 +18,10 @@ from torch import nn
 from training_runs import ALONE
 
 from mmvit.errors import UserError
-from mmvit.hub import write_weights
 from mmvit.streams.tally import Tally
 from mmvit.training import OptimizerConfig, Recipe, RunFolder, Session, TrainConfig, disk, train
 from mmvit.training.checkpoint import read_state
+from mmvit.weights import write_weights
 
 KILLED = 9
 MOVES = ("os.rename", "exchange")

@@ -12,7 +12,6 @@ from mmvit.core.positions import LayerPositions
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
 from mmvit.evaluation.likelihood import generator_loss
-from mmvit.hub import write_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.generator_transformer import (
     GeneratorConfig,
@@ -23,6 +22,7 @@ from mmvit.models.generator_transformer import (
 from mmvit.models.presets import PRESETS, preset
 from mmvit.models.registry import build_model
 from mmvit.models.stems import PatchStem
+from mmvit.weights import write_weights
 
 CORE = TransformerConfig(width=32, depth=2, num_heads=2)
 POSITIONS = ["none", "learned_1d", "learned_2d", "learned_2d_concat", "sincos_2d", "rotary_2d"]

@@ -12,12 +12,12 @@ from unittest import mock
 import pytest
 import torch
 from ranks import running
+from safetensors.torch import load_file
 from torch import nn
 from training_runs import ALONE, MODEL, Repeat, comparable_metrics, new_session, terminate_at, train_on_shards
 
 from mmvit.config import read_toml
 from mmvit.errors import UserError
-from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier
 from mmvit.recipes.start import StartConfig
 from mmvit.streams.stream import WorkerKilled
@@ -54,16 +54,14 @@ def test_terminated_and_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny_s
 
     final = "checkpoints/step-00000012"
     for name in ("model.safetensors", "average.safetensors"):
-        assert_same_state(
-            read_weights(whole.run.path / final / name), read_weights(again.run.path / final / name)
-        )
+        assert_same_state(load_file(whole.run.path / final / name), load_file(again.run.path / final / name))
     for name in ("optimizer.pt", "training.pt"):
         assert_same_state(
             read_state(whole.run.path / final / name), read_state(again.run.path / final / name)
         )
     assert comparable_metrics(whole.run) == comparable_metrics(again.run)
     for name in ("best/model.safetensors", "last/model.safetensors"):
-        assert_same_state(read_weights(whole.run.path / name), read_weights(again.run.path / name))
+        assert_same_state(load_file(whole.run.path / name), load_file(again.run.path / name))
 
 
 def test_another_number_of_processes_draws_other_random_numbers_than_at_the_start(tmp_path, tiny_shards):
@@ -92,7 +90,7 @@ def test_a_step_that_a_killed_worker_cut_short_is_done_again(tmp_path, tiny_shar
     train_on_shards(new_session(tmp_path / "cut", resume=True, **settings), tiny_shards)
     whole, cut = (RunFolder(tmp_path / name) for name in ("whole", "cut"))
     final = "step-00000004/model.safetensors"
-    assert_same_state(read_weights(whole.checkpoints / final), read_weights(cut.checkpoints / final))
+    assert_same_state(load_file(whole.checkpoints / final), load_file(cut.checkpoints / final))
     assert comparable_metrics(whole) == comparable_metrics(cut)
 
 
@@ -111,16 +109,16 @@ def test_an_older_checkpoint_with_an_empty_parameter_goes_on(tmp_path, tiny_shar
     schedule = {"evaluate_every": 100, "log_every": 100, "clip_norm": 0}  # a norm sums in other places
     torch.manual_seed(0)
     older = run("cut", 4, older=True, **schedule)
-    assert read_weights(older / "model.safetensors")["positions.prefix_table"].shape == (0, 16)
+    assert load_file(older / "model.safetensors")["positions.prefix_table"].shape == (0, 16)
     Classifier.from_pretrained(tmp_path / "cut" / "last")
-    Classifier(config).load_state_dict(read_weights(older / "model.safetensors"))
+    Classifier(config).load_state_dict(load_file(older / "model.safetensors"))
     again = run("cut", 8, resume=True, **schedule)
     torch.manual_seed(0)
     run("whole", 4, **schedule)
     whole = run("whole", 8, resume=True, **schedule)
     for name in ("model.safetensors", "average.safetensors"):
-        assert "positions.prefix_table" not in read_weights(again / name)
-        assert_same_state(read_weights(again / name), read_weights(whole / name))
+        assert "positions.prefix_table" not in load_file(again / name)
+        assert_same_state(load_file(again / name), load_file(whole / name))
     assert_same_state(read_state(again / "optimizer.pt"), read_state(whole / "optimizer.pt"))
 
 
@@ -214,10 +212,10 @@ def test_nothing_left_to_train_still_completes_last(tmp_path, tiny_shards, asser
     """A run killed after its last checkpoint has no last/ of it."""
     session = new_session(tmp_path / "run", steps=2)
     train_on_shards(session, tiny_shards)
-    expected = read_weights(session.run.last / "model.safetensors")
+    expected = load_file(session.run.last / "model.safetensors")
     shutil.rmtree(session.run.last)
     train_on_shards(new_session(tmp_path / "run", resume=True, steps=2), tiny_shards)
-    assert_same_state(read_weights(session.run.last / "model.safetensors"), expected)
+    assert_same_state(load_file(session.run.last / "model.safetensors"), expected)
 
 
 def test_a_finished_run_takes_other_settings_but_no_fewer_steps(tmp_path, tiny_shards, capsys):
@@ -268,7 +266,7 @@ def test_a_flipped_bit_costs_the_newest_checkpoint_and_no_more(
     state = "checkpoints/step-00000004/training.pt"
     assert_same_state(read_state(tmp_path / "run" / state), read_state(tmp_path / "whole" / state))
     for each in ("model.safetensors", "average.safetensors"):
-        one, other = (read_weights(tmp_path / run / Path(state).with_name(each)) for run in ("run", "whole"))
+        one, other = (load_file(tmp_path / run / Path(state).with_name(each)) for run in ("run", "whole"))
         assert all(torch.equal(one[key], other[key]) for key in other)
 
 

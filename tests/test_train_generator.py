@@ -8,12 +8,12 @@ import pytest
 import torch
 from generator_scripts import SMALL, refused
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_models import tiny_generator
 
 from mmvit.config import build_config
 from mmvit.data.captions import TextTokenizer
 from mmvit.errors import UserError
-from mmvit.hub import read_weights
 from mmvit.models.generator_transformer import GeneratorTransformer
 from mmvit.models.vq import VQConfig, VQModel
 from mmvit.models.vqgan import VQGAN, VQGANConfig
@@ -171,8 +171,8 @@ def test_a_trained_generator_is_trained_on(generator_run, encoded, run_script, t
     assert ran.returncode == 0, ran.stderr
     assert "1 tokens that no caption in en uses start as mixtures" in ran.stdout
     found, begun = (
-        read_weights(tmp_path / "more/last/model.safetensors"),
-        read_weights(start / "model.safetensors"),
+        load_file(tmp_path / "more/last/model.safetensors"),
+        load_file(start / "model.safetensors"),
     )
     texts = TextTokenizer.from_file(start / "text_tokenizer")
     (quadrat,), square = texts.tokenize("quadrat"), texts.tokenize("square")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from mmvit.core.transformer import TransformerConfig
-from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.dvae import DiscreteVAE
 from mmvit.models.registry import load_image_tokenizer
@@ -159,7 +159,7 @@ def test_a_run_with_all_losses_resumes_bit_for_bit_and_exports_the_tokenizer_alo
     final = "checkpoints/step-00000006"
     models = [f"{final}/model", f"{final}/average", "best/model", "last/model"]
     for name in models:
-        assert_same_state(*(read_weights(run / f"{name}.safetensors") for run in (whole, crashed)))
+        assert_same_state(*(load_file(run / f"{name}.safetensors") for run in (whole, crashed)))
     for name in ("optimizer.pt", "training.pt"):
         assert_same_state(*(read_state(run / final / name) for run in (whole, crashed)))
     assert comparable(whole) == comparable(crashed)
@@ -168,19 +168,19 @@ def test_a_run_with_all_losses_resumes_bit_for_bit_and_exports_the_tokenizer_alo
     assert ["discriminator" in record for record in records] == [False] * 2 + [True] * 4
     assert ["adaptive_weight" in record for record in records] == [False] * 4 + [True] * 2
     assert all(record["perceptual"] > 0 for record in records)
-    assert read_weights(whole / final / "model.safetensors")["passes"] == 6
+    assert load_file(whole / final / "model.safetensors")["passes"] == 6
     tokenizer = VQModel(VQConfig(**SMALL, kind="vq"))
     for folder in ("best", "last"):
         loaded = load_image_tokenizer(whole / folder)
         assert loaded.state_dict().keys() == tokenizer.state_dict().keys()
-    averaged = read_weights(whole / final / "average.safetensors")
+    averaged = load_file(whole / final / "average.safetensors")
     assert torch.equal(loaded.last_weight, averaged["tokenizer.decoder.head.weight"])
 
 
 def test_by_default_the_plain_tokenizer_is_trained(tmp_path, train_tokenizer):
     ran = train_tokenizer("--train.steps", 1)
     assert ran.returncode == 0, ran.stderr
-    weights = read_weights(tmp_path / "run/checkpoints/step-00000001/model.safetensors")
+    weights = load_file(tmp_path / "run/checkpoints/step-00000001/model.safetensors")
     assert weights.keys() == VQModel(VQConfig(**SMALL)).state_dict().keys()
     (record, _) = comparable(tmp_path / "run")
     assert record["loss"] == pytest.approx(record["l1"] + record["l2"] + 0.25 * record["commitment"])

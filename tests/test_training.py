@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from training_runs import MODEL, ClassifierRecipe, Repeat, comparable_metrics, new_session, train_on_shards
 
@@ -16,7 +17,6 @@ from mmvit.config import build_config, read_toml
 from mmvit.data.samples import ClassifierSample
 from mmvit.errors import UserError
 from mmvit.evaluation.accuracy import classification_metrics
-from mmvit.hub import read_weights
 from mmvit.models.classifier import Classifier
 from mmvit.streams.stream import ShardStream
 from mmvit.training import (
@@ -159,7 +159,7 @@ def test_held_out_data_that_cannot_be_read_cost_neither_training_nor_an_evaluati
     run("cut", resume=True)
     assert comparable_metrics(cut.run) == comparable_metrics(whole.run)
     for export in ("best", "last"):
-        weights = (read_weights(each.run.path / export / "model.safetensors") for each in (whole, cut))
+        weights = (load_file(each.run.path / export / "model.safetensors") for each in (whole, cut))
         assert_same_state(*weights)
 
 
@@ -185,7 +185,7 @@ def test_broken_loss_stops_and_names_the_batch(tmp_path, tiny_shards):
     with pytest.raises(UserError, match=r"step 5: the loss is nan in the batch of train-\d+, "):
         train_on_shards(session, tiny_shards, spoil)
     assert [folder.name for folder in session.run.checkpoints.iterdir()] == ["step-00000003"]
-    weights = read_weights(session.run.checkpoints / "step-00000003" / "model.safetensors")
+    weights = load_file(session.run.checkpoints / "step-00000003" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 

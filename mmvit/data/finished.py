@@ -12,7 +12,7 @@ from typing import Any
 
 from mmvit.data.writing import Outcome, WholeShard
 from mmvit.errors import UserError
-from mmvit.hub import write_json
+from mmvit.files import write_json
 from mmvit.streams.address import Address
 from mmvit.streams.remote import facts_of
 

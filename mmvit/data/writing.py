@@ -17,7 +17,7 @@ from webdataset.writer import TarWriter
 from mmvit.data.images import ImageFacts, measure_image
 from mmvit.data.lock import sole_writer
 from mmvit.errors import UserError, refuse_source
-from mmvit.hub import read_bounded, write_json
+from mmvit.files import read_bounded, write_json
 from mmvit.streams.address import Address, place
 from mmvit.streams.index import beside, samples_promised, save_index, scan
 from mmvit.streams.remote import read_file

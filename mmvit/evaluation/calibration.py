@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmvit.hub import whole_file
+from mmvit.files import whole_file
 
 MOST_NAMED = 120  # classes; with more the names would overlap
 LARGEST = 20.0  # inches, a side of the confusion matrix

@@ -22,7 +22,7 @@ from mmvit.evaluation.held_out import evenly_spread
 from mmvit.evaluation.image_classifier import UNTRAINED, ImageClassifier
 from mmvit.evaluation.saliency import saliency_maps
 from mmvit.evaluation.splits import Only, batches_of, read_split
-from mmvit.hub import whole_file, write_json
+from mmvit.files import whole_file, write_json
 from mmvit.models.classification import fit_pixels
 from mmvit.models.classifier import Classifier
 from mmvit.models.resnet import ResNet

@@ -11,7 +11,7 @@ from mmvit.data.samples import CaptionSample, PixelsSample
 from mmvit.errors import UserError
 from mmvit.evaluation.retrieval import caption_ranks, recalls
 from mmvit.evaluation.splits import batches_of, listed
-from mmvit.hub import write_json
+from mmvit.files import write_json
 from mmvit.models.clip import CLIP
 from mmvit.sampling.candidates import CaptionScorer
 from mmvit.streams.reader import Batch, Decode

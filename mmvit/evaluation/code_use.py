@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmvit.hub import whole_file
+from mmvit.files import whole_file
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.quantizers import perplexity
 

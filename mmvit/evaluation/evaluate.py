@@ -11,7 +11,8 @@ from mmvit.evaluation.clip_report import evaluate_clip
 from mmvit.evaluation.generator_report import evaluate_generator
 from mmvit.evaluation.splits import files_of, find_split
 from mmvit.evaluation.tokenizer_report import evaluate_image_tokenizer
-from mmvit.hub import check_writable, find_model_folder, in_words, read_description
+from mmvit.files import check_writable
+from mmvit.hub import find_model_folder, in_words, read_description
 from mmvit.models.clip import CLIP
 from mmvit.models.generator_transformer import GeneratorTransformer
 from mmvit.models.joint import Joint

@@ -33,7 +33,7 @@ from mmvit.evaluation.splits import (
     splits_in,
 )
 from mmvit.evaluation.tokenizer_report import reconstruct
-from mmvit.hub import whole_file, write_json
+from mmvit.files import whole_file, write_json
 from mmvit.models.classification import fit_pixels
 from mmvit.models.classifier import Classifier
 from mmvit.models.resnet import ResNet

@@ -11,7 +11,8 @@ from torch import Tensor
 from mmvit.data.images import Fit, check_images, pixels_from_images
 from mmvit.data.writing import read_dataset_card
 from mmvit.errors import UserError
-from mmvit.hub import find_model_folder, read_json, write_json
+from mmvit.files import read_json, write_json
+from mmvit.hub import find_model_folder
 from mmvit.models.classification import fit_pixels
 from mmvit.models.classifier import Classifier
 from mmvit.models.registry import load_classifier

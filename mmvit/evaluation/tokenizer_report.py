@@ -16,7 +16,8 @@ from mmvit.evaluation.frechet import FeatureSpace, feature_space
 from mmvit.evaluation.held_out import evenly_spread
 from mmvit.evaluation.reconstruction import image_psnr, image_ssim
 from mmvit.evaluation.splits import check_memory, num_samples, read_split
-from mmvit.hub import trained_size, whole_file, write_json
+from mmvit.files import whole_file, write_json
+from mmvit.hub import trained_size
 from mmvit.models.image_tokenizer import ImageTokenizer
 from mmvit.models.registry import load_image_tokenizer
 from mmvit.progress import with_progress

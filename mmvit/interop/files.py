@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmvit.errors import UserError
-from mmvit.hub import CONFIG, check_unpacked_size, read_json, read_weights, run_exports, shorten
+from mmvit.errors import UserError, shorten
+from mmvit.files import check_unpacked_size, read_json
+from mmvit.hub import CONFIG, run_exports
+from mmvit.weights import read_weights
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -41,7 +43,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors, .npz, .pth or .bin file by name; of a training checkpoint those of its
     `model` or `state_dict`. Nothing but tensors is unpickled."""
     if path.suffix == ".safetensors":
-        return read_weights(path)
+        return dict(read_weights(path))
     if not path.is_file():
         raise UserError(f"no file {path}")
     try:

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from mmvit.errors import UserError, refuse_damage
-from mmvit.hub import check_unpacked_size, outline, read_weights
+from mmvit.files import check_unpacked_size
+from mmvit.hub import outline
 from mmvit.interop.files import refuse_misfits, refuse_spread
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
+from mmvit.weights import read_weights
 
 CLASSES = (
     "dall_e.encoder.Encoder",
@@ -54,7 +56,7 @@ def read_module(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"no file {path}")
     if path.suffix == ".safetensors":  # a state dict, as `dvae_to_openai` gives it
-        return read_weights(path)
+        return dict(read_weights(path))
     try:
         check_unpacked_size(path)
         with torch.serialization.safe_globals([(Inert, name) for name in CLASSES]):

@@ -30,6 +30,7 @@ from mmvit.interop.files import read_config, read_tensors, refuse_misfits, refus
 from mmvit.interop.vit_names import Naming, entries
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.resnet import stem_stride
+from mmvit.weights import WEIGHTS, index_of
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of the published widths
 UNNAMED = re.compile(r"LABEL_\d+|class \d+")  # placeholders for names
@@ -93,6 +94,8 @@ def class_names(folder: str | Path) -> list[str] | None:
 
 
 def find_weights(folder: Path) -> Path:
+    if index_of(folder / WEIGHTS).is_file():
+        return folder / WEIGHTS
     for pattern in ("*.safetensors", "*.npz", "pytorch_model.bin", "*.pth"):
         found = sorted(folder.glob(pattern))
         if len(found) > 1:

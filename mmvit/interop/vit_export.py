@@ -13,10 +13,11 @@ import numpy as np
 from torch import Tensor
 
 from mmvit.errors import UserError
-from mmvit.hub import whole_file, write_json, write_weights
+from mmvit.files import whole_file, write_json
 from mmvit.interop.vit_names import Naming, entries
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.resnet import stem_places
+from mmvit.weights import write_weights
 
 POOLINGS = {
     "official": ("cls", "mean"),

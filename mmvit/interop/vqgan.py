@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from mmvit.config import build_config
 from mmvit.errors import UserError, refuse_damage
-from mmvit.hub import outline, read_shapes
+from mmvit.hub import outline
 from mmvit.interop.files import read_config, refuse_misfits
 from mmvit.models.vqgan import VQGAN, VQGANConfig
+from mmvit.weights import WEIGHTS, Weights, index_of, read_weights
 
 TRANSFORMERS_MODELS = ("janus", "chameleon")  # with a VQ model inside, or that alone as janus_vqgan
 # Our names → theirs, applied in this order.
@@ -95,7 +95,7 @@ def load_vqgan(folder: str | Path, **settings: Any) -> VQGAN:
         what = kind or "nothing with _class_name or model_type"
         raise UserError(f"{folder / 'config.json'}: expected one of {', '.join(readers)}, got {what}")
     with refuse_damage(folder):
-        return readers[kind](config, read_weights(folder), source=str(folder), **settings)
+        return readers[kind](config, weights_in(folder), source=str(folder), **settings)
 
 
 def holds_vqgan(path: Path) -> bool:
@@ -304,28 +304,22 @@ def subsets(first: str, second: str) -> list[list[str]]:
     return [[first], [second], [first, second]]
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def weights_in(folder: Path) -> dict[str, Tensor]:
     """The weights in a folder's safetensors by name; of a larger model those under `vqmodel.`, without that
     prefix.
 
-    If the file that a library reads by default is there, its variants (fp16) are ignored.
+    If the file that a library reads by default is there, or its index, its variants (fp16) are ignored.
     """
-    names = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-    files = [folder / name for name in names if (folder / name).is_file()][:1]
+    usual = [folder / name for name in ("diffusion_pytorch_model.safetensors", WEIGHTS)]
+    files = [path for path in usual if path.is_file() or index_of(path).is_file()][:1]
     files = files or sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder} holds no *.safetensors; pickled weights (.bin, .ckpt, .pt) are not read")
-    places: dict[str, Path] = {}
-    for path in files:
-        for name in read_shapes(path):
-            if name in places:
-                raise UserError(f"{path} and {places[name]} both hold {name}: remove one of them")
-            places[name] = path
+    places: dict[str, Weights] = {}
+    for weights in map(read_weights, files):
+        if twice := [name for name in weights if name in places]:
+            both = f"{weights.source} and {places[twice[0]].source}"
+            raise UserError(f"{both} both hold {twice[0]}: remove one of them")
+        places |= dict.fromkeys(weights, weights)
     inner = {name: name.partition("vqmodel.")[2] for name in places if "vqmodel." in name}
-    inner = inner or {name: name for name in places}
-    weights = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for name in [name for name in inner if places[name] == path]:
-                weights[inner[name]] = file.get_tensor(name)
-    return weights
+    return {inner.get(name, name): places[name][name] for name in inner or places}

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmvit.errors import UserError
-from mmvit.hub import write_json, write_weights
+from mmvit.files import write_json
 from mmvit.interop.vqgan import vqgan_to_chameleon, vqgan_to_diffusers, vqgan_to_janus
 from mmvit.models.vqgan import VQGAN, VQGANConfig
+from mmvit.weights import write_weights
 
 VQGANFormat = Literal["diffusers", "janus", "chameleon"]
 RESOLUTION = 512  # of images; Chameleon's config names the levels with attention by theirs

@@ -11,9 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmvit.config import Config, build_config
 from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
-from mmvit.hub import CONFIG, WEIGHTS, load_weights, read_core
+from mmvit.hub import CONFIG, read_core
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.generator_transformer import GeneratorConfig, GeneratorTransformer
+from mmvit.weights import load_weights
 
 ResizeMode = Literal["official", "timm", "transformers"]
 
@@ -141,7 +142,7 @@ def take_core(model: nn.Module, source: str) -> None:
     theirs = build_config(TransformerConfig, described, source=str(folder / CONFIG))
     if problems := differences(theirs, own, "core."):
         raise UserError(f"the core of {folder} does not fit: {'; '.join(problems)}")
-    load_weights(model.core, weights, source=str(folder / WEIGHTS))
+    load_weights(model.core, weights, weights.source)
 
 
 def resize_table(

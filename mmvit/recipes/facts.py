@@ -7,8 +7,7 @@ from mmvit.config import Config, section_of
 from mmvit.data.captions import TextTokenizer
 from mmvit.data.codes import ENCODE_AGAIN
 from mmvit.data.writing import read_dataset_card
-from mmvit.errors import UserError
-from mmvit.hub import shorten
+from mmvit.errors import UserError, shorten
 from mmvit.streams.address import Address
 from mmvit.streams.remote import Missing, NotFound, facts_of
 from mmvit.streams.shards import expand_shards

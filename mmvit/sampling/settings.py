@@ -12,7 +12,8 @@ from typer import Option
 
 from mmvit.config import Config, build_config
 from mmvit.errors import UserError, did_you_mean
-from mmvit.hub import SHIPPED, read_json, write_json
+from mmvit.files import read_json, write_json
+from mmvit.hub import SHIPPED
 
 FILE = "generation_config.json"  # in a generator's folder
 SAVED_FIELDS = (

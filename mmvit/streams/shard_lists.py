@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmvit.errors import UserError
-from mmvit.hub import write_json
+from mmvit.files import write_json
 from mmvit.streams.address import Address, place
 from mmvit.streams.remote import read_file
 

@@ -16,7 +16,7 @@ import numpy
 import torch
 
 from mmvit.errors import UserError
-from mmvit.hub import check_unpacked_size, whole_file, write_json
+from mmvit.files import check_unpacked_size, whole_file, write_json
 from mmvit.training.disk import put_in_place, put_right, remove, writing
 from mmvit.training.distributed import Processes
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
-from mmvit.errors import UserError, refuse
-from mmvit.hub import WEIGHTS, shorten, write_json, write_weights
+from mmvit.errors import UserError, refuse, shorten
+from mmvit.files import write_json
 from mmvit.training.checkpoint import MANIFEST, damaged, problem_of, read_json, sizes_of
 from mmvit.training.config import OptimizerConfig, TrainConfig
 from mmvit.training.distributed import Processes, choose_precision
@@ -31,6 +31,7 @@ from mmvit.training.engine import (
     tensors_to,
 )
 from mmvit.training.optim import Optimizer, settings_kept
+from mmvit.weights import WEIGHTS, write_weights
 
 TAG = "deepspeed"  # folder of the sharded state inside a checkpoint
 LAYOUT = "deepspeed.json"  # what it is sharded for

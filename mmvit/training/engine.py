@@ -13,11 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mmvit.errors import UserError
-from mmvit.hub import WEIGHTS, load_weights, read_weights, write_weights
 from mmvit.training.checkpoint import read_state, write_state
 from mmvit.training.config import OptimizerConfig, TrainConfig
 from mmvit.training.distributed import Processes, choose_precision
 from mmvit.training.optim import Optimizer
+from mmvit.weights import WEIGHTS, load_weights, read_weights, write_weights
 
 AVERAGE, OPTIMIZER = "average.safetensors", "optimizer.pt"
 
@@ -160,7 +160,7 @@ class TorchEngine:
             return read_state(folder / OPTIMIZER)["optimizer"]
 
         optimizer = self.processes.from_main(read_optimizer)
-        weights = self.processes.from_main(lambda: read_weights(folder / WEIGHTS))
+        weights = self.processes.from_main(lambda: dict(read_weights(folder / WEIGHTS)))
         load_weights(self.model, weights, source=str(folder / WEIGHTS))
         if self.average is not None:
             load_average(self.average.model, folder, self.processes)
@@ -188,7 +188,7 @@ def load_average(average: nn.Module, folder: Path, processes: Processes) -> None
             raise UserError(
                 f"{folder} has no averaged weights, because train.ema_decay was 0: set it back to 0"
             )
-        return read_weights(folder / AVERAGE)
+        return dict(read_weights(folder / AVERAGE))
 
     load_weights(average, processes.from_main(read), source=str(folder / AVERAGE))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmvit.config import find_setting, flatten, merged
 from mmvit.errors import UserError
-from mmvit.hub import write_json
+from mmvit.files import write_json
 from mmvit.streams.stream import split_state
 from mmvit.streams.tally import Tally
 from mmvit.training.checkpoint import (

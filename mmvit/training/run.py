@@ -9,7 +9,7 @@ from typing import Any
 
 from mmvit.config import Config, to_toml
 from mmvit.errors import UserError
-from mmvit.hub import whole_file
+from mmvit.files import whole_file
 from mmvit.lock import release_lock, take_lock
 from mmvit.training.disk import flush, put_in_place, put_right, writing
 

@@ -28,7 +28,7 @@ from mmvit.data.codes import pack_codes
 from mmvit.data.samples import CaptionCodesSample, CaptionIdsPixelsSample, ClassifierSample
 from mmvit.errors import UserError
 from mmvit.evaluation.image_classifier import ImageClassifier
-from mmvit.hub import write_json, write_weights
+from mmvit.files import write_json
 from mmvit.interop.vit_export import save_vit
 from mmvit.interop.vqgan_export import save_vqgan
 from mmvit.models.classifier import Classifier, ClassifierConfig
@@ -47,6 +47,7 @@ from mmvit.streams.index import index_of, save_index, scan
 from mmvit.streams.shards import BadSample, BadShard, Sample, expand_shards, read_shard
 from mmvit.streams.stream import ShardStream
 from mmvit.training.checkpoint import read_state, write_state
+from mmvit.weights import write_weights
 
 Files = dict[str, bytes]  # by path; what begins with LINK is a link, or a pipe if it points nowhere
 LINK = b"link to "
