@@ -17,6 +17,7 @@ from mmvit.config import Config, build_config
 from mmvit.errors import UserError, nearest, refuse_damage
 from mmvit.files import read_bounded, read_json, write_json
 from mmvit.places import find, shipped
+from mmvit.sharding import outline_of, state_of
 from mmvit.weights import (
     MAX_FILE_SIZE,
     WEIGHTS,
@@ -69,10 +70,9 @@ class Pretrained:
             return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
         folder = Path(folder)
-        weights = self.state_dict()
-        layout = {name: cast(tensor.to("meta")) for name, tensor in weights.items()}
-        cast_weights = ((name, cast(tensor)) for name, tensor in weights.items())
-        write_weights(layout, folder / WEIGHTS, cast_weights, max_file_size)
+        layout = {name: cast(tensor) for name, tensor in outline_of(self)}
+        weights = ((name, cast(tensor)) for name, tensor in state_of(self))
+        write_weights(layout, folder / WEIGHTS, weights, max_file_size)
         description = {"kind": self.kind, "config": self.config.model_dump(mode="json")}
         write_json(description, folder / CONFIG)
         return folder

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmvit.errors import UserError, shorten
 from mmvit.files import MOST_JSON, partial_of, read_json, whole_file
+from mmvit.sharding import outline_of, whole
 
 WEIGHTS = "model.safetensors"
 MAX_FILE_SIZE = 5 * 10**9  # bytes of tensors in a file, as in transformers
@@ -105,22 +106,20 @@ def read_weights(path: Path) -> Weights:
 def read_indexed(index: Path, beside: list[Path]) -> Weights:
     """The weights in the files that `index` lists: all those `beside` it, with what it says in each."""
     size, files = read_index(index)
-    listed: dict[str, set[str]] = {}
-    for name, file in files.items():
-        listed.setdefault(file, set()).add(name)
     stored: dict[str, Stored] = {}
-    for file, names in sorted(listed.items()):
+    for file in sorted(set(files.values())):
         path = index.with_name(file)
         found = read_header(path)
-        if missing := names - found.keys():
-            raise UserError(f"{path} lacks {shorten(sorted(missing))}, expected there by {index.name}")
-        for name in found.keys() - names:
-            expected = f"expected in {files[name]}" if name in files else "not listed"
-            raise UserError(f"{path} holds {name}, {expected} by {index.name}")
+        if missing := [name for name in files if files[name] == file and name not in found]:
+            raise UserError(f"{path} lacks {shorten(missing)}, expected there by {index.name}")
+        for name in found:
+            if files.get(name) != file:
+                expected = f"expected in {files[name]}" if name in files else "not listed"
+                raise UserError(f"{path} holds {name}, {expected} by {index.name}")
         stored |= found
-    endings = {file.rpartition("-of-")[2] for file in listed}  # files of another number: of a killed save
-    others = [path.name for path in beside if path.name.rpartition("-of-")[2] in endings]
-    if unlisted := [name for name in others if name not in listed]:
+    listed = {*files.values()}
+    endings = tuple({file.rpartition("-of-")[2] for file in listed})  # others are of a save that was killed
+    if unlisted := [path.name for path in beside if path.name not in listed and path.name.endswith(endings)]:
         raise UserError(f"{index} does not list {shorten(unlisted)}")
     total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in stored.values())
     if size not in (None, total):
@@ -136,8 +135,8 @@ def read_index(index: Path) -> tuple[Any, dict[str, str]]:
     if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
         raise UserError(f"{index}: expected weight_map, an object that maps names of weights to files")
     for name, file in files.items():
-        if not re.fullmatch(r"[^/\\\0]+\.safetensors", file) or len(file.encode()) > 255:
-            raise UserError(f"{index}: {name}: expected a .safetensors file beside it, got {file[:300]!r}")
+        if not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
+            raise UserError(f"{index}: {name}: expected a .safetensors file beside it, got {file!r}")
     return metadata.get("total_size") if isinstance(metadata, dict) else None, files
 
 
@@ -169,7 +168,7 @@ def write_weights(
     weights: Mapping[str, Tensor],
     path: Path,
     tensors: Iterable[tuple[str, Tensor]] | None = None,
-    max_file_size: float = MAX_FILE_SIZE,
+    max_file_size: int = MAX_FILE_SIZE,
 ) -> None:
     """Writes the file `path`, or, for more than `max_file_size` bytes of tensors, several files and an index:
     `model-00001-of-00002.safetensors`, …, `model.safetensors.index.json`. Whole or not at all; files of what
@@ -190,7 +189,7 @@ def write_weights(
 
 
 def write_files(
-    weights: Mapping[str, Tensor], path: Path, tensors: Iterator[tuple[str, Tensor]], max_file_size: float
+    weights: Mapping[str, Tensor], path: Path, tensors: Iterator[tuple[str, Tensor]], max_file_size: int
 ) -> None:
     groups, index = split(weights, max_file_size), index_of(path)
     numbers = [f"{number + 1:05}-of-{len(groups):05}" for number in range(len(groups))]
@@ -233,7 +232,7 @@ def write_tensor(name: str, tensor: Tensor, left: dict[str, Stored]) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def split(weights: Mapping[str, Tensor], max_file_size: float) -> list[list[str]]:
+def split(weights: Mapping[str, Tensor], max_file_size: int) -> list[list[str]]:
     """The names of the weights in each file; a tensor that is too large has its own."""
     groups: list[list[str]] = [[]]
     size = 0
@@ -281,14 +280,15 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     is_lazy = isinstance(weights, Weights)
     check_fit(model, weights.shapes if is_lazy else {name: t.shape for name, t in weights.items()}, source)
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(weights[name])
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            with whole(tensor):
+                tensor.copy_(weights[name])
 
 
 def check_fit(model: nn.Module, shapes: Mapping[str, Sequence[int]], source: str) -> None:
     """Raises UserError for names and shapes of weights that do not match, by name; empty ones that the model
     lacks are ignored."""
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    own = {name: tuple(tensor.shape) for name, tensor in outline_of(model)}
     shapes = {name: tuple(shape) for name, shape in shapes.items() if math.prod(shape) or name in own}
     problems = []
     if missing := sorted(own.keys() - shapes.keys()):

@@ -41,7 +41,8 @@ def train_session(session: Session[GeneratorRecipe]) -> None:
 
     def draw(model: nn.Module, step: int) -> None:
         path = session.run.previews / f"step-{step:06d}.png"
-        draw_preview(with_tokenizers(model), recipe.preview, path)
+        own = path if session.processes.is_main else None
+        draw_preview(with_tokenizers(model), recipe.preview, own)
 
     def export(model: nn.Module, folder: Path) -> Path:
         return with_tokenizers(model).save_pretrained(folder)

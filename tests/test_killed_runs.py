@@ -162,7 +162,7 @@ def test_a_resume_makes_up_for_the_export_that_a_kill_prevented(tmp_path):
     assert (tmp_path / "last/model.safetensors").read_bytes() == checkpoint.read_bytes()
 
 
-@pytest.mark.parametrize(("limit", "name"), [(3000, "model.safetensors"), (6000, "optimizer.pt")])
+@pytest.mark.parametrize(("limit", "name"), [(3000, "model.safetensors"), (6000, "moments.safetensors")])
 def test_a_full_disk_names_the_file_and_leaves_the_checkpoint_before(tmp_path, limit, name):
     """The largest size of a file, set to `limit` bytes, has the same effect."""
     run_to(2, tmp_path, resume=False)

@@ -31,7 +31,7 @@ FLOORS = {  # a room may import from rooms on lower floors, and from its own
     "recipes": 5,
     "cli": 5,  # scripts and the command
 }
-ANYWHERE = {"errors", "config", "files", "hub", "lock", "memory", "places", "progress", "weights"}
+ANYWHERE = {"errors", "config", "files", "hub", "lock", "memory", "sharding", "places", "progress", "weights"}
 
 
 @cache

@@ -30,6 +30,7 @@ from mmvit.training.checkpoint import (
     write_manifest,
     write_state,
 )
+from mmvit.training.engine import TorchEngine
 from mmvit.training.interruption import Interruption
 from mmvit.training.resume import (
     SEEDS_OF_A_STEP,
@@ -38,6 +39,7 @@ from mmvit.training.resume import (
     check_same_model,
     find_checkpoint,
 )
+from mmvit.weights import write_weights
 
 
 def test_terminated_and_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny_shards, assert_same_state):
@@ -53,12 +55,10 @@ def test_terminated_and_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny_s
     train_on_shards(again, tiny_shards)
 
     final = "checkpoints/step-00000012"
-    for name in ("model.safetensors", "average.safetensors"):
+    for name in ("model.safetensors", "average.safetensors", "moments.safetensors"):
         assert_same_state(load_file(whole.run.path / final / name), load_file(again.run.path / final / name))
-    for name in ("optimizer.pt", "training.pt"):
-        assert_same_state(
-            read_state(whole.run.path / final / name), read_state(again.run.path / final / name)
-        )
+    states = [read_state(session.run.path / final / "training.pt") for session in (whole, again)]
+    assert_same_state(*states)
     assert comparable_metrics(whole.run) == comparable_metrics(again.run)
     for name in ("best/model.safetensors", "last/model.safetensors"):
         assert_same_state(load_file(whole.run.path / name), load_file(again.run.path / name))
@@ -95,7 +95,8 @@ def test_a_step_that_a_killed_worker_cut_short_is_done_again(tmp_path, tiny_shar
 
 
 def test_an_older_checkpoint_with_an_empty_parameter_goes_on(tmp_path, tiny_shards, assert_same_state):
-    """Positions without prefix tokens used to have a `prefix_table` of no rows, in weights and optimizer."""
+    """Positions without prefix tokens used to have a `prefix_table` of no rows, in weights and optimizer,
+    whose state was a pickle."""
     config = MODEL.model_copy(update={"pooling": "mean", "positions": "learned_2d"})
 
     def run(folder: str, steps: int, older: bool = False, **settings) -> Path:
@@ -103,8 +104,14 @@ def test_an_older_checkpoint_with_an_empty_parameter_goes_on(tmp_path, tiny_shar
         if older:
             model.positions.prefix_table = nn.Parameter(torch.empty(0, 16))
         session = new_session(tmp_path / folder, model=config, steps=steps, **settings)
-        train_on_shards(session, tiny_shards, model=model)
+        with mock.patch.object(TorchEngine, "save", save_as_before if older else TorchEngine.save):
+            train_on_shards(session, tiny_shards, model=model)
         return session.run.checkpoints / f"step-{steps:08d}"
+
+    def save_as_before(engine: TorchEngine, folder: Path) -> None:
+        write_weights(dict(engine.model.state_dict()), folder / "model.safetensors")
+        write_weights(dict(engine.average.model.state_dict()), folder / "average.safetensors")
+        write_state({"optimizer": engine.optimizer.state_dict()}, folder / "optimizer.pt")
 
     schedule = {"evaluate_every": 100, "log_every": 100, "clip_norm": 0}  # a norm sums in other places
     torch.manual_seed(0)
@@ -119,7 +126,8 @@ def test_an_older_checkpoint_with_an_empty_parameter_goes_on(tmp_path, tiny_shar
     for name in ("model.safetensors", "average.safetensors"):
         assert "positions.prefix_table" not in load_file(again / name)
         assert_same_state(load_file(again / name), load_file(whole / name))
-    assert_same_state(read_state(again / "optimizer.pt"), read_state(whole / "optimizer.pt"))
+    names = [folder / "moments.safetensors" for folder in (again, whole)]
+    assert_same_state(*map(load_file, names))
 
 
 def test_a_dropped_tail_of_metrics_is_not_logged_twice(tmp_path, tiny_shards):
@@ -238,10 +246,11 @@ def test_a_finished_run_takes_other_settings_but_no_fewer_steps(tmp_path, tiny_s
 def test_damaged_checkpoint_is_named(tmp_path, tiny_shards):
     train_on_shards(new_session(tmp_path / "run", steps=2), tiny_shards)
     folder = tmp_path / "run/checkpoints/step-00000002"
-    whole = (folder / "optimizer.pt").read_bytes()
-    (folder / "optimizer.pt").write_bytes(whole[:-100])
+    whole = (folder / "moments.safetensors").read_bytes()
+    (folder / "moments.safetensors").write_bytes(whole[:-100])
     with pytest.raises(
-        UserError, match=r"step-00000002 is damaged: optimizer\.pt has \d+ bytes, not \d+; there is no other"
+        UserError,
+        match=r"step-00000002 is damaged: moments\.safetensors has \d+ bytes, not \d+; there is no other",
     ):
         train_on_shards(new_session(tmp_path / "run", resume=True), tiny_shards)
     (folder / "manifest.json").unlink()
@@ -249,7 +258,9 @@ def test_damaged_checkpoint_is_named(tmp_path, tiny_shards):
         train_on_shards(new_session(tmp_path / "run", resume=True), tiny_shards)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "average.safetensors", "optimizer.pt", "training.pt"])
+@pytest.mark.parametrize(
+    "name", ["average.safetensors", "moments.safetensors", "optimizer.json", "training.pt"]
+)
 def test_a_flipped_bit_costs_the_newest_checkpoint_and_no_more(
     tmp_path, tiny_shards, assert_same_state, capsys, name
 ):

@@ -88,6 +88,8 @@ def train_session(session: Session[ImageTokenizerRecipe]) -> None:
         drawn = first["pixels"][:DRAWN]
 
     def draw(model: nn.Module, step: int) -> None:
+        if drawn is None:  # in other processes, whose weights are whole here (ZeRO 3)
+            return
         session.run.previews.mkdir(exist_ok=True)
         draw_reconstructions(model, drawn).save(session.run.previews / f"step-{step:06d}.png")
 

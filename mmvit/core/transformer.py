@@ -17,6 +17,7 @@ from mmvit.core.hidden import HiddenLayers
 from mmvit.core.masks import additive
 from mmvit.core.norm import RMSNorm
 from mmvit.core.positions import NO_POSITIONS, LayerPositions
+from mmvit.sharding import shared, whole
 
 
 class TransformerConfig(Config):
@@ -157,7 +158,7 @@ class Transformer(nn.Module):
         self.config = config
         last = max(1, config.depth - 1)
         self.blocks = nn.ModuleList(
-            Block(config, config.stochastic_depth * i / last) for i in range(config.depth)
+            shared(Block(config, config.stochastic_depth * i / last)) for i in range(config.depth)
         )
         self.norm = build_norm(config)
         self.reset_parameters()
@@ -169,9 +170,10 @@ class Transformer(nn.Module):
             if isinstance(module, nn.Linear):
                 writes_residual = name.endswith((".out", ".down"))
                 std = 0.02 / (2 * self.config.depth) ** 0.5 if writes_residual else 0.02
-                nn.init.normal_(module.weight, std=std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                with whole(*module.parameters()):
+                    nn.init.normal_(module.weight, std=std)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
 
     def forward(
         self,

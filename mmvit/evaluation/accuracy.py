@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvit.models.classifier import Classifier
+from mmvit.sharding import in_step
 
 
 @torch.no_grad()
@@ -26,9 +27,11 @@ def classification_metrics(model: Classifier, batches: Iterable[dict[str, Any]])
     """
     device = next(model.parameters()).device
     loss, correct, in_five, samples = sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for batch in batches:
+    for batch, counts in in_step(batches):
         pixels, labels = batch["pixels"].to(device), batch["labels"].to(device)
         logits = model(pixels).float()  # (batch, classes)
+        if not counts:
+            continue
         ranked = logits.topk(min(5, logits.shape[1])).indices
         hits = ranked == labels[:, None]  # (batch, 5)
         loss += F.cross_entropy(logits, labels, reduction="sum")

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mmvit.models.generator_transformer import GeneratorTransformer, counted_tokens
+from mmvit.sharding import in_step
 
 
 def generator_loss(model: GeneratorTransformer, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
@@ -44,10 +45,12 @@ def mean_loss(
     sums: Counter[str] = Counter()  # each metric's sum, and how many values went into it
     sizes: Counter[str] = Counter()
     device = next(model.parameters()).device
-    for batch in batches:
+    for batch, counts_in in in_step(batches):
         tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
         size, own = len(tensors[count]), counts(tensors)
         _, metrics = model.loss(tensors)
+        if not counts_in:
+            continue
         for name, value in metrics.items():
             weight = own.get(name, size)
             sums[name] += float(value) * weight

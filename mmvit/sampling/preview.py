@@ -37,11 +37,14 @@ def check_preview(config: PreviewConfig, model: GeneratorConfig) -> None:
         raise ValueError('preview.num_steps needs model.order = "any": raster order has one step per code')
 
 
-def draw_preview(generator: Generator, config: PreviewConfig, path: Path) -> None:
-    """Draws `num_images` images of every caption, a row each."""
+def draw_preview(generator: Generator, config: PreviewConfig, path: Path | None) -> None:
+    """Draws `num_images` images of every caption, a row each; without a `path`, only to help the process that
+    has one (ZeRO 3)."""
     if not config.captions:
         return
     images = generator.generate(config.captions, config.num_images)
+    if path is None:
+        return
     rows = [images[i : i + config.num_images] for i in range(0, len(images), config.num_images)]
     path.parent.mkdir(exist_ok=True)
     labelled_grid(rows, config.captions).save(path)

@@ -1,12 +1,11 @@
 """The DeepSpeed engine: ZeRO 0 to 3 from a JSON file. Only this file imports deepspeed, lazily."""
 
-import copy
 import json
 import logging
 import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,26 +14,25 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
-from mmvit.errors import UserError, refuse, shorten
-from mmvit.files import write_json
-from mmvit.training.checkpoint import MANIFEST, damaged, problem_of, read_json, sizes_of
+from mmvit.core.transformer import Transformer
+from mmvit.errors import UserError
+from mmvit.sharding import outline_of, sharding, state_of
 from mmvit.training.config import OptimizerConfig, TrainConfig
-from mmvit.training.distributed import Processes, choose_precision
-from mmvit.training.engine import (
-    AVERAGE,
-    LossModule,
-    WeightAverage,
-    cpu_weights,
-    load_average,
-    share_buffers,
-    tensors_of,
-    tensors_to,
+from mmvit.training.distributed import FailedElsewhere, Processes, choose_precision
+from mmvit.training.engine import AVERAGE, LossModule, check_average, move_average, share_buffers, tensors_to
+from mmvit.training.flat_muon import FlatMuon
+from mmvit.training.moments import (
+    MOMENTS,
+    STEP,
+    check_optimizer,
+    check_trained,
+    sent_one_by_one,
+    write_optimizer,
 )
-from mmvit.training.optim import Optimizer, settings_kept
-from mmvit.weights import WEIGHTS, write_weights
+from mmvit.training.optim import Optimizer
+from mmvit.training.shards import Piece, Shards, whole_of
+from mmvit.weights import WEIGHTS, check_fit, write_weights
 
-TAG = "deepspeed"  # folder of the sharded state inside a checkpoint
-LAYOUT = "deepspeed.json"  # what it is sharded for
 OURS = {  # keys of DeepSpeed's JSON that the recipe decides
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.batch_size",
@@ -49,9 +47,11 @@ OURS = {  # keys of DeepSpeed's JSON that the recipe decides
 
 
 class DeepSpeedEngine:
-    """A model under DeepSpeed with our own AdamW: fp32 weights, autocast to bf16 as in plain torch.
+    """A model under DeepSpeed with our own optimizers: fp32 weights, autocast to bf16 as in plain torch.
 
-    In stage 3 weights are sharded in training; evaluation and export gather them into a whole copy.
+    In stage 3 no process ever has more than its share of the weights and a layer; models are built within
+    `building`. Each process averages its own part of the weights. Checkpoints hold whole tensors by name,
+    which the main process writes one at a time, for any engine and number of processes.
     """
 
     def __init__(
@@ -67,35 +67,31 @@ class DeepSpeedEngine:
         self.stage = settings.get("zero_optimization", {}).get("stage", 0)
         check_supported(self.stage, train, optimizer, processes.device)
         self.train, self.processes = train, processes
-        self.layout = {"zero_stage": self.stage, "processes": processes.world_size}
         self.precision = choose_precision(train.precision, processes.device)
-        model = model.to(processes.device).train()
-        self.average = WeightAverage(model, train.ema_decay) if train.ema_decay else None
-        self.gathered = copy.deepcopy(model).eval().requires_grad_(False) if self.stage == 3 else None
-        self.optimizer = Optimizer(model, optimizer, train.steps)
-        self.zero_parameters = deepspeed.zero.GatheredParameters
-        micro_batch_size = train.batch_size // (train.accumulation * processes.world_size)
+        self.model = model.to(processes.device).train()
+        self.optimizer = Optimizer(model, optimizer, train.steps, flat=True)
+        configuration = complete(settings, train, processes, self.precision)
         self.engine, *_ = deepspeed.initialize(
             model=LossModule(model),
             optimizer=self.optimizer.parts[0],
-            config={
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-                "steps_per_print": 10**9,
-                **settings,
-                "train_micro_batch_size_per_gpu": micro_batch_size,
-                "gradient_accumulation_steps": train.accumulation,
-                "gradient_clipping": train.clip_norm,
-                "torch_autocast": {"enabled": self.precision != torch.float32, "dtype": "bfloat16"},
-            },
+            config=configuration,
         )
         for group in distributed_c10d._world.pg_map:  # DeepSpeed's own groups wait half an hour
             distributed_c10d._set_pg_timeout(timedelta(seconds=train.timeout), group)
-        self.model = model
+        self.shards = Shards(self.stage, self.engine.optimizer, self.optimizer.parts[0])
+        if isinstance(self.optimizer.parts[0], FlatMuon):
+            self.optimizer.parts[0].shards = self.shards
+        self.average = [each.detach().clone() for each in self.averaged_tensors()] if train.ema_decay else []
         self.passes = 0
+        self.at_once = []
         if self.stage == 3:
-            for parameter in loose_parameters(model):
+            self.at_once = [*loose_parameters(model)]
+            for parameter in self.at_once:
                 deepspeed.zero.register_external_parameter(self.engine.module, parameter)
+            if not any(isinstance(module, Transformer) for module in model.modules()):
+                self.at_once = [*model.parameters()]
+        self.zero_parameters = deepspeed.zero.GatheredParameters
+        self.how = ZeroThree(configuration, processes) if self.stage == 3 else None
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         self.passes += 1
@@ -112,111 +108,225 @@ class DeepSpeedEngine:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]  # stage 0 reports no norm
         norm = nn.utils.get_total_norm(gradients) if self.stage == 0 else None
         self.engine.step()
-        if self.average is not None:
-            self.average.update(self.model, number)
+        if self.average:
+            move_average(self.average, self.averaged_tensors(), self.train.ema_decay, number)
         return float(self.engine.get_global_grad_norm() if norm is None else norm)
 
     def rate(self) -> float:
         return self.optimizer.rate
 
+    def averaged_tensors(self) -> list[Tensor]:
+        """What this process averages: its part of the trained weights, and the buffers."""
+        return [*(flat.values.detach() for flat in self.shards.flats), *self.model.buffers()]
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A context in which the model has its averaged weights."""
+        self.exchange_average()
+        try:
+            yield
+        finally:
+            self.exchange_average()
+
+    @torch.no_grad()
+    def exchange_average(self) -> None:
+        if self.average:
+            weights = len(self.shards.flats)
+            self.shards.exchange(self.average[:weights])
+            for average, buffer in zip(self.average[weights:], self.model.buffers(), strict=True):
+                before = buffer.clone()
+                buffer.copy_(average)
+                average.copy_(before)
+
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        model = self.whole_model() if self.average is None else self.average.model
-        share_buffers(model, self.processes)
         autocast = self.precision != torch.float32
-        model.eval()
-        try:
-            with (
-                torch.no_grad(),
-                torch.autocast(self.processes.device.type, self.precision, enabled=autocast),
-            ):
-                yield model
-        finally:
-            self.model.train()
+        with sharding(self.how), self.averaged():
+            share_buffers(self.model, self.processes)
+            self.model.eval()
+            try:
+                with (
+                    torch.no_grad(),
+                    self.gathered(),
+                    torch.autocast(self.processes.device.type, self.precision, enabled=autocast),
+                ):
+                    yield self.model
+            finally:
+                self.model.train()
 
-    def whole_model(self) -> nn.Module:
-        """The model with all its weights in this process; every process must call it.
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """A context in which parameters outside of layers are whole.
 
-        What is whole already (small weights, after a step) must stay so: gathered again for the next pass, it
-        would come in bf16, and training would depend on when it was evaluated.
+        After it, small ones are as before: gathered again for the next pass, they would come in bf16, and
+        training would depend on evaluations.
         """
-        if self.gathered is None:
-            return self.model
-        with torch.no_grad():
-            for whole, part in zip(tensors_of(self.gathered), tensors_of(self.model), strict=True):
-                is_whole = not hasattr(part, "ds_id") or part.ds_status.name == "AVAILABLE"
-                with nullcontext() if is_whole else self.zero_parameters(part):
-                    whole.copy_(part)
-        return self.gathered
+        if self.stage < 3:
+            yield
+            return
+        small = [p for p in self.engine.optimizer.persistent_parameters if p.ds_status.name == "AVAILABLE"]
+        hidden = [p for p in self.at_once if p.ds_status.name != "AVAILABLE"]
+        for parameter in self.at_once:
+            parameter.is_external_param = True  # not released with the module that has it
+        try:
+            with self.zero_parameters(hidden) if hidden else nullcontext():
+                yield
+        finally:
+            for parameter in self.at_once:
+                parameter.is_external_param = False
+            if small:
+                small[0].all_gather(small)
 
     def save(self, folder: Path) -> None:
-        try:
-            self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
-        except RuntimeError as error:
-            if "inline_container" not in str(error):  # where torch writes files
-                raise
-            refuse(f"the shards in {folder / TAG} cannot be written, likely because the disk is full")
-        self.processes.largest(0)  # all have written now
-        self.processes.on_main(lambda: self.check_all_shards(folder))
-        model = self.whole_model()
+        with sharding(self.how):
+            layout = dict(outline_of(self.model))
+            self.processes.together(lambda: self.write(layout, state_of(self.model), folder / WEIGHTS))
+            if self.average:
+                with self.averaged():
+                    self.processes.together(
+                        lambda: self.write(layout, state_of(self.model), folder / AVERAGE)
+                    )
+            self.processes.together(lambda: self.write(self.outline(), self.moments(), folder / MOMENTS))
         if self.processes.is_main:
-            write_json(self.layout, folder / LAYOUT)
-            write_weights(cpu_weights(model), folder / WEIGHTS)
-            if self.average is not None:
-                write_weights(cpu_weights(self.average.model), folder / AVERAGE)
+            write_optimizer(self.optimizer, folder)
 
+    def write(self, layout: Mapping[str, Tensor], tensors: Iterator[tuple[str, Tensor]], path: Path) -> None:
+        """Writes whole tensors from the main process; the others help to join them."""
+        if self.processes.is_main:
+            write_weights(layout, path, tensors)
+        else:
+            deque(tensors, maxlen=0)
+
+    def kept(self) -> Iterator[tuple[str, Tensor, Piece]]:
+        """Every tensor of the optimizer's state, flat, by the names that `moments_of` gives it."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for flat in self.shards.flats:
+            for key, values in self.optimizer.parts[0].state.get(flat.values, {}).items():
+                for piece in flat.pieces:
+                    yield f"{key}/{names[id(piece.parameter)]}", values, piece
+
+    def outline(self) -> dict[str, Tensor]:
+        return {
+            name: torch.empty(() if name.startswith(f"{STEP}/") else piece.shape, device="meta")
+            for name, _, piece in self.kept()
+        }
+
+    def moments(self) -> Iterator[tuple[str, Tensor]]:
+        """The whole tensors of the optimizer's state."""
+        for name, values, piece in self.kept():
+            yield name, values if name.startswith(f"{STEP}/") else self.shards.join([piece], values)[0]
+
+    @torch.no_grad()
     def load(self, folder: Path) -> None:
-        def read_manifest() -> tuple[dict[str, int], list[int]]:
-            if not (folder / LAYOUT).is_file():
-                raise UserError(f"{folder} was written without DeepSpeed: resume without --deepspeed")
-            layout = read_json(folder / LAYOUT)
-            if layout != self.layout:
-                raise UserError(
-                    f"{folder} was sharded for {layout}; this run has {self.layout}. Resume with the same "
-                    "stage and number of processes, or start a new run"
-                )
-            return read_json(folder / MANIFEST)["bytes"], identity(folder)
+        check_optimizer(folder, self.optimizer, self.processes)
+        own = self.model.state_dict(keep_vars=True)
+        buffers = {id(buffer): place for place, buffer in enumerate(self.model.buffers())}
 
-        sizes, read_through = self.processes.from_main(read_manifest)
-        self.processes.together(lambda: self.check_own_copy(folder, sizes, read_through))
-        with settings_kept(self.engine.optimizer):
-            path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
-        if path is None:
-            raise damaged(folder, f"DeepSpeed finds no state in {TAG}/")
-        if self.average is not None:
-            load_average(self.average.model, folder, self.processes)
+        def fits(path: Path) -> Iterator[tuple[str, Tensor]]:
+            return sent_one_by_one(path, self.processes, lambda shapes: self.check_fit(shapes, path))
 
-    def check_all_shards(self, folder: Path) -> None:
-        """Raises UserError if the shards of other processes are not in `folder`."""
-        shards = [
-            f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(self.processes.world_size)
-        ]
-        missing = [name for name in shards if self.stage and not (folder / TAG / name).is_file()]
-        if missing:
-            raise UserError(
-                f"{folder / TAG} lacks {shorten(missing)}: under ZeRO each process writes its shard, so the "
-                "run folder must be on a disk that all hosts share"
-            )
+        for name, tensor in fits(folder / WEIGHTS):
+            self.take(own[name], tensor)
+        self.shards.show()
+        if self.average:
+            check_average(folder, self.processes)
+            for name, tensor in fits(folder / AVERAGE):
+                if id(own[name]) in buffers:
+                    self.average[len(self.shards.flats) + buffers[id(own[name])]].copy_(tensor)
+                elif id(own[name]) in self.shards.places:
+                    self.take(own[name], tensor, self.average)
+        trained = {name: p for name, p in self.model.named_parameters() if id(p) in self.shards.places}
+        for name, tensor in sent_one_by_one(
+            folder / MOMENTS, self.processes, lambda shapes: check_trained(shapes, trained)
+        ):
+            key, _, parameter = name.partition("/")
+            number, piece = self.shards.places[id(trained[parameter])]
+            values = self.shards.flats[number].values
+            state = self.optimizer.parts[0].state[values]
+            if key == STEP:
+                state[key] = tensor.to(values.device)
+            else:
+                self.shards.put(piece, state.setdefault(key, torch.zeros_like(values)), tensor)
 
-    def check_own_copy(self, folder: Path, sizes: dict[str, int], read_through: list[int]) -> None:
-        """Raises UserError unless this process sees the shards that the main one does, or a whole copy."""
-        found = sizes_of(folder)
-        missing = [name for name, size in sizes.items() if name.startswith(TAG) and found.get(name) != size]
-        problem = f"{shorten(missing)} missing" if missing else ""
-        if not problem and identity(folder) != read_through:
-            problem = problem_of(folder)
-        if problem:
-            raise UserError(
-                f"rank {self.processes.rank} on {socket.gethostname()} cannot resume from "
-                f"{folder.resolve()}: {problem}. Under ZeRO each process reads its shard: put the run folder "
-                "on a disk that all hosts share, or copy it to each"
-            )
+    def check_fit(self, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+        with sharding(self.how):
+            check_fit(self.model, shapes, str(path))
+
+    def take(self, tensor: Tensor, whole: Tensor, flats: list[Tensor] | None = None) -> None:
+        """Sets a weight or a buffer of the model, or what stands for it in `flats`, to `whole`."""
+        if id(tensor) in self.shards.places:
+            number, piece = self.shards.places[id(tensor)]
+            values = self.shards.flats[number].values if flats is None else flats[number]
+            self.shards.put(piece, values, whole)
+        elif hasattr(tensor, "ds_id"):  # frozen, and shared out
+            share = tensor.ds_tensor
+            own = whole.reshape(-1)[self.processes.rank * share.numel() :][: share.numel()]
+            share[: len(own)].copy_(own)
+        else:
+            tensor.copy_(whole)
 
 
-def identity(folder: Path) -> list[int]:
-    """What tells a checkpoint from its copy, also over a network."""
-    found = (folder / MANIFEST).stat()
-    return [found.st_ino, found.st_mtime_ns]
+class ZeroThree:
+    """How stage 3 shares out the weights of a model (`mmvit.sharding`)."""
+
+    def __init__(self, settings: dict[str, Any], processes: Processes):
+        self.zero = import_deepspeed(processes.device).zero
+        self.settings, self.processes = settings, processes
+
+    def share(self, module: nn.Module) -> None:
+        self.zero.Init(module=module.to(self.processes.device), config_dict_or_path=self.settings)
+
+    def whole(self, tensors: list[Tensor]) -> AbstractContextManager:
+        return self.zero.GatheredParameters([t for t in tensors if hasattr(t, "ds_id")], modifier_rank=0)
+
+    def shape(self, tensor: Tensor) -> torch.Size:
+        return getattr(tensor, "ds_shape", tensor.shape)
+
+    def read(self, tensor: Tensor) -> Tensor:
+        return whole_of(tensor) if hasattr(tensor, "ds_id") else tensor.detach()
+
+    def begin(self, fails: bool = False) -> None:
+        self.begun = True
+        if any(self.processes.largest(fails)) and not fails:
+            raise FailedElsewhere(2)
+
+    @contextmanager
+    def exporting(self) -> Iterator[None]:
+        """A context in which every process reads the model once; what fails before that ends all."""
+        self.begun = False
+        try:
+            yield
+        except BaseException:
+            if not self.begun:
+                self.begin(fails=True)
+            raise
+
+
+@contextmanager
+def building(train: TrainConfig, processes: Processes, path: Path | None) -> Iterator[None]:
+    """A context in which models are built as the engine for DeepSpeed's settings in `path` wants them."""
+    how = None
+    if zero_stage(path) == 3:
+        precision = choose_precision(train.precision, processes.device)
+        how = ZeroThree(complete(read_settings(path), train, processes, precision), processes)
+    with sharding(how):
+        yield
+
+
+def complete(
+    settings: dict[str, Any], train: TrainConfig, processes: Processes, precision: torch.dtype
+) -> dict[str, Any]:
+    """DeepSpeed's settings, with what the recipe decides."""
+    return {
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        **settings,
+        "train_micro_batch_size_per_gpu": train.batch_size // (train.accumulation * processes.world_size),
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": train.clip_norm,
+        "torch_autocast": {"enabled": precision != torch.float32, "dtype": "bfloat16"},
+    }
 
 
 def loose_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -279,15 +389,10 @@ def check_supported(stage: Any, train: TrainConfig, optimizer: OptimizerConfig, 
         raise UserError(f"zero_optimization.stage: expected 0, 1, 2 or 3, got {stage!r}")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"DeepSpeed supports cpu and cuda here, not {device.type}; remove --deepspeed")
-    if optimizer.name in ("muon", "lars"):
+    if optimizer.name == "lars":
         raise UserError(
-            f"optimizer.name {optimizer.name} works without --deepspeed only: it needs whole matrices, which "
-            "ZeRO shards; use adamw"
+            "optimizer.name lars works without --deepspeed only: it needs the norms of whole matrices, which "
+            "ZeRO shards; use adamw, muon or sgd"
         )
     if train.compile:
         raise UserError("train.compile works without --deepspeed only; set it to false")
-    if stage == 3 and train.ema_decay:
-        raise UserError(
-            "train.ema_decay needs whole weights in every step, which ZeRO 3 shards; set it to 0, or use "
-            "stage 2"
-        )

@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mmvit.errors import OF_FILES, UserError
 from mmvit.progress import with_progress
-from mmvit.training.network import INTERFACE, choose_interface
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -87,24 +86,6 @@ class Processes:
         if failed:
             raise FailedElsewhere(2)
         return result
-
-    def check_alike(self, own: dict[str, Any], advice: str) -> None:
-        """Raises UserError that names what another process has otherwise than the main one; then the others
-        exit."""
-        everyone = self.gather((socket.gethostname(), own))
-
-        def compare() -> None:
-            main_host, main = everyone[0]
-            for rank, (host, other) in enumerate(everyone[1:], start=1):
-                if different := [name for name in {**main, **other} if main.get(name) != other.get(name)]:
-                    found = [
-                        f"{name} is {other.get(name)} for rank {rank} on {host}, and {main.get(name)} for "
-                        f"rank 0 on {main_host}"
-                        for name in different[:3]
-                    ]
-                    raise UserError(f"the processes differ: {'; '.join(found)}. {advice}")
-
-        self.on_main(compare)
 
     def on_main(self, action: Callable[[], Any]) -> None:
         """Runs `action` in the main process while the others wait."""
@@ -204,8 +185,6 @@ def join_group(processes: Processes, timeout: float, patience: float) -> dist.St
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=longest))
         backend = "nccl" if processes.device.type == "cuda" else "gloo"
-        if backend == "gloo":
-            choose_interface(store, rank, world_size)
         group = dist.PrefixStore("group", store)
         dist.init_process_group(
             backend, store=group, rank=rank, world_size=world_size, timeout=timedelta(seconds=patience)
@@ -215,15 +194,6 @@ def join_group(processes: Processes, timeout: float, patience: float) -> dist.St
         raise UserError(
             f"rank {processes.rank} has not found all {processes.world_size} processes at {where} within "
             f"train.timeout = {timeout:g} s: {str(error).splitlines()[0]}"
-        ) from None
-    except RuntimeError as error:
-        if "gloo" not in str(error).lower():
-            raise
-        raise UserError(
-            f"rank {processes.rank} on {socket.gethostname()} and the other processes cannot connect by "
-            f"interface {os.environ.get(INTERFACE)}: on each host, set {INTERFACE} to the one that leads to "
-            "the others (`ip route get ADDRESS` names it), and let its firewall pass all ports: "
-            f"{str(error).splitlines()[0]}"
         ) from None
     store.set(f"process/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
     return store
@@ -240,27 +210,25 @@ def failures_told_once(processes: Processes, store: dist.Store, timeout: float) 
             "gloo" in str(error) and type(error) is RuntimeError
         )
         is_late = "imed out" in str(error)
-        patience = min(10, max(1, timeout / 5)) if is_late else 2
         answers: list[list[str] | None] = []
 
         def ask() -> None:
             with suppress(RuntimeError):
-                answers.append(silent_processes(processes, store, is_waiting, is_late, patience))
+                answers.append(
+                    silent_processes(processes, store, is_waiting, min(10, timeout) if is_late else 2)
+                )
 
         if is_waiting and current_thread() is main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, before anything is said
         asking = Thread(target=ask, daemon=True)  # who is cut off from the store gets no answer, nor an error
         asking.start()
-        asking.join(patience + 5 if is_waiting else 2)
+        asking.join(15 if is_waiting else 2)
         if not is_waiting:
             raise
         if not answers:
             raise UserError(
-                f"rank {processes.rank} has lost rank 0, which did not answer within train.timeout = "
-                f"{timeout:g} s: look at {os.environ['MASTER_ADDR']} and the network between their hosts"
-                if is_late
-                else f"rank {processes.rank} has lost rank 0, which says why, unless the network between "
-                "their hosts is down"
+                f"rank {processes.rank} has lost rank 0, which says why, unless the network between their "
+                "hosts is down"
             ) from None
         if answers == [None]:
             raise FailedElsewhere(2) from None
@@ -274,28 +242,27 @@ def failures_told_once(processes: Processes, store: dist.Store, timeout: float) 
 
 
 def silent_processes(
-    processes: Processes, store: dist.Store, is_waiting: bool, is_late: bool, patience: float
+    processes: Processes, store: dist.Store, is_waiting: bool, patience: float
 ) -> list[str] | None:
     """Says in the store whether this process ends because it waits for others. Returns those that say
-    nothing for `patience` seconds, or came when the time of others was up; None if another process tells the
-    user."""
+    nothing for `patience` seconds; None if another process tells the user."""
 
     def have_said(word: str) -> set[int]:
         return {rank for rank in range(processes.world_size) if store.check([f"{word}/{rank}"])}
 
-    store.set(f"{'waiting' if is_waiting else 'failed'}/{processes.rank}", "late" if is_late else "")
+    store.set(f"{'waiting' if is_waiting else 'failed'}/{processes.rank}", "")
     ends = time.monotonic() + patience
-    while is_waiting and not have_said("failed") and time.monotonic() < ends + 1:
+    while is_waiting and not have_said("failed"):
         waiting = have_said("waiting")
         silent = {*range(processes.world_size)} - waiting
         if not silent or time.monotonic() > ends:
-            late = {rank for rank in waiting if store.get(f"waiting/{rank}") == b"late"}
-            silent = silent or (waiting - late if late else silent)
-            if processes.rank == min(waiting - silent):
-                names = [f"rank {rank} ({store.get(f'process/{rank}').decode()})" for rank in sorted(silent)]
+            if processes.rank > min(waiting):
+                return None
+            names = [f"rank {rank} ({store.get(f'process/{rank}').decode()})" for rank in sorted(silent)]
+            if names:
                 store.set(f"failed/{processes.rank}", "")
                 time.sleep(0.5)  # for the others to see it: the store may end with this process
-                return names
+            return names
         time.sleep(0.1)
     return None
 

@@ -13,17 +13,30 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mmvit.errors import UserError
-from mmvit.training.checkpoint import read_state, write_state
+from mmvit.sharding import Sharding
+from mmvit.training.checkpoint import read_state
 from mmvit.training.config import OptimizerConfig, TrainConfig
 from mmvit.training.distributed import Processes, choose_precision
+from mmvit.training.moments import (
+    MOMENTS,
+    check_optimizer,
+    check_trained,
+    moments_of,
+    sent_one_by_one,
+    set_moments,
+    write_optimizer,
+)
 from mmvit.training.optim import Optimizer
-from mmvit.weights import WEIGHTS, load_weights, read_weights, write_weights
+from mmvit.weights import WEIGHTS, check_fit, write_weights
 
-AVERAGE, OPTIMIZER = "average.safetensors", "optimizer.pt"
+AVERAGE = "average.safetensors"
+OPTIMIZER = "optimizer.pt"  # of earlier versions
 
 
 class Engine(Protocol):
     """What the loop needs: `loss` and `backward` for each of `train.accumulation` passes, then one `step`."""
+
+    how: Sharding | None  # by which processes share out weights, so that none can draw or export alone
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The model's loss and metrics for the tensors of a batch, which are moved to the device."""
@@ -74,20 +87,27 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, model: nn.Module, number: int) -> None:
         """Moves towards `model` after its optimizer step `number`."""
-        decay = min(self.decay, (1 + number) / (10 + number))
-        pairs = zip(tensors_of(self.model), tensors_of(model), strict=True)
-        moving, fixed = [], []
-        for average, current in pairs:
-            (moving if average.is_floating_point() else fixed).append((average, current.detach()))
-        if moving:
-            averages, currents = zip(*moving, strict=True)
-            get_ema_multi_avg_fn(decay)(list(averages), list(currents), number)
-        for average, current in fixed:
-            average.copy_(current)
+        move_average([*tensors_of(self.model)], [*tensors_of(model)], self.decay, number)
+
+
+@torch.no_grad()
+def move_average(averages: list[Tensor], currents: list[Tensor], decay: float, number: int) -> None:
+    """Moves `averages` towards `currents` after optimizer step `number`."""
+    decay = min(decay, (1 + number) / (10 + number))
+    moving, fixed = [], []
+    for average, current in zip(averages, currents, strict=True):
+        (moving if average.is_floating_point() else fixed).append((average, current.detach()))
+    if moving:
+        averages, currents = zip(*moving, strict=True)
+        get_ema_multi_avg_fn(decay)(list(averages), list(currents), number)
+    for average, current in fixed:
+        average.copy_(current)
 
 
 class TorchEngine:
     """Plain torch: autocast, clipping, our optimizers, averaged weights; DDP with several processes."""
+
+    how = None
 
     def __init__(
         self, model: nn.Module, train: TrainConfig, optimizer: OptimizerConfig, processes: Processes
@@ -95,14 +115,13 @@ class TorchEngine:
         self.train, self.processes = train, processes
         self.model = model.to(processes.device).train()
         self.precision = choose_precision(train.precision, processes.device)
+        self.average = WeightAverage(self.model, train.ema_decay) if train.ema_decay else None
         self.optimizer = Optimizer(self.model, optimizer, train.steps)
         self.wrapped: nn.Module = LossModule(self.model)
         if train.compile:
             self.wrapped.compile()
         if processes.world_size > 1:
             self.wrapped = DistributedDataParallel(self.wrapped, gradient_as_bucket_view=True)
-        # last: DDP gives all processes the weights of the main one, which may have started from other files
-        self.average = WeightAverage(self.model, train.ema_decay) if train.ema_decay else None
         self.passes = 0
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -150,22 +169,37 @@ class TorchEngine:
         write_weights(cpu_weights(self.model), folder / WEIGHTS)
         if self.average is not None:
             write_weights(cpu_weights(self.average.model), folder / AVERAGE)
-        write_state({"optimizer": self.optimizer.state_dict()}, folder / OPTIMIZER)
+        write_weights(moments_of(self.optimizer, self.model), folder / MOMENTS)
+        write_optimizer(self.optimizer, folder)
 
     def load(self, folder: Path) -> None:
-        def read_optimizer() -> dict[str, Any]:
-            if not (folder / OPTIMIZER).is_file():
-                raise UserError(
-                    f"{folder} was written under DeepSpeed: resume with the same --deepspeed file"
-                )
-            return read_state(folder / OPTIMIZER)["optimizer"]
+        def is_old() -> bool:
+            return (folder / OPTIMIZER).is_file()
 
-        optimizer = self.processes.from_main(read_optimizer)
-        weights = self.processes.from_main(lambda: dict(read_weights(folder / WEIGHTS)))
-        load_weights(self.model, weights, source=str(folder / WEIGHTS))
+        old = self.processes.from_main(is_old)
+        if not old:
+            check_optimizer(folder, self.optimizer, self.processes)
+        receive(self.model, folder / WEIGHTS, self.processes)
         if self.average is not None:
-            load_average(self.average.model, folder, self.processes)
-        self.optimizer.load_state_dict(optimizer)
+            check_average(folder, self.processes)
+            receive(self.average.model, folder / AVERAGE, self.processes)
+        if old:
+            state = self.processes.from_main(lambda: read_state(folder / OPTIMIZER)["optimizer"])
+            self.optimizer.load_state_dict(state)
+            return
+        trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        moments = sent_one_by_one(
+            folder / MOMENTS, self.processes, lambda shapes: check_trained(shapes, trained)
+        )
+        set_moments(self.optimizer, self.model, moments)
+
+
+def receive(model: nn.Module, path: Path, processes: Processes) -> None:
+    """Loads weights that the main process alone reads. Raises UserError if they do not fit."""
+    own = model.state_dict()
+    for name, tensor in sent_one_by_one(path, processes, lambda shapes: check_fit(model, shapes, str(path))):
+        if name in own:  # models used to have empty parameters
+            own[name].copy_(tensor)
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
@@ -183,15 +217,16 @@ def share_buffers(model: nn.Module, processes: Processes) -> None:
             buffer.copy_(sent)
 
 
-def load_average(average: nn.Module, folder: Path, processes: Processes) -> None:
-    def read() -> dict[str, Tensor]:
+def check_average(folder: Path, processes: Processes) -> None:
+    """Raises UserError if the checkpoint has no averaged weights."""
+
+    def check() -> None:
         if not (folder / AVERAGE).is_file():
             raise UserError(
                 f"{folder} has no averaged weights, because train.ema_decay was 0: set it back to 0"
             )
-        return dict(read_weights(folder / AVERAGE))
 
-    load_weights(average, processes.from_main(read), source=str(folder / AVERAGE))
+    processes.on_main(check)
 
 
 def tensors_to(batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]:

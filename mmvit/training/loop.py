@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial, reduce
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
@@ -45,6 +46,7 @@ def train(
             `train.select` names the one that chooses `best/`: the lowest of a loss or an error, else the
             highest.
         after_evaluation: called by the main process with the evaluated model and the step; may draw images.
+            Under ZeRO 3 all processes call it, of which none could draw alone.
         export: writes a model into a folder, for `best/` and `last/`.
         prepare: transforms each batch before its training pass; may draw from torch's generator.
 
@@ -73,7 +75,18 @@ def train(
 
     def export_to(folder: Path, trained: nn.Module) -> None:
         write = trained.save_pretrained if export is None else partial(export, trained)
-        processes.on_main(lambda: run.export(folder, write))
+        if engine.how is None:
+            processes.on_main(lambda: run.export(folder, write))
+            return
+
+        def write_together() -> None:
+            with engine.how.exporting(), TemporaryDirectory() as scratch:
+                if processes.is_main:
+                    run.export(folder, write)
+                else:
+                    write(Path(scratch))
+
+        processes.together(write_together)
 
     def hold_out(trained: nn.Module) -> None:
         progress.lacks_evaluation = True
@@ -85,7 +98,8 @@ def train(
         mode = "min" if "loss" in select or select in ERRORS else "max"
         if select != LAST and progress.improves(select, metrics[select], mode):
             export_to(run.best, trained)
-        if after_evaluation and processes.is_main:
+        if after_evaluation and (processes.is_main or engine.how):
+            seed_everything(progress.step)  # all processes draw the same
             after_evaluation(trained, progress.step)
 
     def evaluate_now() -> None:

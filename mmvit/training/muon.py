@@ -61,19 +61,7 @@ class Muon(torch.optim.Muon):
             part has arrived.
         """
         averages = [wide(self.momentum(matrix, group["momentum"])) for matrix in matrices]
-        coefficients, steps, eps = group["ns_coefficients"], group["ns_steps"], group["eps"]
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        if world == 1:
-            return orthogonalise(torch.stack(averages), coefficients, steps, eps), None
-        share = -(-len(matrices) // world)
-        first = dist.get_rank() * share
-        own = averages[0].new_zeros(share, *averages[0].shape, dtype=torch.bfloat16)
-        if mine := averages[first : first + share]:
-            own[: len(mine)] = orthogonalise(torch.stack(mine), coefficients, steps, eps)
-        everyone = own.new_empty(share * world, *own.shape[1:])
-        as_bytes = (each.view(torch.uint8) for each in (everyone, own))  # which every backend can send
-        arrival = dist.all_gather_into_tensor(*as_bytes, async_op=True)
-        return everyone[: len(matrices)], arrival
+        return begin_directions(averages, group["ns_coefficients"], group["ns_steps"], group["eps"])
 
     def momentum(self, matrix: nn.Parameter, share: float) -> Tensor:
         """The gradient with Nesterov momentum."""
@@ -89,12 +77,39 @@ class Muon(torch.optim.Muon):
             kernel.grad = None
 
 
+def begin_directions(
+    averages: Sequence[Tensor], coefficients: tuple[float, float, float], steps: int, eps: float
+) -> tuple[Tensor, dist.Work | None]:
+    """The orthogonalised `averages`, of one shape, which all processes have alike: each works out its share.
+
+    Returns:
+        (count, rows, columns) in bfloat16, complete once the other processes' part has arrived.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world == 1:
+        return orthogonalise(torch.stack([*averages]), coefficients, steps, eps), None
+    share = -(-len(averages) // world)
+    first = dist.get_rank() * share
+    own = averages[0].new_zeros(share, *averages[0].shape, dtype=torch.bfloat16)
+    if mine := averages[first : first + share]:
+        own[: len(mine)] = orthogonalise(torch.stack([*mine]), coefficients, steps, eps)
+    everyone = own.new_empty(share * world, *own.shape[1:])
+    as_bytes = (each.view(torch.uint8) for each in (everyone, own))  # which every backend can send
+    arrival = dist.all_gather_into_tensor(*as_bytes, async_op=True)
+    return everyone[: len(averages)], arrival
+
+
 def move(matrices: Sequence[nn.Parameter], group: dict[str, Any], directions: Tensor) -> None:
     """Updates matrices of one shape, some of them transposed."""
-    rate = 0.2 * group["lr"] * max(matrices[0].shape) ** 0.5  # as large as AdamW's steps (2502.16982)
+    rate = rate_of(group["lr"], matrices[0].shape)
     for matrix, direction in zip(matrices, directions, strict=True):
         matrix.mul_(1 - group["lr"] * group["weight_decay"])
         matrix.add_(direction if matrix.shape == direction.shape else direction.T, alpha=-rate)
+
+
+def rate_of(lr: float, shape: Sequence[int]) -> float:
+    """The factor of a direction that makes Muon's steps as large as AdamW's (2502.16982)."""
+    return 0.2 * lr * max(shape) ** 0.5
 
 
 def wide(matrix: Tensor) -> Tensor:

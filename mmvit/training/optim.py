@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmvit.core.hidden import HiddenLayers
 from mmvit.errors import UserError
 from mmvit.training.config import OptimizerConfig
+from mmvit.training.flat_muon import FlatMuon
 from mmvit.training.lars import Lars
 from mmvit.training.muon import Muon
 
@@ -33,11 +34,15 @@ PART = r"(?:classifier\.|generator\.)?"  # in front of either, in a model of bot
 
 
 class Optimizer:
-    """One or two torch optimizers behind one interface, with rates that depend on the step alone."""
+    """One or two torch optimizers behind one interface, with rates that depend on the step alone.
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, total_steps: int):
+    Args:
+        flat: one optimizer, for flat parts of parameters (`mmvit.training.shards`).
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, total_steps: int, flat: bool = False):
         self.config, self.total_steps = config, total_steps
-        self.parts = build_optimizers(model, config)
+        self.parts = build_optimizers(model, config, flat)
         self.rate = 0.0
         self.peak_rates = [[group["lr"] for group in part.param_groups] for part in self.parts]
         for part in self.parts:
@@ -108,7 +113,9 @@ def without_empty_parameters(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, config: OptimizerConfig, flat: bool = False
+) -> list[torch.optim.Optimizer]:
     """AdamW, SGD or LARS for everything; or Muon for the hidden layers' weights and AdamW for the rest."""
     decayed, plain, hidden = split_parameters(model)
     if config.name != "muon":
@@ -129,11 +136,14 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     )  # 4 to 30 times faster than foreach and for
     if config.name == "sgd":
         return [torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)]
+    lr = config.lr if config.muon_lr is None else config.muon_lr
+    if hidden and flat:
+        turned = [{**group, "muon": True} for group in by_rate(hidden, scales, lr, config.weight_decay)]
+        return [FlatMuon([*groups, *turned], lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
     ]
     if hidden:
-        lr = config.lr if config.muon_lr is None else config.muon_lr
         groups = by_rate(hidden, scales, lr, config.weight_decay)
         optimizers.append(Muon(groups, lr=lr))
     return optimizers

@@ -13,6 +13,7 @@ import torch
 from mmvit.errors import UserError
 from mmvit.streams.stream import ShardStream
 from mmvit.training.config import Recipe, TrainConfig
+from mmvit.training.deepspeed_engine import building
 from mmvit.training.distributed import Processes, open_processes
 from mmvit.training.run import RunFolder
 
@@ -68,9 +69,10 @@ def open_session(
             seed_everything(recipe.train.seed)
             with discarded_on_mistakes(run, processes):
                 [has_checkpoint] = processes.largest(any(run.checkpoints.glob("step-*")))
-                yield Session(
-                    recipe, processes, run, resume, deepspeed, continues=resume and bool(has_checkpoint)
-                )
+                with building(recipe.train, processes, deepspeed):
+                    yield Session(
+                        recipe, processes, run, resume, deepspeed, continues=resume and bool(has_checkpoint)
+                    )
         finally:
             run.close()
 
