@@ -106,20 +106,22 @@ def read_weights(path: Path) -> Weights:
 def read_indexed(index: Path, beside: list[Path]) -> Weights:
     """The weights in the files that `index` lists: all those `beside` it, with what it says in each."""
     size, files = read_index(index)
+    listed: dict[str, set[str]] = {}
+    for name, file in files.items():
+        listed.setdefault(file, set()).add(name)
     stored: dict[str, Stored] = {}
-    for file in sorted(set(files.values())):
+    for file, names in sorted(listed.items()):
         path = index.with_name(file)
         found = read_header(path)
-        if missing := [name for name in files if files[name] == file and name not in found]:
-            raise UserError(f"{path} lacks {shorten(missing)}, expected there by {index.name}")
-        for name in found:
-            if files.get(name) != file:
-                expected = f"expected in {files[name]}" if name in files else "not listed"
-                raise UserError(f"{path} holds {name}, {expected} by {index.name}")
+        if missing := names - found.keys():
+            raise UserError(f"{path} lacks {shorten(sorted(missing))}, expected there by {index.name}")
+        for name in found.keys() - names:
+            expected = f"expected in {files[name]}" if name in files else "not listed"
+            raise UserError(f"{path} holds {name}, {expected} by {index.name}")
         stored |= found
-    listed = {*files.values()}
-    endings = tuple({file.rpartition("-of-")[2] for file in listed})  # others are of a save that was killed
-    if unlisted := [path.name for path in beside if path.name not in listed and path.name.endswith(endings)]:
+    endings = {file.rpartition("-of-")[2] for file in listed}  # files of another number: of a killed save
+    others = [path.name for path in beside if path.name.rpartition("-of-")[2] in endings]
+    if unlisted := [name for name in others if name not in listed]:
         raise UserError(f"{index} does not list {shorten(unlisted)}")
     total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in stored.values())
     if size not in (None, total):
@@ -168,7 +170,7 @@ def write_weights(
     weights: Mapping[str, Tensor],
     path: Path,
     tensors: Iterable[tuple[str, Tensor]] | None = None,
-    max_file_size: int = MAX_FILE_SIZE,
+    max_file_size: float = MAX_FILE_SIZE,
 ) -> None:
     """Writes the file `path`, or, for more than `max_file_size` bytes of tensors, several files and an index:
     `model-00001-of-00002.safetensors`, …, `model.safetensors.index.json`. Whole or not at all; files of what
@@ -189,7 +191,7 @@ def write_weights(
 
 
 def write_files(
-    weights: Mapping[str, Tensor], path: Path, tensors: Iterator[tuple[str, Tensor]], max_file_size: int
+    weights: Mapping[str, Tensor], path: Path, tensors: Iterator[tuple[str, Tensor]], max_file_size: float
 ) -> None:
     groups, index = split(weights, max_file_size), index_of(path)
     numbers = [f"{number + 1:05}-of-{len(groups):05}" for number in range(len(groups))]
@@ -232,7 +234,7 @@ def write_tensor(name: str, tensor: Tensor, left: dict[str, Stored]) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def split(weights: Mapping[str, Tensor], max_file_size: int) -> list[list[str]]:
+def split(weights: Mapping[str, Tensor], max_file_size: float) -> list[list[str]]:
     """The names of the weights in each file; a tensor that is too large has its own."""
     groups: list[list[str]] = [[]]
     size = 0

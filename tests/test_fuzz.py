@@ -22,7 +22,7 @@ def test_what_is_not_damaged_is_loaded(tmp_path):
     for name, (files, load) in folders.items():
         put(files, tmp_path / "copies" / name)
         load(tmp_path / "copies" / name)
-    assert len(folders) == 15
+    assert len(folders) == 18
 
 
 def raises(files, folder, rng):

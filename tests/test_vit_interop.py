@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmvit.core.transformer import TransformerConfig
@@ -21,6 +21,7 @@ from mmvit.interop.vit import class_names, load_vit, recognise, vit_from_weights
 from mmvit.interop.vit_export import TIMM_HYBRIDS, save_vit, vit_to_weights
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.presets import preset
+from mmvit.weights import WEIGHTS, write_weights
 
 SHAPE = {"width": 24, "depth": 3, "num_heads": 4, "mlp_ratio": 2.5}
 SHAPES = {  # ours, of several sizes
@@ -297,6 +298,19 @@ def test_hybrids_of_the_official_code_may_take_squares_of_places(tmp_path):
     for naming in ("timm", "transformers5", "big_vision"):
         with pytest.raises(UserError, match=f"the ViT of {naming} has nothing like stem = 'resnet'"):
             vit_to_weights(model, naming)
+
+
+def test_a_folder_of_transformers_may_have_many_files(tmp_path):
+    model = ours(**SHAPES["square"], core={"norm_eps": 1e-12})
+    peer = randomized(transformers_like(model.config))
+    peer.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert not (tmp_path / "theirs/model.safetensors").exists()
+    loaded = load_vit(tmp_path / "theirs")
+    assert_equal(vit_to_weights(loaded, "transformers5"), peer.state_dict())
+    folder = save_vit(loaded, tmp_path / "ours", "transformers5")
+    write_weights(dict(load_file(folder / WEIGHTS)), folder / WEIGHTS, max_file_size=20_000)
+    assert not (folder / WEIGHTS).exists()
+    assert_equal(type(peer).from_pretrained(folder).state_dict(), peer.state_dict())
 
 
 @pytest.mark.parametrize("naming", ["official", "big_vision", "timm", "transformers4", "transformers5"])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from vqgan_models import (
     DIFFUSERS,
     SMALL,
@@ -30,6 +30,7 @@ from mmvit.interop.vqgan import (
 from mmvit.interop.vqgan_export import save_vqgan
 from mmvit.models.registry import load_image_tokenizer
 from mmvit.models.vqgan import VQGAN
+from mmvit.weights import write_weights
 
 
 @pytest.mark.parametrize("peer", ["diffusers_vq", "janus_vq", "chameleon_vq"])
@@ -49,6 +50,18 @@ def test_diffusers_loads_the_folder_that_is_written(vqgan, tmp_path):
     codes, decoded = run_diffusers(theirs, pixels_of(1))
     assert_codes_equal(vqgan.encode(pixels_of(1)), codes)
     assert_pixels_equal(vqgan.decode(codes), decoded)
+
+
+def test_a_folder_of_diffusers_may_have_many_files(diffusers_vq, tmp_path):
+    diffusers_vq.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert not [*(tmp_path / "theirs").glob("diffusion_pytorch_model.safetensors")]
+    model = load_vqgan(tmp_path / "theirs")
+    assert_weights_equal(vqgan_to_diffusers(model), diffusers_vq.state_dict())
+    path = save_vqgan(model, tmp_path / "ours", "diffusers") / "diffusion_pytorch_model.safetensors"
+    write_weights(load_file(path), path, max_file_size=20_000)
+    assert not path.exists()
+    theirs = type(diffusers_vq).from_pretrained(tmp_path / "ours")
+    assert_weights_equal(theirs.state_dict(), diffusers_vq.state_dict())
 
 
 @pytest.mark.parametrize("name", ["janus", "chameleon"])

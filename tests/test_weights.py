@@ -1,17 +1,32 @@
 """Weights in one file or many: equal bytes, one tensor in memory at a time, each kind of damage by name."""
 
+import ctypes
 import json
+import multiprocessing
 import os
+import re
 import shutil
 import weakref
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import CORE, drawn_weights, tiny_generator
 from torch import nn
 
+from mmvit.core.transformer import TransformerConfig
 from mmvit.errors import UserError
+from mmvit.evaluation.image_classifier import ImageClassifier
+from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.dvae import DiscreteVAE, DiscreteVAEConfig
+from mmvit.models.fine_tuning import take_core
+from mmvit.models.generator_transformer import GeneratorTransformer
+from mmvit.models.joint import Joint, JointConfig
+from mmvit.sampling.generator import Generator
+from mmvit.training.checkpoint import Checkpoints
+from mmvit.training.distributed import Processes
 from mmvit.weights import DTYPES, WEIGHTS, read_weights, write_weights
 
 INDEX = f"{WEIGHTS}.index.json"
@@ -197,3 +212,83 @@ def test_links_into_the_cache_of_the_hub_are_followed(tmp_path, assert_same_stat
         path.rename(tmp_path / "blobs" / path.name)
         path.symlink_to(tmp_path / "blobs" / path.name)
     assert_same_state(dict(read_weights(tmp_path / "snapshot" / WEIGHTS)), LAYERS)
+
+
+def test_every_loader_takes_many_files(tmp_path, tokenizer, assert_same_state):
+    sizes = {"image_size": 16, "patch_size": 8, "num_classes": 2, "core": CORE}
+    joint = drawn_weights(Joint(JointConfig(core=CORE, classifier=ClassifierConfig(**sizes))))
+    joint.save_pretrained(tmp_path / "joint", max_file_size=10_000)
+    generator = tiny_generator(tokenizer)
+    generator.save_pretrained(tmp_path / "generator", max_file_size=10_000)
+    classifier = ImageClassifier(joint.classifier, ["a", "b"])
+    classifier.save_pretrained(tmp_path / "classifier", max_file_size=10_000)
+    assert not any((folder / WEIGHTS).exists() for folder in tmp_path.iterdir())
+    core = Classifier(ClassifierConfig(**sizes))
+    take_core(core, tmp_path / "joint")
+    pairs = [
+        (joint, Joint.from_pretrained(tmp_path / "joint")),
+        (joint.classifier, Classifier.from_pretrained(tmp_path / "joint")),
+        (joint.generator, GeneratorTransformer.from_pretrained(tmp_path / "joint")),
+        (joint.core, core.core),
+        (joint.classifier, ImageClassifier.from_pretrained(tmp_path / "classifier").model),
+        (generator.transformer, Generator.from_pretrained(tmp_path / "generator").transformer),
+    ]
+    for ours, loaded in pairs:
+        assert_same_state(ours.state_dict(), loaded.state_dict())
+
+
+def test_each_file_of_a_checkpoint_is_verified(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2, processes=Processes(0, 1, torch.device("cpu")))
+    write = partial(write_weights, LAYERS, max_file_size=800)
+    checkpoint = checkpoints.save(1, lambda folder: write(folder / WEIGHTS))
+    assert checkpoints.latest() == (checkpoint, [])
+    flip = bytearray((checkpoint / SECOND).read_bytes())
+    flip[-1] ^= 1
+    (checkpoint / SECOND).write_bytes(flip)
+    assert checkpoints.latest()[1] == [
+        f"the checkpoint {checkpoint} is damaged: the content of {SECOND} has changed since it was written"
+    ]
+
+
+WIDE = ClassifierConfig(
+    image_size=16, patch_size=8, num_classes=2, core=TransformerConfig(width=1024, depth=2, num_heads=8)
+)  # 102 MB
+
+
+def peak_of(action, *arguments):
+    """The most memory in bytes that `action`, done again, adds to this process at any moment."""
+    ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: what is freed goes back to the system
+    action(*arguments)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    kept = action(*arguments)  # noqa: F841
+    return status("VmHWM") - before
+
+
+def status(name):
+    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def save_wide(folder):
+    """Writes a model of which no more than a tensor is ever there."""
+    layout = planned().state_dict()
+    made = ((name, torch.ones_like(tensor, device="cpu")) for name, tensor in layout.items())
+    write_weights(layout, folder / WEIGHTS, made, max_file_size=5 * 10**7)
+    description = {"kind": "classifier", "config": WIDE.model_dump(mode="json")}
+    (folder / "config.json").write_text(json.dumps(description))
+
+
+def planned():
+    with torch.device("meta"):
+        return Classifier(WIDE)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux does")
+def test_memory_holds_a_tensor_when_saving_and_the_model_and_a_tensor_when_loading(tmp_path):
+    sizes = [tensor.nbytes for tensor in planned().state_dict().values()]
+    with multiprocessing.get_context("fork").Pool(1) as child:
+        saved = child.apply(peak_of, (save_wide, tmp_path))
+        loaded = child.apply(peak_of, (Classifier.from_pretrained, tmp_path))
+    slack = 1e7
+    assert saved < max(sizes) + slack
+    assert sum(sizes) < loaded < sum(sizes) + max(sizes) + slack

@@ -17,6 +17,7 @@ from mmvit.models.classification import fit_pixels
 from mmvit.models.classifier import Classifier
 from mmvit.models.registry import load_classifier
 from mmvit.models.resnet import ResNet
+from mmvit.weights import MAX_FILE_SIZE
 
 CLASSES = "classes.json"  # beside the weights
 UNTRAINED = (
@@ -73,9 +74,11 @@ class ImageClassifier:
         folder = find_model_folder(path)
         return cls(load_classifier(folder, device), read_classes(folder / CLASSES))
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+    def save_pretrained(
+        self, folder: str | Path, dtype: torch.dtype | None = None, max_file_size: int = MAX_FILE_SIZE
+    ) -> Path:
         """Writes the weights, and classes.json if the classes have names."""
-        folder = self.model.save_pretrained(folder, dtype)
+        folder = self.model.save_pretrained(folder, dtype, max_file_size)
         if self.named:
             write_json(self.classes, folder / CLASSES)
         return folder

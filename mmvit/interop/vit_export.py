@@ -4,6 +4,7 @@ save_vit(model, "ViT-B_16.npz", "official")
 save_vit(model, "vit-b16", "transformers5", ["cat", "dog"])
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from mmvit.files import whole_file, write_json
 from mmvit.interop.vit_names import Naming, entries
 from mmvit.models.classifier import Classifier, ClassifierConfig
 from mmvit.models.resnet import stem_places
-from mmvit.weights import write_weights
+from mmvit.weights import MAX_FILE_SIZE, WEIGHTS, write_weights
 
 POOLINGS = {
     "official": ("cls", "mean"),
@@ -126,7 +127,8 @@ def save_vit(
     if path.suffix in (".npz", ".safetensors", ".pth"):
         raise UserError(f"{naming} reads a folder; {path} is named like a file")
     path.mkdir(parents=True, exist_ok=True)
-    write_weights(weights, path / "model.safetensors")
+    most = math.inf if naming == "timm" else MAX_FILE_SIZE  # timm reads no index
+    write_weights(weights, path / WEIGHTS, max_file_size=most)
     if naming == "timm":
         names = {} if classes is None else {"label_names": list(classes)}
         write_json({**timm_config(model.config), **names}, path / "config.json")

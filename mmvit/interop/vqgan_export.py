@@ -40,7 +40,7 @@ def save_vqgan(model: VQGAN, folder: str | Path, format: VQGANFormat) -> Path:
             )
     folder.mkdir(parents=True, exist_ok=True)
     name = "diffusion_pytorch_model.safetensors" if format == "diffusers" else "model.safetensors"
-    write_weights({name: tensor.contiguous() for name, tensor in weights.items()}, folder / name)
+    write_weights(weights, folder / name)
     write_json(config, folder / "config.json")
     return folder
 

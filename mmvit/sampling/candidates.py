@@ -22,6 +22,7 @@ from mmvit.models.generator_transformer import PAD, GeneratorTransformer
 from mmvit.sampling.any_order import group_bounds
 from mmvit.sampling.decoding import default_steps, uniforms
 from mmvit.sampling.prompts import Prompts, check_text
+from mmvit.weights import MAX_FILE_SIZE
 
 if TYPE_CHECKING:
     from mmvit.sampling.generator import Generator, Images
@@ -224,12 +225,14 @@ class CaptionScorer:
         clip = CLIP.from_pretrained(folder, device)
         return cls(clip, TextTokenizer.from_file(folder / TEXT / "tokenizer.json"))
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+    def save_pretrained(
+        self, folder: str | Path, dtype: torch.dtype | None = None, max_file_size: int = MAX_FILE_SIZE
+    ) -> Path:
         """Writes both parts, so that the folder is all that scoring needs."""
         folder = Path(folder)
         (folder / TEXT).mkdir(parents=True, exist_ok=True)
         self.text_tokenizer.save(folder / TEXT / "tokenizer.json")
-        return self.clip.save_pretrained(folder, dtype)
+        return self.clip.save_pretrained(folder, dtype, max_file_size)
 
     @torch.inference_mode()
     def embed_captions(self, captions: Sequence[str], batch_size: int = 256) -> Tensor:

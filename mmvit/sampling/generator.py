@@ -33,6 +33,7 @@ from mmvit.sampling.editing import Keep, edit, extend
 from mmvit.sampling.prompts import Prompt, Prompts
 from mmvit.sampling.settings import SamplingSettings, check_counts
 from mmvit.sampling.streaming import stream_images
+from mmvit.weights import MAX_FILE_SIZE
 
 TEXT, IMAGE = "text_tokenizer", "image_tokenizer"
 
@@ -110,9 +111,11 @@ class Generator:
         text_tokenizer = TextTokenizer.from_file(folder / TEXT / "tokenizer.json")
         return cls(transformer, text_tokenizer, image_tokenizer, SamplingSettings.load(folder))
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+    def save_pretrained(
+        self, folder: str | Path, dtype: torch.dtype | None = None, max_file_size: int = MAX_FILE_SIZE
+    ) -> Path:
         """Writes all three parts, so that the folder is all that sampling needs."""
-        self.transformer.save_pretrained(folder, dtype)
+        self.transformer.save_pretrained(folder, dtype, max_file_size)
         self.save_surroundings(folder, dtype)
         return Path(folder)
 

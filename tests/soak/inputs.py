@@ -47,7 +47,7 @@ from mmvit.streams.index import index_of, save_index, scan
 from mmvit.streams.shards import BadSample, BadShard, Sample, expand_shards, read_shard
 from mmvit.streams.stream import ShardStream
 from mmvit.training.checkpoint import read_state, write_state
-from mmvit.weights import write_weights
+from mmvit.weights import read_weights, write_weights
 
 Files = dict[str, bytes]  # by path; what begins with LINK is a link, or a pipe if it points nowhere
 LINK = b"link to "
@@ -295,12 +295,15 @@ def model_folders(root: Path) -> dict[str, tuple[Files, Callable[[Path], object]
         "resnet": (resnet.save_pretrained, load_classifier),
         "generator": (generator.save_pretrained, lambda folder: say(Generator.from_pretrained(folder))),
         "joint": (joint.save_pretrained, Joint.from_pretrained),
+        "files": (partial(classifier.save_pretrained, max_file_size=10_000), ImageClassifier.from_pretrained),
+        "joint_files": (partial(joint.save_pretrained, max_file_size=10_000), load_classifier),
         "clip": (partial(save_clip, clip), lambda folder: say(CaptionScorer.from_pretrained(folder))),
         "vq": (vq.save_pretrained, load_image_tokenizer),
         "dvae": (dvae.save_pretrained, load_image_tokenizer),
         "vqgan": (vqgan.save_pretrained, load_image_tokenizer),
         "timm": (lambda folder: save_vit(Classifier(VIT), folder, "timm"), convert),
         "transformers": (lambda folder: save_vit(Classifier(VIT), folder, "transformers5", "abc"), convert),
+        "transformers_files": (save_files, convert),
         "official": (lambda folder: save_vit(Classifier(VIT), folder / "vit.npz", "official"), convert),
         "torch": (save_torch, convert),
         "diffusers": (lambda folder: save_vqgan(vqgan, folder, "diffusers"), convert),
@@ -338,6 +341,12 @@ def save_torch(folder: Path) -> None:
     weights = {name: torch.zeros(shape) for name, shape in timm_shapes().items()}
     torch.save({"model": weights}, folder / "vit.pth")
     write_json({"architecture": "x", "model_args": {"num_heads": 2}}, folder / "config.json")
+
+
+def save_files(folder: Path) -> None:
+    """A ViT of transformers in files of 10 kB."""
+    file = save_vit(Classifier(VIT), folder, "transformers5", "abc") / "model.safetensors"
+    write_weights(dict(read_weights(file)), file, max_file_size=10_000)
 
 
 def timm_shapes() -> dict[str, torch.Size]:
