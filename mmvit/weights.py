@@ -137,8 +137,8 @@ def read_index(index: Path) -> tuple[Any, dict[str, str]]:
     if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
         raise UserError(f"{index}: expected weight_map, an object that maps names of weights to files")
     for name, file in files.items():
-        if not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
-            raise UserError(f"{index}: {name}: expected a .safetensors file beside it, got {file!r}")
+        if not re.fullmatch(r"[^/\\\0]+\.safetensors", file) or len(file.encode()) > 255:
+            raise UserError(f"{index}: {name}: expected a .safetensors file beside it, got {file[:300]!r}")
     return metadata.get("total_size") if isinstance(metadata, dict) else None, files
 
 

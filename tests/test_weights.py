@@ -168,6 +168,10 @@ FIRST, SECOND, THIRD = (f"model-0000{number}-of-00003.safetensors" for number in
             with_index(weight_map={"layer0.weight": "/x.safetensors"}),
             "layer0.weight: expected a .safetensors",
         ),
+        (
+            with_index(weight_map={"layer0.weight": 99 * "xxx" + ".safetensors"}),
+            "expected a .safetensors file",
+        ),
         (with_index(weight_map={"layer0.weight": "config.json"}), "layer0.weight: expected a .safetensors"),
         (lambda folder: (folder / SECOND).unlink(), f"no weights at .*{SECOND}"),
         (lambda folder: ((folder / THIRD).unlink(), os.mkfifo(folder / THIRD)), f"no weights at .*{THIRD}"),
