@@ -198,9 +198,9 @@ def write_files(
     files = [path.with_name(f"{path.stem}-{n}{path.suffix}") for n in numbers] if len(groups) > 1 else [path]
     with ExitStack() as stack:  # which puts in place what it entered first last
         if len(files) > 1:
-            places = {name: file.name for file, names in zip(files, groups, strict=True) for name in names}
+            listed = {name: file.name for file, names in zip(files, groups, strict=True) for name in names}
             size = sum(tensor.nbytes for tensor in weights.values())
-            facts = {"metadata": {"total_size": size}, "weight_map": places}
+            facts = {"metadata": {"total_size": size}, "weight_map": listed}
             stack.enter_context(whole_file(index)).write_text(json.dumps(facts, indent=2) + "\n")
         left: dict[str, Stored] = {}
         for file, names in zip(files, groups, strict=True):
@@ -213,10 +213,10 @@ def write_files(
             raise ValueError(f"never came: {shorten([*left])}")
         if len(files) > 1 and any(file.exists() for file in files):
             index.unlink(missing_ok=True)  # the files are replaced one by one
-    (path if len(files) > 1 else index).unlink(missing_ok=True)
-    for other in files_beside(path):
-        if other not in files:
-            other.unlink()
+    places = {path, index, partial_of(path), partial_of(index)}
+    places |= {*files_beside(path), *files_beside(partial_of(path))}
+    for left_over in places - ({*files, index} if len(files) > 1 else {path}):
+        left_over.unlink(missing_ok=True)
 
 
 def write_tensor(name: str, tensor: Tensor, left: dict[str, Stored]) -> None:

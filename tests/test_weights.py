@@ -1,11 +1,13 @@
 """Weights in one file or many: equal bytes, one tensor in memory at a time, each kind of damage by name."""
 
 import ctypes
+import itertools
 import json
 import multiprocessing
 import os
 import re
 import shutil
+import sys
 import weakref
 from functools import partial
 from pathlib import Path
@@ -126,6 +128,50 @@ def test_a_failed_save_leaves_the_model_before_and_goes_through_all_tensors(
     assert_same_state(dict(read_weights(tmp_path / WEIGHTS)), LAYERS)
 
 
+@pytest.mark.parametrize(("before", "after"), [(9999, 800), (800, 9999), (800, 400), (800, 800)])
+def test_a_killed_save_leaves_the_old_model_or_the_new_one(tmp_path, before, after):
+    new = {name: tensor + 10 for name, tensor in LAYERS.items()}
+    states = []
+    for number in itertools.count():
+        folder = tmp_path / str(number)
+        write_weights(LAYERS, folder / WEIGHTS, max_file_size=before)
+        child = os.fork()
+        if not child:
+            kill_before_change(number)
+            write_weights(new, folder / WEIGHTS, max_file_size=after)
+            os._exit(0)
+        is_done = os.waitpid(child, 0)[1] == 0
+        states.append(state_of(folder, {"old": LAYERS, "new": new}))
+        write_weights(new, folder / WEIGHTS, max_file_size=400)
+        assert len(names_in(folder)) == 6
+        assert state_of(folder, {"new": new}) == "new"
+        if is_done:
+            break
+    is_replaced = before == after == 800  # file by file, with the same names
+    assert [*dict.fromkeys(states)] == (["old", "none", "new"] if is_replaced else ["old", "new"])
+
+
+def kill_before_change(number):
+    """Ends this process before it renames or removes a file after `number` such changes."""
+    numbers = itertools.count()
+
+    def count(event, details):
+        if event in ("os.rename", "os.remove") and next(numbers) == number:
+            os._exit(1)
+
+    sys.addaudithook(count)
+
+
+def state_of(folder, models):
+    """Which of the models is in a folder; "none" if it is told that none is."""
+    try:
+        found = dict(read_weights(folder / WEIGHTS))
+    except UserError:
+        return "none"
+    equal = [name for name, model in models.items() if all(torch.equal(found[n], model[n]) for n in model)]
+    return equal[0] if equal else "a mixture"
+
+
 def damage_file(folder):
     path = folder / "model-00002-of-00003.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
@@ -205,6 +251,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path):
     write_weights(LAYERS, tmp_path / WEIGHTS)
     weights = read_weights(tmp_path / WEIGHTS)
     os.truncate(tmp_path / WEIGHTS, 1000)
+    assert "layer4.weight" in weights
     with pytest.raises(UserError, match=r"has been cut off .*: layer4.weight ends early"):
         weights["layer4.weight"]
 
