@@ -88,6 +88,11 @@ class Weights(Mapping[str, Tensor]):
         return Weights({new: self.stored[name] for new, name in names.items()}, self.source)
 
 
+def has_weights(path: Path) -> bool:
+    """Whether there is something for `read_weights(path)`."""
+    return path.is_file() or index_of(path).is_file()
+
+
 def read_weights(path: Path) -> Weights:
     """The weights in the file `path`, or, if there is none, in the files of the index beside it
     (`model.safetensors.index.json`). Only headers are read.

@@ -39,7 +39,7 @@ from mmvit.training.resume import (
     check_same_model,
     find_checkpoint,
 )
-from mmvit.weights import write_weights
+from mmvit.weights import read_weights, write_weights
 
 
 def test_terminated_and_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny_shards, assert_same_state):
@@ -62,6 +62,25 @@ def test_terminated_and_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny_s
     assert comparable_metrics(whole.run) == comparable_metrics(again.run)
     for name in ("best/model.safetensors", "last/model.safetensors"):
         assert_same_state(load_file(whole.run.path / name), load_file(again.run.path / name))
+
+
+def test_checkpoints_and_exports_in_many_files_are_resumed_alike(
+    tmp_path, tiny_shards, assert_same_state, monkeypatch
+):
+    train_on_shards(new_session(tmp_path / "whole", steps=4), tiny_shards)
+    for write in (write_weights, Classifier.save_pretrained):
+        monkeypatch.setattr(write, "__defaults__", (None, 10_000))  # bytes of a file, not 5 GB
+    with pytest.raises(SystemExit):
+        train_on_shards(new_session(tmp_path / "cut", steps=4), tiny_shards, terminate_at(2))
+    train_on_shards(new_session(tmp_path / "cut", resume=True, steps=4), tiny_shards)
+    whole, cut = (RunFolder(tmp_path / name) for name in ("whole", "cut"))
+    assert not [*cut.path.rglob("model.safetensors")]
+    final = "step-00000004"
+    for name in ("model.safetensors", "average.safetensors", "moments.safetensors"):
+        one, many = (run.checkpoints / final / name for run in (whole, cut))
+        assert_same_state(load_file(one), dict(read_weights(many)))
+    one, many = (Classifier.from_pretrained(run.path).state_dict() for run in (whole, cut))
+    assert_same_state(one, many)
 
 
 def test_another_number_of_processes_draws_other_random_numbers_than_at_the_start(tmp_path, tiny_shards):

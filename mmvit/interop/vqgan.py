@@ -21,7 +21,7 @@ from mmvit.errors import UserError, refuse_damage
 from mmvit.hub import outline
 from mmvit.interop.files import read_config, refuse_misfits
 from mmvit.models.vqgan import VQGAN, VQGANConfig
-from mmvit.weights import WEIGHTS, Weights, index_of, read_weights
+from mmvit.weights import WEIGHTS, Weights, has_weights, read_weights
 
 TRANSFORMERS_MODELS = ("janus", "chameleon")  # with a VQ model inside, or that alone as janus_vqgan
 # Our names → theirs, applied in this order.
@@ -311,7 +311,7 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
     If the file that a library reads by default is there, or its index, its variants (fp16) are ignored.
     """
     usual = [folder / name for name in ("diffusion_pytorch_model.safetensors", WEIGHTS)]
-    files = [path for path in usual if path.is_file() or index_of(path).is_file()][:1]
+    files = [path for path in usual if has_weights(path)][:1]
     files = files or sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder} holds no *.safetensors; pickled weights (.bin, .ckpt, .pt) are not read")

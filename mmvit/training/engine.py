@@ -27,7 +27,7 @@ from mmvit.training.moments import (
     write_optimizer,
 )
 from mmvit.training.optim import Optimizer
-from mmvit.weights import WEIGHTS, check_fit, write_weights
+from mmvit.weights import WEIGHTS, check_fit, has_weights, write_weights
 
 AVERAGE = "average.safetensors"
 OPTIMIZER = "optimizer.pt"  # of earlier versions
@@ -166,9 +166,9 @@ class TorchEngine:
     def save(self, folder: Path) -> None:
         if not self.processes.is_main:
             return
-        write_weights(cpu_weights(self.model), folder / WEIGHTS)
+        write_weights(self.model.state_dict(), folder / WEIGHTS)
         if self.average is not None:
-            write_weights(cpu_weights(self.average.model), folder / AVERAGE)
+            write_weights(self.average.model.state_dict(), folder / AVERAGE)
         write_weights(moments_of(self.optimizer, self.model), folder / MOMENTS)
         write_optimizer(self.optimizer, folder)
 
@@ -221,7 +221,7 @@ def check_average(folder: Path, processes: Processes) -> None:
     """Raises UserError if the checkpoint has no averaged weights."""
 
     def check() -> None:
-        if not (folder / AVERAGE).is_file():
+        if not has_weights(folder / AVERAGE):
             raise UserError(
                 f"{folder} has no averaged weights, because train.ema_decay was 0: set it back to 0"
             )
@@ -236,7 +236,3 @@ def tensors_to(batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]
         for name, value in batch.items()
         if isinstance(value, Tensor)
     }
-
-
-def cpu_weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
