@@ -164,6 +164,17 @@ def check_statistics(processes: Processes) -> None:
             assert found[0] == found[1] > 0, found
 
 
+def check_same_start(processes: Processes) -> None:
+    """All processes train, and average, from the weights of the main one."""
+    torch.manual_seed(processes.rank)
+    engine = TorchEngine(Mean(1, 1), TrainConfig(ema_decay=0.5), OptimizerConfig(), processes)
+    for model in (engine.model, engine.average.model):
+        weight = model.weight.detach()
+        sent = weight.clone()
+        torch.distributed.broadcast(sent, 0)
+        assert torch.equal(weight, sent)
+
+
 def check_muon(processes: Processes) -> None:
     """Matrices of which each process turns a part, or none, go where torch's Muon takes them."""
     torch.manual_seed(0)
@@ -274,6 +285,7 @@ def main() -> None:
             return
         check_mean_loss(processes)
         check_statistics(processes)
+        check_same_start(processes)
         check_muon(processes)
         for mode, deepspeed in MODES.items():
             run_training(new_session(folder / mode, processes, deepspeed, accumulation=2))

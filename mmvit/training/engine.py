@@ -115,13 +115,14 @@ class TorchEngine:
         self.train, self.processes = train, processes
         self.model = model.to(processes.device).train()
         self.precision = choose_precision(train.precision, processes.device)
-        self.average = WeightAverage(self.model, train.ema_decay) if train.ema_decay else None
         self.optimizer = Optimizer(self.model, optimizer, train.steps)
         self.wrapped: nn.Module = LossModule(self.model)
         if train.compile:
             self.wrapped.compile()
         if processes.world_size > 1:
             self.wrapped = DistributedDataParallel(self.wrapped, gradient_as_bucket_view=True)
+        # last: DDP gives all processes the weights of the main one, which may have started from other files
+        self.average = WeightAverage(self.model, train.ema_decay) if train.ema_decay else None
         self.passes = 0
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
