@@ -263,9 +263,13 @@ def resume_on_disks_apart(folder: Path, processes: Processes) -> None:
     where = re.escape(f"on {socket.gethostname()} in {nodes[1]}/run/checkpoints")
     processes.on_main(lambda: shutil.copytree(ours, theirs.with_name("step-00000009")))
     refused(f"different checkpoints: rank 1 {where} has step-00000009, and rank 0 .* has step-00000005")
-    processes.on_main(lambda: shutil.move(theirs.with_name("step-00000009"), theirs))
+    processes.on_main(
+        lambda: shutil.move(theirs.with_name("step-00000009"), theirs.with_name("step-00000002"))
+    )
+    refused(f"different checkpoints: rank 1 {where} has step-00000002, and rank 0 .* has step-00000005")
+    processes.on_main(lambda: shutil.move(theirs.with_name("step-00000002"), theirs))
     processes.on_main(lambda: write_json({}, theirs / MANIFEST))
-    refused(rf"rank 1 {where} has a checkpoint of content \w+, and rank 0 .* content \w+\. Copy")
+    refused(rf"rank 1 {where} has a step-00000005 of content \w+, and rank 0 .* content \w+\. If")
     for output in (folder / "zero", Path("zero")):
         run(3, resume=False, output=output, mode="zero3")
         run(5, output=output, mode="zero3")

@@ -117,12 +117,11 @@ def save(
 
 @dataclass(frozen=True)
 class View:
-    """The newest checkpoint that one process sees, and the content of the one that is to be taken."""
+    """The checkpoints that one process sees: the content of each by its name."""
 
     rank: int
     where: str
-    newest: str | None
-    content: str | None
+    contents: dict[str, str | None]
 
 
 def find_checkpoint(session: Session, checkpoints: Checkpoints) -> tuple[Path | None, list[str]]:
@@ -134,7 +133,7 @@ def find_checkpoint(session: Session, checkpoints: Checkpoints) -> tuple[Path | 
         its folder, and what is wrong with newer ones.
 
     Raises:
-        UserError: when all are damaged, or another process sees a newer one, or another one of the same step;
+        UserError: when all are damaged, or another process sees one that the main process does not have;
             then the other processes exit.
     """
     processes = session.processes
@@ -151,17 +150,14 @@ def find_checkpoint(session: Session, checkpoints: Checkpoints) -> tuple[Path | 
         return folder and folder.name, problems
 
     name, problems = processes.from_main(newest)
-    seen, root = checkpoints.complete(), checkpoints.root.resolve()
-    folder = checkpoints.root / name if name else None
     own = View(
         processes.rank,
-        f"on {socket.gethostname()} in {root}",
-        seen[-1].name if seen else None,
-        content_of(folder) if folder else None,
+        f"on {socket.gethostname()} in {checkpoints.root.resolve()}",
+        {folder.name: content_of(folder) for folder in checkpoints.complete()},
     )
     views = processes.gather(own)
     processes.on_main(lambda: check_same_checkpoint(views))
-    return folder, problems
+    return checkpoints.root / name if name else None, problems
 
 
 def content_of(folder: Path) -> str | None:
@@ -172,20 +168,20 @@ def content_of(folder: Path) -> str | None:
 
 
 def check_same_checkpoint(views: list[View]) -> None:
-    """Raises UserError if another process than the main one sees a newer checkpoint, or another one."""
+    """Raises UserError if the newest checkpoint that another process sees is none of the main one's."""
     main = views[0]
     for view in views[1:]:
-        if (view.newest or "") > (main.newest or ""):
-            found = [view.newest, main.newest or "none"]
-        elif view.content not in (main.content, None):
-            found = [f"a checkpoint of content {content}" for content in (view.content, main.content)]
-        else:
+        newest = max(view.contents, default=None)
+        if newest is None or view.contents[newest] in (main.contents.get(newest, ""), None):
             continue
+        found = [newest, max(main.contents, default="none")]
+        if newest in main.contents:
+            found = [f"a {newest} of content {each.contents[newest]}" for each in (view, main)]
         raise UserError(
             f"cannot resume: the processes see different checkpoints: rank {view.rank} {view.where} has "
-            f"{found[0]}, and rank 0 {main.where} has {found[1]}. Copy the run folder to the host of rank 0, "
-            f"or remove that of rank {view.rank}; if they share it, its listing is out of date on some: wait "
-            "and try again"
+            f"{found[0]}, and rank 0 {main.where} has {found[1]}. If that of rank 0 is the right one, remove "
+            f"the run folder of rank {view.rank}; otherwise copy that one to the host of rank 0. If they "
+            "share the folder, its listing is out of date on some hosts: wait and try again"
         )
 
 
