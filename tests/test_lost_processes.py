@@ -8,12 +8,15 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from torch.distributed import HashStore
 
 from mmvit.errors import UserError, run_script
-from mmvit.training import Processes
+from mmvit.training import Processes, network
 from mmvit.training.distributed import free_port, open_processes
+from mmvit.training.network import INTERFACE, choose_interface
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
@@ -106,3 +109,24 @@ def test_a_process_that_does_not_come_is_missed(tmp_path):
     assert re.fullmatch(
         r"error: rank 0 has not found all 2 processes at 127\.0\.0\.1:\d+ within .* 1 s: .*\n", said
     )
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [(None, "lo"), ("eth7", "eth7")])
+def test_gloo_takes_the_interface_that_leads_to_the_main_process(monkeypatch, chosen, expected):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv(INTERFACE, chosen or "")
+    choose_interface(HashStore(), 0, 1)
+    assert os.environ[INTERFACE] == expected
+
+
+def test_gloo_of_the_main_host_that_calls_itself_loopback_takes_what_leads_to_the_others(monkeypatch):
+    ways = {"main": "127.0.1.1", "10.0.0.9": "10.0.0.1"}
+    monkeypatch.setattr(network, "address_towards", ways.get)
+    addresses = {"lo": [mock.Mock(address="127.0.0.1")], "eth7": [mock.Mock(address="10.0.0.1")]}
+    monkeypatch.setattr(network.psutil, "net_if_addrs", lambda: addresses)
+    monkeypatch.setenv("MASTER_ADDR", "main")
+    monkeypatch.setenv(INTERFACE, "")
+    store = HashStore()
+    store.set("address/3", "10.0.0.9")
+    choose_interface(store, 0, 4)
+    assert os.environ[INTERFACE] == "eth7"

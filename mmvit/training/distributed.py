@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mmvit.errors import OF_FILES, UserError
 from mmvit.progress import with_progress
+from mmvit.training.network import INTERFACE, choose_interface
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -185,6 +186,8 @@ def join_group(processes: Processes, timeout: float, patience: float) -> dist.St
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=longest))
         backend = "nccl" if processes.device.type == "cuda" else "gloo"
+        if backend == "gloo":
+            choose_interface(store, rank, world_size)
         group = dist.PrefixStore("group", store)
         dist.init_process_group(
             backend, store=group, rank=rank, world_size=world_size, timeout=timedelta(seconds=patience)
@@ -194,6 +197,15 @@ def join_group(processes: Processes, timeout: float, patience: float) -> dist.St
         raise UserError(
             f"rank {processes.rank} has not found all {processes.world_size} processes at {where} within "
             f"train.timeout = {timeout:g} s: {str(error).splitlines()[0]}"
+        ) from None
+    except RuntimeError as error:
+        if "gloo" not in str(error).lower():
+            raise
+        raise UserError(
+            f"rank {processes.rank} on {socket.gethostname()} and the other processes cannot connect by "
+            f"interface {os.environ.get(INTERFACE)}: on each host, set {INTERFACE} to the one that leads to "
+            "the others (`ip route get ADDRESS` names it), and let its firewall pass all ports: "
+            f"{str(error).splitlines()[0]}"
         ) from None
     store.set(f"process/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
     return store
