@@ -111,6 +111,18 @@ def test_a_process_that_does_not_come_is_missed(tmp_path):
     )
 
 
+def test_a_process_that_answers_too_late_is_named_once(tmp_path):
+    def come_late(processes: Processes) -> None:
+        if processes.rank == 0:
+            time.sleep(1.5)  # rank 1 has waited for 1 s, and asks for another second
+
+    ended = end_of_processes(tmp_path, come_late)
+    assert [status for status, _ in ended] == [2, 2]
+    said = r"error: rank 0 \(process \d+ on .*\) did not answer within train\.timeout = 1 s: .*\n"
+    assert re.fullmatch(said, ended[1][1]), ended
+    assert ended[0][1] == ""
+
+
 @pytest.mark.parametrize(("chosen", "expected"), [(None, "lo"), ("eth7", "eth7")])
 def test_gloo_takes_the_interface_that_leads_to_the_main_process(monkeypatch, chosen, expected):
     monkeypatch.setenv("MASTER_ADDR", "localhost")

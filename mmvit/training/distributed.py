@@ -222,25 +222,27 @@ def failures_told_once(processes: Processes, store: dist.Store, timeout: float) 
             "gloo" in str(error) and type(error) is RuntimeError
         )
         is_late = "imed out" in str(error)
+        patience = min(10, max(1, timeout / 5)) if is_late else 2
         answers: list[list[str] | None] = []
 
         def ask() -> None:
             with suppress(RuntimeError):
-                answers.append(
-                    silent_processes(processes, store, is_waiting, min(10, timeout) if is_late else 2)
-                )
+                answers.append(silent_processes(processes, store, is_waiting, is_late, patience))
 
         if is_waiting and current_thread() is main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, before anything is said
         asking = Thread(target=ask, daemon=True)  # who is cut off from the store gets no answer, nor an error
         asking.start()
-        asking.join(15 if is_waiting else 2)
+        asking.join(patience + 5 if is_waiting else 2)
         if not is_waiting:
             raise
         if not answers:
             raise UserError(
-                f"rank {processes.rank} has lost rank 0, which says why, unless the network between their "
-                "hosts is down"
+                f"rank {processes.rank} has lost rank 0, which did not answer within train.timeout = "
+                f"{timeout:g} s: look at {os.environ['MASTER_ADDR']} and the network between their hosts"
+                if is_late
+                else f"rank {processes.rank} has lost rank 0, which says why, unless the network between "
+                "their hosts is down"
             ) from None
         if answers == [None]:
             raise FailedElsewhere(2) from None
@@ -254,27 +256,28 @@ def failures_told_once(processes: Processes, store: dist.Store, timeout: float) 
 
 
 def silent_processes(
-    processes: Processes, store: dist.Store, is_waiting: bool, patience: float
+    processes: Processes, store: dist.Store, is_waiting: bool, is_late: bool, patience: float
 ) -> list[str] | None:
     """Says in the store whether this process ends because it waits for others. Returns those that say
-    nothing for `patience` seconds; None if another process tells the user."""
+    nothing for `patience` seconds, or came when the time of others was up; None if another process tells the
+    user."""
 
     def have_said(word: str) -> set[int]:
         return {rank for rank in range(processes.world_size) if store.check([f"{word}/{rank}"])}
 
-    store.set(f"{'waiting' if is_waiting else 'failed'}/{processes.rank}", "")
+    store.set(f"{'waiting' if is_waiting else 'failed'}/{processes.rank}", "late" if is_late else "")
     ends = time.monotonic() + patience
-    while is_waiting and not have_said("failed"):
+    while is_waiting and not have_said("failed") and time.monotonic() < ends + 1:
         waiting = have_said("waiting")
         silent = {*range(processes.world_size)} - waiting
         if not silent or time.monotonic() > ends:
-            if processes.rank > min(waiting):
-                return None
-            names = [f"rank {rank} ({store.get(f'process/{rank}').decode()})" for rank in sorted(silent)]
-            if names:
+            late = {rank for rank in waiting if store.get(f"waiting/{rank}") == b"late"}
+            silent = silent or (waiting - late if late else silent)
+            if processes.rank == min(waiting - silent):
+                names = [f"rank {rank} ({store.get(f'process/{rank}').decode()})" for rank in sorted(silent)]
                 store.set(f"failed/{processes.rank}", "")
                 time.sleep(0.5)  # for the others to see it: the store may end with this process
-            return names
+                return names
         time.sleep(0.1)
     return None
 
