@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import time
@@ -14,7 +15,8 @@ import pytest
 from torch.distributed import HashStore
 
 from mmvit.errors import UserError, run_script
-from mmvit.training import Processes, network
+from mmvit.recipes.alike import code, files, settings
+from mmvit.training import Processes, Recipe, network
 from mmvit.training.distributed import free_port, open_processes
 from mmvit.training.network import INTERFACE, choose_interface
 
@@ -123,6 +125,18 @@ def test_a_process_that_answers_too_late_is_named_once(tmp_path):
     assert ended[0][1] == ""
 
 
+def test_what_processes_have_otherwise_is_named(tmp_path):
+    def compare(processes: Processes) -> None:
+        own = {"train.steps": 3, "the content of data.train": f"{5 - processes.rank} shards"}
+        processes.check_alike(own, "Give both the same")
+
+    ended = end_of_processes(tmp_path, compare)
+    host = re.escape(socket.gethostname())
+    what = rf"the content of data\.train is 4 shards for rank 1 on {host}, and 5 shards for rank 0 on {host}"
+    assert re.fullmatch(rf"error: the processes differ: {what}\. Give both the same\n", ended[0][1]), ended
+    assert ended[1] == (2, "")
+
+
 @pytest.mark.parametrize(("chosen", "expected"), [(None, "lo"), ("eth7", "eth7")])
 def test_gloo_takes_the_interface_that_leads_to_the_main_process(monkeypatch, chosen, expected):
     monkeypatch.setenv("MASTER_ADDR", "localhost")
@@ -142,3 +156,19 @@ def test_gloo_of_the_main_host_that_calls_itself_loopback_takes_what_leads_to_th
     store.set("address/3", "10.0.0.9")
     choose_interface(store, 0, 4)
     assert os.environ[INTERFACE] == "eth7"
+
+
+def test_hosts_with_other_shards_code_or_settings_are_told_apart(tiny_shards, tmp_path):
+    mine, theirs = (
+        mock.Mock(train=[str(tiny_shards)], held_out=[str(tmp_path)], text_tokenizer=None) for _ in "12"
+    )
+    shutil.copy(tiny_shards / "held-out-000000.tar", tmp_path)
+    theirs.train = [str(tiny_shards / "train-*.tar")]
+    ours, others = dict(files({"data": mine})), dict(files({"data": theirs}))
+    assert ours["the content of data.held_out"] == others["the content of data.held_out"]
+    assert ours["the content of data.train"].startswith("6 shards, ")
+    assert others["the content of data.train"].startswith("5 shards, ")
+    assert re.fullmatch(r"\w{8}", code()["the content of mmvit"])
+    recipe = Recipe(task="x", output=tmp_path)
+    assert {"train.steps", "train.batch_size"} <= settings(recipe).keys()
+    assert settings(recipe) == settings(recipe.model_copy(update={"output": tmp_path / "else"}))

@@ -9,6 +9,7 @@ import torch
 from mmvit.config import to_toml
 from mmvit.errors import UserError
 from mmvit.places import find, load_script, shipped
+from mmvit.recipes.alike import check_alike
 from mmvit.recipes.command import Train
 from mmvit.recipes.plan import describe_cost
 from mmvit.recipes.resolve import resolve
@@ -53,12 +54,14 @@ def run_recipe(
 ) -> RunFolder:
     """Opens a session and runs the task's script in it."""
     json = find_deepspeed(deepspeed) if deepspeed else None
-    data = data_sections(recipe)
+    sections = data_sections(recipe)
+    data = sections.values()
     cache = used_cache(
         next((each.cache for each in data if each.cache), None),
         next((each.cache_size for each in data if each.cache_size), None),
     )
     with cache, open_session(recipe, resume=resume, deepspeed=json) as session:
+        check_alike(session, sections)
         for note in notes:
             session.say(note)
         (train_session or load_script(TASKS[recipe.task].script).train_session)(session)
@@ -68,15 +71,15 @@ def run_recipe(
 def has_data(recipe: Recipe) -> bool:
     """Whether the shards that a recipe names are there."""
     try:
-        return all(expand_shards(section.train) for section in data_sections(recipe))
+        return all(expand_shards(section.train) for section in data_sections(recipe).values())
     except UserError:
         return False
 
 
-def data_sections(recipe: Recipe) -> list[Any]:
-    """The sections that name shards to train on."""
-    sections = [getattr(recipe, name) for name in type(recipe).model_fields]
-    return [section for section in sections if hasattr(section, "held_out")]
+def data_sections(recipe: Recipe) -> dict[str, Any]:
+    """The sections that name shards to train on, by name."""
+    sections = {name: getattr(recipe, name) for name in type(recipe).model_fields}
+    return {name: section for name, section in sections.items() if hasattr(section, "held_out")}
 
 
 def find_deepspeed(path: str | Path) -> Path:

@@ -88,6 +88,24 @@ class Processes:
             raise FailedElsewhere(2)
         return result
 
+    def check_alike(self, own: dict[str, Any], advice: str) -> None:
+        """Raises UserError that names what another process has otherwise than the main one; then the others
+        exit."""
+        everyone = self.gather((socket.gethostname(), own))
+
+        def compare() -> None:
+            main_host, main = everyone[0]
+            for rank, (host, other) in enumerate(everyone[1:], start=1):
+                if different := [name for name in {**main, **other} if main.get(name) != other.get(name)]:
+                    found = [
+                        f"{name} is {other.get(name)} for rank {rank} on {host}, and {main.get(name)} for "
+                        f"rank 0 on {main_host}"
+                        for name in different[:3]
+                    ]
+                    raise UserError(f"the processes differ: {'; '.join(found)}. {advice}")
+
+        self.on_main(compare)
+
     def on_main(self, action: Callable[[], Any]) -> None:
         """Runs `action` in the main process while the others wait."""
         self.together(action if self.is_main else lambda: None)
