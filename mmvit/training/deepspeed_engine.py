@@ -1,11 +1,12 @@
 """The DeepSpeed engine: ZeRO 0 to 3 from a JSON file. Only this file imports deepspeed, lazily."""
 
+import ctypes
 import json
 import logging
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,9 @@ class DeepSpeedEngine:
         )
         for group in distributed_c10d._world.pg_map:  # DeepSpeed's own groups wait half an hour
             distributed_c10d._set_pg_timeout(timedelta(seconds=train.timeout), group)
+        if self.stage == 3:
+            keep_weights_once(self.engine.optimizer)
+            give_memory_back()
         self.shards = Shards(self.stage, self.engine.optimizer, self.optimizer.parts[0])
         if isinstance(self.optimizer.parts[0], FlatMuon):
             self.optimizer.parts[0].shards = self.shards
@@ -275,9 +279,15 @@ class ZeroThree:
 
     def share(self, module: nn.Module) -> None:
         self.zero.Init(module=module.to(self.processes.device), config_dict_or_path=self.settings)
+        give_memory_back()
 
-    def whole(self, tensors: list[Tensor]) -> AbstractContextManager:
-        return self.zero.GatheredParameters([t for t in tensors if hasattr(t, "ds_id")], modifier_rank=0)
+    @contextmanager
+    def whole(self, tensors: list[Tensor]) -> Iterator[None]:
+        shared = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+        with self.zero.GatheredParameters(shared, modifier_rank=0):
+            yield
+        if shared:
+            give_memory_back()
 
     def shape(self, tensor: Tensor) -> torch.Size:
         return getattr(tensor, "ds_shape", tensor.shape)
@@ -300,6 +310,12 @@ class ZeroThree:
             if not self.begun:
                 self.begin(fails=True)
             raise
+
+
+def give_memory_back() -> None:
+    """Returns what the allocator of C keeps of freed layers, in all as much as a model, to the system."""
+    with suppress(AttributeError):  # of other C libraries than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
@@ -327,6 +343,18 @@ def complete(
         "gradient_clipping": train.clip_norm,
         "torch_autocast": {"enabled": precision != torch.float32, "dtype": "bfloat16"},
     }
+
+
+def keep_weights_once(zero: Any) -> None:
+    """Lets the weights that the optimizer trains be those that the model computes with, both of fp32.
+
+    DeepSpeed means to do so, but compares devices with their names, and copies.
+    """
+    for master, shown in zip(
+        zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True
+    ):
+        if shown is not None and (shown.dtype, shown.device) == (master.dtype, master.device):
+            master.data = shown.data
 
 
 def loose_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
