@@ -10,7 +10,8 @@ dataset.json says which image tokenizer made the codes, and training checks it.
 
 Processes that torchrun starts share out the shards. Finished shards are kept when the command is interrupted,
 and the same command goes on from there, on any number of processes; a shard is encoded again only if its
-source, the tokenizer or an option has changed. The result is the same, byte for byte.
+images have changed. The result is the same, byte for byte. With another tokenizer or other options, the
+command refuses to replace them.
 
     mmvit encode data/emoji data/emoji-augmented --augmented 8 --flip-unless "left right"
 
@@ -44,7 +45,9 @@ from mmvit.data.writing import (
     Outcome,
     WholeShard,
     inherited_facts,
+    is_size,
     read_dataset_card,
+    refuse_other_options,
     remove_shard,
     write_dataset_card,
 )
@@ -94,6 +97,7 @@ def main(
     copies = Copies(
         augmented, shift, tuple(re.split(r"[\s,]+", flip_unless.strip(" ,"))) if flip_unless else ()
     )
+    options = {"augmented": augmented, "shift": shift, "flip_unless": " ".join(copies.flip_unless) or None}
     kind = "cuda" if torch.cuda.is_available() else "cpu"
 
     def prepare() -> tuple[dict[str, Any], tuple[int, int], ImageTokenizer, dict[str, Any]]:
@@ -110,10 +114,11 @@ def main(
         facts, size_of_images, model, made = processes.together(prepare)
         how = {name: fact for name, fact in made.items() if name != "path"} | {"copies": asdict(copies)}
         shards = processes.from_main(lambda: name_shards(expand_shards(source)))
-        finished = FinishedShards(out, RECORDS, how)
+        finished = FinishedShards(out, RECORDS, how, {"image_tokenizer": made, "options": options})
 
         def begin() -> list[str]:
             refuse_other_shards(out, shards)
+            refuse_other_codes(out, finished)
             stack.enter_context(sole_writer(out))
             chosen = to_encode(shards, finished)
             refuse_damaged({name: shards[name] for name in chosen}, out)
@@ -133,7 +138,7 @@ def main(
             return names
 
         processes.share_out(processes.from_main(begin), encode_share)
-        processes.on_main(lambda: complete(source, out, shards, finished, facts, made))
+        processes.on_main(lambda: complete(source, out, shards, finished, facts))
 
 
 def describe_tokenizer(model: ImageTokenizer, path: str, height: int, width: int) -> dict[str, Any]:
@@ -171,8 +176,7 @@ def to_encode(shards: Mapping[str, Path], finished: FinishedShards) -> list[str]
         print(f"{kept:,} of {len(shards):,} shards are encoded already", flush=True)
     if again := [name for name in left if finished.record(name).exists()]:
         print(
-            f"encoding {len(again):,} again, {again[0]} for one: the images, the tokenizer or an option has "
-            "changed since",
+            f"encoding {len(again):,} again, {again[0]} for one: its images or its codes have changed since",
             flush=True,
         )
     return left
@@ -188,6 +192,25 @@ def refuse_other_shards(out: Path, shards: Mapping[str, Path]) -> None:
             f"{out} holds shards of {', '.join(sorted(left))}, which the source does not have; remove them, "
             "or name another folder"
         )
+
+
+def refuse_other_codes(out: Path, finished: FinishedShards) -> None:
+    """Raises UserError if `out` holds codes made with another tokenizer or other options: runs are trained on
+    them, and some may be left of an interrupted command."""
+    if not [*out.glob("*.tar")]:
+        return
+    card = read_dataset_card(out) or finished.card_before()
+    before, made = card.get("image_tokenizer", {}), finished.card["image_tokenizer"]
+    is_same = before.get("fingerprint", made["fingerprint"]) == made["fingerprint"]  # wherever it lies
+    refuse_other_options(out, options_of(card, is_same), options_of(finished.card, is_same))
+
+
+def options_of(card: Mapping[str, Any], is_same_tokenizer: bool) -> dict[str, Any]:
+    """The options that a dataset.json tells of, by name."""
+    made = card.get("image_tokenizer", {})
+    tokenizer = {} if is_same_tokenizer else {"tokenizer": f"{made.get('path')} ({made['fingerprint']})"}
+    size = {"size": "x".join(map(str, made["size"]))} if is_size(made.get("size")) else {}
+    return {**tokenizer, **size, **card.get("options", {})}
 
 
 def refuse_damaged(shards: Mapping[str, Path], out: Path) -> None:
@@ -277,7 +300,6 @@ def complete(
     shards: Mapping[str, Path],
     finished: FinishedShards,
     facts: Mapping[str, Any],
-    made: Mapping[str, Any],
 ) -> None:
     """Removes shards of before, writes dataset.json and prints what all processes, in this and interrupted
     jobs, have counted."""
@@ -298,7 +320,7 @@ def complete(
             remove_shard(old)
     finished.forget_all_but(shards)
     own = {name: fact for name, fact in facts.items() if not name.startswith("image_")}  # sizes, modes
-    write_dataset_card(out, outcome, **own, image_tokenizer=made)
+    write_dataset_card(out, outcome, **own, **finished.card)
     outcome.print(out)
 
 

@@ -43,6 +43,7 @@ from mmvit.data.writing import (
     in_order,
     read_dataset_card,
     refuse_other_data,
+    refuse_other_options,
     write_dataset_card,
 )
 from mmvit.errors import UserError, refuse_source, shorten
@@ -151,21 +152,7 @@ def refuse_other_shards(out: Path, options: dict[str, Any]) -> None:
         raise UserError(
             f"{out} holds shards that mmvit shards did not make: remove them, or name another folder"
         )
-    before = card.get("options", {})
-    changed = [
-        f"--{name.replace('_', '-')} was {said(before[name])}, is {said(value)}"
-        for name, value in options.items()
-        if before.get(name, value) != value
-    ]
-    if changed:
-        raise UserError(
-            f"{out} holds shards made with other options ({'; '.join(changed)}): remove that folder, or "
-            "name another"
-        )
-
-
-def said(value: Any) -> str:
-    return "not given" if value is None else str(value).lower()
+    refuse_other_options(out, card.get("options", {}), options)
 
 
 def name_classes(entries: list[Entry], source: Path) -> list[str]:

@@ -172,13 +172,15 @@ def test_a_generator_is_evaluated_on_plain_captions_and_images(encoded):
 
 
 def test_codes_that_are_being_replaced_do_not_say_whose_they_are(encoded, tiny_shards, run_script, tmp_path):
-    arguments = (tiny_shards, tmp_path / "codes", "--tokenizer", encoded / "tokenizer", "--size", 16)
+    shards = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
+    arguments = (shards, tmp_path / "codes", "--tokenizer", encoded / "tokenizer", "--size", 16)
     assert run_script("pipelines/encode_images.py", *arguments).returncode == 0
+    shutil.copy(shards / "train-000001.tar", shards / "train-000000.tar")
     full = mock.patch.object(
         load_script("pipelines/encode_images.py"), "pack_codes", side_effect=OSError("the disk is full")
     )
     with full, pytest.raises(OSError, match="the disk is full"):
-        run_script("pipelines/encode_images.py", *arguments, "--augmented", 1)
+        run_script("pipelines/encode_images.py", *arguments)
     assert not (tmp_path / "codes/dataset.json").exists()
 
 

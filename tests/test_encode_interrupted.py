@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -159,16 +160,40 @@ def test_only_what_has_changed_is_encoded_again(source, tokenizer, whole, run_sc
     changed = ["held-out-000000.tar", *(f"train-00000{number}.tar" for number in (0, 1, 4))]
     assert encoded_again(*run) == changed
     assert written(out) == whole[0]
-    assert len(encoded_again(*run, "--augmented", 1)) == 6
-    VQModel(VQConfig(codebook_size=16, encoder_width=32, decoder_widths=(32, 16))).save_pretrained(tmp_path)
-    assert len(encoded_again(run_script, images, tmp_path, out)) == 6
     shutil.copy(images / "train-000004.tar", images / "train-000005.tar")
-    assert encoded_again(run_script, images, tmp_path, out) == ["train-000005.tar"]
+    assert encoded_again(*run) == ["train-000005.tar"]
     for name in ("train-000004.tar", "train-000005.tar"):
         (images / name).unlink()
-    assert encoded_again(run_script, images, tmp_path, out) == []
+    assert encoded_again(*run) == []
     assert {path.name for path in out.glob("train*4.tar*")} == set()
     assert len(list((out / ".encoded").iterdir())) == 5
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_codes_made_in_another_way_are_not_replaced(source, tokenizer, run_script, tmp_path, is_finished):
+    other, out = tmp_path / "other", tmp_path / "codes"
+    VQModel(VQConfig(codebook_size=16, encoder_width=32, decoder_widths=(32, 16))).save_pretrained(other)
+    with nullcontext() if is_finished else dies_at("script.pack_codes", 37, interrupt):
+        run_script(*arguments(source, tokenizer, out))
+    assert (out / "dataset.json").exists() == is_finished
+    before = contents(out)
+
+    def changed(folder: Path, *more: object) -> str:
+        ran = run_script(*arguments(source, folder, out, *more))
+        refused(
+            ran, f"{out} holds shards made with other options (", "): remove that folder, or name another"
+        )
+        assert contents(out) == before
+        return ran.stderr.partition("options (")[2].partition("): remove")[0]
+
+    digits = "[0-9a-f]{16}"
+    both = rf"--tokenizer was {tokenizer} \({digits}\), is {other} \({digits}\)"
+    assert re.fullmatch(both, changed(other))
+    assert changed(tokenizer, "--size", 16) == "--size was 16x24, is 16x16"
+    said = "--augmented was 0, is 1; --flip-unless was not given, is left right"
+    assert changed(tokenizer, "--augmented", 1, "--flip-unless", "left, right") == said
+    moved = shutil.copytree(tokenizer, tmp_path / "moved")
+    assert len(encoded_again(run_script, source, moved, out)) == (0 if is_finished else 3)
 
 
 def test_a_shard_that_is_replaced_while_it_is_read_is_refused(source, tokenizer, run_script, tmp_path):

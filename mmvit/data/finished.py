@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ class FinishedShards:
     Args:
         records: the folder of the records, in `folder`; its name tells commands apart.
         how: all that shards depend on beside their source.
+        card: what dataset.json will say of that.
     """
 
-    def __init__(self, folder: Path, records: str, how: dict[str, Any]):
-        self.folder, self.records = folder, folder / records
+    def __init__(self, folder: Path, records: str, how: dict[str, Any], card: dict[str, Any] | None = None):
+        self.folder, self.records, self.card = folder, folder / records, card or {}
         self.how = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()
 
     def find(self, name: str, fits: Callable[[Any], bool]) -> Outcome | None:
@@ -50,9 +51,16 @@ class FinishedShards:
         """Gives a shard its name, and keeps what was counted when it was made of `source`."""
         shard.finish()
         shard.publish()
-        made = {"how": self.how, "source": source, "shard": describe_file(shard.path)}
+        made = {"how": self.how, "card": self.card, "source": source, "shard": describe_file(shard.path)}
         self.records.mkdir(exist_ok=True)
         write_json({**made, "counted": outcome.counted()}, self.record(shard.path.name))
+
+    def card_before(self) -> dict[str, Any]:
+        """What dataset.json would have said of the shards that are finished; {} if there are none."""
+        for record in sorted(self.records.glob("*.json")):
+            with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+                return dict(json.loads(record.read_text(encoding="utf-8"))["card"])
+        return {}
 
     def forget_all_but(self, names: Collection[str]) -> None:
         """Removes records of other shards."""

@@ -347,6 +347,24 @@ def refuse_other_data(folder: Path, source: str | None) -> None:
     )
 
 
+def refuse_other_options(folder: Path, before: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raises UserError if an option of the shards in `folder` was another one `before`."""
+    changed = [
+        f"--{name.replace('_', '-')} was {said(before[name])}, is {said(value)}"
+        for name, value in options.items()
+        if before.get(name, value) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} holds shards made with other options ({'; '.join(changed)}): remove that folder, or "
+            "name another"
+        )
+
+
+def said(value: Any) -> str:
+    return "not given" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def inherited_facts(source: Path, out: Path, adds: str = "") -> dict[str, Any]:
     """What the dataset.json of shards also says about those made from them in `out`: everything but the
     counts and options.
