@@ -31,6 +31,9 @@ def test_folder_with_captions_beside_the_images(run_script, tmp_path):
     (source / "broken.txt").write_text("broken")
     save_image(source / "latin.png")
     (source / "latin.txt").write_bytes(b"caf\xe9")
+    for name in ("lonely.txt", "sub/lonely.txt", "photo.txt"):
+        (source / name).write_text("no image")
+    (source / "photo.heic").touch()
     samples, printed = make_shards(run_script, source, tmp_path / "out", "--max-side", 15)
     assert {key: sorted(sample.files) for key, sample in samples.items()} == {
         "a": ["png", "txt"],
@@ -42,6 +45,9 @@ def test_folder_with_captions_beside_the_images(run_script, tmp_path):
     assert decode_image(samples["a"].files["png"]).shape == (8, 15, 3)
     for reason in ("no .txt beside the image", "undecodable image", "caption is not UTF-8"):
         assert f"skipped: {reason}" in printed
+    shown = " ".join(printed.replace("│", " ").split())
+    assert "skipped: captions without an image 2 lonely.txt, sub/lonely.txt skipped:" in shown
+    assert "skipped: .heic files 1 photo.heic" in shown
 
 
 def test_class_folders_and_images_kept_byte_for_byte(run_script, tmp_path):

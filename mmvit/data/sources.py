@@ -100,6 +100,9 @@ def entries_of_folder(
     """Captions are used if there are .txt files beside images, otherwise folder names are classes."""
     images, texts = files_of_folder(folder, outcome)
     captioned = not unlabelled and any(path.with_suffix("") in texts for path in images)
+    if captioned:
+        for stem in sorted(texts.keys() - {path.with_suffix("") for path in images}):
+            outcome.skip("captions without an image", str(texts[stem].relative_to(folder)))
     folders = {path: path.parent.relative_to(folder).parts for path in images}
     if wrapper := find_wrapper(folders.values(), 1 if captioned or unlabelled else 2):
         folders = {path: parts[wrapper:] for path, parts in folders.items()}
@@ -155,6 +158,7 @@ def files_of_folder(folder: Path, outcome: Outcome) -> tuple[list[Path], dict[Pa
     not_read = [path for path in not_read if path.with_suffix("") not in found]
     for path in not_read:
         outcome.skip(f"{path.suffix.lower()} files", str(path.relative_to(folder)))
+        texts.pop(path.with_suffix(""), None)  # counted with its image
     for suffix, count in Counter(path.suffix.lower() for path in not_read).items():
         outcome.remark(f"Skipped {count:,} {suffix}: {NOT_READ[suffix]}.")
     if not images:
