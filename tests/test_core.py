@@ -11,7 +11,7 @@ from mmvit.core.masks import additive, causal, prefix, sparse_causal
 from mmvit.core.norm import RMSNorm
 from mmvit.core.positions import LayerPositions, Positions, RelativePositions, rotate, sincos
 from mmvit.core.transformer import Transformer, TransformerConfig
-from mmvit.models.cost import kept_for_backward
+from mmvit.models.activations import kept_for_backward
 
 VARIANTS = {
     "vit": {},

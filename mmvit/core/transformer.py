@@ -201,8 +201,8 @@ class Transformer(nn.Module):
             raise ValueError(f"expected positions for {len(self.blocks)} layers, got {len(places)}")
         if (is_causal or cache is not None) and any(place.offsets is not None for place in places):
             raise ValueError("relative positions work with a mask, not with is_causal or a cache")
-        device = x.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):
+        device = "cuda" if x.is_meta else x.device.type  # as in mmvit.models.trace
+        if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))  # keeps the residual stream in lower precision, too
         masks = bias_of_layers(mask, len(self.blocks), x.dtype)
         for layer, block in enumerate(self.blocks):

@@ -1,14 +1,14 @@
 """What training a recipe costs: parameters, FLOPs and memory, from shapes alone."""
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmvit.models.cost import stem_activations, training_memory
+from mmvit.models.activations import Device, Precision, activations, example_batch
+from mmvit.models.cost import training_state
 from mmvit.models.registry import build_model
 from mmvit.training.config import Recipe
+from mmvit.training.distributed import choose_device, choose_precision
 
 
 def describe_cost(recipe: Recipe) -> list[str]:
@@ -23,19 +23,25 @@ def describe_cost(recipe: Recipe) -> list[str]:
     ]
     if flops := training_flops(model.train(), recipe):
         lines.append(f"{flops / 1e9:,.1f} GFLOP an example, {flops * examples / 1e15:,.3g} PFLOP in all")
-    if core := getattr(recipe.model, "core", None):
-        stem = stem_activations(recipe.model)
-        average = recipe.train.ema_decay > 0
-        memory = training_memory(
-            parameters, core, model.positions.length, precision="fp32", average=average, stem=stem
-        )
-        per_pass = recipe.train.batch_size // recipe.train.accumulation
-        lines.append(
-            f"about {memory.state / 1e9:,.2f} GB of weights, gradients and moments, and "
-            f"{memory.activations * per_pass / 1e9:,.2f} GB of activations for {per_pass} examples, in fp32 "
-            "on one process"
-        )
-    return lines
+    device = choose_device(recipe.train.device, local_rank=0)
+    precision = "fp32" if choose_precision(recipe.train.precision, device) == torch.float32 else "bf16"
+    state = training_state(parameters, precision=precision, average=recipe.train.ema_decay > 0)
+    per_pass = recipe.train.batch_size // recipe.train.accumulation
+    memory = f"about {state.total / 1e9:,.2f} GB of weights, gradients and moments"
+    if size := activations_of(recipe, "cpu" if device.type == "cpu" else "cuda", precision):
+        memory += f", and {size * per_pass / 1e9:,.2f} GB of activations for {per_pass} examples"
+    return [*lines, f"{memory}, in {precision} on one {device.type.upper()}"]
+
+
+def activations_of(recipe: Recipe, device: Device, precision: Precision) -> float:
+    """The most bytes of an example's activations in use at any moment of a step. 0 for losses that cannot be
+    traced, and for pre-training's objectives."""
+    if recipe.task == "pretraining":
+        return 0.0
+    try:
+        return activations(recipe.model, device, precision, image_size=image_size(recipe)).peak
+    except (NotImplementedError, RuntimeError):  # asks for a value
+        return 0.0
 
 
 def training_flops(model: nn.Module, recipe: Recipe) -> int:
@@ -44,26 +50,14 @@ def training_flops(model: nn.Module, recipe: Recipe) -> int:
     """
     if recipe.task == "pretraining":
         return 0
-    batch = one_example(recipe.model, recipe)
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         try:
-            model.loss(batch)
+            model.loss(example_batch(recipe.model, 1, image_size(recipe)))
         except (NotImplementedError, RuntimeError):  # asks for a value, which meta tensors do not have
             return 0
     return 3 * counter.get_total_flops()
 
 
-def one_example(config: Any, recipe: Recipe) -> dict[str, Tensor]:
-    """A batch of one without values, with everything that losses read."""
-    parts = [config, getattr(config, "image", None), getattr(config, "classifier", None)]
-    parts.append(getattr(config, "generator", None))
-    batch = {"labels": torch.zeros(1, dtype=torch.long, device="meta")}
-    size = getattr(getattr(recipe, "data", None), "image_size", None)
-    for part in filter(None, parts):
-        height_width = getattr(part, "height_width", size)
-        if height_width:
-            batch["pixels"] = torch.empty(1, getattr(part, "channels", 3), *height_width, device="meta")
-        for name, length in (("caption_ids", "text_length"), ("codes", "num_codes")):
-            if count := getattr(part, length, None):
-                batch[name] = torch.zeros(1, count, dtype=torch.long, device="meta")
-    return batch
+def image_size(recipe: Recipe) -> tuple[int, int] | None:
+    """Of the images that a model for any size is trained on."""
+    return getattr(getattr(recipe, "data", None), "image_size", None)
