@@ -20,6 +20,7 @@ from tiny_streams import Broken, KeyOnly, Large, Nothing, Rare, keys_of, stream_
 
 from mmvit.data.samples import CaptionSample, ClassifierSample
 from mmvit.errors import UserError
+from mmvit.streams.index import beside
 from mmvit.streams.shards import read_shard
 from mmvit.streams.stream import ShardStream
 
@@ -127,7 +128,29 @@ def test_a_broken_shard_is_one_however_often_it_is_met(tiny_shards, tmp_path, nu
         take(stream, 150)  # twelve epochs
     assert len([warning for warning in caught if str(cut) in str(warning.message)]) <= max(1, num_workers)
     assert list(stream.report()["broken_shards"]) == [str(cut)]
-    assert "0 skipped, and parts of 1 broken shard, the first: " in stream.tally.describe()
+    assert "0 skipped, and parts of 1 broken shard" in stream.tally.describe()
+
+
+def test_samples_lost_in_broken_shards_are_counted_as_far_as_indexes_tell(tiny_shards, tmp_path):
+    cut, other = (Path(shutil.copy(tiny_shards / f"train-00000{number}.tar", tmp_path)) for number in (1, 2))
+    shutil.copy(beside(tiny_shards / cut.name), tmp_path)
+    promised = len(list(read_shard(cut)))
+    cut.write_bytes(cut.read_bytes()[:-20_000])
+    stream = ShardStream(tmp_path, KeyOnly(), 4, repeat=False)
+    with pytest.warns(UserWarning, match="damaged"):
+        lost = promised + len(list(read_shard(other))) - len(keys_of(stream))
+    assert 0 < lost < promised
+    said = f"parts of 1 broken shard ({lost} samples lost), the first: {cut} is truncated"
+    assert said in stream.tally.describe()
+    resumed = ShardStream(tmp_path, KeyOnly(), 4, repeat=False)
+    resumed.load_state_dict(stream.state_dict())
+    resumed.count_broken_shards()
+    assert said in resumed.tally.describe()
+    other.write_bytes(other.read_bytes()[:-20_000])
+    stream = ShardStream(tmp_path, KeyOnly(), 4, repeat=False)
+    with pytest.warns(UserWarning, match="damaged"):
+        keys_of(stream)
+    assert f"parts of 2 broken shards (at least {lost} samples lost), the first: " in stream.tally.describe()
 
 
 def test_fewer_samples_than_ranks_are_read_in_turn(tmp_path):

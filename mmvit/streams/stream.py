@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmvit.errors import UserError
+from mmvit.streams.index import samples_promised
 from mmvit.streams.order import Order
 from mmvit.streams.reader import Batch, Decode, Delivery, Reader
 from mmvit.streams.remote_index import indexes_of
@@ -139,12 +140,12 @@ class ShardStream:
         self.consumed = 0
 
     def count_broken_shards(self) -> None:
-        broken = {
-            str(shard): str(BadShard(shard, index.problem))
-            for shard, index in zip(self.shards, self.reader.indexes, strict=True)
-            if index.problem
-        }
-        found = Tally(broken_shards=broken)
+        found = Tally()
+        for shard, index in zip(self.shards, self.reader.indexes, strict=True):
+            if index.problem:
+                found.broken_shards[str(shard)] = str(BadShard(shard, index.problem))
+                if (promised := samples_promised(shard)) is not None:
+                    found.lost[str(shard)] = max(0, promised - index.samples)
         for problem in found.news(self.tally):
             warnings.warn(problem, stacklevel=3)
         self.before = self.before.plus(found)

@@ -12,13 +12,15 @@ MIN_BAD = 10  # bad samples that are tolerated however few have been read
 @dataclass
 class Tally:
     """Counts of samples read and of samples skipped by reason (with the first case of each), damaged shards
-    (path → problem), damaged pieces of remote shards, and the decoder's own counts."""
+    (path → problem) and the samples lost in them (path → number, where an index tells), damaged pieces of
+    remote shards, and the decoder's own counts."""
 
     read: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
     broken_shards: dict[str, str] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, int] = field(default_factory=dict)
 
     def skip(self, reason: str, example: str) -> None:
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
@@ -35,6 +37,7 @@ class Tally:
             other.examples | self.examples,
             other.broken_shards | self.broken_shards,
             add_counts(self.counts, other.counts),
+            other.lost | self.lost,
         )
 
     def news(self, before: "Tally") -> list[str]:
@@ -71,7 +74,11 @@ class Tally:
         if not self.broken_shards:
             return []
         first = next(iter(self.broken_shards.values()))
-        return [f"{plural(len(self.broken_shards), 'broken shard')}, the first: {first}"]
+        lost = f"{plural(sum(self.lost.values()), 'sample')} lost" if self.lost else ""
+        if lost and len(self.lost) < len(self.broken_shards):
+            lost = f"at least {lost}"
+        shards = plural(len(self.broken_shards), "broken shard") + (f" ({lost})" if lost else "")
+        return [f"{shards}, the first: {first}"]
 
     def describe(self) -> str:
         """A line for the end of a run."""
