@@ -381,6 +381,7 @@ def import_deepspeed(device: torch.device) -> Any:
             "deepspeed. Without --deepspeed the same command trains with plain torch, also under torchrun"
         ) from None
     logger.setLevel(logging.WARNING)
+    logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())  # the tests try ours
     if device.type == "cpu":  # or it runs a compiler at start-up, for operators that gloo does not need
         deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
