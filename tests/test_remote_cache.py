@@ -17,7 +17,9 @@ import pytest
 from file_server import FileServer, own_cache, served
 from tiny_streams import TRAIN, epoch_of, keys_of
 
+from mmvit.config import build_config
 from mmvit.errors import UserError
+from mmvit.recipes.data import CacheConfig
 from mmvit.streams import pieces
 from mmvit.streams.address import Address
 from mmvit.streams.cache import SUM, TOTAL, Cache, take_damaged
@@ -43,6 +45,12 @@ def test_pieces_are_fetched_ahead_and_each_once_a_machine(tiny_shards, server, m
     sizes = {f"/{shard.name}": shard.stat().st_size for shard in tiny_shards.glob("train-*.tar")}
     for name, size in sizes.items():  # three headers, with which the index is compared, and the length in all
         assert size / 2 < server.sent[name] <= size + 3 * 512 + 1
+
+
+@pytest.mark.parametrize("size", [1, -1, 0.003, "50 gigs", "0GB"])
+def test_a_size_without_a_unit_is_refused(size):
+    with pytest.raises(UserError, match=r'expected a size such as "50GB" \(KB, MB, GB, TB\), got '):
+        build_config(CacheConfig, {"cache_size": size}, "config.toml")
 
 
 def test_the_cache_stays_within_its_size_and_keeps_what_was_used_last(tmp_path):

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import BeforeValidator, Field
 
 from mmvit.config import Config
 from mmvit.data.augment import AugmentConfig
@@ -16,7 +16,7 @@ class CacheConfig(Config):
     cache: str | None = Field(
         None, description="folder for pieces of remote shards (default: ~/.cache/mmvit/remote)"
     )
-    cache_size: Annotated[str, AfterValidator(checked_size)] | None = Field(
+    cache_size: Annotated[str, BeforeValidator(checked_size)] | None = Field(
         None, description=f"most bytes of it, such as {DEFAULT_SIZE}, which is the default"
     )
 

@@ -45,15 +45,15 @@ def close_in_progress() -> None:
 os.register_at_fork(after_in_child=close_in_progress)
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: object) -> int:
     """`50GB` → 50,000,000,000. Raises ValueError if it is no number with a unit."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", text.strip().upper())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", str(text).strip().upper())
     if found is None or not (size := int(float(found[1]) * UNITS[found[2]])):
         raise ValueError(f'expected a size such as "50GB" ({", ".join(UNITS)}), got {text!r}')
     return size
 
 
-def checked_size(text: str) -> str:
+def checked_size(text: object) -> object:
     parse_size(text)
     return text
 
