@@ -20,7 +20,7 @@ from tiny_streams import Broken, KeyOnly, Large, Nothing, Rare, keys_of, stream_
 
 from mmvit.data.samples import CaptionSample, ClassifierSample
 from mmvit.errors import UserError
-from mmvit.streams.index import beside
+from mmvit.streams.index import beside, index_of
 from mmvit.streams.shards import read_shard
 from mmvit.streams.stream import ShardStream
 
@@ -114,7 +114,11 @@ def test_shards_that_are_all_broken_end_the_stream(tmp_path, num_workers):
     for number in range(2):
         (tmp_path / f"train-{number:06d}.tar").write_bytes(b"<html>not found</html>" * 100)
     stream = ShardStream(tmp_path, KeyOnly(), 4, num_workers=num_workers)
-    with pytest.raises(UserError, match=r"found no sample .*2 broken shards, the first: .*damaged"):
+    told = "000000.tar is not a tar file: it begins with '<html>not found<'"
+    with (
+        pytest.warns(UserWarning, match=f"{told}$"),
+        pytest.raises(UserError, match=rf"found no sample .*2 broken shards, the first: .*{told}\)"),
+    ):
         next(iter(stream))
 
 
@@ -129,6 +133,17 @@ def test_a_broken_shard_is_one_however_often_it_is_met(tiny_shards, tmp_path, nu
     assert len([warning for warning in caught if str(cut) in str(warning.message)]) <= max(1, num_workers)
     assert list(stream.report()["broken_shards"]) == [str(cut)]
     assert "0 skipped, and parts of 1 broken shard" in stream.tally.describe()
+
+
+def test_damage_since_a_shard_was_indexed_is_told_by_its_place_in_the_shard(tiny_shards, tmp_path):
+    shard = Path(shutil.copy(tiny_shards / "train-000000.tar", tmp_path))
+    shutil.copy(beside(tiny_shards / shard.name), tmp_path)
+    start, end = index_of(shard).ranges[2].tolist()
+    content = shard.read_bytes()
+    shard.write_bytes(content[:start] + b"x" * (end - start) + content[end:])
+    stream = ShardStream(shard, KeyOnly(), 2, repeat=False)
+    with pytest.warns(UserWarning, match=rf"sample 3 .*: no tar header from byte {start:,} to byte {end:,}"):
+        keys_of(stream)
 
 
 def test_samples_lost_in_broken_shards_are_counted_as_far_as_indexes_tell(tiny_shards, tmp_path):

@@ -119,6 +119,28 @@ def test_a_damaged_compressed_shard_is_told(tmp_path):
     assert "end-of-stream" in problem
 
 
+@pytest.mark.parametrize("wanted", [None, ()])
+def test_a_file_cut_short_is_told_by_what_is_left_of_it(wanted):
+    content = header("a.cls", b"0", 700) + b"x" * 700
+    cuts = {
+        600: "a.cls ends after 600 of 700 bytes",
+        700: "the archive ends within the last block of a.cls",
+    }
+    for length, told in cuts.items():
+        with pytest.raises(BadTar) as found:
+            list(read_files(io.BytesIO(content[: BLOCK + length]), wanted))
+        assert str(found.value) == told
+
+
+@pytest.mark.parametrize("number", [5, 100])
+def test_a_web_page_is_no_tar_file(shard, number):
+    page = b"<!doctype html>\n<p>not found" * number
+    found = f"{shard} is not a tar file: it begins with '<!doctype html>\\n'"
+    assert read(shard, page) == ([], found)
+    assert read(shard, page[:0]) == ([], f"{shard} is truncated or damaged: the archive has no end mark")
+    assert "is truncated" in read(shard, tar_of(NAMES)[: BLOCK // 2])[1]
+
+
 def header(name: str, kind: bytes, size: int) -> bytes:
     member = tarfile.TarInfo(name)
     member.type, member.size = kind, size

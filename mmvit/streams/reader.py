@@ -181,7 +181,7 @@ class Reader:
         data = self.opened(index.shard).read(start, end)
         files, key = {}, None
         try:
-            for item in read_files(BytesIO(data), is_part=True):
+            for item in read_files(BytesIO(data), part_at=start):
                 if isinstance(item, Problem):
                     raise BadTar(item.text)
                 own, extension = split_name(item.name)

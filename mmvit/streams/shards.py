@@ -19,7 +19,7 @@ from mmvit.streams.address import Address, place
 from mmvit.streams.pieces import RemoteStream
 from mmvit.streams.remote import files_in
 from mmvit.streams.shard_lists import shards_listed
-from mmvit.streams.tar import MOST_BYTES, BadTar, File, Problem, read_files
+from mmvit.streams.tar import MOST_BYTES, NO_TAR, BadTar, File, Problem, read_files
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 HELD_OUT, OLD_HELD_OUT = "held-out", "heldout"  # the split's name now, and in shards made before 2026-12
@@ -38,7 +38,10 @@ class BadShard(Exception):
     """A truncated or damaged shard, of which not all samples could be read."""
 
     def __init__(self, shard: Path, problem: object):
-        super().__init__(f"{shard} is truncated or damaged: {problem}")
+        found = str(problem)
+        super().__init__(
+            f"{shard} is {found}" if found.startswith(NO_TAR) else f"{shard} is truncated or damaged: {found}"
+        )
         self.shard = shard
 
 

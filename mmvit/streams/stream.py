@@ -140,14 +140,16 @@ class ShardStream:
         self.consumed = 0
 
     def count_broken_shards(self) -> None:
-        found = Tally()
+        found, known = Tally(), self.tally.broken_shards
         for shard, index in zip(self.shards, self.reader.indexes, strict=True):
-            if index.problem:
-                found.broken_shards[str(shard)] = str(BadShard(shard, index.problem))
-                if (promised := samples_promised(shard)) is not None:
-                    found.lost[str(shard)] = max(0, promised - index.samples)
-        for problem in found.news(self.tally):
-            warnings.warn(problem, stacklevel=3)
+            path = str(shard)
+            if not index.problem or path in found.broken_shards:
+                continue
+            found.broken_shards[path] = text = str(BadShard(shard, index.problem))
+            if (promised := samples_promised(shard)) is not None:
+                found.lost[path] = max(0, promised - index.samples)
+            if path not in known:
+                warnings.warn(f"{text}; its other samples are used" if index.samples else text, stacklevel=3)
         self.before = self.before.plus(found)
         self.tally.check(self.max_bad)
 

@@ -41,7 +41,7 @@ class Tally:
         )
 
     def news(self, before: "Tally") -> list[str]:
-        """A line for each kind of problem that `before` did not have."""
+        """A line for each kind of problem of samples that `before` did not have."""
         samples = [
             f"skipped a sample, {reason}: {self.examples[reason]}"
             for reason in self.skipped
@@ -49,8 +49,7 @@ class Tally:
         ]
         if DAMAGED in self.counts and DAMAGED not in before.counts:
             samples.append(f"{self.examples[DAMAGED]} was damaged and has been fetched again: check its disk")
-        shards = [text for path, text in self.broken_shards.items() if path not in before.broken_shards]
-        return samples + [f"{text}; its other samples are used" for text in shards]
+        return samples
 
     def check(self, max_bad: float) -> None:
         """Raises UserError if there are more bad samples and broken shards than `MIN_BAD` and than the share

@@ -28,6 +28,7 @@ OTHERS = {
     b"S": "sparse",
 }
 WITHOUT_DATA = b"12346"
+NO_TAR = "not a tar file"
 
 
 class File(NamedTuple):
@@ -59,7 +60,7 @@ class Header(NamedTuple):
 
 
 def read_files(
-    stream: BinaryIO, wanted: Collection[str] | None = None, is_part: bool = False
+    stream: BinaryIO, wanted: Collection[str] | None = None, part_at: int | None = None
 ) -> Iterator[File | Problem]:
     """Yields files and problems in the order in which they lie in a tar.
 
@@ -68,12 +69,12 @@ def read_files(
 
     Args:
         wanted: endings of names, such as ".png"; None reads all files.
-        is_part: the stream is a part of an archive, and so has no end mark.
+        part_at: the stream is the part of an archive that begins at this byte, and so has no end mark.
 
     Raises:
         BadTar: if the archive is truncated, or holds no header.
     """
-    blocks = Blocks(stream)
+    blocks = Blocks(stream, part_at or 0)
     endings = None if wanted is None else tuple(wanted)
     zeros = begin = 0  # blocks of zeros just before; where the headers of the next file begin
     extended = Extended()
@@ -85,7 +86,9 @@ def read_files(
         header = parse(block)
         if header is None:
             if not blocks.find_header():
-                raise BadTar(f"no tar header at byte {start:,} or after it")
+                if part_at is None and start == zeros * BLOCK:  # nothing but zeros before
+                    raise no_tar(block)
+                raise BadTar(f"no tar header from byte {start:,} to byte {blocks.place:,}")
             start -= zeros * BLOCK
             yield Problem(None, f"{blocks.place - start:,} damaged bytes from byte {start:,} on")
             zeros, extended = 0, Extended()
@@ -122,7 +125,7 @@ def read_files(
             else:
                 blocks.skip(size, name)
             yield File(name, begin, offset, blocks.place, data)
-    if not zeros and not is_part:
+    if not zeros and part_at is None:
         raise BadTar("the archive has no end mark")
 
 
@@ -183,11 +186,15 @@ def number(field: bytes) -> int | None:
     return int(digits or b"0", 8) if re.fullmatch(rb"[0-7]*", digits) else None  # int takes -5, 0o5 and 1_0
 
 
-class Blocks:
-    """A stream in blocks of 512 bytes; `place` is the number of bytes read so far."""
+def no_tar(block: bytes) -> BadTar:
+    return BadTar(f"{NO_TAR}: it begins with {repr(block[:16])[1:]}")
 
-    def __init__(self, stream: BinaryIO):
-        self.stream, self.place = stream, 0
+
+class Blocks:
+    """A stream in blocks of 512 bytes; `place` is the byte of the archive that it has come to."""
+
+    def __init__(self, stream: BinaryIO, place: int = 0):
+        self.stream, self.place = stream, place
         self.again = b""  # a block to return once more
         # only of a file that lies on a disk: elsewhere, to seek is to read
         self.length = os.fstat(stream.fileno()).st_size if isinstance(stream, io.BufferedReader) else None
@@ -197,13 +204,16 @@ class Blocks:
         block, self.again = self.again or self.stream.read(BLOCK), b""
         self.place += len(block)
         if 0 < len(block) < BLOCK:
+            if self.place == len(block) and b"\0" not in block:  # which all headers have
+                raise no_tar(block)
             raise BadTar(f"the archive ends within a block, after {self.place:,} bytes")
         return block
 
     def find_header(self) -> bool:
         """Passes over blocks up to the next header, which `next` then returns; False if there is none."""
-        while block := self.next():
-            if block[257:262] == b"ustar" and parse(block) is not None:
+        while block := self.stream.read(BLOCK):
+            self.place += len(block)
+            if len(block) == BLOCK and block[257:262] == b"ustar" and parse(block) is not None:
                 self.again, self.place = block, self.place - BLOCK
                 return True
         return False
@@ -214,11 +224,11 @@ class Blocks:
         data = self.stream.read(padded)
         self.place += len(data)
         if len(data) < padded:
-            raise BadTar(f"{what} ends after {min(len(data), size):,} of {size:,} bytes")
+            raise cut_short(what, len(data), size)
         return data[:size]
 
     def skip(self, size: int, what: str) -> None:
-        left = -(-size // BLOCK) * BLOCK
+        padded = left = -(-size // BLOCK) * BLOCK
         if self.length is not None and self.place + left <= self.length:
             self.stream.seek(left, os.SEEK_CUR)
             self.place += left
@@ -228,4 +238,10 @@ class Blocks:
             self.place += passed
             left -= passed
             if not passed:
-                raise BadTar(f"{what} ends before {size:,} bytes")
+                raise cut_short(what, padded - left, size)
+
+
+def cut_short(what: str, length: int, size: int) -> BadTar:
+    if length < size:
+        return BadTar(f"{what} ends after {length:,} of {size:,} bytes")
+    return BadTar(f"the archive ends within the last block of {what}")
