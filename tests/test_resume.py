@@ -256,9 +256,8 @@ def test_a_finished_run_takes_other_settings_but_no_fewer_steps(tmp_path, tiny_s
     assert resumed(steps=2, select="last")["select"] == "last"
     capsys.readouterr()
     assert resumed(steps=1, select="accuracy")["steps"] == 2
-    said = capsys.readouterr().out
-    assert "the run is already at step 2 of 1; " in said
-    assert "nothing left to train" in said
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "already at step 2 and train.steps is 1: nothing left to train; raise train.steps" in said
     assert "config.toml keeps the settings of its training" in said
 
 

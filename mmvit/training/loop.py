@@ -118,16 +118,16 @@ def train(
     ):
         batches = raw if prepare is None else map(prepare, raw)
         if session.resume:
-            where = "the run is already" if done else "resuming"
-            display.say("; ".join([f"{where} at step {progress.step} of {config.steps}", *changes.values()]))
+            where = f"resuming at step {progress.step} of {config.steps}"
             if done:
-                display.say("nothing left to train; raise train.steps to go on")
-                if not recorded:
-                    display.say(f"{run.path / 'config.toml'} keeps the settings of its training")
+                where = f"the run is already at step {progress.step} and train.steps is {config.steps}: "
+                where += "nothing left to train; raise train.steps to go on"
+            kept = [] if recorded else [f"{run.path / 'config.toml'} keeps the settings of its training"]
+            display.say("; ".join([where, *kept, *changes.values()]))
             if folder:
                 with engine.evaluating() as trained:  # the run may have died before it could export this
                     export_to(run.last, trained)
-        if session.recipe.optimizer.warmup_steps >= config.steps:
+        if session.recipe.optimizer.warmup_steps >= config.steps and not done:
             display.say(
                 f"optimizer.warmup_steps {session.recipe.optimizer.warmup_steps} covers all train.steps "
                 f"{config.steps}, so the learning rate never reaches its peak"
@@ -180,7 +180,8 @@ def train(
         evaluated = sum_tallies(processes, session.evaluated)
         if evaluated.skipped or evaluated.broken_shards:
             display.say(f"all evaluations: {evaluated.describe()}")
-        display.say(f"{sum_tallies(processes, [stream]).describe()}; the run is in {run.path}")
+        if not done:
+            display.say(f"{sum_tallies(processes, [stream]).describe()}; the run is in {run.path}")
     return progress
 
 
