@@ -17,9 +17,11 @@ neighbours, and a linear probe.
 A generator: held-out loss in nats per image code; retrieval@1 and @5, the share of captions whose generated
 image has its own real image as the nearest, or among the five nearest, in pixels, of all images of the data
 set (the same for reconstructions is the most that any generator on these codes can reach); the Fréchet
-distance; copies, which agree with a training image, as the tokenizer shows it, to 34 dB. Of a large data set
-these are a sample (--sample), and the figures say of how many. OUT shows caption, real image, reconstruction
-and generated image, from worst to best. 405 captions take 15 s on 2 cores.
+distance; copies, which agree with a training image, as the tokenizer shows it, to 34 dB (unless the image
+agrees as closely with most other generated ones: an untrained generator draws one blank image for every
+caption). Of a large data set these are a sample (--sample), and the figures say of how many. OUT shows
+caption, real image, reconstruction and generated image, from worst to best. 405 captions take 15 s
+on 2 cores.
 
 An image tokenizer: PSNR, SSIM, L1 and the Fréchet distance of reconstructions, and the codes that the split
 uses. OUT shows reconstructions from worst to best, OUT-codes.png how often each code occurs.

@@ -256,6 +256,8 @@ def test_copies_of_training_images_are_counted(generator_run, tiny_shards):
     held_out = HeldOut.of(captions, real, trained["keys"])
     with mock.patch.object(generator, "decode", return_value=torch.cat([copied, noise])):
         report = report_generator(generator, held_out, feature_space(None))
+    with mock.patch.object(generator, "decode", return_value=copied[:1].repeat(8, 1, 1, 1)):
+        assert report_generator(generator, held_out, feature_space(None)).copies == {}
     assert report.figures["copies"] == 5
     assert [*report.copies] == held_out.keys[:5]
     for drawn, key in zip(copied, report.copies.values(), strict=True):

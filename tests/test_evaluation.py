@@ -11,7 +11,7 @@ from torch import nn
 from mmvit.errors import UserError
 from mmvit.evaluation.code_use import use_metrics
 from mmvit.evaluation.frechet import coarse_pixels, feature_space, frechet_distance
-from mmvit.evaluation.generated import COPY, diversity, nearest
+from mmvit.evaluation.generated import COPY, all_alike, diversity, nearest
 from mmvit.evaluation.held_out import evenly_spread
 from mmvit.evaluation.reconstruction import image_psnr, image_ssim
 from mmvit.evaluation.retrieval import caption_ranks, pixel_ranks
@@ -181,3 +181,11 @@ def test_places_of_a_sample_are_all_different():
         places = evenly_spread(total, number)
         assert (places[0], places[-1]) == (0, total - 1)
         assert (places.diff() > 0).all()
+
+
+def test_blank_images_are_all_alike_and_copy_nothing():
+    noise = torch.Generator().manual_seed(0)
+    blank, own = torch.ones(5, 3, 8, 8), torch.rand(3, 3, 8, 8, generator=noise)
+    assert all_alike(torch.cat([blank, own])).tolist() == [True] * 5 + [False] * 3
+    assert not all_alike(torch.cat([own, own[:1]])).any()  # two of one kind are no more than a coincidence
+    assert not all_alike(blank[:2]).any()

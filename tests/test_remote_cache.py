@@ -121,11 +121,13 @@ def test_a_bit_that_flips_in_the_cache_is_never_read(tiny_shards, server, cache,
         again, stream = epoch()
     assert again == whole
     assert fetched(server) == asked + 2
-    assert [str(each.message) for each in told] == [
+    ours = [each for each in told if "DataLoader" not in str(each.message)]  # PyTorch's, where cores are few
+    assert [str(each.message) for each in ours] == [
         f"{cache}/{found.key}-0 was damaged and has been fetched again: check its disk"
     ]
     assert "48 samples read, 1 damaged cache piece fetched again, 0 skipped" in stream.tally.describe()
     with warnings.catch_warnings(action="error"):
+        warnings.filterwarnings("ignore", "This DataLoader will create")
         assert epoch()[0] == whole
 
 

@@ -32,6 +32,14 @@ def nearest(images: Tensor, references: Tensor, chunk: int = 128) -> tuple[Tenso
     return least / (2 * images[0].numel() ** 0.5), places
 
 
+def all_alike(images: Tensor, chunk: int = 128) -> Tensor:
+    """Which of at least three images resemble more than half of the others as closely as a copy would: a
+    blank image, whatever its caption, is near to blank training images, but copies none. → (images,) bool"""
+    flat = images.flatten(1).double() / (2 * images[0].numel() ** 0.5)
+    near = torch.cat([(torch.cdist(part, flat) < COPY).sum(1) - 1 for part in flat.split(chunk)])
+    return (near > (len(images) - 1) / 2) & (len(images) > 2)
+
+
 def diversity(images: Tensor) -> tuple[float, float]:
     """The mean distance of two images of one caption, and of two images of different captions.
 

@@ -17,7 +17,7 @@ from mmvit.data.images import images_from_pixels
 from mmvit.data.samples import CaptionSample, ClassSample, PixelsSample
 from mmvit.errors import MissingData, UserError
 from mmvit.evaluation.frechet import FeatureSpace, feature_space
-from mmvit.evaluation.generated import COPY, diversity, nearest
+from mmvit.evaluation.generated import COPY, all_alike, diversity, nearest
 from mmvit.evaluation.held_out import HeldOut, evenly_spread
 from mmvit.evaluation.image_classifier import ImageClassifier
 from mmvit.evaluation.likelihood import generator_loss
@@ -295,7 +295,7 @@ def report_generator(
         trained = held_out.everything[held_out.trained]
         trained = reconstruct(generator.image_tokenizer, trained, "reconstructing training images")[1]
         distances, places = nearest(generated, trained)
-        found = (distances < COPY).nonzero().flatten().tolist()
+        found = ((distances < COPY) & ~all_alike(generated)).nonzero().flatten().tolist()
         copies = {held_out.keys[i]: held_out.trained_keys[places[i]] for i in found}
         figures["copies_among"] = len(trained)
         figures["copies"] = len(copies)
