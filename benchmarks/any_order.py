@@ -20,12 +20,7 @@ from typing import Any
 import torch
 from studies import ROOT, cell, flops_of, interval, missing, read_log, retrieval, run_study, train, write_log
 
-from mmvit import Generator
-from mmvit.data.samples import CaptionSample, PixelsSample
 from mmvit.errors import run_script
-from mmvit.evaluation.held_out import HeldOut
-from mmvit.evaluation.retrieval import pixel_ranks, recall
-from mmvit.evaluation.splits import read_split
 
 SCRIPT, OTHERS = "pipelines/train_caption_to_image.py", "benchmarks/other_objectives.py"
 ANY, RASTER = ROOT / "configs/emoji_demo.toml", ROOT / "configs/emoji_raster.toml"
@@ -41,11 +36,10 @@ VARIANTS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "code noise 0.1": (SCRIPT, ANY, ("--model.code_noise", "0.1")),
     "2-D rotary": (SCRIPT, ANY, ("--model.positions", "rotary_2d")),
     "batches of 32": (SCRIPT, ANY, ("--train.batch_size", "32")),
-    "LPD's layout": (OTHERS, ANY, ()),
     "uniform share hidden": (OTHERS, ANY, ()),
     "every image counts alike": (OTHERS, ANY, ()),
 }
-OBJECTIVES = {"LPD's layout": "lpd", "uniform share hidden": "uniform", "every image counts alike": "images"}
+OBJECTIVES = {"uniform share hidden": "uniform", "every image counts alike": "images"}
 
 
 def main() -> None:
@@ -67,7 +61,6 @@ def measure(options: argparse.Namespace) -> None:
         own = ("--train.seed", seed, "--preview.captions", "[]", *every, *settings)
         found = train(script, config, out, steps, *own)
         minutes = (time.monotonic() - began) / 60
-        measured = measure_lpd(out) if name == "LPD's layout" else measure_drawing(out)
         curve = [
             [r["step"] * batch, r["image_loss"]]
             for r in read_log(out / "metrics.jsonl")
@@ -75,7 +68,7 @@ def measure(options: argparse.Namespace) -> None:
         ]
         record = {
             "variant": name, "seed": seed, "images": options.images, "steps": steps, "flops": total,
-            "loss": found["image_loss"], **measured, "minutes": minutes, "curve": curve,
+            "loss": found["image_loss"], **measure_drawing(out), "minutes": minutes, "curve": curve,
         }  # fmt: skip
         write_log(options.log, record)
 
@@ -84,22 +77,6 @@ def measure_drawing(run: Path) -> dict[str, float]:
     first = retrieval(run)
     figures = json.loads((run / "last" / "evaluation-combinations.json").read_text())
     return {"retrieval": first, "retrieval@5": figures["retrieval@5"]}
-
-
-def measure_lpd(run: Path) -> dict[str, float]:
-    from other_objectives import draw_lpd
-
-    generator = Generator.from_pretrained(run / "last")
-    data = Path("data/emoji")
-    real = read_split(data, "*", PixelsSample(generator.size))
-    held_out = HeldOut.of(read_split(data, "combinations", CaptionSample()), real, [])
-    figures = {}
-    for steps in (64, 16, 8, 4):
-        codes = draw_lpd(generator, held_out.captions, steps)
-        pixels = torch.cat([generator.decode(part) for part in codes.split(64)])
-        ranks = pixel_ranks(pixels, held_out.everything, held_out.own)
-        figures |= {f"retrieval in {steps}": recall(ranks, 1), f"@5 in {steps}": recall(ranks, 5)}
-    return {"retrieval": figures["retrieval in 4"], "retrieval@5": figures["@5 in 4"], **figures}
 
 
 def show(records: list[dict[str, Any]]) -> None:
