@@ -239,7 +239,7 @@ def failures_told_once(processes: Processes, store: dist.Store, timeout: float) 
         is_waiting = isinstance(error, dist.DistError) or (
             "gloo" in str(error) and type(error) is RuntimeError
         )
-        is_late = "imed out" in str(error)
+        is_late = "imed out" in str(error) or "Application timeout" in str(error)
         patience = min(10, max(1, timeout / 5)) if is_late else 2
         answers: list[list[str] | None] = []
 
