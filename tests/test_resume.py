@@ -225,6 +225,18 @@ def test_signal_to_the_whole_process_group_saves(tmp_path, tiny_shards, number):
     assert RunFolder(tmp_path / "run").read_metrics()[-1]["step"] >= 15
 
 
+def test_a_warning_is_noted_though_the_launcher_was_kept_from_it():
+    """A job of Slurm makes torchrun, and so what it starts, ignore SIGUSR1 (docs/clusters.md)."""
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert interruption.signal == signal.SIGUSR1
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_nohup_is_respected():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

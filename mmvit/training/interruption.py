@@ -10,7 +10,7 @@ ECHO = 3.0  # seconds; a launcher (torchrun, deepspeed) repeats a signal, which 
 CAUGHT = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
 ]
-ALWAYS = (signal.SIGINT, signal.SIGTERM)
+HANGUP = getattr(signal, "SIGHUP", None)
 
 
 class Interruption:
@@ -24,7 +24,7 @@ class Interruption:
         self.earlier = {
             number: signal.signal(number, self.receive)
             for number in CAUGHT
-            if number in ALWAYS or signal.getsignal(number) != signal.SIG_IGN  # nohup's wish
+            if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN  # nohup's wish
         }
         return self
 
