@@ -29,7 +29,7 @@ demo: .venv/installed ## train a generator on emoji and draw captions that it ha
 test: .venv/tested ## run the tests (6 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-soak: .venv/tested ## do harm to runs, shards and models, and print what was held (30 minutes on 2 cores)
+soak: .venv/tested ## do harm to runs, shards and models, and print what was held (40 minutes on 2 cores)
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python tests/soak/soak.py
 
 lint: .venv/tested ## check style with ruff

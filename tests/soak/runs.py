@@ -113,16 +113,7 @@ def prepare(folder: Path) -> None:
     import deepspeed  # noqa: F401  before any fork
 
     torch.set_num_threads(1)
-    rng = random.Random(0)
-    for split, count in (("train", 48), ("held-out", 8)):
-        with ShardWriter(folder / "images", split, samples_per_shard=10) as writer:
-            for number in range(count):
-                name, colour = list(COLOURS.items())[number % 4]
-                noise = np.frombuffer(rng.randbytes(16 * 16 * 3), np.uint8).reshape(16, 16, 3) // 8
-                png = io.BytesIO()
-                Image.fromarray((np.array(colour) * 7 // 8 + noise).astype(np.uint8)).save(png, "PNG")
-                files = {"png": png.getvalue(), "cls": b"%d" % (number % 4), "txt": f"{name} square".encode()}
-                writer.write(f"{split}-{number:03d}", files)
+    write_images(folder / "images")
     torch.manual_seed(0)
     VQModel(VQConfig(codebook_size=16, encoder_width=32, decoder_widths=(32, 16))).save_pretrained(
         folder / "tokenizer"
@@ -135,6 +126,20 @@ def prepare(folder: Path) -> None:
         (folder / f"{kind}.toml").write_text("\n".join(line.strip() for line in recipe.splitlines()))
     for kind, mode in {**dict.fromkeys(KINDS, "alone"), "classifier": "zero3"}.items():
         import_ahead(folder, kind, mode)
+
+
+def write_images(folder: Path) -> None:
+    """Writes shards of 48 training images and 8 held-out ones."""
+    rng = random.Random(0)
+    for split, count in (("train", 48), ("held-out", 8)):
+        with ShardWriter(folder, split, samples_per_shard=10) as writer:
+            for number in range(count):
+                name, colour = list(COLOURS.items())[number % 4]
+                noise = np.frombuffer(rng.randbytes(16 * 16 * 3), np.uint8).reshape(16, 16, 3) // 8
+                png = io.BytesIO()
+                Image.fromarray((np.array(colour) * 7 // 8 + noise).astype(np.uint8)).save(png, "PNG")
+                files = {"png": png.getvalue(), "cls": b"%d" % (number % 4), "txt": f"{name} square".encode()}
+                writer.write(f"{split}-{number:03d}", files)
 
 
 def import_ahead(folder: Path, kind: str, mode: str) -> None:

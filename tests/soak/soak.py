@@ -5,7 +5,8 @@
 
 Runs are killed, their files damaged, their disks filled; samples, shards and folders of models are mutated.
 A run is held if, once resumed, it ends as an uninterrupted one, bit for bit; bad input, if it is counted or
-refused in one line. `--share` takes that share of all tries. The code is 1 if anything was not held.
+refused in one line. Two hosts without a shared disk are parted and must go on (`hosts.py`; needs root).
+`--share` takes that share of all other tries. The code is 1 if anything was not held.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import damage
+import hosts
 import kills
 from runs import KINDS, Tally, prepare
 
@@ -32,12 +34,12 @@ def main() -> None:
     )
     parser.add_argument("--share", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", default=["kills", "damage", "disks", "company", "fuzz"])
+    parser.add_argument("--only", nargs="+", default=["kills", "damage", "disks", "company", "hosts", "fuzz"])
     options = parser.parse_args()
     began = time.monotonic()
     fuzzer = start_fuzzer(options) if "fuzz" in options.only else None
     tallies: dict[str, Tally] = {}
-    if {*options.only} - {"fuzz"}:
+    if {*options.only} - {"fuzz", "hosts"}:
         with tempfile.TemporaryDirectory(prefix="mmvit-soak-") as folder:
             data = Path(folder)
             prepare(data)
@@ -47,6 +49,8 @@ def main() -> None:
                 print(f"{name}: {found.tried} tried, {len(found.failures)} not held", flush=True)
                 before = tallies.get(name, Tally())
                 tallies[name] = Tally(before.tried + found.tried, before.failures + found.failures)
+    if "hosts" in options.only:
+        tallies |= hosts.soak()
     if fuzzer:
         tallies |= fuzzed(fuzzer)
     print(f"\n| harm | tried | held |\n|---|---|---|\n{rows(tallies)}")
