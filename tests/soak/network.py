@@ -44,7 +44,9 @@ while :; do sleep 1 & wait; done
 
 def why_not() -> str:
     """What this machine lacks for two hosts; "" if nothing."""
-    if missing := [name for name in ("unshare", "nsenter", "ip", "mount") if not shutil.which(name)]:
+    if missing := [
+        name for name in ("unshare", "nsenter", "setpriv", "ip", "mount") if not shutil.which(name)
+    ]:
         return f"no {' and '.join(missing)} on this machine"
     tried = subprocess.run(["unshare", *NAMESPACES, "--fork", "true"], capture_output=True, text=True)
     return f"namespaces are not permitted ({tried.stderr.strip()})" if tried.returncode else ""
@@ -127,9 +129,8 @@ def two_hosts(folder: Path) -> Iterator[list[Host]]:
 
 def begin(host: Host) -> None:
     script = SET_UP.format(name=host.name, own=host.disk, disk=DISK, code=ROOT / "mmvit")
-    host.holder = subprocess.Popen(
-        ["unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc", "sh", "-c", script]
-    )
+    alone = ["unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc", "sh", "-c", script]
+    host.holder = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *alone])  # it ends with this process
     while not (host.disk / "ready").exists():
         if host.holder.poll() is not None:
             raise RuntimeError(f"{host.name} could not be set up")
