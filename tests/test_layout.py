@@ -164,3 +164,10 @@ print(*{name.partition(".")[0] for name in sys.modules})
     assert not {*for_drawing} & {*heavy, "huggingface_hub", "requests"}
     assert {"torch", "PIL"} <= {*for_drawing}
     assert (tmp_path / "apple").is_dir()
+
+
+def test_training_is_imported_without_the_compiler():
+    """Its imports take two seconds, which an optimizer made on import would cost every command."""
+    code = "import sys, mmvit.recipes.launch; print('torch._dynamo' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stdout == "False\n", ran.stderr

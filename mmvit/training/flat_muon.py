@@ -1,6 +1,7 @@
 """Muon and AdamW in one optimizer, as DeepSpeed wants it, on flat parts of parameters."""
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,7 +10,11 @@ from torch import Tensor
 from mmvit.training.muon import STACK, begin_directions, rate_of, wide
 from mmvit.training.shards import Flat, Piece, Shards
 
-MUON = torch.optim.Muon([torch.zeros(1, 1)]).defaults  # Muon's own settings, which recipes leave as they are
+
+@cache
+def muon_settings() -> dict[str, Any]:
+    """Muon's own defaults, which recipes leave as they are. To ask for them imports torch.compile."""
+    return torch.optim.Muon([torch.zeros(1, 1)]).defaults
 
 
 class FlatMuon(torch.optim.AdamW):
@@ -37,18 +42,18 @@ class FlatMuon(torch.optim.AdamW):
 
     def turn(self, values: Tensor, group: dict[str, Any]) -> None:
         """Takes Muon's step with one flat tensor."""
-        state = self.state[values]
+        settings, state = muon_settings(), self.state[values]
         flat = next(flat for flat in self.shards.flats if flat.values is values)
         gradient = torch.zeros_like(values) if values.grad is None else values.grad
         if not state:
             state["momentum_buffer"] = torch.zeros_like(values)
-        momentum = state["momentum_buffer"].lerp_(gradient, 1 - MUON["momentum"])
-        averages = gradient.lerp(momentum, MUON["momentum"])
+        momentum = state["momentum_buffer"].lerp_(gradient, 1 - settings["momentum"])
+        averages = gradient.lerp(momentum, settings["momentum"])
         values.mul_(1 - group["lr"] * group["weight_decay"])
         for pieces in stacks(flat):
             matrices = [wide(whole.flatten(1)) for whole in self.shards.join(pieces, averages)]
             directions, arrival = begin_directions(
-                matrices, MUON["ns_coefficients"], MUON["ns_steps"], MUON["eps"]
+                matrices, settings["ns_coefficients"], settings["ns_steps"], settings["eps"]
             )
             if arrival is not None:
                 arrival.wait()
